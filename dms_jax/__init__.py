@@ -1,0 +1,30 @@
+"""dms_jax: Dynamic Memory Sparsification for pretrained language models, in JAX.
+
+The names below are the public surface. Each is imported when first used, so that importing a light submodule (a command's
+`--help`) does not load JAX.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConfigError": "config", "DMSConfig": "config", "ModelConfig": "config",
+    "compression_loss": "core.losses", "kl_student_teacher": "core.losses", "kl_teacher_student": "core.losses",
+    "load_adapter": "hf.adapter", "save_adapter": "hf.adapter",
+    "base_hash": "hf.folder", "load": "hf.folder", "save": "hf.folder",
+    "load_tokenizer": "hf.hf_tokenizer",
+}  # fmt: skip
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'dms_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dms_jax.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

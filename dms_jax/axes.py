@@ -1,0 +1,13 @@
+"""Axis letters of the whole package, and `@typed`, which checks them.
+
+    B batch    T queries  S keys      N query heads   K key/value heads   G = N / K
+    H head_dim D model    F mlp       V vocabulary    L layers
+
+Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a function is traced:
+a wrong shape is an error that names the argument, and costs nothing once compiled.
+"""
+
+from beartype import beartype
+from jaxtyping import jaxtyped
+
+typed = jaxtyped(typechecker=beartype)

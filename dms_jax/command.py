@@ -1,0 +1,82 @@
+"""What every command shares: options, one-line errors, simulated devices. Imports no accelerator library by itself."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+
+from dms_jax.config import ConfigError, nearest_name
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an unknown option is answered with the nearest known one, on one line."""
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            self.error(f"unknown option {unknown[0]}; did you mean {nearest_name(unknown[0].split('=')[0], options)}?")
+        return parsed
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (--help lists the options)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def run_command(name: str, main: Callable[[], int | None]) -> None:
+    """Run a command's `main` and exit: 2 with one line on stderr for whatever the user can mend, else main's own code."""
+    try:
+        code = main() or 0
+    except ConfigError as why:
+        print(f"{name}: {' '.join(str(why).split())}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 128 + signal.SIGINT
+    sys.stdout.flush()
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+def start_devices(num_devices: int, distributed: str = "") -> None:
+    """Prepare JAX for `num_devices`, before anything touches it: a CPU simulates as many as are asked for.
+
+    `distributed`: "" for one process; "auto" lets JAX detect Slurm, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX" says it.
+    """
+    import jax
+
+    processes = 1
+    if distributed and distributed != "auto":
+        try:
+            address, count, index = distributed.split(",")
+            processes, process = int(count), int(index)
+        except ValueError:
+            raise ConfigError(f'--distributed wants "auto" or HOST:PORT,COUNT,INDEX; got {distributed!r}') from None
+        if num_devices % processes:
+            raise ConfigError(f"{num_devices} devices cannot be shared evenly by {processes} processes")
+    try:
+        jax.config.update("jax_num_cpu_devices", num_devices // processes)
+    except RuntimeError:
+        pass  # JAX already runs (a notebook, a test): the mesh checks what there is
+    if distributed:
+        try:
+            jax.distributed.initialize(*(() if distributed == "auto" else (address, processes, process)))
+        except (RuntimeError, ValueError) as why:
+            raise ConfigError(f"--distributed {distributed}: {str(why).splitlines()[0]}") from why
+    try:
+        on_cpu = jax.default_backend() == "cpu"
+    except RuntimeError as why:  # e.g. JAX_PLATFORMS names a backend that is not installed
+        raise ConfigError(f"JAX found no usable device: {str(why).splitlines()[0]}") from why
+    if on_cpu:
+        _keep_freed_memory()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc reuse large buffers. By default each temporary of a step is mapped and faulted in anew, which on two cores
+    made small-block attention up to twice as slow."""
+    import ctypes
+
+    M_MMAP_THRESHOLD = -3
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)

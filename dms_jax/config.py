@@ -1,0 +1,161 @@
+"""Frozen configurations, and the strict builder that turns YAML and `--set a.b=c` into them."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work: what, where, and the way out, in one line."""
+
+
+@dataclass(frozen=True)
+class DMSConfig:
+    """The eviction policy of one model. Source: DMS, arXiv:2506.05345; names of the released `dms_*` keys in brackets."""
+
+    variant: Literal["projection", "borrowed"] = "projection"  # own linear map, or the last channel of a query head
+    window_size: int = 256  # >= 0; a marked pair is visible to itself and this many later queries [dms_window_size]
+    target_cr: float = 8.0  # >= 1; nominal ratio the training aims at; documentation afterwards [dms_cr]
+    tau: float = 0.1  # > 0; temperature of the relaxed gate in training [dms_tau]
+    evict_logit_scale: float = 100.0  # logit = scale * raw - bias [dms_alpha_scale]
+    evict_logit_bias: float = 5.0  # [dms_initial_alpha_offset]
+    granularity: Literal["head", "layer"] = "head"  # "layer": KV head 0 decides for all [dms_alpha_per]
+    decision_shift: Literal[0, 1] = 1  # 1: token t+1 decides pair t (NVIDIA); 0: its own (FastDMS) [dms_decision_shift]
+    zero_borrowed: Literal["none", "pre", "pre+post"] = "pre+post"  # when, around RoPE, the borrowed channel is zeroed
+
+    def __post_init__(self):
+        _require(self.window_size >= 0, "dms.window_size", self.window_size, ">= 0")
+        _require(self.target_cr >= 1, "dms.target_cr", self.target_cr, ">= 1 (1 is dense)")
+        _require(self.tau > 0, "dms.tau", self.tau, "> 0")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched. `llama3` needs all fields, `linear` only `factor`."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and mathematics of a decoder: the part of `config.json` that changes the numbers."""
+
+    model_type: str  # "llama", "mistral", "qwen2", "qwen3": decides only how the folder is written back
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 4096
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False  # Qwen 2, or `attention_bias`
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen 3: RMSNorm over head_dim of queries and keys
+    sliding_window: int | None = None  # the model's own; rows longer than it are refused
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    dms: DMSConfig | None = None
+
+    def __post_init__(self):
+        if self.num_q_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_q_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    def with_dms(self, dms: DMSConfig | None) -> "ModelConfig":
+        return dataclasses.replace(self, dms=dms)
+
+
+def _require(condition: bool, name: str, value: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} must be {rule}, got {value!r}")
+
+
+def nearest_name(name: str, known: typing.Iterable[str]) -> str:
+    """The known name closest to a misspelt one, or all of them."""
+    known = sorted(known)
+    return " | ".join(difflib.get_close_matches(name, known, n=1) or known)
+
+
+def build(cls: type, raw: dict, path: str = "") -> Any:
+    """A frozen dataclass from nested plain values; unknown keys and wrong types are errors that name the key."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"`{path.rstrip('.') or 'config'}` wants a mapping of keys, got {raw!r}")
+    wanted = typing.get_type_hints(cls)
+    for name in raw.keys() - wanted.keys():
+        raise ConfigError(f"unknown config key `{path}{name}`; did you mean {nearest_name(str(name), wanted)}?")
+    return cls(**{name: _coerce(wanted[name], value, f"{path}{name}") for name, value in raw.items()})
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments or isinstance(value, bool):
+            raise ConfigError(f"`{path}` must be one of {', '.join(map(str, arguments))}; got {value!r}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else build(kind, value, f"{path}.")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(arguments[0], item, path) for item in items)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 reads `1e-4` as a string
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"`{path}` wants {kind.__name__}, got {value!r}")
+    return value
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            raw = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as why:
+        raise ConfigError(f"cannot read config {path}: {why}") from why
+    except yaml.YAMLError as why:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(why).split())}") from why
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {type(raw).__name__}")
+    return raw or {}
+
+
+def override(raw: dict, assignment: str) -> None:
+    """Apply one `--set dotted.key=value` to nested plain values, in place."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set wants key=value, e.g. dms.window_size=256; got {assignment!r}")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"--set {assignment}: `{parent}` is a single value, it has no `{last}`")
+    try:
+        raw[last] = yaml.safe_load(text)
+    except yaml.YAMLError as why:
+        raise ConfigError(f"--set {assignment}: {text!r} is not a YAML value") from why

@@ -1,0 +1,25 @@
+"""step -> target compression ratio -> target evicted fraction. Model-Optimizer `engine.py:222-246`."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dms_jax.axes import typed
+
+
+def evict_fraction(cr: float) -> float:
+    """1 - 1/cr: the fraction of decisions that evict at a nominal compression ratio `cr` >= 1."""
+    return 1.0 - 1.0 / cr
+
+
+@typed
+def target_cr(step: int | Int[Array, ""], initial_cr: float, final_cr: float, final_step: int) -> Float[Array, ""]:
+    """Linear from `initial_cr` at step 0 to `final_cr` at `final_step`, constant afterwards."""
+    progress = jnp.clip(jnp.asarray(step, jnp.float32) / final_step, 0.0, 1.0)
+    return initial_cr + (final_cr - initial_cr) * progress
+
+
+@typed
+def borrowed_channel_scale(step: int | Int[Array, ""], ramp_steps: int) -> Float[Array, ""]:
+    """What the borrowed query channel is multiplied by while it is freed: 1 at step 0, 0 from `ramp_steps` on, linear in
+    between. Applied in the forward pass, never to the weight, which would compound (Megatron-LM `dmc.py`)."""
+    return jnp.clip(1.0 - jnp.asarray(step, jnp.float32) / max(ramp_steps, 1), 0.0, 1.0)

@@ -1,0 +1,61 @@
+"""From raw eviction scores to gates. Pure arrays; fp32 throughout. Equations: DMS, arXiv:2506.05345; Model-Optimizer `core.py`."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from dms_jax.axes import typed
+
+
+@typed
+def evict_logits(raw: Float[Array, "*A"], scale: float, bias: float) -> Float[Array, "*A"]:
+    """The decision score; > 0 means evict. `bias` is subtracted, so an untrained head (raw = 0) keeps everything."""
+    return scale * raw.astype(jnp.float32) - bias
+
+
+@typed
+def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Array, "B K T"]:
+    """"head": each KV head decides for itself; "layer": head 0 decides for all."""
+    return jnp.broadcast_to(decision[:, :1], decision.shape) if granularity == "layer" else decision
+
+
+@typed
+def logistic_noise(seed: int | Int[Array, ""], step: int | Int[Array, ""], examples: Int[Array, "B"], num_layers: int, num_kv_heads: int,
+                   length: int) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:
+    """The difference of two Gumbels, a function of (seed, step, example, layer) alone: the same on any mesh, for any
+    number of hosts and of gradient-accumulation steps."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+
+    def of(layer, example):
+        return jax.random.logistic(jax.random.fold_in(jax.random.fold_in(key, example), layer), (num_kv_heads, length), jnp.float32)
+
+    return jax.vmap(lambda layer: jax.vmap(lambda example: of(layer, example))(examples))(jnp.arange(num_layers))
+
+
+@typed
+def relax(logits: Float[Array, "B K T"], noise: Float[Array, "B K T"], tau: float) -> Float[Array, "B K T"]:
+    """z: the noisy, tempered logit. `sigmoid(z)` is the relaxed decision; attention uses z itself (`log_keep`)."""
+    return (logits + noise) / tau
+
+
+@typed
+def straight_through(z: Float[Array, "*A"]) -> Float[Array, "*A"]:
+    """0/1 forward, the gradient of sigmoid(z) backward. Only the compression loss sees it; attention stays soft."""
+    soft = jax.nn.sigmoid(z)
+    return jax.lax.stop_gradient((z > 0).astype(z.dtype) - soft) + soft
+
+
+@typed
+def align_to_pairs(decision: Float[Array, "B K T"] | Bool[Array, "B K T"], shift: int,
+                   undecided: float | bool) -> Float[Array, "B K T"] | Bool[Array, "B K T"]:
+    """THE decision shift: entry t becomes the decision about pair t. With shift 1 token t+1 decides pair t and the last
+    pair is still `undecided`; with shift 0 a token decides about itself."""
+    if shift == 0:
+        return decision
+    return jnp.concatenate([decision[..., 1:], jnp.full_like(decision[..., :1], undecided)], axis=-1)
+
+
+@typed
+def log_keep(z: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
+    """log(1 - sigmoid(z)), the score a relaxed eviction adds outside the window. Finite gradient for any z."""
+    return jax.nn.log_sigmoid(-z)

@@ -1,0 +1,174 @@
+"""Distillation and compression losses. The order of a KL is in its name; Model-Optimizer's "forward KL" is `kl_student_teacher`.
+
+`distill_sum` works from hidden states in chunks of tokens, so neither pass holds a [B, T, V] array: the forward pass already
+forms the gradient of each chunk (softmaxes are at hand there), and the backward pass only scales it.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from dms_jax.axes import typed
+from dms_jax.core.eviction import align_to_pairs
+
+CHUNK = 256  # tokens of a row whose logits exist at a time
+ORDERS = ("student_teacher", "teacher_student")
+
+
+def _normaliser(logits: Array) -> Array:
+    return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _kl(p: Array, q: Array) -> Array:
+    """KL(p || q) over the last axis, nats, from fp32 logits. Never forms log-probabilities: they are as large as the logits,
+    and writing them out costs three times the arithmetic."""
+    norm_p, norm_q = _normaliser(p), _normaliser(q)
+    return jnp.sum(jnp.exp(p - norm_p) * (p - q), axis=-1) - (norm_p - norm_q)[..., 0]
+
+
+def _mean(values: Array, mask: Array) -> Array:
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+
+
+@typed
+def kl_student_teacher(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """KL(student || teacher), nats per unmasked token; 0 when all are masked. The reference's distillation loss."""
+    return _mean(_kl(student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)), mask)
+
+
+@typed
+def kl_teacher_student(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+    """KL(teacher || student), nats per unmasked token; 0 when all are masked."""
+    return _mean(_kl(teacher_logits.astype(jnp.float32), student_logits.astype(jnp.float32)), mask)
+
+
+@typed
+def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array, "{length}"]:
+    """Which tokens of a row decide about a pair that can still leave within the row. The reference counts the others too:
+    they can be marked at no cost, so they dilute the loss."""
+    pair_can_leave = jnp.arange(length) < length - 1 - window_size
+    if decision_shift == 0:
+        return pair_can_leave
+    return jnp.concatenate([jnp.zeros(1, bool), pair_can_leave[:-1]])
+
+
+@typed
+def compression_loss(evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global",
+                     counted: Bool[Array, "*#B T"] | None = None) -> Float[Array, ""]:
+    """max(0, target - mean evict), averaged over examples: one-sided, so going further costs nothing.
+
+    `scope` says over what the mean is taken: "global" (layers, heads and tokens of an example, the reference), "layer" or
+    "head" (each must reach the target by itself). `counted` leaves tokens out of the mean (padding, `decidable`).
+    """
+    weight = jnp.ones((1, evict.shape[-1])) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
+    per_head = jnp.sum(evict * weight[:, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[:, None]  # [L B K]
+    axes = {"global": (0, 2), "layer": (2,), "head": ()}[scope]
+    return jnp.mean(jnp.maximum(0.0, target_fraction - jnp.mean(per_head, axis=axes)))
+
+
+def _in_chunks(x: Array, chunk: int) -> Array:
+    """[B T ...] -> [T/chunk, B, chunk, ...], padded with zeros."""
+    b, t = x.shape[:2]
+    x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _from_chunks(x: Array, length: int) -> Array:
+    n, b, chunk = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(b, n * chunk, *x.shape[3:])[:, :length]
+
+
+def _logits(hidden: Array, embedding: Array) -> Array:
+    return jnp.einsum("bcd,vd->bcv", hidden, embedding, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def distill_sum(student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], student_embedding: Float[Array, "V D"],
+                teacher_embedding: Float[Array, "V D"], weight: Float[Array, "B T"], order: str = "student_teacher",
+                chunk: int = CHUNK) -> Float[Array, ""]:
+    """Sum of weight * KL over tokens, from final-normed hidden states and output embeddings; nats.
+
+    `order` "student_teacher" is KL(student || teacher). Gradients reach the student's hidden states and embedding only.
+    """
+    return _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, False, False)[0]
+
+
+def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
+    chunk = min(chunk, student.shape[1])
+
+    def body(carry, inputs):
+        total, d_embedding = carry
+        hidden, teacher_hidden, w = inputs
+        s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
+        kl = _kl(s, t) if order == "student_teacher" else _kl(t, s)
+        d_hidden = None
+        if grad_hidden or grad_embedding:
+            norm_s, norm_t = _normaliser(s), _normaliser(t)
+            p = jnp.exp(s - norm_s)
+            d_logits = p * (s - t - (norm_s - norm_t) - kl[..., None]) if order == "student_teacher" else p - jnp.exp(t - norm_t)
+            d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
+            d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
+        if grad_embedding:
+            d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(kl * w), d_embedding), d_hidden
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(student_embedding.shape, jnp.float32) if grad_embedding else None
+    chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, weight))
+    (total, d_embedding), d_hidden = jax.lax.scan(body, start, chunks)
+    return total, None if d_hidden is None else _from_chunks(d_hidden, student.shape[1]), d_embedding
+
+
+def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight, order, chunk):
+    wants = student.perturbed or student_embedding.perturbed, student_embedding.perturbed
+    primals = (x.value for x in (student, teacher, student_embedding, teacher_embedding, weight))
+    total, d_hidden, d_embedding = _distill(*primals, order, chunk, *wants)
+    like = tuple(jnp.zeros((), x.value.dtype) for x in (student, student_embedding))  # carries the dtypes to the backward pass
+    return total, (d_hidden, d_embedding, like)
+
+
+def _distill_bwd(order, chunk, saved, cotangent):
+    d_hidden, d_embedding, like = saved
+    scaled = [None if g is None else (g * cotangent).astype(x.dtype) for g, x in zip((d_hidden, d_embedding), like, strict=True)]
+    return scaled[0], None, scaled[1], None, None
+
+
+distill_sum.defvjp(_distill_fwd, _distill_bwd, symbolic_zeros=True)
+
+
+class TokenMetrics(NamedTuple):
+    """Per token [B T]: both KLs and both negative log-likelihoods of the next token in nats, and whether the argmax agrees."""
+
+    kl_teacher_student: Array
+    kl_student_teacher: Array
+    student_nll: Array
+    teacher_nll: Array
+    agree: Array
+
+
+@typed
+def token_metrics(student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], student_embedding: Float[Array, "V D"],
+                  teacher_embedding: Float[Array, "V D"], next_tokens: Int[Array, "B T"], chunk: int = CHUNK) -> TokenMetrics:
+    """How far two models are apart at every token, in chunks."""
+    chunk = min(chunk, student.shape[1])
+
+    def one(inputs):
+        hidden, teacher_hidden, target = inputs
+        s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
+        nll = [(_normaliser(x) - jnp.take_along_axis(x, target[..., None], axis=-1))[..., 0] for x in (s, t)]
+        return TokenMetrics(_kl(t, s), _kl(s, t), *nll, s.argmax(-1) == t.argmax(-1))
+
+    chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, next_tokens))
+    return TokenMetrics(*(_from_chunks(x, student.shape[1]) for x in jax.lax.map(one, chunks)))
+
+
+@typed
+def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
+    """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
+    length = evict.shape[-1]
+    flat = evict.reshape(1, -1, length)
+    marked: Shaped[Array, "..."] = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
+    recent = jnp.arange(length) >= length - 1 - window_size
+    return jnp.sum(~marked | recent, axis=-1)

@@ -1,0 +1,210 @@
+"""GGUF files of the llama, qwen2 and qwen3 architectures, read as if they were a Hugging Face folder.
+
+Tensors are dequantised to fp32, one at a time, when they are read. Format: ggml's `gguf.md`; names and the row order of Q and K:
+llama.cpp `convert_hf_to_gguf.py`.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from dms_jax.config import ConfigError, ModelConfig
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+INSIDE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
+          "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SAME_MATRIX = 0.2  # relative difference below which two quantisations are of one tied matrix (seen: 0.04 and 0.08)
+
+# Text splitting by `tokenizer.ggml.pre`, as the original tokenizer.json files have it.
+QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
+class GGUFTensors:
+    """The tensors of one GGUF file under Hugging Face names, fp32; `config` is its ModelConfig."""
+
+    def __init__(self, path: str):
+        from gguf import GGUFReader
+
+        self.where = path
+        try:
+            reader = GGUFReader(path)
+            self.fields = {key: field.contents() for key, field in reader.fields.items()}
+        except (ValueError, OSError, IndexError, KeyError) as why:
+            raise ConfigError(f"{path} is damaged or not a GGUF file: {' '.join(str(why).split())}") from why
+        self.architecture = self.fields.get("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            raise ConfigError(f"{path}: GGUF architecture {self.architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        self.tensors = {}
+        for tensor in reader.tensors:
+            if tensor.name != "rope_freqs.weight":  # llama3 scaling as a table; refused in `config` unless it is known
+                self.tensors[self._hf_name(tensor.name)] = tensor
+        self.rope_table = next((t for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+        if self.tied:
+            finer = max((EMBED, HEAD), key=lambda name: self._bits(name))
+            self.tensors[EMBED] = self.tensors[finer]
+            self.tensors.pop(HEAD, None)
+
+    def names(self) -> Iterable[str]:
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self.tensors[name].shape))  # ggml counts axes from the fastest
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        rows = index[0] if index else slice(None)
+        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+            heads = self.config.num_q_heads if ".q_proj." in name else self.config.num_kv_heads
+            value = unpermute(self._dequantize(name, slice(None)), heads)[rows]
+        else:
+            value = self._dequantize(name, rows)
+        return value[(slice(None), *index[1:])]
+
+    def _dequantize(self, name: str, rows: slice) -> np.ndarray:
+        from gguf.quants import dequantize
+
+        tensor = self.tensors[name]
+        try:
+            return np.asarray(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+        except NotImplementedError as why:
+            raise ConfigError(f"{self.where}: tensor {name} has quantisation {tensor.tensor_type.name}, which gguf cannot dequantise") from why
+
+    def _hf_name(self, name: str) -> str:
+        parts = name.split(".")
+        if len(parts) == 2 and parts[0] in OUTSIDE:
+            return f"{OUTSIDE[parts[0]]}.{parts[1]}"
+        if len(parts) == 4 and parts[0] == "blk" and parts[2] in INSIDE:
+            return f"model.layers.{parts[1]}.{INSIDE[parts[2]]}.{parts[3]}"
+        raise ConfigError(f"{self.where}: tensor {name} has no place in a {self.architecture} model")
+
+    def _bits(self, name: str) -> float:
+        tensor = self.tensors.get(name)
+        return 0.0 if tensor is None else tensor.n_bytes / tensor.n_elements
+
+    @cached_property
+    def tied(self) -> bool:
+        """No output matrix, or one that is the embedding quantised differently (Qwen 2.5 files hold the tied matrix twice)."""
+        if HEAD not in self.tensors:
+            return True
+        rows = slice(None, None, max(1, self.shape(EMBED)[0] // 4096))
+        embed, head = self._dequantize(EMBED, rows), self._dequantize(HEAD, rows)
+        return embed.shape == head.shape and bool(np.linalg.norm(embed - head) < SAME_MATRIX * np.linalg.norm(head))
+
+    def _field(self, key: str, default=None):
+        value = self.fields.get(f"{self.architecture}.{key}", default)
+        if value is None:
+            raise ConfigError(f"{self.where} lacks {self.architecture}.{key}")
+        return value
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        scaling = self._field("rope.scaling.type", "none")
+        if scaling != "none" or self.rope_table is not None:
+            raise ConfigError(f"{self.where}: rope scaling {scaling!r} from a GGUF file is not supported; use the Hugging Face folder")
+        hidden, heads = self._field("embedding_length"), self._field("attention.head_count")
+        token = lambda kind: self.fields.get(f"tokenizer.ggml.{kind}_token_id")  # noqa: E731
+        return ModelConfig(
+            model_type=self.architecture,
+            vocab_size=self.shape(EMBED)[0],
+            hidden_size=hidden,
+            intermediate_size=self._field("feed_forward_length"),
+            num_layers=self._field("block_count"),
+            num_q_heads=heads,
+            num_kv_heads=self._field("attention.head_count_kv", heads),
+            head_dim=self._field("attention.key_length", hidden // heads),
+            rms_norm_eps=_shortest(self._field("attention.layer_norm_rms_epsilon")),
+            rope_theta=_shortest(self._field("rope.freq_base", 10000.0)),
+            max_position_embeddings=self._field("context_length"),
+            tie_word_embeddings=self.tied,
+            qkv_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
+            o_bias="model.layers.0.self_attn.o_proj.bias" in self.tensors,
+            qk_norm=self.architecture == "qwen3",
+            bos_token_id=token("bos"),
+            eos_token_ids=() if token("eos") is None else (token("eos"),),
+            pad_token_id=token("padding"),
+        )
+
+
+def open_gguf(path: str) -> GGUFTensors:
+    """The tensors of a GGUF file; the last one stays open, since reading a vocabulary takes seconds."""
+    return _opened(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _opened(path: str, size: int, changed: int) -> GGUFTensors:
+    return GGUFTensors(path)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Undo llama.cpp's order of Q and K rows: each head (pair, 2) -> (2, pair), which is rotate-half order."""
+    return rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def _shortest(value: float) -> float:
+    """9.999999747e-06, a float32, as the 1e-05 that was meant."""
+    return float(str(np.float32(value)))
+
+
+def convert_gguf(path: str, folder: str) -> None:
+    """A GGUF file as a Hugging Face folder (fp32 weights, tokenizer, chat template)."""
+    from dms_jax.hf.folder import load, save
+
+    save(load(path), folder)
+
+
+def write_tokenizer(path: str, folder: str) -> None:
+    """`tokenizer.json` and `tokenizer_config.json` from a GGUF file's metadata; nothing when the file has no tokenizer."""
+    tensors = open_gguf(path)
+    fields = tensors.fields
+    if "tokenizer.ggml.tokens" not in fields:
+        return
+    tokens = fields["tokenizer.ggml.tokens"]
+    build_tokenizer(fields, path).save(os.path.join(folder, "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
+                "model_max_length": tensors.config.max_position_embeddings}  # fmt: skip
+    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            settings[name] = tokens[token]
+    if "tokenizer.chat_template" in fields:
+        settings["chat_template"] = fields["tokenizer.chat_template"]
+    with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=1, ensure_ascii=False)
+
+
+def build_tokenizer(fields: dict, where: str):
+    """The byte-level BPE of a GGUF file. transformers' own conversion ignores `tokenizer.ggml.pre`, which decides the splits."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    kind, split = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split == "smollm")
+    first = {
+        "smollm": pre_tokenizers.Digits(individual_digits=True),
+        "qwen2": pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+        "deepseek-r1-qwen": pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
+        "llama-bpe": pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+    }
+    if kind != "gpt2" or split not in first:
+        raise ConfigError(f"{where}: tokenizer {kind!r} with splits {split!r} is not supported; supported: gpt2 with {', '.join(first)}")
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=split == "llama-bpe"))
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first[split], byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    for number, special in ((3, True), (4, False)):  # control tokens, user-defined tokens
+        added = [token for token, kind in zip(tokens, types, strict=True) if kind == number]
+        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
+    bos = fields.get("tokenizer.ggml.bos_token_id")
+    if bos is not None and fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
+        tokenizer.post_processor = processors.TemplateProcessing(single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
+    return tokenizer

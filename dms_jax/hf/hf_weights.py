@@ -1,0 +1,289 @@
+"""Hugging Face tensor names <-> our parameters: one table, read in both directions.
+
+Import reads, for each device, only that device's slice of a layer-stacked parameter, so host memory holds one shard of one
+parameter at a time. Export walks the same table backwards and is bit-equal.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.hf.safetensors_files import Tensors, Write, row_chunks, shorten
+from dms_jax.models.decoder import Decoder
+from dms_jax.sharding import named_sharding
+
+# HF name ({} = layer) -> (our path, axes in the file -> axes of ours without L). Axis letters: dms_jax/axes.py.
+WEIGHTS = {
+    "model.embed_tokens.weight": ("embed", "V D -> V D"),
+    "model.layers.{}.input_layernorm.weight": ("layers.attention_norm", "D -> D"),
+    "model.layers.{}.self_attn.q_proj.weight": ("layers.attention.q", "(N H) D -> D N H"),
+    "model.layers.{}.self_attn.k_proj.weight": ("layers.attention.k", "(K H) D -> D K H"),
+    "model.layers.{}.self_attn.v_proj.weight": ("layers.attention.v", "(K H) D -> D K H"),
+    "model.layers.{}.self_attn.o_proj.weight": ("layers.attention.o", "D (N H) -> N H D"),
+    "model.layers.{}.self_attn.q_proj.bias": ("layers.attention.q_bias", "(N H) -> N H"),
+    "model.layers.{}.self_attn.k_proj.bias": ("layers.attention.k_bias", "(K H) -> K H"),
+    "model.layers.{}.self_attn.v_proj.bias": ("layers.attention.v_bias", "(K H) -> K H"),
+    "model.layers.{}.self_attn.o_proj.bias": ("layers.attention.o_bias", "D -> D"),
+    "model.layers.{}.self_attn.q_norm.weight": ("layers.attention.q_norm", "H -> H"),
+    "model.layers.{}.self_attn.k_norm.weight": ("layers.attention.k_norm", "H -> H"),
+    "model.layers.{}.self_attn.dms_proj_alpha_norm.weight": ("layers.attention.evict_norm", "D -> D"),
+    "model.layers.{}.self_attn.dms_proj_alpha.weight": ("layers.attention.evict_proj", "K D -> D K"),
+    "model.layers.{}.self_attn.dms_proj_alpha.bias": ("layers.attention.evict_bias", "K -> K"),
+    "model.layers.{}.post_attention_layernorm.weight": ("layers.mlp_norm", "D -> D"),
+    "model.layers.{}.mlp.gate_proj.weight": ("layers.mlp.gate", "F D -> D F"),
+    "model.layers.{}.mlp.up_proj.weight": ("layers.mlp.up", "F D -> D F"),
+    "model.layers.{}.mlp.down_proj.weight": ("layers.mlp.down", "D F -> F D"),
+    "model.layers.{}.mlp.gate_proj.bias": ("layers.mlp.gate_bias", "F -> F"),
+    "model.layers.{}.mlp.up_proj.bias": ("layers.mlp.up_bias", "F -> F"),
+    "model.layers.{}.mlp.down_proj.bias": ("layers.mlp.down_bias", "D -> D"),
+    "model.norm.weight": ("final_norm", "D -> D"),
+    "lm_head.weight": ("head", "V D -> V D"),
+}
+EVICT = ".dms_proj_alpha"  # marks a tensor of the evict head
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor lies in the file and in ours; `axes` is the table's text, `sizes` gives each letter's length."""
+
+    axes: str
+    sizes: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def sides(self) -> tuple[list[str], list[str]]:
+        """File axes, a merged pair as two letters ("NH"); our axes."""
+        file, ours = self.axes.split(" -> ")
+        return file.replace("(N H)", "NH").replace("(K H)", "KH").split(), ours.split()
+
+    def _size(self, letters: str) -> int:
+        return int(np.prod([dict(self.sizes)[letter] for letter in letters]))
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        return tuple(map(self._size, self.sides[0]))
+
+    def file_index(self, ours: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The slice of the file tensor that holds a slice of ours. Of a merged pair only the outer letter may be split."""
+        spans = {letter: part.indices(self._size(letter))[:2] for letter, part in zip(self.sides[1], ours, strict=True)}
+        index = []
+        for letters in self.sides[0]:
+            (start, stop), inner = spans[letters[0]], self._size(letters[1:])
+            assert all(spans[x] == (0, self._size(x)) for x in letters[1:]), f"{self.axes}: head_dim is never split"
+            index.append(slice(start * inner, stop * inner))
+        return tuple(index)
+
+    def to_ours(self, part: np.ndarray) -> np.ndarray:
+        """A (slice of a) file tensor in our axes; a view."""
+        file, ours = self.sides
+        split = [n for size, letters in zip(part.shape, file, strict=True) for n in self._split(size, letters)]
+        letters = "".join(file)
+        return part.reshape(split).transpose([letters.index(x) for x in ours])
+
+    def to_file(self, ours: np.ndarray) -> np.ndarray:
+        """The inverse, contiguous."""
+        letters = "".join(self.sides[0])
+        return np.ascontiguousarray(ours.transpose([self.sides[1].index(x) for x in letters])).reshape(self.file_shape)
+
+    def _split(self, size: int, letters: str) -> list[int]:
+        inner = self._size(letters[1:])
+        return [size // inner, *(self._size(x) for x in letters[1:])]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One of our parameters and the file tensors that make it: one per layer, or a single one."""
+
+    path: str
+    names: tuple[str, ...]
+    layout: Layout
+    stacked: bool
+
+    @property
+    def evict(self) -> bool:
+        """Part of the evict head, not of the base."""
+        return EVICT in self.names[0]
+
+
+@lru_cache
+def entries(config: ModelConfig) -> tuple[Entry, ...]:
+    """Every parameter a model of this config has, in the order of the table."""
+    sizes = tuple(zip("VDNKHF", (config.vocab_size, config.hidden_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
+                                 config.intermediate_size), strict=True))  # fmt: skip
+    has = {path for path, _ in _variables(abstract_state(config, jnp.float32)[1])}
+    found = []
+    for name, (path, axes) in WEIGHTS.items():
+        if path in has:
+            names = tuple(name.format(i) for i in range(config.num_layers)) if "{}" in name else (name,)
+            found.append(Entry(path, names, Layout(axes, sizes), "{}" in name))
+    assert {entry.path for entry in found} == has, f"parameters without a table entry: {has - {e.path for e in found}}"
+    return tuple(found)
+
+
+def abstract_state(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model with shapes in place of arrays."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)))
+
+
+def read_model(tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, fresh_evict_head: bool) -> Decoder:
+    """A Decoder from named tensors, born sharded. `fresh_evict_head`: the file has none, start one that never evicts.
+
+    Evict parameters are fp32 whatever `dtype`. Raises ConfigError, naming tensors, when any is missing, extra or misshapen.
+    """
+    table = entries(config)
+    from_file = [entry for entry in table if not (fresh_evict_head and entry.evict)]
+    check_tensors(tensors, config, from_file)
+    graph, state = abstract_state(config, dtype)
+    variables = dict(_variables(state))
+    for entry in table:
+        variable = variables[entry.path]
+        placement = _Placement(variable, mesh)
+        if entry in from_file:
+            variable.set_value(placement.build(_reader(tensors, entry, variable)))
+        else:
+            fill = 1.0 if entry.path.endswith("norm") else 0.0
+            variable.set_value(placement.build(lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype)))
+    return nnx.merge(graph, state)
+
+
+def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> Decoder:
+    """A model of `config` that shares every base array with `model` and reads its evict head from `tensors`."""
+    table = [entry for entry in entries(config) if entry.evict]
+    check_tensors(tensors, config, table)
+    sharding = model.embed[...].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    base, head = dict(_variables(nnx.state(model))), {entry.path: entry for entry in table}
+    graph, state = abstract_state(config, model.embed[...].dtype)
+    for path, variable in _variables(state):
+        if path in head:
+            variable.set_value(_Placement(variable, mesh).build(_reader(tensors, head[path], variable)))
+        else:
+            variable.set_value(base[path][...])
+    return nnx.merge(graph, state)
+
+
+def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry]) -> None:
+    """Refuse files whose tensors are not exactly those of `table`: a tensor nobody reads is a model nobody has."""
+    wanted = {name: entry.layout.file_shape for entry in table for name in entry.names}
+    have = {name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")}  # recomputed from config.json
+    missing, extra = sorted(wanted.keys() - have), sorted(have - wanted.keys())
+    if config.tie_word_embeddings and HEAD in extra and EMBED in have:
+        extra.remove(HEAD)
+        _check_tied(tensors)
+    if missing:
+        raise ConfigError(f"{tensors.where} lacks {len(missing)} tensors: {shorten(missing)}" + _hint(missing, extra))
+    if extra:
+        policy = any(EVICT in name for name in extra)
+        raise ConfigError(
+            f"{tensors.where} has {len(extra)} tensors that its configuration does not call for: {shorten(extra)}"
+            + ("; for an evict head set dms_separate_alpha to true in config.json" if policy else "")
+        )
+    for name, shape in wanted.items():
+        got = tensors.shape(name)
+        if got != shape:
+            padded = name in (EMBED, HEAD) and len(got) == 2 and got[1] == shape[1] and got[0] > shape[0]
+            raise ConfigError(
+                f"tensor {name} in {tensors.where} has shape {list(got)}, wanted is {list(shape)}"
+                + (f"; the vocabulary is padded: set vocab_size in config.json to {got[0]}" if padded else "")
+            )
+        tensors.dtype(name)
+
+
+def _hint(missing: list[str], extra: list[str]) -> str:
+    if missing == [HEAD]:
+        return "; if it shares the embedding, set tie_word_embeddings to true in config.json"
+    return f"; it has {shorten(extra)} instead" if extra else ""
+
+
+def _check_tied(tensors: Tensors) -> None:
+    """A tied model may carry its head twice; two different ones would be decided silently, so they are refused."""
+    shape = tensors.shape(EMBED)
+    same = tensors.shape(HEAD) == shape and all(
+        np.array_equal(tensors.read(EMBED, index), tensors.read(HEAD, index)) for index in row_chunks(shape, tensors.dtype(EMBED).itemsize)
+    )
+    if not same:
+        raise ConfigError(f"{tensors.where}: config.json ties the embeddings, but {HEAD} differs from {EMBED}; "
+                          f"set tie_word_embeddings to false to keep both")  # fmt: skip
+
+
+def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function from an index to that block of one parameter, read layer by layer."""
+
+    def block(index: tuple[slice, ...]) -> np.ndarray:
+        if not entry.stacked:
+            return entry.layout.to_ours(tensors.read(entry.names[0], entry.layout.file_index(index))).astype(variable.dtype)
+        out = np.empty(_extent(index, variable.shape), variable.dtype)
+        for row, name in enumerate(entry.names[index[0]]):
+            out[row] = entry.layout.to_ours(tensors.read(name, entry.layout.file_index(index[1:])))
+        return out
+
+    return block
+
+
+class _Placement:
+    """Where the shards of one parameter go."""
+
+    def __init__(self, variable: nnx.Variable, mesh: Mesh | None):
+        self.shape = variable.shape
+        self.sharding = None if mesh is None else named_sharding(variable.get_metadata("axes"), variable.shape, mesh)
+
+    def build(self, block) -> jax.Array:
+        """Make the array from `block(index)`. `jax.make_array_from_callback` would hold every local shard on the host at
+        once; here each is handed to its devices before the next is read."""
+        if self.sharding is None:
+            return jnp.asarray(block((slice(None),) * len(self.shape)))
+        devices_of: dict[tuple, list[jax.Device]] = {}
+        for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            devices_of.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)), []).append(device)
+        shards = []
+        for spans, devices in devices_of.items():
+            host = block(tuple(slice(*span) for span in spans))
+            shards += [jax.device_put(host, device) for device in devices]
+            jax.block_until_ready(shards[-len(devices) :])
+        return jax.make_array_from_single_device_arrays(self.shape, self.sharding, shards)
+
+
+def _extent(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
+
+
+def _variables(state: nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
+    for path, variable in nnx.to_flat_state(state):
+        yield ".".join(map(str, path)), variable
+
+
+def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=None) -> list[Write]:
+    """Every tensor of a model under its Hugging Face name, made when asked for.
+
+    `dtype_of(name, ours)` chooses the dtype in the file. `untouched(name, value)` may return the source's own bits for a
+    tensor that loading had rounded and nothing has changed since.
+    """
+    variables = dict(_variables(nnx.state(model)))
+    writes = []
+    for entry in entries(model.config):
+        array = variables[entry.path][...]
+        for layer, name in enumerate(entry.names):
+            dtype = np.dtype(dtype_of(name, array.dtype))
+
+            def value(array=array, layer=layer, name=name, entry=entry, dtype=dtype):
+                host = entry.layout.to_file(to_host(array[layer] if entry.stacked else array))
+                original = untouched(name, host) if untouched is not None else None
+                return host.astype(dtype) if original is None else original
+
+            writes.append(Write(name, entry.layout.file_shape, dtype, value))
+    return writes
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array as numpy, also when other processes hold a part of it."""
+    if not array.is_fully_addressable:
+        replicated = NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
+        array = jax.jit(lambda x: x, out_shardings=replicated)(array)
+    return np.asarray(array)

@@ -1,0 +1,110 @@
+"""Attention with an evict head: the file to open first to see where DMS enters a decoder."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.axes import typed
+from dms_jax.config import ModelConfig
+from dms_jax.core import eviction
+from dms_jax.core.chunked_attention import gated_attention
+from dms_jax.models.layers import EvictParam, rms_norm, rope
+from dms_jax.sharding import constrain
+
+# Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
+Gate = Callable[[Float[Array, "B K T"]], tuple[Float[Array, "B K T"], Array]]
+
+
+class ChannelScale(NamedTuple):
+    """What multiplies the borrowed query channel: before the query norm, before RoPE, after RoPE (which mixes it anew)."""
+
+    before_norm: float | Float[Array, ""]
+    before_rope: float | Float[Array, ""]
+    after_rope: float | Float[Array, ""]
+
+
+UNTOUCHED = ChannelScale(1.0, 1.0, 1.0)
+CHANNEL_SCALES = {"none": UNTOUCHED, "pre": ChannelScale(1.0, 0.0, 1.0), "pre+post": ChannelScale(1.0, 0.0, 0.0)}
+
+
+class AttentionLayer(nnx.Module):
+    """Grouped-query attention under a gate; weights stacked over layers, called with one layer's slice."""
+
+    def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
+        self.config = config
+        self.q = param("layers", "embed", "q_heads", "head_dim")
+        self.k, self.v = (param("layers", "embed", "kv_heads", "head_dim") for _ in "kv")
+        self.o = param("layers", "q_heads", "head_dim", "embed")
+        if config.qkv_bias:
+            self.q_bias = param("layers", "q_heads", "head_dim", fill=0.0)
+            self.k_bias, self.v_bias = (param("layers", "kv_heads", "head_dim", fill=0.0) for _ in "kv")
+        if config.o_bias:
+            self.o_bias = param("layers", "embed", fill=0.0)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (param("layers", "head_dim", fill=1.0) for _ in "qk")
+        if config.dms is not None and config.dms.variant == "projection":
+            # Zero weights: every logit starts at -bias, so the untrained student keeps (almost) everything.
+            self.evict_norm = param("layers", "embed", fill=1.0, kind=EvictParam)
+            self.evict_proj = param("layers", "embed", "kv_heads", fill=0.0, kind=EvictParam)
+            if config.o_bias:  # Model-Optimizer ties the bias of the evict head to `attention_bias`
+                self.evict_bias = param("layers", "kv_heads", fill=0.0, kind=EvictParam)
+
+    def __call__(self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], gate: Gate, window_size: int, channel: ChannelScale,
+                 frequency: Float[Array, "half"], segment_ids: Int[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], Array]:
+        """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
+        position = jnp.arange(x.shape[1])
+        q, k, v = self.project(normed, channel)
+        log_keep, decision = gate(self.evict_logits(x, q))
+        q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)
+        out = gated_attention(
+            constrain(q, "batch", "length", "q_heads", "head_dim"),
+            constrain(rope(k, position, frequency), "batch", "length", "kv_heads", "head_dim"),
+            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+            constrain(log_keep, "batch", "kv_heads", "length"),
+            window_size=window_size,
+            segment_ids=segment_ids,
+        )
+        out = jnp.einsum("btnh,nhd->btd", out, self.o[...])
+        return (out + self.o_bias[...] if self.config.o_bias else out), decision
+
+    def project(self, normed: Float[Array, "B T D"], channel: ChannelScale) -> tuple[Array, Array, Array]:
+        """Queries [B T N H], keys and values [B T K H] before RoPE."""
+        q, k, v = (jnp.einsum("btd,dnh->btnh", normed, w[...]) for w in (self.q, self.k, self.v))
+        if self.config.qkv_bias:
+            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+        q = self._scale_borrowed(q, channel.before_norm)
+        if self.config.qk_norm:
+            q, k = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps), rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
+        return q, k, v
+
+    def evict_logits(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
+        """Each token's own decision score, fp32, > 0 evicts: read from the residual stream before the input norm
+        (projection) or from the borrowed channel after the query norm and before RoPE."""
+        dms = self.config.dms
+        if dms is None:
+            return jnp.zeros((x.shape[0], self.config.num_kv_heads, x.shape[1]), jnp.float32)
+        if dms.variant == "borrowed":
+            raw = q[:, :, :: self.config.group_size, -1]
+        else:
+            u = rms_norm(x.astype(jnp.float32), self.evict_norm[...], self.config.rms_norm_eps)
+            raw = u @ self.evict_proj[...]
+            if self.config.o_bias:
+                raw = raw + self.evict_bias[...]
+        return eviction.evict_logits(raw.transpose(0, 2, 1), dms.evict_logit_scale, dms.evict_logit_bias)
+
+    def _scale_borrowed(self, q: Float[Array, "B T N H"], scale: float | Float[Array, ""]) -> Float[Array, "B T N H"]:
+        """Multiply the last channel of the first query head of each group."""
+        if isinstance(scale, float) and scale == 1.0:
+            return q
+        first_of_group = jnp.arange(q.shape[2]) % self.config.group_size == 0
+        borrowed = first_of_group[:, None] & (jnp.arange(q.shape[3]) == q.shape[3] - 1)
+        return jnp.where(borrowed, (q * scale).astype(q.dtype), q)
+
+
+@typed
+def keep_all(logits: Float[Array, "B K T"]) -> tuple[Float[Array, "B K T"], Bool[Array, "B K T"]]:
+    """The gate of the dense model."""
+    return jnp.zeros_like(logits), jnp.zeros(logits.shape, bool)

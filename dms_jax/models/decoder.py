@@ -1,0 +1,159 @@
+"""One decoder for Llama 2/3, Mistral, Qwen 2/2.5 and Qwen 3: they differ by `ModelConfig` only.
+
+Layers are stacked [L, ...] and scanned. The model holds parameters and no state; eviction decisions are returned arrays.
+`dense`, `relaxed` and `hard` are three functions of the same weights, so a frozen base is its own teacher.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from dms_jax.axes import typed
+from dms_jax.config import ModelConfig
+from dms_jax.core import eviction
+from dms_jax.core.visibility import MASKED
+from dms_jax.models.attention_layer import CHANNEL_SCALES, UNTOUCHED, AttentionLayer, ChannelScale, Gate, keep_all
+from dms_jax.models.layers import MLP, ParamFactory, rms_norm, rope_frequencies
+from dms_jax.sharding import constrain
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
+        self.config = config
+        self.attention_norm, self.mlp_norm = (param("layers", "embed", fill=1.0) for _ in range(2))
+        self.attention, self.mlp = AttentionLayer(config, param), MLP(config, param)
+
+    def __call__(self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, frequency: Array,
+                 segment_ids: Array | None) -> tuple[Array, Array]:
+        normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+        out, decision = self.attention(x, normed, gate, window_size, channel, frequency, segment_ids)
+        x = constrain(x + out, "batch", "length", None)
+        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+        return constrain(x, "batch", "length", None), decision
+
+
+class Decoder(nnx.Module):
+    """A causal language model with, when `config.dms` is set, an eviction policy.
+
+    Every method takes `tokens` int32 [B, T] and, optionally, `segment_ids` int32 [B, T]: tokens of different segments of a
+    row neither see nor evict each other. `*_hidden` methods return the final-normed hidden state [B, T, D] instead of
+    logits; `output_embedding` turns it into logits, which training does in chunks.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        param = ParamFactory(config, rngs, dtype)
+        self.config = config
+        self.embed = param("vocab", "embed")
+        self.layers = Block(config, param)
+        self.final_norm = param("embed", fill=1.0)
+        if not config.tie_word_embeddings:
+            self.head = param("vocab", "embed")
+
+    def dense(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits [B T V] of the model that never evicts: the teacher of an adapter."""
+        return self.logits(self.dense_hidden(tokens, segment_ids))
+
+    def relaxed(self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"],
+                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
+        """Training path: logits under soft gates, and each token's straight-through 0/1 decision. `noise` is logistic."""
+        hidden, evict = self.relaxed_hidden(tokens, noise, segment_ids)
+        return self.logits(hidden), evict
+
+    def hard(self, tokens: Int[Array, "B T"],
+             segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
+        """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision."""
+        hidden, evict = self.hard_hidden(tokens, segment_ids)
+        return self.logits(hidden), evict
+
+    def dense_hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
+
+    @typed
+    def relaxed_hidden(self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None,
+                       remat: bool = True) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
+        dms = self._policy()
+
+        def gate_of(layer_noise):
+            def gate(logits):
+                z = eviction.share_heads(eviction.relax(logits, layer_noise, dms.tau), dms.granularity)
+                return eviction.log_keep(eviction.align_to_pairs(z, dms.decision_shift, 0.0)), eviction.straight_through(z)
+
+            return gate
+
+        return self._run(tokens, segment_ids, gate_of, dms.window_size, self._channel(), noise, remat)
+
+    def hard_hidden(self, tokens: Int[Array, "B T"],
+                    segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
+        dms = self._policy()
+
+        def gate(logits):
+            evict = eviction.share_heads(logits, dms.granularity) > 0
+            return _hard_log_keep(eviction.align_to_pairs(evict, dms.decision_shift, False)), evict
+
+        return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
+
+    @typed
+    def marked_hidden(self, tokens: Int[Array, "B T"], marked: Bool[Array, "T"], window_size: int,
+                      segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """The base model when the same pairs, `marked`, leave every head `window_size` steps after they came: a policy
+        that looks at positions only, such as a sliding window with sinks."""
+        gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))  # noqa: E731
+        return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
+
+    def ramped_hidden(self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None,
+                      remat: bool = True) -> Float[Array, "B T D"]:
+        """Dense attention with the borrowed channel multiplied by `channel_scale`, before the query norm and after RoPE.
+        At 0 the channel's weights have no effect at all and may be set to 0 (`free_borrowed_channel`)."""
+        channel = ChannelScale(channel_scale, 1.0, channel_scale)
+        return self._run(tokens, segment_ids, lambda _: keep_all, 0, channel, remat=remat)[0]
+
+    def output_embedding(self) -> Float[Array, "V D"]:
+        return self.embed[...] if self.config.tie_word_embeddings else self.head[...]
+
+    def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        return jnp.einsum("btd,vd->btv", hidden, self.output_embedding(), preferred_element_type=jnp.float32)
+
+    def _policy(self):
+        if self.config.dms is None:
+            raise ValueError("this model has no eviction policy; load it with dms=DMSConfig(...), or use model.dense")
+        return self.config.dms
+
+    def _channel(self) -> ChannelScale:
+        dms = self.config.dms
+        return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
+
+    def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat=False):
+        limit = self.config.sliding_window
+        if limit is not None and tokens.shape[1] > limit:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}")
+        frequency = rope_frequencies(self.config)
+        graph, weights = nnx.split(self.layers)
+
+        def block(x, layer):
+            layer_weights, layer_input = layer
+            return nnx.merge(graph, layer_weights)(x, gate_of(layer_input), window_size, channel, frequency, segment_ids)
+
+        if remat:  # keep only the residual stream of each layer, recompute the rest in the backward pass
+            block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        x = constrain(self.embed[...][tokens], "batch", "length", None)
+        x, decisions = jax.lax.scan(block, x, (weights, per_layer))
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), decisions
+
+
+def _hard_log_keep(marked: Bool[Array, "*A"]) -> Float[Array, "*A"]:
+    return jnp.where(marked, MASKED, 0.0)
+
+
+def free_borrowed_channel(model: Decoder) -> None:
+    """Set the borrowed rows of the query projection to 0, in place: after the ramp this changes nothing, and phase two
+    starts from logits of exactly -bias."""
+    group = model.config.group_size
+    attention = model.layers.attention
+    attention.q[...] = attention.q[...].at[:, :, ::group, -1].set(0.0)
+    if model.config.qkv_bias:
+        attention.q_bias[...] = attention.q_bias[...].at[:, ::group, -1].set(0.0)

@@ -1,0 +1,56 @@
+"""A model as plain arrays and back: names to arrays, which optimizers and checkpoints understand without Flax."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from dms_jax.models.decoder import Decoder
+from dms_jax.models.layers import EvictParam
+from dms_jax.sharding import named_sharding
+
+Params = dict[str, jax.Array]  # e.g. "layers.attention.evict_proj" -> [L D K]
+
+
+def is_evict_head(name: str, variable: nnx.Variable) -> bool:
+    return isinstance(variable, EvictParam)
+
+
+def is_any(name: str, variable: nnx.Variable) -> bool:
+    return True
+
+
+class Template:
+    """The structure of a model without its numbers: `split` takes a model apart, `merge` puts one together (also in jit)."""
+
+    def __init__(self, model: Decoder):
+        self.graph, state = nnx.split(model)
+        self.variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+        self.config = model.config
+
+    def names(self, chosen: Callable[[str, nnx.Variable], bool]) -> list[str]:
+        return [name for name, (_, variable) in self.variables.items() if chosen(name, variable)]
+
+    def merge(self, *parts: Mapping[str, jax.Array]) -> Decoder:
+        """The model with the arrays of `parts`, which together must name every parameter."""
+        arrays = {name: array for part in parts for name, array in part.items()}
+        leaves = [(path, variable.replace(arrays[name])) for name, (path, variable) in self.variables.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(leaves))
+
+    def shardings(self, names: list[str], mesh: Mesh) -> dict[str, NamedSharding]:
+        """Where each parameter lies on the mesh."""
+        found = {}
+        for name in names:
+            variable = self.variables[name][1]
+            found[name] = named_sharding(variable.axes, variable[...].shape, mesh)
+        return found
+
+
+def params_of(model: Decoder) -> Params:
+    """Every parameter of a model by name."""
+    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def _name(path: tuple) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,75 @@
+"""One mesh, one table. Code speaks in logical axes; the table says which mesh axis carries them."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dms_jax.config import ConfigError
+
+# "data" carries the batch and the fully sharded parameters, "model" is tensor parallelism over KV heads.
+LOGICAL_TO_MESH = {
+    "batch": "data",
+    "embed": "data",
+    "mlp": "model",
+    "vocab": "model",
+    "q_heads": "model",
+    "kv_heads": "model",
+    "head_dim": None,
+    "layers": None,
+    "length": None,
+}
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """`8x1` -> (8, 1): data x model."""
+    try:
+        data, model = (int(part) for part in str(text).lower().split("x"))
+    except ValueError:
+        raise ConfigError(f"mesh wants DATAxMODEL, e.g. 8x1; got {text!r}") from None
+    if data < 1 or model < 1:
+        raise ConfigError(f"both sides of a mesh are at least 1; got {text!r}")
+    return data, model
+
+
+def make_mesh(data: int, model: int) -> Mesh:
+    """The device mesh `data x model` over all devices of all processes."""
+    devices = jax.devices()
+    if data * model != len(devices):
+        raise ConfigError(
+            f"mesh {data}x{model} needs {data * model} devices, this job has {len(devices)} ({devices[0].device_kind}). "
+            f"Use --mesh {len(devices)}x1"
+        )
+    return Mesh(np.array(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
+    """The partition of one array. A misspelt axis is a KeyError; one that the mesh axis does not divide is replicated
+    (3 KV heads on a 2-way model axis), and `replicated_axes` says so to the user."""
+    return P(*(_mesh_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+
+
+def _mesh_axis(axis: str | None, size: int, mesh) -> str | None:
+    name = None if axis is None else LOGICAL_TO_MESH[axis]
+    return name if name in mesh.shape and size % mesh.shape[name] == 0 else None
+
+
+def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, spec(axes, shape, mesh))
+
+
+def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
+    """What of `sizes` (logical axis -> size) cannot be split over this mesh, as sentences."""
+    return [
+        f"{axis} ({size}) is replicated: {LOGICAL_TO_MESH[axis]} axis of {mesh.shape[LOGICAL_TO_MESH[axis]]} does not divide it"
+        for axis, size in sizes.items()
+        if LOGICAL_TO_MESH[axis] and size % mesh.shape[LOGICAL_TO_MESH[axis]]
+    ]
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an intermediate array to its logical axes under `jax.set_mesh`; without a mesh it is the identity."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))

@@ -1,0 +1,116 @@
+"""Adapter files: a policy in a few small tensors, bound to one base."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import dms_jax
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.hf.safetensors_files import SafetensorsFiles
+from dms_jax.sharding import make_mesh
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TRAINED = GOLDEN / "qwen3_dms_projection_per_head"
+TOKENS = jnp.arange(1, 61).reshape(2, 30)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """The dense base of the trained golden model."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    save_file({k: v for k, v in load_file(TRAINED / "model.safetensors").items() if "dms_proj" not in k}, folder / "model.safetensors")
+    raw = json.loads((TRAINED / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("dms_")}))
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    dms_jax.save_adapter(dms_jax.load(TRAINED), tmp_path / "policy.safetensors")
+    return tmp_path / "policy.safetensors"
+
+
+def test_it_holds_two_tensors_a_layer_under_model_optimizers_names(adapter):
+    assert load_file(adapter).keys() == {k for k in load_file(TRAINED / "model.safetensors") if "dms_proj" in k}
+    assert len(load_file(adapter)) == 2 * 3
+
+
+@pytest.mark.parametrize("dms, dtype, mesh", [(None, jnp.float32, None), (DMSConfig(window_size=99), jnp.float32, None), (None, jnp.float32, (4, 2))])
+def test_base_plus_adapter_is_the_trained_model(base, adapter, dms, dtype, mesh):
+    trained = dms_jax.load(TRAINED)
+    plain = dms_jax.load(base, dtype=dtype, dms=dms, mesh=mesh and make_mesh(*mesh))
+    adapted = dms_jax.load_adapter(plain, adapter)
+    assert adapted.config == trained.config and plain.config.dms == dms
+    assert adapted.embed[...] is plain.embed[...], "the base is shared, not copied"
+    logits, evict = adapted.hard(TOKENS)
+    want, want_evict = trained.hard(TOKENS)
+    np.testing.assert_array_equal(evict, want_evict)
+    np.testing.assert_allclose(logits, want, atol=1e-5)
+    assert evict.any()
+    if mesh:
+        assert adapted.layers.attention.evict_proj[...].sharding.mesh.shape == {"data": 4, "model": 2}
+
+
+def test_it_fits_the_same_base_in_another_dtype_and_an_export_of_it(base, adapter, tmp_path):
+    dms_jax.save(dms_jax.load_adapter(dms_jax.load(base, dtype=jnp.bfloat16), adapter), tmp_path / "merged")
+    want, got = load_file(TRAINED / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in want.items()}
+    again = dms_jax.load_adapter(dms_jax.load(tmp_path / "merged"), adapter)
+    np.testing.assert_array_equal(again.hard(TOKENS)[1], dms_jax.load(TRAINED).hard(TOKENS)[1])
+
+
+def test_another_base_is_refused(base, adapter):
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = np.nextafter(tensors["model.norm.weight"], np.float32(2))
+    save_file(tensors, base / "model.safetensors")
+    with pytest.raises(ConfigError, match="another base: sha256 [0-9a-f]{12}"):
+        dms_jax.load_adapter(dms_jax.load(base), adapter)
+
+
+def rewrite(path: Path, tensors=None, **metadata) -> None:
+    header = SafetensorsFiles("", [str(path)]).metadata | metadata
+    save_file(tensors or load_file(path), path, {k: v for k, v in header.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda p: p.write_bytes(b""), "damaged"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "damaged"),
+        (lambda p: p.unlink(), "no such adapter"),
+        (lambda p: rewrite(p, kind=None), "not an adapter"),
+        (lambda p: rewrite(p, version="2"), "version 2, this dms_jax reads 1"),
+        (lambda p: rewrite(p, dms="{"), "damaged"),
+        (lambda p: rewrite(p, base_sha256=None), "damaged"),
+        (lambda p: rewrite(p, dms=json.dumps({"dms_separate_alpha": False})), "no projection policy"),
+        (lambda p: rewrite(p, {k: v for k, v in load_file(p).items() if ".2." not in k}), r"lacks 2 tensors: model\.layers\.2"),
+        (lambda p: rewrite(p, {k: v[..., :-1].copy() for k, v in load_file(p).items()}), r"dms_proj_alpha.* has shape"),
+    ],
+)  # fmt: skip
+def test_damaged_or_foreign_files_are_refused_in_one_line(base, adapter, damage, words):
+    damage(adapter)
+    with pytest.raises(ConfigError, match=words) as refusal:
+        dms_jax.load_adapter(dms_jax.load(base), adapter)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_model_without_an_evict_head_has_nothing_to_save(base, tmp_path):
+    with pytest.raises(ConfigError, match="no policy"):
+        dms_jax.save_adapter(dms_jax.load(base), tmp_path / "x")
+    with pytest.raises(ConfigError, match="query projection"):
+        dms_jax.save_adapter(dms_jax.load(GOLDEN / "qwen3_dms_borrowed_query_channel"), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_existing_file_is_not_overwritten_unasked(adapter):
+    before = adapter.read_bytes()
+    with pytest.raises(ConfigError, match="exists"):
+        dms_jax.save_adapter(dms_jax.load(TRAINED), adapter)
+    assert adapter.read_bytes() == before
+    dms_jax.save_adapter(dms_jax.load(TRAINED), adapter, overwrite=True)
+    assert load_file(adapter).keys() == {k for k in load_file(TRAINED / "model.safetensors") if "dms_proj" in k}

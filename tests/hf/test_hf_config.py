@@ -1,0 +1,159 @@
+"""config.json in both spellings, the refusals, and the policy keys."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeScaling
+from dms_jax.hf.hf_config import DMS_KEYS, FAMILIES, dms_config, dms_keys, folder_config, fresh_config, model_config, read_folder
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+LLAMA2 = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+          "num_attention_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-5}  # fmt: skip
+# NVIDIA's released folder, `dms.md` 8.1: only these of the policy keys.
+NVIDIA = LLAMA2 | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "dms_cr": 8, "dms_window_size": 512,
+                   "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
+        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                              "original_max_position_embeddings": 8192}, "torch_dtype": "bfloat16"},
+         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
+                              "original_max_position_embeddings": 8192}, "dtype": "bfloat16"}),
+    ],
+)  # fmt: skip
+def test_old_and_new_spellings_mean_the_same(old, new):
+    assert model_config(LLAMA2 | old) == model_config(LLAMA2 | new)
+
+
+def test_what_a_llama2_file_leaves_out_takes_the_class_defaults():
+    config = model_config(LLAMA2)
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.tie_word_embeddings) == (4, 16, 10000.0, False)
+    assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+
+
+def test_families_differ_in_biases_and_norms():
+    common = LLAMA2 | {"num_key_value_heads": 2}
+    assert model_config(common | {"model_type": "qwen2"}).qkv_bias and not model_config(common | {"model_type": "qwen2"}).o_bias
+    assert model_config(common | {"model_type": "qwen3"}).qk_norm
+    biased = model_config(common | {"attention_bias": True, "mlp_bias": True})
+    assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
+
+
+@pytest.mark.parametrize(
+    "family, keys, window",
+    [
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 32}, 32),
+        ("mistral", {}, 4096),  # the class default: a file without the key has a window
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": False}, None),
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
+        ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, 32),
+        ("qwen3", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 32),
+        ("qwen3", {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, None),
+    ],
+)
+def test_the_models_own_sliding_window(family, keys, window):
+    assert model_config(LLAMA2 | {"model_type": family, "num_key_value_heads": 2} | keys).sliding_window == window
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"model_type": "gemma3"}, "gemma3.*llama, mistral, qwen2, qwen3"),
+        ({"rms_norm_epz": 1e-5}, "rms_norm_epz.*did you mean rms_norm_eps"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*may change the mathematics"),
+        ({"dms_window_sise": 8}, "dms_window_sise.*did you mean dms_window_size"),
+        ({"hidden_act": "gelu"}, "hidden_act.*silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*default, linear, llama3"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
+        ({"rope_scaling": {"type": "linear"}}, "linear.*lacks factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "3 key/value heads"),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True}, "attention_bias.*mistral"),
+        ({"dms_window_size": "big"}, "dms_window_size"),
+        ({"dms_window_size": -1}, "window_size.*>= 0"),
+        ({"dms_alpha_per": "token"}, "dms_alpha_per.*head, layer"),
+        ({"dms_disable_eviction": True}, "dms_disable_eviction"),
+    ],
+)
+def test_refusals_are_one_line_and_name_the_key(keys, words):
+    with pytest.raises(ConfigError, match=words) as refusal:
+        model_config(LLAMA2 | keys)
+    assert "\n" not in str(refusal.value)
+
+
+def test_nvidias_folder_is_borrowed_shift_one_and_zeroed_twice():
+    dms = model_config(NVIDIA).dms
+    assert dms == DMSConfig(variant="borrowed", window_size=512, target_cr=8.0, decision_shift=1, zero_borrowed="pre+post")
+    assert dms_config(NVIDIA | {"dms_separate_alpha": True}).variant == "projection"
+    assert model_config(LLAMA2).dms is None
+
+
+def write(folder: Path, **files) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_fastdms_folders_decide_about_themselves_with_the_channel_live(tmp_path):
+    want = DMSConfig(variant="borrowed", window_size=128, evict_logit_bias=4.0, decision_shift=0, zero_borrowed="none")
+    metadata = {"window_size": 128, "alpha_offset": 4.0, "context_len": 2048}
+    assert read_folder(write(tmp_path / "a", config=LLAMA2, dms_metadata=metadata))[1].dms == want
+    assert read_folder(write(tmp_path / "b", config=LLAMA2, dms_metadata={"config": metadata}))[1].dms == want
+    assert read_folder(write(tmp_path / "c", config=LLAMA2 | metadata))[1].dms == want
+    write(tmp_path / "run", training_log={"config": metadata})
+    assert read_folder(write(tmp_path / "run" / "final", config=LLAMA2))[1].dms == want
+    # An explicit key wins, also for the convention itself.
+    explicit = read_folder(write(tmp_path / "d", config=LLAMA2 | {"dms_window_size": 64, "dms_decision_shift": 1}, dms_metadata=metadata))[1].dms
+    assert (explicit.window_size, explicit.decision_shift, explicit.evict_logit_bias, explicit.zero_borrowed) == (64, 1, 4.0, "none")
+
+
+@pytest.mark.parametrize("variant", ["projection", "borrowed"])
+def test_policy_keys_round_trip_and_none_is_left_implicit(variant):
+    dms = DMSConfig(variant, 7, 3.5, 0.25, 50.0, 2.0, "layer", 0, "pre")
+    assert dms_config(dms_keys(dms)) == dms
+    assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items()), "every field differs from its default here"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fresh_config_reads_back(family):
+    config = ModelConfig(family, 131, 48, 96, 2, 4, 2, 16, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+                         qkv_bias=family == "qwen2", qk_norm=family == "qwen3", sliding_window=None if family == "llama" else 64,
+                         eos_token_ids=(3, 5), bos_token_id=1, tie_word_embeddings=True)  # fmt: skip
+    assert model_config(fresh_config(config)) == config
+    linear = dataclasses.replace(config, rope_scaling=RopeScaling("linear", 2.0), sliding_window=None, eos_token_ids=(3,), dms=DMSConfig())
+    assert model_config(folder_config(linear)) == linear
+
+
+def test_the_original_config_is_kept_but_for_the_policy():
+    original = json.loads((GOLDEN / "qwen3_dms_projection_per_head" / "config.json").read_text()) | {"auto_map": {"AutoConfig": "x.Y"}}
+    config = model_config(original)
+    written = folder_config(config.with_dms(dataclasses.replace(config.dms, window_size=99)), original)
+    changed = {key for key in written.keys() | original.keys() if written.get(key) != original.get(key)}
+    assert changed == {"architectures", "auto_map", "dms_window_size", "dms_decision_shift", "dms_zero_mode"}
+
+
+def test_stop_tokens_of_generation_config_are_added(tmp_path):
+    folder = write(tmp_path, config=LLAMA2 | {"eos_token_id": 2}, generation_config={"eos_token_id": [7, 2]})
+    assert read_folder(folder)[1].eos_token_ids == (2, 7)
+
+
+@pytest.mark.parametrize("text, words", [("{", "not valid JSON"), ("[1]", "JSON object"), ("", "not valid JSON")])
+def test_damaged_json_names_the_file(tmp_path, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"config.json.*{words}"):
+        read_folder(tmp_path)

@@ -1,0 +1,61 @@
+"""The decoder against logits of public reference code (tests/golden/README.md)."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import dms_jax
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PLAIN = ["llama3_rope_scaled", "llama_untied", "qwen2_qkv_bias", "qwen3_qk_norm", "mistral"]
+DMS = ["projection_per_head", "projection_per_layer", "borrowed_query_channel", "chunked_prefill"]
+PROMPT = 41  # tokens the reference trained on and prefilled; the other 23 were decoded one by one
+
+
+def reference(name: str) -> tuple[dms_jax.ModelConfig, dict]:
+    model, tensors = dms_jax.load(GOLDEN / name), load_file(GOLDEN / name / "tensors.safetensors")
+    return model, tensors | {"input_ids": jnp.asarray(tensors["input_ids"], jnp.int32)}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_dense_logits_are_those_of_transformers(name):
+    model, want = reference(name)
+    np.testing.assert_allclose(model.dense(want["input_ids"]), want["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", DMS)
+def test_hard_mask_equals_the_reference_prefill_and_decode(name):
+    model, want = reference(f"qwen3_dms_{name}")
+    logits, evict = model.hard(want["input_ids"])
+    np.testing.assert_allclose(logits, np.concatenate([want["prefill_logits"], want["decode_logits"]], axis=1), atol=1e-4)
+    assert 0.05 < evict.mean() < 0.95, "a policy that keeps or drops everything tests nothing"
+
+
+@pytest.mark.parametrize("name", DMS)
+def test_live_pairs_are_those_of_the_reference_cache(name):
+    """A pair is live at step q unless its decision said evict and it is older than the window."""
+    model, want = reference(f"qwen3_dms_{name}")
+    evict = np.asarray(model.hard(want["input_ids"])[1])
+    shift, window = model.config.dms.decision_shift, model.config.dms.window_size
+    marked = np.concatenate([evict[..., shift:], np.zeros_like(evict[..., :shift])], axis=-1)
+    for step, lengths in enumerate(want["decode_cache_lengths"]):
+        now = PROMPT + step
+        pair = np.arange(now + 1)
+        gone = marked[..., : now + 1] & (now - pair > window)
+        # The reference leaves an expired pair in its slot until a new pair takes it; slots are only ever added.
+        assert (gone.shape[-1] - gone.sum(-1) <= lengths.reshape(gone.shape[:-1])).all()
+        ever = [now_ + 1 - (marked[..., : now_ + 1] & (now_ - np.arange(now_ + 1) > window)).sum(-1) for now_ in range(PROMPT - 1, now + 1)]
+        np.testing.assert_array_equal(np.max(ever, axis=0), lengths)
+
+
+@pytest.mark.parametrize("name", DMS)
+def test_relaxed_logits_are_those_of_the_noisy_student(name):
+    model, want = reference(f"qwen3_dms_{name}")
+    prompt = want["input_ids"][:, :PROMPT]
+    logits, evict = model.relaxed(prompt, jnp.asarray(want["noise"]))
+    np.testing.assert_allclose(logits, want["student_logits"], atol=1e-4)
+    np.testing.assert_allclose(evict.mean(), want["dms_frac_closed"][0], atol=1e-6)
+    np.testing.assert_allclose(model.dense(prompt), want["teacher_logits"], atol=1e-4)

@@ -1,0 +1,78 @@
+"""metrics.jsonl: a header line of provenance, then one object a step or measurement, keys `group/name`."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+
+def provenance(config: dict, hashes: dict) -> dict:
+    """Versions, device, commit, config and hashes: the first line of the file."""
+    import flax
+    import jax
+    import optax
+    import orbax.checkpoint
+
+    import dms_jax
+
+    device = jax.devices()[0]
+    return {
+        "header": {
+            "dms_jax": dms_jax.__version__, "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+            "optax": optax.__version__, "orbax": orbax.checkpoint.__version__, "device": device.device_kind, "devices": jax.device_count(),
+            "processes": jax.process_count(), "commit": _commit(), **hashes,
+        },
+        "config": config,
+    }  # fmt: skip
+
+
+def _commit() -> str:
+    try:
+        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+class MetricsFile:
+    """Appends lines; a disk that fails costs the log, never the run."""
+
+    def __init__(self, path: Path, header: dict, resumed_at: int | None):
+        """A resumed run drops the lines of steps it is about to repeat, so that each step stands once."""
+        self.path, self._broken = path, False
+        if resumed_at is not None and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, resumed_at)]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
+
+    def append(self, values: dict) -> None:
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(values, default=_plain) + "\n")
+        except OSError as why:
+            if not self._broken:
+                print(f"cannot write {self.path}: {why}; the run goes on without its log", file=sys.stderr)
+            self._broken = True
+
+
+def _belongs(line: str, resumed_at: int) -> bool:
+    try:
+        return json.loads(line).get("step", -1) < resumed_at
+    except json.JSONDecodeError:  # the line a killed run was writing
+        return False
+
+
+def _plain(value):
+    return np.asarray(value).tolist()
+
+
+def read_steps(path: Path) -> list[dict]:
+    """The training steps of a metrics file, in order."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "loss/total" in line]

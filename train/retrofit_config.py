@@ -1,0 +1,165 @@
+"""The configuration of a retrofit: every key, its unit and range. Imports no JAX, so `--help` is instant.
+
+The defaults are the embedded default's recipe (docs/experiments.md); configs/train/ holds those of larger models.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from dms_jax.config import ConfigError, DMSConfig, build, override, read_yaml
+from train.data import DataConfig
+
+Mode = Literal["adapter", "full", "borrowed"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """loss/total = loss/distill + compression_weight * loss/compression."""
+
+    order: Literal["student_teacher", "teacher_student"] = "student_teacher"  # KL(student || teacher) is the reference's
+    compression_weight: float = 1.0  # >= 0
+    scope: Literal["global", "layer", "head"] = "global"  # over what the target fraction has to hold
+    decidable_only: bool = False  # leave decisions that cannot take effect within the row out of the compression loss
+
+    def __post_init__(self):
+        if self.compression_weight < 0:
+            raise ConfigError(f"loss.compression_weight must be >= 0, got {self.compression_weight!r}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """optax.adamw; betas, decay and clipping are the reference's (Model-Optimizer `qwen3_8b.yaml`)."""
+
+    learning_rate: float = 1e-4  # > 0
+    warmup_steps: int = 0  # linear from 0
+    decay_fraction: float = 0.0  # in [0, 1]; over this last part of the steps the rate falls linearly to a tenth
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of the global gradient, > 0
+
+    def __post_init__(self):
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optimizer.{name} must be > 0, got {getattr(self, name)!r}")
+        if self.warmup_steps < 0 or self.weight_decay < 0:
+            raise ConfigError("optimizer.warmup_steps and optimizer.weight_decay must be >= 0")
+        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.decay_fraction <= 1):
+            raise ConfigError("optimizer.b1 and optimizer.b2 must be in [0, 1), optimizer.decay_fraction in [0, 1]")
+
+
+@dataclass(frozen=True)
+class RetrofitConfig:
+    """One run of `python -m train.retrofit`."""
+
+    model: str = ""  # folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct
+    data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
+    output: str = "runs/retrofit"
+    mode: Mode = "adapter"  # base frozen | all weights, separate teacher | a query channel, freed first, then all weights
+    steps: int = 100  # optimizer steps in all, >= 1
+    length: int = 1024  # tokens of a row, >= 2
+    batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
+    accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
+    seed: int = 0
+    mesh: str = "1x1"  # data (batch and fully sharded parameters) x model (KV heads)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
+    remat: bool = True  # recompute a layer in the backward pass: one residual stream per layer is kept
+    dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.6)
+    initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
+    cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: four fifths of the steps
+    ramp_steps: int = 0  # `borrowed` only: steps that free the channel; 0: a third of the steps
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval_every: int = 0  # steps between validations; 0: at the end only
+    eval_rows: int = 16  # held-out rows of a validation
+    save_every: int = 50  # steps between checkpoints
+    keep: int = 2  # checkpoints that stay
+    tensorboard: bool = False  # also write OUTPUT/tensorboard (pip install "dms-jax[log]")
+
+    def __post_init__(self):
+        at_least = {"steps": 1, "length": 2, "batch_size": 0, "accumulate": 1, "initial_cr": 1, "cr_steps": 0, "ramp_steps": 0, "eval_every": 0,
+                    "eval_rows": 1, "save_every": 1, "keep": 1, "seed": 0}  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be >= {least}, got {getattr(self, name)!r}")
+        if self.dms.target_cr < self.initial_cr:
+            raise ConfigError(f"dms.target_cr ({self.dms.target_cr:g}) is below initial_cr ({self.initial_cr:g}); the ratio only rises")
+        if max(self.cr_steps, self.ramp_steps) + (self.ramp_steps if self.cr_steps else 0) > self.steps:
+            raise ConfigError(f"cr_steps ({self.cr_steps}) and ramp_steps ({self.ramp_steps}) do not fit into steps ({self.steps})")
+        if self.ramp_steps and self.mode != "borrowed":
+            raise ConfigError(f"ramp_steps belongs to mode borrowed; mode is {self.mode}")
+        if not self.output:
+            raise ConfigError("output is empty; name a folder")
+
+    @property
+    def first_gated_step(self) -> int:
+        """Steps of `borrowed` before any gate acts."""
+        return (self.ramp_steps or max(1, self.steps // 3)) if self.mode == "borrowed" else 0
+
+    @property
+    def rising_steps(self) -> int:
+        """Steps, after the ramp, in which the nominal ratio rises."""
+        return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 4 // 5)
+
+
+# Keys that may change when a run is resumed: they do not change what is computed.
+FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "save_every", "keep", "tensorboard", "remat"}
+
+
+def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:
+    """YAML file, then `--set`, then `--mesh`; strict."""
+    raw = read_yaml(path) if path else {}
+    # The nested defaults are this recipe's, not the classes': a key that is given must not reset its neighbours.
+    merged = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
+    _merge(merged, raw)
+    for assignment in assignments:
+        if assignment.partition("=")[0].strip().startswith("data.") and not isinstance(merged.get("data", {}), dict):
+            merged["data"] = {"paths": merged["data"]}
+        override(merged, assignment)
+    if mesh is not None:
+        merged["mesh"] = mesh
+    if not isinstance(merged.get("data", {}), dict):
+        merged["data"] = {"paths": merged["data"]}
+    return build(RetrofitConfig, merged)
+
+
+def _merge(into: dict, raw: dict) -> None:
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def differences(old: dict, new: dict, path: str = "") -> list[str]:
+    """What of a saved config a resumed run would change, as `key: old -> new`, without the keys that are free to."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = f"{path}{key}", old.get(key), new.get(key)
+        if name in FREE_ON_RESUME:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{name}.")
+        elif a != b and not (isinstance(a, list | tuple) and isinstance(b, list | tuple) and list(a) == list(b)):
+            found.append(f"{name}: {a} -> {b}")
+    return found
+
+
+def keys_help() -> str:
+    """Every key with its default, for --help."""
+    lines = []
+
+    def add(config, path: str) -> None:
+        for f in dataclasses.fields(config):
+            value = getattr(config, f.name)
+            if dataclasses.is_dataclass(value):
+                add(value, f"{path}{f.name}.")
+            else:
+                kind = typing.get_type_hints(type(config))[f.name]
+                choices = f"  ({' | '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is Literal else ""
+                lines.append(f"  {path}{f.name} = {value!r}{choices}")
+
+    add(RetrofitConfig(), "")
+    return "\n".join(lines)
