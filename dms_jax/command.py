@@ -1,6 +1,7 @@
 """What every command shares: options, one-line errors, simulated devices. Imports no accelerator library by itself."""
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable
@@ -54,10 +55,8 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             raise ConfigError(f'--distributed wants "auto" or HOST:PORT,COUNT,INDEX; got {distributed!r}') from None
         if num_devices % processes:
             raise ConfigError(f"{num_devices} devices cannot be shared evenly by {processes} processes")
-    try:
+    with contextlib.suppress(RuntimeError):  # JAX already runs (a notebook, a test): the mesh checks what there is
         jax.config.update("jax_num_cpu_devices", num_devices // processes)
-    except RuntimeError:
-        pass  # JAX already runs (a notebook, a test): the mesh checks what there is
     if distributed:
         try:
             jax.distributed.initialize(*(() if distributed == "auto" else (address, processes, process)))

@@ -22,6 +22,19 @@ class RowMetrics(NamedTuple):
     evict_fraction: Float[Array, "L B K"]
 
 
+class EvaluationBatch(NamedTuple):
+    """Rows to measure on; any object with these fields will do."""
+
+    tokens: np.ndarray  # int32 [B, T]
+    segment_ids: np.ndarray  # int32 [B, T]
+    loss_mask: np.ndarray  # bool [B, T]
+
+    @classmethod
+    def whole(cls, tokens: np.ndarray) -> "EvaluationBatch":
+        """Rows of one document each, without padding."""
+        return cls(tokens, np.zeros_like(tokens), np.ones(tokens.shape, bool))
+
+
 def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.roll(tokens, -1, axis=1)
 
@@ -30,7 +43,9 @@ def retrofit_rows(student: Decoder, teacher: Decoder, tokens: Int[Array, "B T"],
     """Hard decisions against the dense teacher."""
     dms = student.config.dms
     hidden, evict = student.hard_hidden(tokens, segment_ids)
-    tokens_out = token_metrics(hidden, teacher.dense_hidden(tokens, segment_ids), student.output_embedding(), teacher.output_embedding(), next_tokens(tokens))
+    tokens_out = token_metrics(
+        hidden, teacher.dense_hidden(tokens, segment_ids), student.output_embedding(), teacher.output_embedding(), next_tokens(tokens)
+    )
     return RowMetrics(tokens_out, live_counts(evict, dms.window_size, dms.decision_shift), jnp.mean(evict, axis=-1))
 
 
@@ -86,13 +101,18 @@ class HeldOutReport:
 
     def table(self) -> str:
         """What is printed at the end of a run."""
-        head = f"{'held out, ' + str(self.num_tokens) + ' tokens':<28}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}" \
-               f"{'ppl':>8}{'vs dense':>9}{'top-1':>8}"  # fmt: skip
-        dense = self.arms[0].dense_perplexity
-        lines = [head, f"{'dense':<28}{self.length:>6}{1:>7.2f}{1:>9.2f}{0:>9.4f}{0:>8.3f}{0:>8.3f}{0:>8.3f}{dense:>8.2f}{0:>+9.2%}{1:>8.1%}"]
+
+        def line(name, live, cr, nominal, *kl, ppl, change, agree):
+            tails = "".join(f"{value:>8.3f}" for value in kl[1:])
+            return f"{name:<28}{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
+
+        title = f"held out, {self.num_tokens} tokens"
+        lines = [f"{title:<28}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"]
+        lines.append(line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.arms[0].dense_perplexity, change=0, agree=1))
         for arm in self.arms:
-            lines.append(f"{arm.name:<28}{arm.live_tokens:>6.0f}{arm.realised_cr:>7.2f}{arm.nominal_cr:>9.2f}{arm.kl_mean:>9.4f}{arm.kl_p95:>8.3f}"
-                         f"{arm.kl_p99:>8.3f}{arm.kl_max:>8.3f}{arm.perplexity:>8.2f}{arm.perplexity_change:>+9.2%}{arm.top1_agreement:>8.1%}")  # fmt: skip
+            kl = arm.kl_mean, arm.kl_p95, arm.kl_p99, arm.kl_max
+            size = arm.live_tokens, arm.realised_cr, arm.nominal_cr
+            lines.append(line(arm.name, *size, *kl, ppl=arm.perplexity, change=arm.perplexity_change, agree=arm.top1_agreement))
         return "\n".join(lines)
 
 
@@ -126,10 +146,10 @@ def counted_tokens(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray
 
 
 def held_out_report(
-    batches: Iterable,
+    batches: Iterable[EvaluationBatch],
     length: int,
-    retrofit: Callable[[object], RowMetrics],
-    sliding_window: Callable[[object, StreamingLLM], TokenMetrics] | None,
+    retrofit: Callable[[EvaluationBatch], RowMetrics],
+    sliding_window: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
 ) -> HeldOutReport:
     """Run the retrofitted model over `batches` (tokens, segment_ids, loss_mask), then the sliding window with as many live
     tokens as that turned out to keep. The callables run one batch on the devices; `sliding_window` None leaves it out."""

@@ -37,8 +37,7 @@ def make_mesh(data: int, model: int) -> Mesh:
     devices = jax.devices()
     if data * model != len(devices):
         raise ConfigError(
-            f"mesh {data}x{model} needs {data * model} devices, this job has {len(devices)} ({devices[0].device_kind}). "
-            f"Use --mesh {len(devices)}x1"
+            f"mesh {data}x{model} needs {data * model} devices, this job has {len(devices)} ({devices[0].device_kind}). Use --mesh {len(devices)}x1"
         )
     return Mesh(np.array(devices).reshape(data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

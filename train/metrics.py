@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dms_jax.config import ConfigError
+
 
 def provenance(config: dict, hashes: dict) -> dict:
     """Versions, device, commit, config and hashes: the first line of the file."""
@@ -41,9 +43,10 @@ def _commit() -> str:
 class MetricsFile:
     """Appends lines; a disk that fails costs the log, never the run."""
 
-    def __init__(self, path: Path, header: dict, resumed_at: int | None):
+    def __init__(self, path: Path, header: dict, resumed_at: int | None, tensorboard: bool = False):
         """A resumed run drops the lines of steps it is about to repeat, so that each step stands once."""
         self.path, self._broken = path, False
+        self._tensorboard = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
         if resumed_at is not None and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, resumed_at)]
             temporary = path.with_suffix(".tmp")
@@ -52,6 +55,10 @@ class MetricsFile:
         self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
 
     def append(self, values: dict) -> None:
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                if "/" in key and isinstance(value, int | float):
+                    self._tensorboard.add_scalar(key, value, values["step"])
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values, default=_plain) + "\n")
@@ -66,6 +73,14 @@ def _belongs(line: str, resumed_at: int) -> bool:
         return json.loads(line).get("step", -1) < resumed_at
     except json.JSONDecodeError:  # the line a killed run was writing
         return False
+
+
+def _tensorboard_writer(folder: Path):
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as why:
+        raise ConfigError('tensorboard=true needs tensorboardX: pip install "dms-jax[log]"') from why
+    return SummaryWriter(str(folder))
 
 
 def _plain(value):

@@ -63,7 +63,7 @@ class RetrofitConfig:
     batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
     accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
     seed: int = 0
-    mesh: str = "1x1"  # data (batch and fully sharded parameters) x model (KV heads)
+    mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or two on a CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
     remat: bool = True  # recompute a layer in the backward pass: one residual stream per layer is kept
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.6)
@@ -92,6 +92,14 @@ class RetrofitConfig:
             raise ConfigError(f"ramp_steps belongs to mode borrowed; mode is {self.mode}")
         if not self.output:
             raise ConfigError("output is empty; name a folder")
+
+        if self.mode == "adapter" and self.dms.variant == "borrowed":
+            raise ConfigError("the borrowed variant has no adapter to train; use mode=borrowed")
+
+    @property
+    def policy(self) -> DMSConfig:
+        """The policy that is trained: mode `borrowed` means its variant."""
+        return dataclasses.replace(self.dms, variant="borrowed") if self.mode == "borrowed" else self.dms
 
     @property
     def first_gated_step(self) -> int:

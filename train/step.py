@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
-from dms_jax.core.losses import compression_loss, decidable, distill_sum
+from dms_jax.core.losses import compression_loss, decidable, distill_sum, live_counts
 from dms_jax.evaluation import RowMetrics, retrofit_rows, sliding_window_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.layers import EvictParam
@@ -26,6 +26,7 @@ from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import named_sharding, spec
 from train.optimizer import build_optimizer, optimizer_shardings, rate_schedule
 from train.retrofit_config import LossConfig, Mode, OptimizerConfig
+
 
 @dataclass(frozen=True)
 class StepConfig:
@@ -55,10 +56,10 @@ class TrainState(NamedTuple):
 class Retrofit:
     """The functions of one run, compiled once each: `step`, `free_channel`, `evaluate`, `evaluate_sliding_window`."""
 
-    def __init__(self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh):
+    def __init__(self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh, compute_dtype: jnp.dtype):
         """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`."""
         self.config, self.mesh, self.dms = config, mesh, model.config.dms
-        self.compute_dtype = model.embed[...].dtype
+        self.compute_dtype = compute_dtype
         self.student = Template(model)
         self.teacher = Template(teacher) if teacher is not None else None
         chosen = self.student.names(is_evict_head if config.mode == "adapter" else is_any)
@@ -80,7 +81,9 @@ class Retrofit:
         self.free_channel = self._jit(self._free_channel, donate=(0,), out=self.shardings)
         self.evaluate = self._jit(self._evaluate, out=everywhere)
         self.evaluate_sliding_window = self._jit(self._evaluate_sliding_window, out=everywhere, static=(2,))
-        self.finite_gradients = self._jit(lambda state, frozen, batch: jax.tree.map(_finite_per_layer, self._gradients(state, frozen, batch)[0]), out=everywhere)
+        self.finite_gradients = self._jit(
+            lambda state, frozen, batch: jax.tree.map(_finite_per_layer, self._gradients(state, frozen, batch)[0]), out=everywhere
+        )
 
     def _jit(self, f, *, out, donate=(), static=()):
         compiled = jax.jit(f, donate_argnums=donate, static_argnums=static, out_shardings=out)
@@ -96,7 +99,10 @@ class Retrofit:
     # --- model views ---
 
     def student_model(self, trainable: Params, frozen: Params) -> Decoder:
-        cast = {name: a if issubclass(type(self.student.variables[name][1]), EvictParam) else a.astype(self.compute_dtype) for name, a in trainable.items()}
+        cast = {
+            name: a if issubclass(type(self.student.variables[name][1]), EvictParam) else a.astype(self.compute_dtype)
+            for name, a in trainable.items()
+        }
         return self.student.merge(cast, {} if self.teacher else frozen)
 
     def teacher_model(self, trainable: Params, frozen: Params) -> Decoder:
@@ -133,8 +139,10 @@ class Retrofit:
         compression = compression_loss(evict, evict_fraction(cr), scope=c.loss.scope, counted=counted) / c.accumulate
         compression = jnp.where(ramping, 0.0, compression)
         evicted = jnp.sum(evict * micro.loss_mask[:, None]) / (num_tokens * evict.shape[0] * evict.shape[2])
+        live = jnp.mean(live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)) / c.accumulate
         total = distill + c.loss.compression_weight * compression
-        return total, {"loss/total": total, "loss/distill": distill, "loss/compression": compression, "cache/evict_fraction": evicted}
+        return total, {"loss/total": total, "loss/distill": distill, "loss/compression": compression, "cache/evict_fraction": evicted,
+                       "cache/live_tokens": live}  # fmt: skip
 
     def nominal_target(self, step: Array) -> Array:
         return target_cr(jnp.maximum(step - self.config.ramp_steps, 0), self.config.initial_cr, self.dms.target_cr, max(self.config.cr_steps, 1))
@@ -149,7 +157,10 @@ class Retrofit:
         def add(carry, micro):
             return jax.tree.map(jnp.add, carry, of(state.trainable, frozen, micro, state.step, num_tokens)), None
 
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(of, state.trainable, frozen, jax.tree.map(lambda x: x[0], micros), state.step, num_tokens))
+        zero = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(of, state.trainable, frozen, jax.tree.map(lambda x: x[0], micros), state.step, num_tokens),
+        )
         return jax.lax.scan(add, zero, micros)[0]
 
     def _micro_batches(self, x: Array) -> Array:
@@ -169,6 +180,7 @@ class Retrofit:
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics |= {"optim/grad_norm": norm, "optim/learning_rate": jnp.asarray(self.rate(before), jnp.float32),
                     "cache/target_cr": self.nominal_target(before), "cache/nominal_cr": 1 / jnp.maximum(1 - metrics["cache/evict_fraction"], 1e-6),
+                    "cache/realised_cr": self.config.length / metrics["cache/live_tokens"],
                     "finite": finite}  # fmt: skip
         return state, metrics
 
@@ -182,7 +194,9 @@ class Retrofit:
     # --- held-out rows ---
 
     def _evaluate(self, state: TrainState, frozen: Params, batch) -> RowMetrics:
-        return retrofit_rows(self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids)
+        return retrofit_rows(
+            self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids
+        )
 
     def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
         return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
@@ -203,11 +217,14 @@ class Retrofit:
             return jax.make_array_from_callback(dims, sharding, lambda index: getattr(rows(*index[0].indices(batch_size)[:2]), field))
 
         kind = type(rows(0, 1)) if jax.process_count() == 1 else type(batch_of(0, 1))
-        return kind(tokens=array("tokens", shape), segment_ids=array("segment_ids", shape), loss_mask=array("loss_mask", shape), examples=array("examples", shape[:1]))
+        return kind(
+            tokens=array("tokens", shape),
+            segment_ids=array("segment_ids", shape),
+            loss_mask=array("loss_mask", shape),
+            examples=array("examples", shape[:1]),
+        )
 
 
 def _finite_per_layer(gradient: Array) -> Array:
     axes = tuple(range(1, gradient.ndim)) if gradient.ndim > 1 else ()
     return jnp.all(jnp.isfinite(gradient), axis=axes)
-
-

@@ -23,8 +23,16 @@ DEFAULT_BLOCK = 512
 
 
 @typed
-def gated_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], log_keep: Float[Array, "B K T"],
-                    *, window_size: int, segment_ids: Int[Array, "B T"] | None = None, block: int | None = None) -> Float[Array, "B T N H"]:
+def gated_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_keep: Float[Array, "B K T"],
+    *,
+    window_size: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    block: int | None = None,
+) -> Float[Array, "B T N H"]:
     """Causal grouped-query attention under eviction gates; equals `reference_attention`.
 
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32; gradients reach q, k, v and it.

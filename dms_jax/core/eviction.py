@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from dms_jax.axes import typed
 
@@ -15,13 +15,14 @@ def evict_logits(raw: Float[Array, "*A"], scale: float, bias: float) -> Float[Ar
 
 @typed
 def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Array, "B K T"]:
-    """"head": each KV head decides for itself; "layer": head 0 decides for all."""
+    """ "head": each KV head decides for itself; "layer": head 0 decides for all."""
     return jnp.broadcast_to(decision[:, :1], decision.shape) if granularity == "layer" else decision
 
 
 @typed
-def logistic_noise(seed: int | Int[Array, ""], step: int | Int[Array, ""], examples: Int[Array, "B"], num_layers: int, num_kv_heads: int,
-                   length: int) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:
+def logistic_noise(
+    seed: int | Int[Array, ""], step: int | Int[Array, ""], examples: Int[Array, "B"], num_layers: int, num_kv_heads: int, length: int
+) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:
     """The difference of two Gumbels, a function of (seed, step, example, layer) alone: the same on any mesh, for any
     number of hosts and of gradient-accumulation steps."""
     key = jax.random.fold_in(jax.random.key(seed), step)
@@ -46,8 +47,9 @@ def straight_through(z: Float[Array, "*A"]) -> Float[Array, "*A"]:
 
 
 @typed
-def align_to_pairs(decision: Float[Array, "B K T"] | Bool[Array, "B K T"], shift: int,
-                   undecided: float | bool) -> Float[Array, "B K T"] | Bool[Array, "B K T"]:
+def align_to_pairs(
+    decision: Float[Array, "B K T"] | Bool[Array, "B K T"], shift: int, undecided: float | bool
+) -> Float[Array, "B K T"] | Bool[Array, "B K T"]:
     """THE decision shift: entry t becomes the decision about pair t. With shift 1 token t+1 decides pair t and the last
     pair is still `undecided`; with shift 0 a token decides about itself."""
     if shift == 0:

@@ -56,8 +56,9 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
 
 
 @typed
-def compression_loss(evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global",
-                     counted: Bool[Array, "*#B T"] | None = None) -> Float[Array, ""]:
+def compression_loss(
+    evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global", counted: Bool[Array, "*#B T"] | None = None
+) -> Float[Array, ""]:
     """max(0, target - mean evict), averaged over examples: one-sided, so going further costs nothing.
 
     `scope` says over what the mean is taken: "global" (layers, heads and tokens of an example, the reference), "layer" or
@@ -86,9 +87,15 @@ def _logits(hidden: Array, embedding: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def distill_sum(student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], student_embedding: Float[Array, "V D"],
-                teacher_embedding: Float[Array, "V D"], weight: Float[Array, "B T"], order: str = "student_teacher",
-                chunk: int = CHUNK) -> Float[Array, ""]:
+def distill_sum(
+    student: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"],
+    student_embedding: Float[Array, "V D"],
+    teacher_embedding: Float[Array, "V D"],
+    weight: Float[Array, "B T"],
+    order: str = "student_teacher",
+    chunk: int = CHUNK,
+) -> Float[Array, ""]:
     """Sum of weight * KL over tokens, from final-normed hidden states and output embeddings; nats.
 
     `order` "student_teacher" is KL(student || teacher). Gradients reach the student's hidden states and embedding only.
@@ -149,8 +156,14 @@ class TokenMetrics(NamedTuple):
 
 
 @typed
-def token_metrics(student: Float[Array, "B T D"], teacher: Float[Array, "B T D"], student_embedding: Float[Array, "V D"],
-                  teacher_embedding: Float[Array, "V D"], next_tokens: Int[Array, "B T"], chunk: int = CHUNK) -> TokenMetrics:
+def token_metrics(
+    student: Float[Array, "B T D"],
+    teacher: Float[Array, "B T D"],
+    student_embedding: Float[Array, "V D"],
+    teacher_embedding: Float[Array, "V D"],
+    next_tokens: Int[Array, "B T"],
+    chunk: int = CHUNK,
+) -> TokenMetrics:
     """How far two models are apart at every token, in chunks."""
     chunk = min(chunk, student.shape[1])
 
@@ -169,6 +182,6 @@ def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: in
     """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
     length = evict.shape[-1]
     flat = evict.reshape(1, -1, length)
-    marked: Shaped[Array, "..."] = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
+    marked: Shaped[Array, ...] = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
     recent = jnp.arange(length) >= length - 1 - window_size
     return jnp.sum(~marked | recent, axis=-1)

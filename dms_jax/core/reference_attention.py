@@ -21,8 +21,15 @@ def attention_scores_bias(log_keep: Float[Array, "B K S"], window_size: int, seg
 
 
 @typed
-def reference_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], log_keep: Float[Array, "B K T"],
-                        *, window_size: int, segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T N H"]:
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_keep: Float[Array, "B K T"],
+    *,
+    window_size: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H) + bias) v, fp32. `log_keep` belongs to the pair, not to the deciding token."""
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)

@@ -5,7 +5,7 @@ visible inside the window and carries the additive score `log_keep` outside it.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from dms_jax.axes import typed
 

@@ -21,10 +21,10 @@ class Tokenizer:
         self.inner, self.where = tokenizer, where
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids [T], with the special tokens this tokenizer adds by itself (a BOS for Llama 3, nothing for Qwen)."""
-        return np.asarray(self.inner(text)["input_ids"], np.int32)
+        """Ids [T] of the text alone; `add_bos` says whether the model expects `bos_id` before a document."""
+        return np.asarray(self.inner(text, add_special_tokens=False)["input_ids"], np.int32)
 
-    def encode_chat(self, messages: list[dict], *, reply: bool = True) -> np.ndarray:
+    def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
         """Ids [T] of `[{"role": ..., "content": ...}, ...]` under the chat template; `reply` opens the assistant's turn."""
         if not self.has_chat_template:
             raise ConfigError(f"{self.where} has no chat template; use plain text")
@@ -46,12 +46,17 @@ class Tokenizer:
         return getattr(self.inner, "chat_template", None) is not None
 
     @property
-    def eos_token_id(self) -> int | None:
-        return self.inner.eos_token_id
+    def bos_id(self) -> int | None:
+        return self.inner.bos_token_id
 
     @property
-    def pad_token_id(self) -> int | None:
-        return self.inner.pad_token_id
+    def eos_id(self) -> int | None:
+        return self.inner.eos_token_id
+
+    @functools.cached_property
+    def add_bos(self) -> bool:
+        """Whether this tokenizer begins a text with a BOS by itself (Llama 3 does, Qwen and SmolLM2 do not)."""
+        return self.bos_id is not None and self.inner("a")["input_ids"][:1] == [self.bos_id]
 
     @functools.cached_property
     def hash(self) -> str:

@@ -52,8 +52,16 @@ class AttentionLayer(nnx.Module):
             if config.o_bias:  # Model-Optimizer ties the bias of the evict head to `attention_bias`
                 self.evict_bias = param("layers", "kv_heads", fill=0.0, kind=EvictParam)
 
-    def __call__(self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], gate: Gate, window_size: int, channel: ChannelScale,
-                 frequency: Float[Array, "half"], segment_ids: Int[Array, "B T"] | None) -> tuple[Float[Array, "B T D"], Array]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        gate: Gate,
+        window_size: int,
+        channel: ChannelScale,
+        frequency: Float[Array, "half"],
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Float[Array, "B T D"], Array]:
         """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
         position = jnp.arange(x.shape[1])
         q, k, v = self.project(normed, channel)

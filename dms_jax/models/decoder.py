@@ -28,8 +28,9 @@ class Block(nnx.Module):
         self.attention_norm, self.mlp_norm = (param("layers", "embed", fill=1.0) for _ in range(2))
         self.attention, self.mlp = AttentionLayer(config, param), MLP(config, param)
 
-    def __call__(self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, frequency: Array,
-                 segment_ids: Array | None) -> tuple[Array, Array]:
+    def __call__(
+        self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, frequency: Array, segment_ids: Array | None
+    ) -> tuple[Array, Array]:
         normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
         out, decision = self.attention(x, normed, gate, window_size, channel, frequency, segment_ids)
         x = constrain(x + out, "batch", "length", None)
@@ -58,14 +59,14 @@ class Decoder(nnx.Module):
         """Logits [B T V] of the model that never evicts: the teacher of an adapter."""
         return self.logits(self.dense_hidden(tokens, segment_ids))
 
-    def relaxed(self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"],
-                segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
+    def relaxed(
+        self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
         """Training path: logits under soft gates, and each token's straight-through 0/1 decision. `noise` is logistic."""
         hidden, evict = self.relaxed_hidden(tokens, noise, segment_ids)
         return self.logits(hidden), evict
 
-    def hard(self, tokens: Int[Array, "B T"],
-             segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
+    def hard(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
         """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision."""
         hidden, evict = self.hard_hidden(tokens, segment_ids)
         return self.logits(hidden), evict
@@ -74,8 +75,9 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
     @typed
-    def relaxed_hidden(self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None,
-                       remat: bool = True) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
+    def relaxed_hidden(
+        self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: bool = True
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
         dms = self._policy()
 
         def gate_of(layer_noise):
@@ -87,8 +89,9 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, segment_ids, gate_of, dms.window_size, self._channel(), noise, remat)
 
-    def hard_hidden(self, tokens: Int[Array, "B T"],
-                    segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
+    def hard_hidden(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
         dms = self._policy()
 
         def gate(logits):
@@ -98,15 +101,17 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
 
     @typed
-    def marked_hidden(self, tokens: Int[Array, "B T"], marked: Bool[Array, "T"], window_size: int,
-                      segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+    def marked_hidden(
+        self, tokens: Int[Array, "B T"], marked: Bool[Array, "T"], window_size: int, segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         """The base model when the same pairs, `marked`, leave every head `window_size` steps after they came: a policy
         that looks at positions only, such as a sliding window with sinks."""
         gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))  # noqa: E731
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
-    def ramped_hidden(self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None,
-                      remat: bool = True) -> Float[Array, "B T D"]:
+    def ramped_hidden(
+        self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None, remat: bool = True
+    ) -> Float[Array, "B T D"]:
         """Dense attention with the borrowed channel multiplied by `channel_scale`, before the query norm and after RoPE.
         At 0 the channel's weights have no effect at all and may be set to 0 (`free_borrowed_channel`)."""
         channel = ChannelScale(channel_scale, 1.0, channel_scale)

@@ -111,12 +111,13 @@ def test_converting_writes_a_folder_with_the_same_weights_and_a_tokenizer(tmp_pa
     ids = from_file.encode("ab ab12")
     assert [TOKENS[i] for i in ids] == ["ab", "Ġab", "1", "2"] and from_file.decode(ids) == "ab ab12"
     assert from_file.encode_chat([{"role": "user", "content": "ab"}]).tolist() == [0, TOKENS.index("ab")]
-    assert from_file.eos_token_id == 1
+    assert from_file.eos_id == 1
 
 
 def test_a_llama3_tokenizer_adds_its_bos(tmp_path):
     tokenizer = dms_jax.load_tokenizer(write_gguf(tmp_path / "m.gguf", "llama_untied", tokenizer="llama-bpe"))
-    assert [TOKENS[i] for i in tokenizer.encode("ab")] == ["<s>", "ab"]
+    assert [TOKENS[i] for i in tokenizer.encode("ab")] == ["ab"]
+    assert tokenizer.add_bos and TOKENS[tokenizer.bos_id] == "<s>"
 
 
 def test_an_unknown_tokenizer_costs_the_tokenizer_not_the_weights(tmp_path):

@@ -32,13 +32,13 @@ def test_text_to_ids_and_back(tmp_path):
     assert ids.dtype == np.int32 and ids.tolist() == [1, 2]
     assert tokenizer.decode(ids) == "hello world" and tokenizer.decode([1, 4]) == "hello"
     assert tokenizer.encode("").shape == (0,)
-    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (5, 4, None)
+    assert (len(tokenizer), tokenizer.eos_id, tokenizer.bos_id, tokenizer.add_bos) == (5, 4, None, False)
 
 
 def test_chat(tmp_path):
     tokenizer = dms_jax.load_tokenizer(write(tmp_path))
-    assert tokenizer.encode_chat([{"role": "user", "content": "world"}]).tolist() == [1, 2, 3]
-    assert tokenizer.encode_chat([{"role": "user", "content": "world"}], reply=False).tolist() == [1, 2]
+    assert tokenizer.encode_chat([{"role": "user", "content": "world"}], reply=True).tolist() == [1, 2, 3]
+    assert tokenizer.encode_chat([{"role": "user", "content": "world"}]).tolist() == [1, 2]
     with pytest.raises(ConfigError, match="refuses these messages: no villains"):
         tokenizer.encode_chat([{"role": "villain", "content": "world"}])
     plain = dms_jax.load_tokenizer(write(tmp_path / "plain", template=None))

@@ -15,19 +15,20 @@ from train.default_assets import MODEL, WIKIPEDIA, default_model, default_text
 from train.documents import Keys, read_documents
 
 GGUF = b"GGUF" + bytes(range(256)) * 50
-QUESTIONS = [
-    {"context": [["Rome", ["Rome is a city.", " It is old."]], ["Oslo", ["Oslo is north."]]]},
-    {"context": [["Oslo", ["Oslo is north."]], ["Rome", ["Rome is a city.", " It is old."]]]},  # nothing new
-    {"context": [["Oslo", ["Oslo is north."]], ["Kyōto", ["Kyōto was the capital."]]]},
-]
-PAGES = ["Rome\nRome is a city. It is old.\n\nOslo\nOslo is north.", "Kyōto\nKyōto was the capital."]
+ARTICLES = {
+    "data": [
+        {"title": "Rome", "paragraphs": [{"context": "Rome is a city."}, {"context": "It is old."}, {"context": "Rome is a city."}]},
+        {"title": "Kyōto_(city)", "paragraphs": [{"context": "Kyōto was the capital.", "qas": []}]},
+    ]
+}
+PAGES = ["Rome\n\nRome is a city.\n\nIt is old.", "Kyōto (city)\n\nKyōto was the capital."]
 
 
 def source_of(kind, content):
     return replace(kind, member=f"package_nobody_has/{Path(kind.member).name}", sha256=hashlib.sha256(content).hexdigest())
 
 
-MODEL_SOURCE, TEXT_SOURCE = source_of(MODEL, GGUF), source_of(WIKIPEDIA, json.dumps(QUESTIONS).encode())
+MODEL_SOURCE, TEXT_SOURCE = source_of(MODEL, GGUF), source_of(WIKIPEDIA, json.dumps(ARTICLES).encode())
 
 
 @pytest.fixture
@@ -94,26 +95,26 @@ def test_an_installed_package_is_used_without_importing_it(pip, tmp_path, monkey
 
 
 def test_text_groups_paragraphs_and_repeats_none(pip, tmp_path):
-    vars(pip).update(content=json.dumps(QUESTIONS).encode(), source=TEXT_SOURCE)
+    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
     (domain, path), (docs_domain, docs) = default_text(tmp_path, source=TEXT_SOURCE)
     assert (domain, docs_domain) == ("wikipedia", "python_docs")
     assert [text for _, text in read_documents(str(path), Keys("text", "messages"))] == PAGES
     topics = [text for _, text in read_documents(str(docs), Keys("text", "messages"))]
-    assert len(topics) > 50 and sum(map(len, topics)) > 300_000 and len(set(topics)) == len(topics)
+    assert len(topics) > 20 and min(map(len, topics)) >= 3000 and len(set(topics)) == len(topics)
     assert default_text(tmp_path, source=TEXT_SOURCE) == [(domain, path), (docs_domain, docs)] and len(pip.commands) == 1
 
 
 def test_text_is_capped_by_whole_documents(pip, tmp_path):
-    vars(pip).update(content=json.dumps(QUESTIONS).encode(), source=TEXT_SOURCE)
+    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
     (_, path), (_, docs) = default_text(tmp_path, 10, 20_000, TEXT_SOURCE)
     assert [text for _, text in read_documents(str(path), Keys("text", "messages"))] == PAGES[:1]
     topics = [text for _, text in read_documents(str(docs), Keys("text", "messages"))]
-    assert 20_000 <= sum(map(len, topics)) and sum(map(len, topics[:-1])) < 20_000
+    assert sum(map(len, topics)) >= 20_000 and sum(map(len, topics[:-1])) < 20_000
     assert [domain for domain, _ in default_text(tmp_path, 0, 100, TEXT_SOURCE)] == ["python_docs"]
 
 
 def test_truncated_text_is_prepared_again(pip, tmp_path):
-    vars(pip).update(content=json.dumps(QUESTIONS).encode(), source=TEXT_SOURCE)
+    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
     path = default_text(tmp_path, source=TEXT_SOURCE)[0][1]
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])

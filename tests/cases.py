@@ -1,0 +1,66 @@
+"""Tiny random models and data that many tests share, and the NumPy oracle of visibility and decoding."""
+
+import dataclasses
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.models.decoder import Decoder
+
+TINY = ModelConfig(model_type="llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_q_heads=8, num_kv_heads=4,
+                   head_dim=8, max_position_embeddings=512)  # fmt: skip
+
+
+def tiny_model(dms: DMSConfig | None, seed: int = 0, evict_scale: float = 0.1, **fields) -> Decoder:
+    """A random model whose evict head, when it has one, is random too, so that it really evicts."""
+    model = Decoder(dataclasses.replace(TINY, dms=dms, **fields), rngs=nnx.Rngs(seed))
+    if dms is not None and dms.variant == "projection":
+        head = model.layers.attention.evict_proj
+        head[...] = evict_scale * jax.random.normal(jax.random.key(seed + 1), head[...].shape)
+    # Weights of 0.02 make logits that differ by nothing; these make attention and the KL worth comparing.
+    attention = model.layers.attention
+    for weights in (model.embed, attention.q, attention.k, attention.v, attention.o):
+        weights[...] = weights[...] * 8
+    return model
+
+
+def tokens(rng: np.random.Generator, batch: int, length: int) -> np.ndarray:
+    return rng.integers(0, TINY.vocab_size, (batch, length)).astype(np.int32)
+
+
+def pair_flags(alpha: np.ndarray, shift: int) -> np.ndarray:
+    """[T] decisions of tokens -> [T] flags of pairs."""
+    flags = np.zeros_like(alpha)
+    if shift:
+        flags[:-1] = alpha[1:]
+    else:
+        flags[:] = alpha
+    return flags
+
+
+def visible(alpha: np.ndarray, window: int, shift: int) -> np.ndarray:
+    """[T, T] who sees whom, written from the specification, not from the package."""
+    position = np.arange(len(alpha))
+    age = position[:, None] - position[None]
+    return (age >= 0) & ~((pair_flags(alpha, shift)[None] > 0) & (age > window))
+
+
+def decode(alpha: np.ndarray, window: int, shift: int) -> tuple[np.ndarray, list[int]]:
+    """The same by a cache that reuses slots, token by token: ([T, T] who sees whom, live count after each token)."""
+    length = len(alpha)
+    slots, flag, seen, live = [], {}, np.zeros((length, length), bool), []
+    for t in range(length):
+        if shift and t:
+            flag[t - 1] = alpha[t]
+        if not shift:
+            flag[t] = alpha[t]
+        old = t - window - 1
+        if old >= 0 and flag[old]:
+            slots[slots.index(old)] = t
+        else:
+            slots.append(t)
+        seen[t, slots] = True
+        live.append(len(slots))
+    return seen, live

@@ -1,0 +1,54 @@
+"""Gates: noise that depends on (seed, step, example, layer) alone, straight-through gradients, alignment."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dms_jax.core import eviction
+
+
+def noise(examples, step=3, layers=2, length=50, seed=7):
+    return eviction.logistic_noise(seed, step, jnp.asarray(examples), layers, 2, length)
+
+
+def test_noise_belongs_to_the_example_not_to_the_batch():
+    whole = noise([4, 5, 6, 7])
+    np.testing.assert_array_equal(whole[:, 2:], noise([6, 7]))
+    np.testing.assert_array_equal(whole[:1], noise([4, 5, 6, 7], layers=1))
+    for other in (noise([4, 5, 6, 7], step=4), noise([4, 5, 6, 7], seed=8)):
+        assert not np.any(np.asarray(other) == np.asarray(whole))
+    assert not np.any(np.asarray(whole[0]) == np.asarray(whole[1])) and not np.any(np.asarray(whole[:, 0]) == np.asarray(whole[:, 1]))
+
+
+def test_noise_is_logistic():
+    x = np.asarray(noise(range(40), length=1000)).ravel()
+    assert abs(x.mean()) < 0.02 and abs(x.var() / (np.pi**2 / 3) - 1) < 0.02
+    for logit in (-2.0, 0.0, 1.0):  # P(evict | logit) = sigmoid(logit)
+        assert abs((logit + x > 0).mean() - 1 / (1 + np.exp(-logit))) < 0.005
+
+
+def test_straight_through_is_hard_forward_and_soft_backward():
+    z = jnp.array([-3.0, -0.1, 0.1, 5.0, -1e5, 1e5])
+    np.testing.assert_array_equal(eviction.straight_through(z), [0, 0, 1, 1, 0, 1])
+    soft = jax.nn.sigmoid(z)
+    np.testing.assert_allclose(jax.grad(lambda z: eviction.straight_through(z).sum())(z), soft * (1 - soft), rtol=1e-6)
+
+
+@pytest.mark.parametrize("z", [1e5, -1e5, 0.0])
+def test_log_keep_has_finite_value_and_gradient(z):
+    value, gradient = jax.value_and_grad(lambda z: eviction.log_keep(jnp.full((1, 1, 1), z)).sum())(z)
+    np.testing.assert_allclose([value, gradient], [-np.logaddexp(0, z), -1 / (1 + np.exp(-z)) if z < 700 else -1], rtol=1e-6)
+
+
+def test_alignment_and_granularity():
+    decisions = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
+    np.testing.assert_array_equal(eviction.align_to_pairs(decisions, 1, -9.0), [[[2, 3, -9], [5, 6, -9]]])
+    np.testing.assert_array_equal(eviction.align_to_pairs(decisions, 0, -9.0), decisions)
+    np.testing.assert_array_equal(eviction.share_heads(decisions, "layer"), [[[1, 2, 3], [1, 2, 3]]])
+    np.testing.assert_array_equal(eviction.share_heads(decisions, "head"), decisions)
+
+
+def test_an_untrained_head_keeps():
+    np.testing.assert_array_equal(eviction.evict_logits(jnp.zeros(3), 100.0, 5.0), [-5.0] * 3)
+    np.testing.assert_allclose(eviction.evict_logits(jnp.array([0.06, 0.04]), 100.0, 5.0), [1.0, -1.0], rtol=1e-5)
