@@ -167,5 +167,5 @@ def held_out_report(
         baseline = Gathered()
         for batch in batches:
             baseline.add(jax.device_get(sliding_window(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids))
-        arms.append(baseline.arm("sliding window + 4 sinks", length, min(policy.budget, length), 1 - policy.budget / length))
+        arms.append(baseline.arm("sliding_window", length, min(policy.budget, length), 1 - policy.budget / length))
     return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(arms), live, evict)

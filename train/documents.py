@@ -155,9 +155,9 @@ def _document(record: object, where: str, keys: Keys) -> str | list:
     value = record[key]
     if key == keys.text and not isinstance(value, str):
         raise ConfigError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
-    if key != keys.text and value != "":  # "": a null of a table
-        if not isinstance(value, list) or not all(_is_message(item) for item in value):
-            raise ConfigError(f"{where}: {key!r} must be a list of {{'role': str, 'content': str}}, got {str(value)[:60]!r}")
+    is_chat = isinstance(value, list) and all(_is_message(item) for item in value)
+    if key != keys.text and value != "" and not is_chat:  # "": a null of a table
+        raise ConfigError(f"{where}: {key!r} must be a list of {{'role': str, 'content': str}}, got {str(value)[:60]!r}")
     for text in [value] if isinstance(value, str) else [m["content"] for m in value]:
         if "\0" in text:
             raise ConfigError(f"{where}: character {text.index(chr(0))} of {key!r} is NUL; clean the text")

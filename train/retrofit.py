@@ -56,15 +56,16 @@ def choose_devices(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
         start_devices(simulated, distributed)
         import jax
 
-        config = dataclasses.replace(config, mesh=f"{jax.device_count()}x1")
-    data, model = parse_mesh(config.mesh)
-    start_devices(data * model, distributed)
-    batch_size = config.batch_size or data * config.accumulate
-    if batch_size % (data * config.accumulate):
-        raise ConfigError(
-            f"batch_size {batch_size} must be a multiple of {data * config.accumulate}: {data} data-parallel devices x {config.accumulate} micro-batches"
-        )
-    return dataclasses.replace(config, batch_size=batch_size)
+        data = jax.device_count()
+        config = dataclasses.replace(config, mesh=f"{data}x1")
+    else:
+        data, model = parse_mesh(config.mesh)
+        start_devices(data * model, distributed)
+    least = data * config.accumulate
+    if config.batch_size % least:
+        why = f"{data} data-parallel devices x {config.accumulate} micro-batches"
+        raise ConfigError(f"batch_size {config.batch_size} must be a multiple of {least}: {why}")
+    return dataclasses.replace(config, batch_size=config.batch_size or least)
 
 
 class Run:
@@ -196,9 +197,7 @@ class Run:
         except jax.errors.JaxRuntimeError as why:
             if "RESOURCE_EXHAUSTED" not in str(why):
                 raise
-            raise ConfigError(
-                "out of device memory; use a smaller batch_size or more accumulate, a smaller length, or a mesh with more devices"
-            ) from why
+            raise ConfigError("out of device memory; use a larger accumulate, a smaller length, or a mesh of more devices") from why
         finally:
             self.checkpoints.close()
             for number, handler in previous.items():
@@ -266,8 +265,8 @@ class Run:
         values["perf/tokens_per_s"] = self.config.batch_size * self.config.length / (now - clock)
         self._write({"step": step} | values)
         self.watch.look(step, values, step >= self.config.first_gated_step)
-        bar.set_postfix_str(f"KL {values['loss/distill']:.4f}, CR {values['cache/nominal_cr']:.2f} nominal {values['cache/realised_cr']:.2f} realised, "
-                            f"{values['perf/tokens_per_s']:.0f} tokens/s", refresh=False)  # fmt: skip
+        ratios = f"CR {values['cache/nominal_cr']:.2f} nominal {values['cache/realised_cr']:.2f} realised"
+        bar.set_postfix_str(f"KL {values['loss/distill']:.4f}, {ratios}, {values['perf/tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update(1)
         return now
 
@@ -278,9 +277,12 @@ class Run:
 
         finite = jax.device_get(self.retrofit.finite_gradients(self.retrofit.state, self.retrofit.frozen, batch))
         places = [f"{name} layer {layer}" for name, ok in finite.items() for layer in np.flatnonzero(~np.atleast_1d(ok))]
-        raise ConfigError(f"step {step} is not finite (loss {values['loss/total']}, gradient norm {values['optim/grad_norm']}; "
-                          f"{', '.join(places[:4]) or 'all gradients finite'}); nothing was saved from it. Lower optimizer.learning_rate, and look at "
-                          f"examples {np.asarray(batch.examples).tolist()[:8]} of seed {self.config.seed}")  # fmt: skip
+        first, size = step * self.config.batch_size, self.config.batch_size
+        raise ConfigError(
+            f"step {step} is not finite (loss {values['loss/total']}, gradient norm {values['optim/grad_norm']}; "
+            f"{', '.join(places[:4]) or 'all gradients finite'}); nothing was saved from it. "
+            f"Lower optimizer.learning_rate, and look at examples {first} to {first + size - 1}"
+        )
 
     # --- results ---
 

@@ -121,15 +121,15 @@ class Retrofit:
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
         ramping = step < c.ramp_steps
 
-        def free(student):
+        def free():
             hidden = student.ramped_hidden(micro.tokens, borrowed_channel_scale(step, c.ramp_steps), micro.segment_ids, c.remat)
             return hidden, jnp.zeros((student.config.num_layers, len(micro.tokens), student.config.num_kv_heads, c.length))
 
-        def gate(student):
+        def gate():
             noise = eviction.logistic_noise(c.seed, step, micro.examples, student.config.num_layers, student.config.num_kv_heads, c.length)
             return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, c.remat)
 
-        hidden, evict = jax.lax.cond(ramping, free, gate, student) if c.ramp_steps else gate(student)
+        hidden, evict = jax.lax.cond(ramping, free, gate) if c.ramp_steps else gate()
         weight = micro.loss_mask.astype(jnp.float32) / num_tokens
         distill = distill_sum(hidden, target, student.output_embedding(), teacher.output_embedding(), weight, c.loss.order)
         counted = micro.loss_mask

@@ -15,8 +15,8 @@ def target_advice(length: int, dms: DMSConfig) -> str | None:
     best = reachable_cr(length, dms.window_size)
     if dms.target_cr <= best:
         return None
-    return (f"dms.target_cr={dms.target_cr:g} is out of reach in rows of {length}: the window of {dms.window_size} protects "
-            f"{min(length, dms.window_size + 1)} tokens, so at most CR {best:.2f} is realised; use longer rows or a smaller dms.window_size")  # fmt: skip
+    protected = f"the window of {dms.window_size} protects {min(length, dms.window_size + 1)} tokens, so at most CR {best:.2f} is realised"
+    return f"dms.target_cr={dms.target_cr:g} is out of reach in rows of {length}: {protected}; use longer rows or a smaller dms.window_size"
 
 
 class Watch:
