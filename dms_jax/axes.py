@@ -7,7 +7,10 @@ Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a
 a wrong shape is an error that names the argument, and costs nothing once compiled.
 """
 
+import jax
+import numpy as np
 from beartype import beartype
 from jaxtyping import jaxtyped
 
+Array = jax.Array | np.ndarray  # what callers may pass; results are jax arrays
 typed = jaxtyped(typechecker=beartype)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from dms_jax.axes import Array
 from dms_jax.core.losses import TokenMetrics, live_counts, token_metrics
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies.streaming_llm import StreamingLLM

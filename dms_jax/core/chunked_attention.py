@@ -13,9 +13,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 from dms_jax.core.visibility import MASKED, is_outside_window
 
 BLOCK = {"cpu": 128}  # by backend: scores of a block stay in a CPU core's cache; accelerators want larger products

@@ -1,9 +1,9 @@
 """step -> target compression ratio -> target evicted fraction. Model-Optimizer `engine.py:222-246`."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 
 
 def evict_fraction(cr: float) -> float:

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 
 
 @typed

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 from dms_jax.core.eviction import align_to_pairs
 
 CHUNK = 256  # tokens of a row whose logits exist at a time
@@ -30,17 +30,18 @@ def _kl(p: Array, q: Array) -> Array:
 
 
 def _mean(values: Array, mask: Array) -> Array:
+    mask = jnp.asarray(mask, bool)
     return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
 
 
 @typed
-def kl_student_teacher(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+def kl_student_teacher(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:
     """KL(student || teacher), nats per unmasked token; 0 when all are masked. The reference's distillation loss."""
     return _mean(_kl(student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)), mask)
 
 
 @typed
-def kl_teacher_student(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Bool[Array, "B T"]) -> Float[Array, ""]:
+def kl_teacher_student(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:
     """KL(teacher || student), nats per unmasked token; 0 when all are masked."""
     return _mean(_kl(teacher_logits.astype(jnp.float32), student_logits.astype(jnp.float32)), mask)
 
@@ -57,7 +58,7 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
 
 @typed
 def compression_loss(
-    evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global", counted: Bool[Array, "*#B T"] | None = None
+    evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global", counted: Shaped[Array, "*#B T"] | None = None
 ) -> Float[Array, ""]:
     """max(0, target - mean evict), averaged over examples: one-sided, so going further costs nothing.
 

@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 from dms_jax.core.visibility import MASKED, is_outside_window
 
 

@@ -5,9 +5,9 @@ visible inside the window and carries the additive score `log_keep` outside it.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 
 NEVER = jnp.iinfo(jnp.int32).max
 MASKED = -1e30  # a score that no softmax sees; finite, so that no gradient meets inf - inf

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.chunked_attention import gated_attention
@@ -59,11 +59,11 @@ class AttentionLayer(nnx.Module):
         gate: Gate,
         window_size: int,
         channel: ChannelScale,
+        position: Int[Array, "#B T"],
         frequency: Float[Array, "half"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Array]:
         """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
-        position = jnp.arange(x.shape[1])
         q, k, v = self.project(normed, channel)
         log_keep, decision = gate(self.evict_logits(x, q))
         q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)

@@ -9,14 +9,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.visibility import MASKED
 from dms_jax.models.attention_layer import CHANNEL_SCALES, UNTOUCHED, AttentionLayer, ChannelScale, Gate, keep_all
-from dms_jax.models.layers import MLP, ParamFactory, rms_norm, rope_frequencies
+from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
 from dms_jax.sharding import constrain
 
 
@@ -29,10 +29,10 @@ class Block(nnx.Module):
         self.attention, self.mlp = AttentionLayer(config, param), MLP(config, param)
 
     def __call__(
-        self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, frequency: Array, segment_ids: Array | None
+        self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, position: Array, frequency: Array, segment_ids: Array | None
     ) -> tuple[Array, Array]:
         normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
-        out, decision = self.attention(x, normed, gate, window_size, channel, frequency, segment_ids)
+        out, decision = self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids)
         x = constrain(x + out, "batch", "length", None)
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
         return constrain(x, "batch", "length", None), decision
@@ -74,7 +74,6 @@ class Decoder(nnx.Module):
     def dense_hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
-    @typed
     def relaxed_hidden(
         self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: bool = True
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
@@ -100,7 +99,6 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
 
-    @typed
     def marked_hidden(
         self, tokens: Int[Array, "B T"], marked: Bool[Array, "T"], window_size: int, segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
@@ -133,20 +131,22 @@ class Decoder(nnx.Module):
         return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
 
     def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat=False):
+        tokens = jnp.asarray(tokens)
+        segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:
             raise ValueError(f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}")
-        frequency = rope_frequencies(self.config)
+        frequency, position = rope_frequencies(self.config), positions(tokens.shape[1], segment_ids)
         graph, weights = nnx.split(self.layers)
 
         def block(x, layer):
             layer_weights, layer_input = layer
-            return nnx.merge(graph, layer_weights)(x, gate_of(layer_input), window_size, channel, frequency, segment_ids)
+            return nnx.merge(graph, layer_weights)(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
 
         if remat:  # keep only the residual stream of each layer, recompute the rest in the backward pass
             block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
         x = constrain(self.embed[...][tokens], "batch", "length", None)
-        x, decisions = jax.lax.scan(block, x, (weights, per_layer))
+        x, decisions = jax.lax.scan(block, x, (weights, jax.tree.map(jnp.asarray, per_layer)))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), decisions
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
-from dms_jax.axes import typed
+from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
 
 
@@ -60,10 +60,21 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
 
 
 @typed
-def rope(x: Float[Array, "B T heads H"], position: Int[Array, "T"], frequency: Float[Array, "half"]) -> Float[Array, "B T heads H"]:
+def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[Array, "#B {length}"]:
+    """Rotary positions of a row: counted from the start of each segment, so that a packed document is what it is alone. (The
+    zeroed borrowed channel makes attention depend on absolute positions, not on distances only.)"""
+    index = jnp.arange(length)[None]
+    if segment_ids is None:
+        return index
+    starts = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+@typed
+def rope(x: Float[Array, "B T heads H"], position: Int[Array, "#B T"], frequency: Float[Array, "half"]) -> Float[Array, "B T heads H"]:
     """Rotate channel pairs (i, i + H/2) by position * frequency (Hugging Face's rotate-half order), in fp32."""
-    angle = position[:, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    angle = position[:, :, None, None].astype(jnp.float32) * frequency  # [#B T 1 half]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 
+from dms_jax.axes import Array
 from dms_jax.config import ConfigError
 
 
