@@ -73,7 +73,7 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
             return dms_jax.load(options.model, mesh=mesh, dms=policy)
         return Decoder(shape.with_dms(policy), rngs=nnx.Rngs(0))
 
-    step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat=True,
+    step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
                       loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
 
     class DenseDistillation(Retrofit):

@@ -63,6 +63,8 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 metadata = self.metadata(step)
+                if not metadata:
+                    raise ValueError("its metadata is damaged")
             except Exception as why:
                 print(f"skipping checkpoint {self.folder / str(step)}: {_first_line(why)}", file=sys.stderr)
                 continue

@@ -130,11 +130,13 @@ class Run:
         from dms_jax.hf.hf_tokenizer import load_tokenizer
         from train import default_assets
         from train.data import load_rows
+        from train.documents import expand_paths
 
         path, data = self.tokenizer, self.config.data
         if not data.paths:
             data = dataclasses.replace(data, paths=tuple(str(text) for _, text in default_assets.default_text(data.cache_dir)))
-        only_ids = all(name.endswith(".npy") for name in (*data.paths, *data.eval_paths))
+        files = expand_paths((*data.paths, *data.eval_paths))  # a path that is not there is said before anything slow
+        only_ids = all(name.endswith(".npy") for name in files)
         tokenizer = None if only_ids else load_tokenizer(path)
         return load_rows(data, tokenizer, self.config.length, self.config.seed, self.model.config.vocab_size)
 
@@ -339,7 +341,7 @@ class Run:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{os.getpid()}"  # several processes may probe at once
         probe.touch()
         probe.unlink()
     except OSError as why:

@@ -65,7 +65,7 @@ class RetrofitConfig:
     seed: int = 0
     mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or two on a CPU
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
-    remat: bool = True  # recompute a layer in the backward pass: one residual stream per layer is kept
+    remat: Literal["full", "matmuls", "none"] = "full"  # what the backward pass recomputes: whole layers | no matrix product | nothing
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.6)
     initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
     cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: four fifths of the steps

@@ -40,7 +40,7 @@ class StepConfig:
     initial_cr: float
     ramp_steps: int  # borrowed: steps that free the channel, before any gate acts
     cr_steps: int  # steps from initial_cr to dms.target_cr, after the ramp
-    remat: bool
+    remat: str
     loss: LossConfig
     optimizer: OptimizerConfig
 
@@ -171,7 +171,7 @@ class Retrofit:
 
     def _step(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
         grads, metrics = self._gradients(state, frozen, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step

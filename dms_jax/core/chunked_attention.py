@@ -13,6 +13,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
@@ -123,6 +124,8 @@ def _attend(q, k, v, log_keep, segments, window_size, block):
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, block):
     out, log_total = _forward(q, k, v, log_keep, segments, window_size, block)
+    # Named, so that a rematerialisation policy can keep them: with both at hand the backward pass need not run this one again.
+    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 

@@ -19,6 +19,14 @@ from dms_jax.models.attention_layer import CHANNEL_SCALES, UNTOUCHED, AttentionL
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
 from dms_jax.sharding import constrain
 
+# What of a layer the backward pass finds saved; all else it computes again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # the residual stream only: least memory
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(  # projections and attention: no matrix product runs twice
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("attention")
+    ),
+}
+
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
@@ -75,7 +83,7 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
     def relaxed_hidden(
-        self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: bool = True
+        self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: str = "full"
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
         dms = self._policy()
 
@@ -108,7 +116,7 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
     def ramped_hidden(
-        self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None, remat: bool = True
+        self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None, remat: str = "full"
     ) -> Float[Array, "B T D"]:
         """Dense attention with the borrowed channel multiplied by `channel_scale`, before the query norm and after RoPE.
         At 0 the channel's weights have no effect at all and may be set to 0 (`free_borrowed_channel`)."""
@@ -130,7 +138,7 @@ class Decoder(nnx.Module):
         dms = self.config.dms
         return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
 
-    def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat=False):
+    def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat="none"):
         tokens = jnp.asarray(tokens)
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
@@ -143,8 +151,8 @@ class Decoder(nnx.Module):
             layer_weights, layer_input = layer
             return nnx.merge(graph, layer_weights)(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
 
-        if remat:  # keep only the residual stream of each layer, recompute the rest in the backward pass
-            block = jax.checkpoint(block, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+        if remat != "none":
+            block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
         x = constrain(self.embed[...][tokens], "batch", "length", None)
         x, decisions = jax.lax.scan(block, x, (weights, jax.tree.map(jnp.asarray, per_layer)))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), decisions
