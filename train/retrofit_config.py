@@ -32,9 +32,9 @@ class LossConfig:
 class OptimizerConfig:
     """optax.adamw; betas, decay and clipping are the reference's (Model-Optimizer `qwen3_8b.yaml`)."""
 
-    learning_rate: float = 1e-4  # > 0
+    learning_rate: float = 5e-5  # > 0
     warmup_steps: int = 0  # linear from 0
-    decay_fraction: float = 0.0  # in [0, 1]; over this last part of the steps the rate falls linearly to a tenth
+    decay_fraction: float = 0.3  # in [0, 1]; over this last part of the steps the rate falls linearly to a tenth
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.0
@@ -58,7 +58,7 @@ class RetrofitConfig:
     data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
     output: str = "runs/retrofit"
     mode: Mode = "adapter"  # base frozen | all weights, separate teacher | a query channel, freed first, then all weights
-    steps: int = 100  # optimizer steps in all, >= 1
+    steps: int = 36  # optimizer steps in all, >= 1
     length: int = 1024  # tokens of a row, >= 2
     batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
     accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
@@ -68,12 +68,12 @@ class RetrofitConfig:
     remat: Literal["full", "matmuls", "none"] = "full"  # what the backward pass recomputes: whole layers | no matrix product | nothing
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.6)
     initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
-    cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: four fifths of the steps
+    cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: nine tenths of the steps
     ramp_steps: int = 0  # `borrowed` only: steps that free the channel; 0: a third of the steps
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: int = 0  # steps between validations; 0: at the end only
-    eval_rows: int = 16  # held-out rows of a validation
+    eval_rows: int = 12  # held-out rows of a validation
     save_every: int = 50  # steps between checkpoints
     keep: int = 2  # checkpoints that stay
     tensorboard: bool = False  # also write OUTPUT/tensorboard (pip install "dms-jax[log]")
@@ -109,7 +109,7 @@ class RetrofitConfig:
     @property
     def rising_steps(self) -> int:
         """Steps, after the ramp, in which the nominal ratio rises."""
-        return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 4 // 5)
+        return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
 
 
 # The embedded default's run is so short that it learns with shift 0 only: a token then decides about itself, so the attention sink,

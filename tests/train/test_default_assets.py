@@ -17,11 +17,18 @@ from train.documents import Keys, read_documents
 GGUF = b"GGUF" + bytes(range(256)) * 50
 ARTICLES = {
     "data": [
-        {"title": "Rome", "paragraphs": [{"context": "Rome is a city."}, {"context": "It is old."}, {"context": "Rome is a city."}]},
-        {"title": "Kyōto_(city)", "paragraphs": [{"context": "Kyōto was the capital.", "qas": []}]},
+        {
+            "title": "Rome",
+            "paragraphs": [{"context": f"Fact {i}.", "qas": [{"question": f"Which {i}? ", "answers": [{"text": str(i)}]}] * 4} for i in range(5)],
+        },
+        {"title": "Kyōto_(city)", "paragraphs": [{"context": "Kyōto was the capital.", "qas": [{"question": "Unanswerable?", "answers": []}]}]},
     ]
 }
-PAGES = ["Rome\n\nRome is a city.\n\nIt is old.", "Kyōto (city)\n\nKyōto was the capital."]
+ASKED = ["\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)]  # three of the four questions of each paragraph
+PAGES = [
+    "\n\n".join(["Rome", "Fact 0.", "Fact 1.", "Fact 2.", "Fact 3.", "\n".join(ASKED[:4]), "Fact 4.", ASKED[4]]),
+    "Kyōto (city)\n\nKyōto was the capital.",
+]
 
 
 def source_of(kind, content):
