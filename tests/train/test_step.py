@@ -62,7 +62,7 @@ def same_run(expected, actual):
     for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
         for key, value in theirs.items():
             if key == "optim/grad_norm":
-                assert step or ours[key] == pytest.approx(value, rel=GRADIENT)
+                assert step or ours[key] == pytest.approx(value, rel=GRADIENT, abs=1e-6)  # 0 where nothing outside the window is gated
             else:
                 assert ours[key] == pytest.approx(value, rel=1e-3 if step else 1e-5, abs=1e-4 if step else 1e-6), (step, key)
 
