@@ -154,13 +154,6 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def convert_gguf(path: str, folder: str) -> None:
-    """A GGUF file as a Hugging Face folder (fp32 weights, tokenizer, chat template)."""
-    from dms_jax.hf.folder import load, save
-
-    save(load(path), folder)
-
-
 def write_tokenizer(path: str, folder: str) -> None:
     """`tokenizer.json` and `tokenizer_config.json` from a GGUF file's metadata; nothing when the file has no tokenizer."""
     tensors = open_gguf(path)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 import dms_jax
 from dms_jax.config import ConfigError
-from dms_jax.hf.gguf_file import GGUFTensors, convert_gguf, unpermute
+from dms_jax.hf.gguf_file import GGUFTensors, unpermute
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 OURS_TO_GGUF = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k",
@@ -100,7 +100,7 @@ def test_a_tied_matrix_stored_twice_keeps_the_finer_copy(tmp_path):
 
 def test_converting_writes_a_folder_with_the_same_weights_and_a_tokenizer(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "llama_untied", tokenizer="smollm")
-    convert_gguf(str(path), str(tmp_path / "out"))
+    dms_jax.save(dms_jax.load(path), tmp_path / "out")
     assert {k: v.tobytes() for k, v in load_file(tmp_path / "out" / "model.safetensors").items()} == {
         k: v.tobytes() for k, v in load_file(GOLDEN / "llama_untied" / "model.safetensors").items()
     }
@@ -125,7 +125,7 @@ def test_an_unknown_tokenizer_costs_the_tokenizer_not_the_weights(tmp_path):
     with pytest.raises(ConfigError, match="martian.*smollm, qwen2"):
         dms_jax.load_tokenizer(path)
     with pytest.warns(UserWarning, match="no tokenizer is written"):
-        convert_gguf(str(path), str(tmp_path / "out"))
+        dms_jax.save(dms_jax.load(path), tmp_path / "out")
     assert dms_jax.load(tmp_path / "out").config.model_type == "llama"
 
 
