@@ -22,7 +22,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Ids [T] of the text alone; `add_bos` says whether the model expects `bos_id` before a document."""
-        return np.asarray(self.inner(text, add_special_tokens=False)["input_ids"], np.int32)
+        return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
         """Ids [T] of `[{"role": ..., "content": ...}, ...]` under the chat template; `reply` opens the assistant's turn."""
@@ -32,7 +32,7 @@ class Tokenizer:
             text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
         except Exception as why:  # a template raises whatever its author wrote
             raise ConfigError(f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}") from why
-        return np.asarray(self.inner(text, add_special_tokens=False)["input_ids"], np.int32)
+        return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
         return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
