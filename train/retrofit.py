@@ -81,7 +81,7 @@ class Run:
         self.writer = jax.process_index() == 0
         _make_folder(output)
         self.config = config
-        self.model, self.teacher, self.tokenizer = self._load_models()
+        self.model, self.teacher, self.model_path = self._load_models()
         self.train_rows, self.held_out, summary = self._load_rows()
         self._say(str(summary))
         self._build()
@@ -132,12 +132,12 @@ class Run:
         from train.data import load_rows
         from train.documents import expand_paths
 
-        path, data = self.tokenizer, self.config.data
+        data = self.config.data
         if not data.paths:
             data = dataclasses.replace(data, paths=tuple(str(text) for _, text in default_assets.default_text(data.cache_dir)))
         files = expand_paths((*data.paths, *data.eval_paths))  # a path that is not there is said before anything slow
         only_ids = all(name.endswith(".npy") for name in files)
-        tokenizer = None if only_ids else load_tokenizer(path)
+        tokenizer = None if only_ids else load_tokenizer(self.model_path)
         return load_rows(data, tokenizer, self.config.length, self.config.seed, self.model.config.vocab_size)
 
     def _build(self) -> None:
@@ -236,17 +236,18 @@ class Run:
             clock = self._log_step(pending, clock, bar)
             pending = step, metrics, batch
             done = step + 1
-            boundary = done % c.save_every == 0 or (c.eval_every and done % c.eval_every == 0) or self.stop_signal or done == c.steps
-            if boundary:
+            save = done % c.save_every == 0 or done == c.steps or self.stop_signal
+            validate = c.eval_every and done % c.eval_every == 0 and done < c.steps
+            if save or validate:  # neither may see a step that was not finite
                 clock = self._log_step(pending, clock, bar)
                 pending = None
-            if done % c.save_every == 0 or done == c.steps or self.stop_signal:
+            if save:
                 self.checkpoints.save(done, r.state, self.metadata, wait=bool(self.stop_signal))
             if self.stop_signal:
                 bar.close()
                 self._say(f"{signal.Signals(self.stop_signal).name}: saved at step {done} of {c.steps}; go on with --resume")
                 return 128 + self.stop_signal
-            if c.eval_every and done % c.eval_every == 0 and done < c.steps:
+            if validate:
                 report = self.evaluate()
                 self._write({"step": step} | report.as_metrics())
                 bar.write(f"step {done}\n{report.table()}", file=sys.stderr)
@@ -323,9 +324,10 @@ class Run:
             return
         plot_training(read_steps(self.output / "metrics.jsonl"), self.output / "training.png")
         if report is not None:
-            self._write({"step": self.config.steps} | report.as_metrics())
+            metrics = report.as_metrics()
+            self._write({"step": self.config.steps} | metrics)
             plot_kept_fraction(report.live_per_head, self.config.length, self.output / "kept_fraction.png")
-            (self.output / "report.json").write_text(json.dumps(report.as_metrics(), indent=1))
+            (self.output / "report.json").write_text(json.dumps(metrics, indent=1))
             print(report.table())
         print(f"\n{export} holds the model; {self.output} the metrics and plots. Next:\n  python -m infer.evaluate --model {export} --text FILE")
 

@@ -5,6 +5,8 @@ gradient of the whole batch. `adapter` trains the evict head and its teacher is 
 `borrowed` train all weights against a separate frozen copy.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +22,12 @@ from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, tar
 from dms_jax.core.losses import compression_loss, decidable, distill_sum, live_counts
 from dms_jax.evaluation import RowMetrics, retrofit_rows, sliding_window_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
-from dms_jax.models.layers import EvictParam
 from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import named_sharding, spec
 from train.optimizer import build_optimizer, optimizer_shardings, rate_schedule
 from train.retrofit_config import LossConfig, Mode, OptimizerConfig
+from train.rows import Batch
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,7 @@ class Retrofit:
     # --- model views ---
 
     def student_model(self, trainable: Params, frozen: Params) -> Decoder:
-        cast = {
-            name: a if issubclass(type(self.student.variables[name][1]), EvictParam) else a.astype(self.compute_dtype)
-            for name, a in trainable.items()
-        }
+        cast = {name: a if is_evict_head(name, self.student.variables[name][1]) else a.astype(self.compute_dtype) for name, a in trainable.items()}
         return self.student.merge(cast, {} if self.teacher else frozen)
 
     def teacher_model(self, trainable: Params, frozen: Params) -> Decoder:
@@ -152,7 +151,7 @@ class Retrofit:
         of = jax.grad(self._losses, has_aux=True)
         if self.config.accumulate == 1:
             return of(state.trainable, frozen, batch, state.step, num_tokens)
-        micros = jax.tree.map(lambda x: self._micro_batches(x), batch)
+        micros = jax.tree.map(self._micro_batches, batch)
 
         def add(carry, micro):
             return jax.tree.map(jnp.add, carry, of(state.trainable, frozen, micro, state.step, num_tokens)), None
@@ -164,7 +163,7 @@ class Retrofit:
         return jax.lax.scan(add, zero, micros)[0]
 
     def _micro_batches(self, x: Array) -> Array:
-        """[A*b ...] -> [A b ...]; row a*b + i stays on the device that holds it for the whole batch."""
+        """[b*A ...] -> [A b ...]; micro-batch a takes every A-th row from a on, so that no row leaves the device that holds it."""
         x = x.reshape(-1, self.config.accumulate, *x.shape[1:]).swapaxes(0, 1)
         axes = (None, "batch") + (None,) * (x.ndim - 2)
         return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, self.mesh))
@@ -201,14 +200,12 @@ class Retrofit:
     def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
         return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
 
-    def place(self, batch_of, batch_size: int):
+    def place(self, batch_of: Callable[[int, int], Batch], batch_size: int) -> Batch:
         """A global batch on the mesh; `batch_of(start, count)` gives the rows that this host's devices hold."""
-        mesh_batch = {}
 
-        def rows(start: int, stop: int):
-            if (start, stop) not in mesh_batch:
-                mesh_batch[start, stop] = batch_of(start, stop - start)
-            return mesh_batch[start, stop]
+        @functools.cache  # the four fields of a shard come from one call
+        def rows(start: int, stop: int) -> Batch:
+            return batch_of(start, stop - start)
 
         shape = (batch_size, self.config.length)
 
@@ -216,8 +213,7 @@ class Retrofit:
             sharding = named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh)
             return jax.make_array_from_callback(dims, sharding, lambda index: getattr(rows(*index[0].indices(batch_size)[:2]), field))
 
-        kind = type(rows(0, 1)) if jax.process_count() == 1 else type(batch_of(0, 1))
-        return kind(
+        return Batch(
             tokens=array("tokens", shape),
             segment_ids=array("segment_ids", shape),
             loss_mask=array("loss_mask", shape),

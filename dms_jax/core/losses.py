@@ -183,6 +183,6 @@ def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: in
     """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
     length = evict.shape[-1]
     flat = evict.reshape(1, -1, length)
-    marked: Shaped[Array, ...] = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
+    marked = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
     recent = jnp.arange(length) >= length - 1 - window_size
     return jnp.sum(~marked | recent, axis=-1)
