@@ -18,15 +18,38 @@ CHUNK = 256  # tokens of a row whose logits exist at a time
 ORDERS = ("student_teacher", "teacher_student")
 
 
+EXACT = jax.lax.Precision.HIGHEST  # fp32 statistics stay fp32 where a backend would multiply in fewer bits
+
+
 def _normaliser(logits: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class _Softmax(NamedTuple):
+    """exp(logits - top) and its sum; `log_total` is the normaliser."""
+
+    weight: Array
+    total: Array
+    log_total: Array
+
+
+def _softmax(logits: Array) -> _Softmax:
+    top = logits.max(axis=-1, keepdims=True)
+    weight = jnp.exp(logits - top)
+    total = weight.sum(axis=-1, keepdims=True)
+    return _Softmax(weight, total, top + jnp.log(total))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """Sum over the last axis, kept. As a product and not a reduction: XLA's CPU compiler is five times faster at it."""
+    return jnp.einsum("...v,...v->...", a, b, precision=EXACT)[..., None]
 
 
 def _kl(p: Array, q: Array) -> Array:
     """KL(p || q) over the last axis, nats, from fp32 logits. Never forms log-probabilities: they are as large as the logits,
     and writing them out costs three times the arithmetic."""
-    norm_p, norm_q = _normaliser(p), _normaliser(q)
-    return jnp.sum(jnp.exp(p - norm_p) * (p - q), axis=-1) - (norm_p - norm_q)[..., 0]
+    soft = _softmax(p)
+    return (_dot(soft.weight, p - q) / soft.total - soft.log_total + _normaliser(q))[..., 0]
 
 
 def _mean(values: Array, mask: Array) -> Array:
@@ -114,9 +137,12 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
         kl = _kl(s, t) if order == "student_teacher" else _kl(t, s)
         d_hidden = None
         if grad_hidden or grad_embedding:
-            norm_s, norm_t = _normaliser(s), _normaliser(t)
-            p = jnp.exp(s - norm_s)
-            d_logits = p * (s - t - (norm_s - norm_t) - kl[..., None]) if order == "student_teacher" else p - jnp.exp(t - norm_t)
+            soft = _softmax(s)
+            if order == "student_teacher":
+                d_logits = soft.weight * (s - t - _dot(soft.weight, s - t) / soft.total) / soft.total
+            else:
+                soft_t = _softmax(t)
+                d_logits = soft.weight / soft.total - soft_t.weight / soft_t.total
             d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
             d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
         if grad_embedding:

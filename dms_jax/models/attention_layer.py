@@ -11,7 +11,7 @@ from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.chunked_attention import gated_attention
-from dms_jax.models.layers import EvictParam, rms_norm, rope
+from dms_jax.models.layers import EvictParam, rms_norm, rope, unit_rms
 from dms_jax.sharding import constrain
 
 # Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
@@ -97,8 +97,8 @@ class AttentionLayer(nnx.Module):
         if dms.variant == "borrowed":
             raw = q[:, :, :: self.config.group_size, -1]
         else:
-            u = rms_norm(x.astype(jnp.float32), self.evict_norm[...], self.config.rms_norm_eps)
-            raw = u @ self.evict_proj[...]
+            # The norm's weight multiplies the projection, not every token: the same product, and a cheaper gradient.
+            raw = unit_rms(x, self.config.rms_norm_eps) @ (self.evict_norm[...][:, None] * self.evict_proj[...])
             if self.config.o_bias:
                 raw = raw + self.evict_bias[...]
         return eviction.evict_logits(raw.transpose(0, 2, 1), dms.evict_logit_scale, dms.evict_logit_bias)

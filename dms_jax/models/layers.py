@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
+from dms_jax.core.losses import EXACT
 
 
 class EvictParam(nnx.Param):
@@ -37,12 +38,17 @@ class ParamFactory:
         return kind(value, axes=axes)
 
 
+def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
+    """x / rms(x), fp32. Written as products, whose gradients are products: XLA's CPU compiler is slow at fused reductions."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.einsum("...d,...d->...", x32, x32, precision=EXACT) / x.shape[-1]
+    return jnp.einsum("...d,...->...d", x32, jax.lax.rsqrt(mean_square + eps), precision=EXACT)
+
+
 @typed
 def rms_norm(x: Float[Array, "*A D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*A D"]:
     """x / rms(x) * weight, statistics in fp32, result in the dtype of x."""
-    x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
-    return (normed.astype(x.dtype) * weight).astype(x.dtype)
+    return (unit_rms(x, eps).astype(x.dtype) * weight).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
