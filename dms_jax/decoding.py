@@ -4,7 +4,6 @@ A chunk attends to the slots and to itself under the one rule, then its survivor
 never exists. The cache is passed in and returned. Lengths are rounded up to a few sizes, so nothing is compiled again.
 """
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,7 +196,7 @@ def _rows(tokens, lengths, padding, mask, batch, vocab_size) -> tuple[np.ndarray
         count, first = mask.sum(1), np.argmax(mask, axis=1)
         last = length - 1 - np.argmax(mask[:, ::-1], axis=1)
         if gaps := np.flatnonzero((count > 0) & (last - first + 1 != count)).tolist():
-            raise ConfigError(f"the mask of row {gaps[0]} has gaps; real tokens must be next to each other: move them together, or prefill in two calls")
+            raise ConfigError(f"the mask of row {gaps[0]} has gaps; real tokens must be next to each other: move them together, or call twice")
     else:
         count = np.full(batch, length) if lengths is None else np.asarray(lengths)
         if count.shape != (batch,) or not np.issubdtype(count.dtype, np.integer):
@@ -216,5 +215,5 @@ def _check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
         raise ConfigError(f"tokens must be whole numbers, got dtype {tokens.dtype}")
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
         bad = tokens[(tokens < 0) | (tokens >= vocab_size)].flat[0]
-        raise ConfigError(f"token id {bad} is outside this model's vocabulary of {vocab_size} (0 to {vocab_size - 1}); is it another model's tokenizer?")
+        raise ConfigError(f"token id {bad} is outside this model's vocabulary of {vocab_size} (0 to {vocab_size - 1}); another model's tokenizer?")
     return tokens.astype(np.int32)

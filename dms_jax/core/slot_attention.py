@@ -64,10 +64,7 @@ def slot_attention(
 
     carry = jnp.full(rows.shape[:3], MASKED, jnp.float32), jnp.zeros(rows.shape[:3], jnp.float32), jnp.zeros(rows.shape, jnp.float32)
     k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
-    if t <= block:
-        carry = attend(carry, k, v, _is_visible(position, k_pos, expiry))
-    else:
-        carry = over_blocks(carry, k, v, k_pos, expiry, t)
+    carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
     used = jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity) + 1, 0))
     _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used)
     out = (acc / total[..., None]).astype(q.dtype)
