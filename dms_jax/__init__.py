@@ -10,6 +10,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "ConfigError": "config", "DMSConfig": "config", "ModelConfig": "config",
+    "compression_ratio": "core.compact_cache", "fork": "core.compact_cache",
+    "GenerationConfig": "generation_config", "generate": "generation", "calibrate": "calibration",
+    "load_cache": "hf.cache_file", "save_cache": "hf.cache_file",
+    "decode_step": "decoding", "init_cache": "decoding", "prefill": "decoding",
     "compression_loss": "core.losses", "kl_student_teacher": "core.losses", "kl_teacher_student": "core.losses",
     "load_adapter": "hf.adapter", "save_adapter": "hf.adapter",
     "base_hash": "hf.folder", "load": "hf.folder", "save": "hf.folder",

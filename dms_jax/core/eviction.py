@@ -20,6 +20,12 @@ def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Arra
 
 
 @typed
+def decide(logits: Float[Array, "B K T"], granularity: str, threshold: float | Float[Array, ""] = 0.0) -> Bool[Array, "B K T"]:
+    """Each token's hard decision: evict iff its logit exceeds the threshold. 0 is what training aimed at; a higher one keeps more."""
+    return share_heads(logits, granularity) > threshold
+
+
+@typed
 def logistic_noise(
     seed: int | Int[Array, ""], step: int | Int[Array, ""], examples: Int[Array, "B"], num_layers: int, num_kv_heads: int, length: int
 ) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:

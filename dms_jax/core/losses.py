@@ -11,14 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Shaped
 
-from dms_jax.axes import Array, typed
+from dms_jax.axes import EXACT, Array, typed
 from dms_jax.core.eviction import align_to_pairs
 
 CHUNK = 256  # tokens of a row whose logits exist at a time
 ORDERS = ("student_teacher", "teacher_student")
-
-
-EXACT = jax.lax.Precision.HIGHEST  # fp32 statistics stay fp32 where a backend would multiply in fewer bits
 
 
 def _normaliser(logits: Array) -> Array:

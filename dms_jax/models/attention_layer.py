@@ -9,9 +9,12 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.core import eviction
+from dms_jax.core import compact_cache, eviction
 from dms_jax.core.chunked_attention import gated_attention
+from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.slot_attention import slot_attention
 from dms_jax.models.layers import EvictParam, rms_norm, rope, unit_rms
+from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain
 
 # Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
@@ -28,6 +31,20 @@ class ChannelScale(NamedTuple):
 
 UNTOUCHED = ChannelScale(1.0, 1.0, 1.0)
 CHANNEL_SCALES = {"none": UNTOUCHED, "pre": ChannelScale(1.0, 0.0, 1.0), "pre+post": ChannelScale(1.0, 0.0, 0.0)}
+
+
+def channel_scale(config: ModelConfig) -> ChannelScale:
+    """What a trained model does to its borrowed channel, if it has one."""
+    dms = config.dms
+    return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
+
+
+class Chunk(NamedTuple):
+    """Where the tokens of a chunk stand: each row goes on from the tokens it has seen, its first `count` tokens are real."""
+
+    position: Int[Array, "B T"]
+    count: Int[Array, "B"]
+    threshold: float | Float[Array, ""]  # a token evicts iff its logit exceeds it
 
 
 class AttentionLayer(nnx.Module):
@@ -64,19 +81,48 @@ class AttentionLayer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Array]:
         """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
-        q, k, v = self.project(normed, channel)
-        log_keep, decision = gate(self.evict_logits(x, q))
-        q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)
+        q, k, v, logits = self.heads(x, normed, channel, position, frequency)
+        log_keep, decision = gate(logits)
         out = gated_attention(
+            q, k, v, constrain(log_keep, "batch", "kv_heads", "length"), window_size=window_size, segment_ids=segment_ids
+        )  # fmt: skip
+        return self.output(out), decision
+
+    def extend(
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        cache: LayerCache,
+        policy: CachePolicy,
+        chunk: Chunk,
+        channel: ChannelScale,
+        frequency: Float[Array, "half"],
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The same for a chunk that continues the rows of a cache, and the cache after it."""
+        q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
+        verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
+        k, v, seen = k.swapaxes(1, 2), v.swapaxes(1, 2), chunk.position[:, 0]
+        cache = compact_cache.settle(cache, verdict, seen, chunk.count)
+        out = slot_attention(q, k, v, verdict.expiry, cache, chunk.position)
+        return self.output(out), compact_cache.append(cache, k, v, verdict, seen, chunk.count, policy.window_size)
+
+    def heads(
+        self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], channel: ChannelScale, position: Array, frequency: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Queries [B T N H] and keys [B T K H] after RoPE, values [B T K H], evict logits [B K T]."""
+        q, k, v = self.project(normed, channel)
+        logits = self.evict_logits(x, q)
+        q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)
+        return (
             constrain(q, "batch", "length", "q_heads", "head_dim"),
             constrain(rope(k, position, frequency), "batch", "length", "kv_heads", "head_dim"),
             constrain(v, "batch", "length", "kv_heads", "head_dim"),
-            constrain(log_keep, "batch", "kv_heads", "length"),
-            window_size=window_size,
-            segment_ids=segment_ids,
+            logits,
         )
-        out = jnp.einsum("btnh,nhd->btd", out, self.o[...])
-        return (out + self.o_bias[...] if self.config.o_bias else out), decision
+
+    def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        out = jnp.einsum("btnh,nhd->btd", heads, self.o[...])
+        return out + self.o_bias[...] if self.config.o_bias else out
 
     def project(self, normed: Float[Array, "B T D"], channel: ChannelScale) -> tuple[Array, Array, Array]:
         """Queries [B T N H], keys and values [B T K H] before RoPE."""

@@ -5,6 +5,7 @@ Layers are stacked [L, ...] and scanned. The model holds parameters and no state
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
+from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.visibility import MASKED
-from dms_jax.models.attention_layer import CHANNEL_SCALES, UNTOUCHED, AttentionLayer, ChannelScale, Gate, keep_all
+from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Chunk, Gate, channel_scale, keep_all
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
+from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain
 
 # What of a layer the backward pass finds saved; all else it computes again.
@@ -39,11 +42,19 @@ class Block(nnx.Module):
     def __call__(
         self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, position: Array, frequency: Array, segment_ids: Array | None
     ) -> tuple[Array, Array]:
-        normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
-        out, decision = self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids)
+        return self._around(x, lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids))
+
+    def extend(
+        self, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
+    ) -> tuple[Array, LayerCache]:
+        """The block for a chunk that continues the rows of a cache."""
+        return self._around(x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency))
+
+    def _around(self, x: Array, attention: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+        out, extra = attention(rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps))
         x = constrain(x + out, "batch", "length", None)
         x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
-        return constrain(x, "batch", "length", None), decision
+        return constrain(x, "batch", "length", None), extra
 
 
 class Decoder(nnx.Module):
@@ -74,9 +85,12 @@ class Decoder(nnx.Module):
         hidden, evict = self.relaxed_hidden(tokens, noise, segment_ids)
         return self.logits(hidden), evict
 
-    def hard(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
-        """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision."""
-        hidden, evict = self.hard_hidden(tokens, segment_ids)
+    def hard(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
+    ) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
+        """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision: evict iff
+        its logit exceeds `threshold`."""
+        hidden, evict = self.hard_hidden(tokens, segment_ids, threshold)
         return self.logits(hidden), evict
 
     def dense_hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
@@ -97,12 +111,12 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, gate_of, dms.window_size, self._channel(), noise, remat)
 
     def hard_hidden(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
         dms = self._policy()
 
         def gate(logits):
-            evict = eviction.share_heads(logits, dms.granularity) > 0
+            evict = eviction.decide(logits, dms.granularity, threshold)
             return _hard_log_keep(eviction.align_to_pairs(evict, dms.decision_shift, False)), evict
 
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
@@ -135,8 +149,7 @@ class Decoder(nnx.Module):
         return self.config.dms
 
     def _channel(self) -> ChannelScale:
-        dms = self.config.dms
-        return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
+        return channel_scale(self.config)
 
     def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat="none"):
         tokens = jnp.asarray(tokens)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Float, Int
 
-from dms_jax.axes import Array, typed
+from dms_jax.axes import EXACT, Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.core.losses import EXACT
 
 
 class EvictParam(nnx.Param):

@@ -1,0 +1,211 @@
+"""A cache of fixed capacity whose freed slots are used again. Slots are unordered: `position` and `expiry` say what each one is.
+
+A slot is live at query t iff its expiry >= t, so the count after token t is that of the mask: #{j <= t : unmarked, or
+t - j <= window}. That count never falls while tokens are appended, hence a new pair takes the lowest slot that is free,
+live slots stay 0..n-1 of each head, and nothing is ever shifted (arXiv:2506.05345; Model-Optimizer `cache_paged.py`).
+The functions here do not know why a pair leaves: a policy hands them a `Verdict`.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array, typed
+from dms_jax.config import ConfigError
+from dms_jax.core.visibility import NEVER, is_outside_window
+
+EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so the rule alone hides it
+GONE = jnp.iinfo(jnp.int32).min  # expiry of such a slot: earlier than any query
+
+Overflow = Literal["evict", "raise", "grow"]
+OVERFLOWS = get_args(Overflow)
+
+
+class Verdict(NamedTuple):
+    """What a policy says about the T pairs of a chunk, and about the pair just before it when its decision was pending."""
+
+    expiry: Int[Array, "B K T"]  # the last query position that sees each pair
+    score: Float[Array, "B K T"]  # how much the policy wants each pair gone; a full buffer pushes out the highest
+    last_expiry: Int[Array, "B K"] | None  # None: nothing was pending
+    last_score: Float[Array, "B K"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer. No field is redundant: live, free and pending follow from position, expiry and the tokens seen."""
+
+    k: Float[Array, "B K C H"]  # after RoPE
+    v: Float[Array, "B K C H"]
+    position: Int[Array, "B K C"]  # token index in its row, or EMPTY
+    expiry: Int[Array, "B K C"]
+    score: Float[Array, "B K C"]  # fp32
+    forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
+
+    @property
+    def capacity(self) -> int:
+        return self.k.shape[2]
+
+
+class HostBounds(NamedTuple):
+    """Upper bounds that the host keeps without reading the device."""
+
+    seen: int  # of all rows
+    live: tuple[int, ...]  # per layer, of all rows and heads
+
+
+@dataclass(frozen=True)
+class CompactCache:
+    """All layers, and how many tokens each row has seen. A pytree of fixed shapes; updates return a new one."""
+
+    layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
+    seen: Int[Array, "B"]  # tokens of each row so far; the next one has this position
+    window_size: int  # a full buffer does not push out a pair this young while it can choose
+    overflow: Overflow = "evict"
+    dense: bool = False  # no policy: nothing leaves
+    bounds: HostBounds | None = None  # no part of the pytree; None: not known
+
+    @property
+    def batch_size(self) -> int:
+        return self.seen.shape[0]
+
+    @property
+    def capacities(self) -> tuple[int, ...]:
+        """Slots per row and KV head, layer by layer."""
+        return tuple(layer.capacity for layer in self.layers)
+
+    @property
+    def live_counts(self) -> Int[Array, "L B K"]:
+        """Pairs that the last query of each row could see."""
+        return jnp.stack([jnp.sum(layer.expiry >= self.seen[:, None, None] - 1, axis=-1, dtype=jnp.int32) for layer in self.layers])
+
+    @property
+    def forced_evictions(self) -> Int[Array, "L B K"]:
+        """Pairs that a full buffer pushed out against the policy."""
+        return jnp.stack([layer.forced_evictions for layer in self.layers])
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all arrays, book-keeping included."""
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+
+jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["window_size", "overflow", "dense"], ["bounds"])
+
+
+def empty_layer(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
+    """A layer that has seen nothing."""
+    slots = (batch, kv_heads, capacity)
+    return LayerCache(
+        k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), position=jnp.full(slots, EMPTY, jnp.int32),
+        expiry=jnp.full(slots, GONE, jnp.int32), score=jnp.zeros(slots, jnp.float32), forced_evictions=jnp.zeros(slots[:2], jnp.int32),
+    )  # fmt: skip
+
+
+def settle(layer: LayerCache, verdict: Verdict, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
+    """Write the decision about the pair before the chunk, which its first token makes; rows with no token decide nothing."""
+    if verdict.last_expiry is None:
+        return layer
+    pending = (layer.position == seen[:, None, None] - 1) & (count > 0)[:, None, None]
+    expiry = jnp.where(pending, verdict.last_expiry[..., None], layer.expiry)
+    return replace(layer, expiry=expiry, score=jnp.where(pending, verdict.last_score[..., None], layer.score))
+
+
+def append(
+    layer: LayerCache,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    verdict: Verdict,
+    seen: Int[Array, "B"],
+    count: Int[Array, "B"],
+    window_size: int,
+) -> LayerCache:
+    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query.
+
+    When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
+    """
+    capacity, length = layer.capacity, k.shape[2]
+    now = seen + count - 1  # of each row: the last query
+    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], verdict.expiry.shape)
+    coming = (jnp.arange(length) < count[:, None])[:, None] & (verdict.expiry >= now[:, None, None])
+    wanted = jnp.concatenate([layer.expiry >= now[:, None, None], coming], axis=-1)
+    kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
+    forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    coming = kept[..., capacity:]
+    free = _lowest(~kept[..., :capacity], min(length, capacity))
+    rank = jnp.clip(jnp.cumsum(coming, axis=-1) - 1, 0, free.shape[-1] - 1)
+    slot = jnp.where(coming, jnp.take_along_axis(free, rank, axis=-1), capacity)  # no slot `capacity`: such a write is dropped
+    rows, heads = (lax.broadcasted_iota(jnp.int32, slot.shape, axis) for axis in (0, 1))
+
+    def write(old, new):
+        return old.at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
+
+    return LayerCache(
+        write(layer.k, k), write(layer.v, v), write(layer.position, position), write(layer.expiry, verdict.expiry),
+        write(layer.score, verdict.score), layer.forced_evictions + forced,
+    )  # fmt: skip
+
+
+@typed
+def victim(
+    alive: Bool[Array, "B K S"], position: Int[Array, "B K S"], score: Float[Array, "B K S"], now: Int[Array, "B"], window_size: int
+) -> Int[Array, "B K"]:
+    """THE overflow rule: of the pairs outside the window the one with the highest score, the oldest among equals; only when
+    all are inside, the oldest of those."""
+    outside = alive & is_outside_window(now[:, None, None], jnp.where(alive, position, 0), window_size)
+    score = jnp.where(outside, score, -jnp.inf)
+    first = jnp.where(outside.any(-1, keepdims=True), outside & (score == score.max(-1, keepdims=True)), alive)
+    return jnp.argmin(jnp.where(first, position, EMPTY), axis=-1)
+
+
+def _push_out(wanted, layer, position, score, now, window_size):
+    """Which of the slots and of the chunk's pairs [B K C+T] stay, so that no head has more than its capacity."""
+    positions, scores = jnp.concatenate([layer.position, position], axis=-1), jnp.concatenate([layer.score, score], axis=-1)
+
+    def too_many(alive):
+        return jnp.sum(alive, axis=-1, keepdims=True) > layer.capacity
+
+    def one_less(alive):
+        leaves = jnp.arange(alive.shape[-1]) == victim(alive, positions, scores, now, window_size)[..., None]
+        return alive & ~(leaves & too_many(alive))
+
+    return lax.while_loop(lambda alive: jnp.any(too_many(alive)), one_less, wanted)
+
+
+def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]:
+    """The `number` lowest free slots, in order; what follows the last free one is arbitrary."""
+    if number == 1:
+        return jnp.argmax(free, axis=-1)[..., None]
+    return jnp.argsort(~free, axis=-1, stable=True)[..., :number]
+
+
+def grown(layer: LayerCache, capacity: int) -> LayerCache:
+    """The same pairs in a larger buffer."""
+    empty = empty_layer(*layer.k.shape[:2], capacity - layer.capacity, layer.k.shape[3], layer.k.dtype)
+    larger = {name: jnp.concatenate([getattr(layer, name), getattr(empty, name)], axis=2) for name in ("k", "v", "position", "expiry", "score")}
+    return replace(layer, **larger)
+
+
+def fork(cache: CompactCache, chains: int) -> CompactCache:
+    """Every row `chains` times over, copies of a row next to each other: one prompt, many continuations."""
+    if chains < 1:
+        raise ConfigError(f"fork wants at least 1 chain, got {chains}")
+    return jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache)
+
+
+def row_compression_ratios(cache: CompactCache) -> np.ndarray:
+    """Per row: tokens seen / mean live pairs over layers and heads; 1 for a row that has seen nothing."""
+    live, seen = np.asarray(cache.live_counts, np.float64), np.asarray(cache.seen, np.float64)
+    return np.where(seen > 0, seen / np.maximum(live.mean(axis=(0, 2)), 1e-9), 1.0)
+
+
+def compression_ratio(cache: CompactCache) -> float:
+    """Realised compression: mean tokens seen / mean live pairs over layers, rows and heads, a ratio of means, >= 1.
+    Model-Optimizer `cache.py`, `get_cr`."""
+    live = np.asarray(cache.live_counts, np.float64).mean()
+    return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0

@@ -1,0 +1,71 @@
+"""Attention of a chunk of queries over the slots of a compact cache and over the chunk itself, in blocks of keys.
+
+One function serves prefill and decode (a chunk of one). Cost follows the highest slot in use, not the capacity: the loop
+over blocks of slots ends there. The online softmax and the folding of the query heads of a group into the rows of one
+matrix product are those of `chunked_attention`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array, typed
+from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.visibility import MASKED, is_visible
+
+BLOCK = {"cpu": 256}  # keys per block, by backend: a block of keys and values stays in a CPU core's cache
+DEFAULT_BLOCK = 1024
+
+# [B T] queries, [B K S] pairs -> [B K T S]: the rule, row by row and head by head.
+_is_visible = jax.vmap(jax.vmap(is_visible, (None, 0, 0)), (0, 0, 0))
+
+
+@typed
+def slot_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    expiry: Int[Array, "B K T"],
+    slots: LayerCache,
+    position: Int[Array, "B T"],
+    block: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v over the pairs that each query sees: slots and chunk, `position <= query <= expiry`.
+
+    `position` are the absolute positions of queries and of the chunk's pairs. What a dead slot holds, NaN included, has no effect.
+    """
+    b, t, n, h = q.shape
+    heads, block = k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
+    rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
+
+    def attend(carry, keys, values, visible):
+        high, total, acc = carry
+        s = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32) * h**-0.5
+        visible_rows = jnp.repeat(visible[:, :, None], n // heads, axis=2).reshape(s.shape)
+        s = jnp.where(visible_rows, s, MASKED)
+        new_high = jnp.maximum(high, s.max(-1))
+        p = jnp.where(visible_rows, jnp.exp(s - new_high[..., None]), 0.0)
+        values = jnp.where(visible.any(2)[..., None], values, 0)  # 0 * NaN is NaN
+        shrink = jnp.exp(high - new_high)
+        out = jnp.einsum("bkrs,bksh->bkrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + out
+
+    def over_blocks(carry, keys, values, k_pos, k_expiry, used):
+        size = min(block, keys.shape[2])
+
+        def one(index, carry):
+            start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
+            part = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
+            fresh = start + jnp.arange(size) >= index * size
+            return attend(carry, part(keys), part(values), _is_visible(position, part(k_pos), part(k_expiry)) & fresh)
+
+        return lax.fori_loop(0, (used + size - 1) // size, one, carry)
+
+    carry = jnp.full(rows.shape[:3], MASKED, jnp.float32), jnp.zeros(rows.shape[:3], jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
+    carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
+    used = jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity) + 1, 0))
+    _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used)
+    out = (acc / total[..., None]).astype(q.dtype)
+    return out.reshape(b, heads, n // heads, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

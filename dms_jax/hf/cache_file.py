@@ -1,0 +1,86 @@
+"""A compact cache on disk: one safetensors file, bound to the model whose keys and values it holds."""
+
+import hashlib
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.config import ConfigError
+from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, LayerCache
+from dms_jax.hf import hf_config
+from dms_jax.hf.folder import base_hash
+from dms_jax.hf.hf_weights import EVICT, model_writes
+from dms_jax.hf.safetensors_files import SafetensorsFiles, save_file
+from dms_jax.models.decoder import Decoder
+from dms_jax.policies.learned_eviction import policy_of
+
+KIND, VERSION = "dms_jax.cache", "1"
+FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
+
+
+def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+    """Write a cache. The file appears whole or not at all, and says which model (base, evict head, policy) it belongs to.
+
+    Reads the base weights once for their hash. Raises ConfigError.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if os.path.exists(path) and not overwrite:
+        raise ConfigError(f"{path} exists; give another file, or overwrite=True")
+    if len(cache.layers) != model.config.num_layers:
+        raise ConfigError(f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's")
+    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in FIELDS}
+    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "dense": json.dumps(cache.dense), **_identity(model)}
+    from safetensors import SafetensorError
+
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file(temporary, tensors | {"seen": np.asarray(cache.seen)}, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
+        raise ConfigError(f"cannot write {path}: {why}") from why
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_cache(model: Decoder, path: str | os.PathLike) -> CompactCache:
+    """The cache in a file that this model wrote. Raises ConfigError when it is damaged, foreign, or another model's."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such cache file")
+    tensors = SafetensorsFiles(path, [path])
+    metadata = tensors.metadata
+    if metadata.get("kind") != KIND:
+        raise ConfigError(f"{path} is not a cache of dms_jax (its header has no kind={KIND})")
+    if metadata.get("version") != VERSION:
+        raise ConfigError(f"{path} is a cache of version {metadata.get('version')}, this dms_jax reads {VERSION}")
+    for key, here in _identity(model).items():
+        if metadata.get(key) != here:
+            raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")
+    config, overflow, dense = model.config, metadata.get("overflow"), metadata.get("dense") == "true"
+    wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in FIELDS)}
+    if overflow not in OVERFLOWS or wanted != set(tensors.names()):
+        raise ConfigError(f"{path} is damaged: its header or its list of tensors is not that of a cache of {config.num_layers} layers")
+    rows = tensors.shape("seen")
+    layers = []
+    for i in range(config.num_layers):
+        shape = tensors.shape(f"layers.{i}.k")
+        if len(shape) != 4 or (*shape[:1], shape[1], shape[3]) != (*rows, config.num_kv_heads, config.head_dim):
+            raise ConfigError(f"{path} is damaged: layer {i} has keys of shape {list(shape)}")
+        shapes = dict.fromkeys(FIELDS, shape[:3]) | {"k": shape, "v": shape, "forced_evictions": shape[:2]}
+        if bad := [name for name in FIELDS if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
+            raise ConfigError(f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}")
+        layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in FIELDS}))
+    return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy_of(config, dense).window_size, overflow, dense)
+
+
+def _identity(model: Decoder) -> dict[str, str]:
+    """What must be equal for stored keys, values and decisions to mean the same. target_cr and tau are of training only."""
+    head, dms = hashlib.sha256(), model.config.dms
+    for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):
+        head.update(f"{write.name} {list(write.shape)}\n".encode() + np.ascontiguousarray(write.value()).tobytes())
+    keys = {} if dms is None else {k: v for k, v in hf_config.dms_keys(dms).items() if k not in ("dms_cr", "dms_tau")}
+    return {"base_sha256": base_hash(model), "evict_head_sha256": head.hexdigest(), "dms": json.dumps(keys, sort_keys=True)}

@@ -1,0 +1,57 @@
+"""The policy of a retrofitted model (arXiv:2506.05345), and its absence."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.core import eviction
+from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.visibility import NEVER, expiry_of
+from dms_jax.policies.cache_policy import CachePolicy
+
+
+@dataclass(frozen=True)
+class LearnedEviction:
+    """A pair whose evict logit exceeds the threshold leaves `window_size` steps after it came."""
+
+    dms: DMSConfig
+
+    @property
+    def window_size(self) -> int:
+        return self.dms.window_size
+
+    def judge(
+        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
+    ) -> Verdict:
+        real = (jnp.arange(position.shape[1]) < count[:, None])[:, None]
+        scores = jnp.where(real, eviction.share_heads(logits, self.dms.granularity), 0.0)
+        evict = real & eviction.decide(logits, self.dms.granularity, threshold)
+        # One pair more, the one before the chunk: with shift 1 the first token decides about it.
+        before = lambda x, fill: jnp.concatenate([jnp.full_like(x[..., :1], fill), x], axis=-1)  # noqa: E731
+        score = eviction.align_to_pairs(before(scores, 0.0), self.dms.decision_shift, 0.0)
+        marked = eviction.align_to_pairs(before(evict, False), self.dms.decision_shift, False)
+        pairs = jnp.concatenate([position[:, :1] - 1, position], axis=1)[:, None]
+        expiry = expiry_of(marked, pairs, self.dms.window_size)
+        if self.dms.decision_shift == 0:
+            return Verdict(expiry[..., 1:], score[..., 1:], None, None)
+        return Verdict(expiry[..., 1:], score[..., 1:], expiry[..., 0], score[..., 0])
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """The dense model: nothing leaves unless the buffer is full, and then the oldest pair does."""
+
+    window_size: int = 2**30  # so everything is inside, and the overflow rule picks the oldest
+
+    def judge(
+        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
+    ) -> Verdict:
+        return Verdict(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
+
+
+def policy_of(config: ModelConfig, dense: bool) -> CachePolicy:
+    """The policy a model came with; none for a plain model, or when the caller wants none."""
+    return KeepAll() if dense or config.dms is None else LearnedEviction(config.dms)
