@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.losses import TokenMetrics, live_counts, token_metrics
+from dms_jax.core.eviction import live_counts
+from dms_jax.core.losses import TokenMetrics, token_metrics
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies.streaming_llm import StreamingLLM
 
@@ -40,10 +41,12 @@ def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return jnp.roll(tokens, -1, axis=1)
 
 
-def retrofit_rows(student: Decoder, teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"]) -> RowMetrics:
+def retrofit_rows(
+    student: Decoder, teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], threshold: float | Float[Array, ""] = 0.0
+) -> RowMetrics:
     """Hard decisions against the dense teacher."""
     dms = student.config.dms
-    hidden, evict = student.hard_hidden(tokens, segment_ids)
+    hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
     tokens_out = token_metrics(
         hidden, teacher.dense_hidden(tokens, segment_ids), student.output_embedding(), teacher.output_embedding(), next_tokens(tokens)
     )

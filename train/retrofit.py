@@ -51,9 +51,7 @@ def choose_devices(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
     from dms_jax.sharding import parse_mesh
 
     if config.mesh == "auto":
-        # Two simulated devices keep two CPU cores busier than one device does: small operations are not worth splitting.
-        simulated = 2 if (os.cpu_count() or 1) > 1 and config.batch_size % 2 == 0 and not distributed else 1
-        start_devices(simulated, distributed)
+        start_devices(1, distributed)
         import jax
 
         data = jax.device_count()
@@ -73,6 +71,7 @@ class Run:
 
     def __init__(self, config: RetrofitConfig, output: Path, resume: bool, accept_changes: bool):
         import jax
+        import numpy as np
 
         from dms_jax.sharding import make_mesh, parse_mesh
 
@@ -80,7 +79,7 @@ class Run:
         self.mesh = make_mesh(*parse_mesh(config.mesh))
         self.writer = jax.process_index() == 0
         _make_folder(output)
-        self.config = config
+        self.config, self.threshold = config, np.float32(0)
         self.model, self.teacher, self.model_path = self._load_models()
         self.train_rows, self.held_out, summary = self._load_rows()
         self._say(str(summary))
@@ -141,11 +140,14 @@ class Run:
         return load_rows(data, tokenizer, self.config.length, self.config.seed, self.model.config.vocab_size)
 
     def _build(self) -> None:
+        import jax
+
         from train.step import Retrofit, StepConfig
 
         c = self.config
+        remat = c.remat if c.remat != "auto" else "matmuls" if jax.default_backend() == "cpu" else "full"
         step = StepConfig(mode=c.mode, seed=c.seed, length=c.length, steps=c.steps, accumulate=c.accumulate, initial_cr=c.initial_cr,
-                          ramp_steps=c.first_gated_step, cr_steps=c.rising_steps, remat=c.remat, loss=c.loss, optimizer=c.optimizer)  # fmt: skip
+                          ramp_steps=c.first_gated_step, cr_steps=c.rising_steps, remat=remat, loss=c.loss, optimizer=c.optimizer)  # fmt: skip
         self.retrofit = Retrofit(self.model, self.teacher, step, self.mesh, self.compute_dtype)
 
     def _restore(self, resume: bool) -> int:
@@ -293,29 +295,55 @@ class Run:
         """The held-out report: retrofitted, dense, and a sliding window with as many live tokens."""
         from dms_jax.evaluation import held_out_report
 
-        c, r = self.config, self.retrofit
-        data_size = self.mesh.shape["data"]
-        batches = -(-min(c.eval_rows, max(self.held_out.num_rows, 1)) // data_size)
-        on_host = [self.held_out.batch(i, data_size, c.seed) for i in range(batches)]
-
-        def placed(batch):
-            return r.place(lambda start, count: type(batch)(*(x[start : start + count] for x in batch)), data_size)
-
+        r = self.retrofit
         return held_out_report(
-            on_host,
-            c.length,
-            lambda batch: r.evaluate(r.state, r.frozen, placed(batch)),
-            lambda batch, policy: r.evaluate_sliding_window(r.state, r.frozen, policy, placed(batch)),
+            self._some_rows(self.held_out, self.config.eval_rows),
+            self.config.length,
+            lambda batch: r.evaluate(r.state, r.frozen, self._placed(batch), self.threshold),
+            lambda batch, policy: r.evaluate_sliding_window(r.state, r.frozen, policy, self._placed(batch)),
         )
+
+    def _some_rows(self, rows, number: int) -> list:
+        """Batches of the first rows, one for each data-parallel device: at least `number` rows, if there are as many."""
+        size = self.mesh.shape["data"]
+        return [rows.batch(i, size, self.config.seed) for i in range(-(-min(number, max(rows.num_rows, 1)) // size))]
+
+    def _placed(self, batch):
+        return self.retrofit.place(lambda start, count: type(batch)(*(x[start : start + count] for x in batch)), len(batch.tokens))
+
+    def _calibrate(self) -> None:
+        """Raise the threshold until hard decisions evict no more than was asked for. The one-sided loss never pushes back, and
+        decisions without the noise of training evict more than those with it."""
+        import jax
+        import numpy as np
+
+        from dms_jax.calibration import threshold_for
+        from dms_jax.core.cr_schedule import realised_cr
+
+        c, r, dms = self.config, self.retrofit, self.retrofit.dms
+        if not c.calibration_rows:
+            return
+        batches = [self._placed(batch) for batch in self._some_rows(self.train_rows, c.calibration_rows)]
+
+        def scores(threshold: float) -> np.ndarray:
+            return np.concatenate([jax.device_get(r.scores(r.state, r.frozen, batch, np.float32(threshold))) for batch in batches], axis=1)
+
+        wanted = realised_cr(dms.target_cr, c.length, dms.window_size)
+        self.threshold = np.float32(max(0.0, threshold_for(scores, dms, wanted, tolerance=0.02, most_runs=6)))
+        if self.threshold:
+            self._say(f"evict logits have to exceed {self.threshold:.3f} from now on: then rows like those trained on realise CR {wanted:.2f}")
 
     def _finish(self) -> None:
         import dms_jax
+        from dms_jax.models.decoder import fold_threshold
         from train.metrics import read_steps
         from train.plots import plot_kept_fraction, plot_training
 
         self.checkpoints.close()
+        self._calibrate()
         report = self.evaluate() if self.held_out.num_rows else None
         trained = self.retrofit.trained_model(self.retrofit.state)
+        fold_threshold(trained, float(self.threshold))
         export = self.output / "export"
         dms_jax.save(trained, export, overwrite=True)
         if self.config.mode == "adapter":

@@ -32,7 +32,7 @@ class LossConfig:
 class OptimizerConfig:
     """optax.adamw; betas, decay and clipping are the reference's (Model-Optimizer `qwen3_8b.yaml`)."""
 
-    learning_rate: float = 5e-5  # > 0
+    learning_rate: float = 1e-4  # > 0
     warmup_steps: int = 0  # linear from 0
     decay_fraction: float = 0.3  # in [0, 1]; over this last part of the steps the rate falls linearly to a tenth
     b1: float = 0.9
@@ -58,15 +58,15 @@ class RetrofitConfig:
     data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
     output: str = "runs/retrofit"
     mode: Mode = "adapter"  # base frozen | all weights, separate teacher | a query channel, freed first, then all weights
-    steps: int = 36  # optimizer steps in all, >= 1
+    steps: int = 50  # optimizer steps in all, >= 1
     length: int = 1024  # tokens of a row, >= 2
     batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
     accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
     seed: int = 0
-    mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or two on a CPU
+    mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or the CPU as one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
-    remat: Literal["full", "matmuls", "none"] = "full"  # what the backward pass recomputes: whole layers | no matrix product | nothing
-    dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.6)
+    remat: Literal["auto", "full", "matmuls", "none"] = "auto"  # recomputed backwards: auto (CPU: matmuls, else full) | layers | no product | nothing
+    dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
     initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
     cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: nine tenths of the steps
     ramp_steps: int = 0  # `borrowed` only: steps that free the channel; 0: a third of the steps
@@ -74,13 +74,14 @@ class RetrofitConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: int = 0  # steps between validations; 0: at the end only
     eval_rows: int = 12  # held-out rows of a validation
+    calibration_rows: int = 4  # after training, training rows on which the threshold is raised until CR is not above target; 0: none
     save_every: int = 50  # steps between checkpoints
     keep: int = 2  # checkpoints that stay
     tensorboard: bool = False  # also write OUTPUT/tensorboard (pip install "dms-jax[log]")
 
     def __post_init__(self):
         at_least = {"steps": 1, "length": 2, "batch_size": 0, "accumulate": 1, "initial_cr": 1, "cr_steps": 0, "ramp_steps": 0, "eval_every": 0,
-                    "eval_rows": 1, "save_every": 1, "keep": 1, "seed": 0}  # fmt: skip
+                    "eval_rows": 1, "calibration_rows": 0, "save_every": 1, "keep": 1, "seed": 0}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be >= {least}, got {getattr(self, name)!r}")
@@ -118,7 +119,7 @@ class RetrofitConfig:
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
 # Keys that may change when a run is resumed: they do not change what is computed.
-FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "save_every", "keep", "tensorboard", "remat"}
+FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "calibration_rows", "save_every", "keep", "tensorboard", "remat"}
 
 
 def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:

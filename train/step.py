@@ -19,7 +19,8 @@ from jaxtyping import Array
 
 from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
-from dms_jax.core.losses import compression_loss, decidable, distill_sum, live_counts
+from dms_jax.core.eviction import decidable, live_counts
+from dms_jax.core.losses import compression_loss, distill_sum
 from dms_jax.evaluation import RowMetrics, retrofit_rows, sliding_window_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of
@@ -56,7 +57,7 @@ class TrainState(NamedTuple):
 
 
 class Retrofit:
-    """The functions of one run, compiled once each: `step`, `free_channel`, `evaluate`, `evaluate_sliding_window`."""
+    """The functions of one run, compiled once each: `step`, `free_channel`, `evaluate`, `scores`, `evaluate_sliding_window`."""
 
     def __init__(self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh, compute_dtype: jnp.dtype):
         """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`."""
@@ -82,6 +83,7 @@ class Retrofit:
         self.step = self._jit(self._step, donate=(0,), out=(self.shardings, everywhere))
         self.free_channel = self._jit(self._free_channel, donate=(0,), out=self.shardings)
         self.evaluate = self._jit(self._evaluate, out=everywhere)
+        self.scores = self._jit(self._scores, out=everywhere)
         self.evaluate_sliding_window = self._jit(self._evaluate_sliding_window, out=everywhere, static=(2,))
         self.finite_gradients = self._jit(
             lambda state, frozen, batch: jax.tree.map(_finite_per_layer, self._gradients(state, frozen, batch)[0]), out=everywhere
@@ -192,10 +194,13 @@ class Retrofit:
 
     # --- held-out rows ---
 
-    def _evaluate(self, state: TrainState, frozen: Params, batch) -> RowMetrics:
-        return retrofit_rows(
-            self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids
-        )
+    def _evaluate(self, state: TrainState, frozen: Params, batch, threshold: Array) -> RowMetrics:
+        student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
+        return retrofit_rows(student, teacher, batch.tokens, batch.segment_ids, threshold)
+
+    def _scores(self, state: TrainState, frozen: Params, batch, threshold: Array) -> Array:
+        """Evict logits [L B K T] of rows that decide under `threshold`."""
+        return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
     def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
         return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)

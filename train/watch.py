@@ -1,18 +1,15 @@
 """Eyes on a run: says once, with advice, when the policy collapses or the target cannot be reached."""
 
+import math
 import sys
 
 from dms_jax.config import DMSConfig
-
-
-def reachable_cr(length: int, window_size: int) -> float:
-    """The realised ratio of a row in which everything outside the window is evicted."""
-    return length / min(length, window_size + 1)
+from dms_jax.core.cr_schedule import realised_cr
 
 
 def target_advice(length: int, dms: DMSConfig) -> str | None:
     """Before the first step: is the target within reach of rows this long?"""
-    best = reachable_cr(length, dms.window_size)
+    best = realised_cr(math.inf, length, dms.window_size)
     if dms.target_cr <= best:
         return None
     protected = f"the window of {dms.window_size} protects {min(length, dms.window_size + 1)} tokens, so at most CR {best:.2f} is realised"

@@ -11,6 +11,12 @@ def evict_fraction(cr: float) -> float:
     return 1.0 - 1.0 / cr
 
 
+def realised_cr(nominal_cr: float, length: int, window_size: int) -> float:
+    """What a nominal ratio amounts to after `length` tokens when decisions do not depend on the position: the last
+    window_size + 1 pairs are always there."""
+    return length / (length - evict_fraction(nominal_cr) * max(0, length - 1 - window_size))
+
+
 @typed
 def target_cr(step: int | Int[Array, ""], initial_cr: float, final_cr: float, final_step: int) -> Float[Array, ""]:
     """Linear from `initial_cr` at step 0 to `final_cr` at `final_step`, constant afterwards."""

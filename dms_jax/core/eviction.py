@@ -67,3 +67,23 @@ def align_to_pairs(
 def log_keep(z: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
     """log(1 - sigmoid(z)), the score a relaxed eviction adds outside the window. Finite gradient for any z."""
     return jax.nn.log_sigmoid(-z)
+
+
+@typed
+def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array, "{length}"]:
+    """Which tokens of a row decide about a pair that can still leave within the row. The reference counts the others too:
+    they can be marked at no cost, so they dilute the loss."""
+    pair_can_leave = jnp.arange(length) < length - 1 - window_size
+    if decision_shift == 0:
+        return pair_can_leave
+    return jnp.concatenate([jnp.zeros(1, bool), pair_can_leave[:-1]])
+
+
+@typed
+def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
+    """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
+    length = evict.shape[-1]
+    flat = evict.reshape(1, -1, length)
+    marked = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
+    recent = jnp.arange(length) >= length - 1 - window_size
+    return jnp.sum(~marked | recent, axis=-1)

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
 from dms_jax.axes import EXACT, Array, typed
-from dms_jax.core.eviction import align_to_pairs
 
 CHUNK = 256  # tokens of a row whose logits exist at a time
 ORDERS = ("student_teacher", "teacher_student")
@@ -64,16 +63,6 @@ def kl_student_teacher(student_logits: Float[Array, "B T V"], teacher_logits: Fl
 def kl_teacher_student(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:
     """KL(teacher || student), nats per unmasked token; 0 when all are masked."""
     return _mean(_kl(teacher_logits.astype(jnp.float32), student_logits.astype(jnp.float32)), mask)
-
-
-@typed
-def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array, "{length}"]:
-    """Which tokens of a row decide about a pair that can still leave within the row. The reference counts the others too:
-    they can be marked at no cost, so they dilute the loss."""
-    pair_can_leave = jnp.arange(length) < length - 1 - window_size
-    if decision_shift == 0:
-        return pair_can_leave
-    return jnp.concatenate([jnp.zeros(1, bool), pair_can_leave[:-1]])
 
 
 @typed
@@ -199,13 +188,3 @@ def token_metrics(
 
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, next_tokens))
     return TokenMetrics(*(_from_chunks(x, student.shape[1]) for x in jax.lax.map(one, chunks)))
-
-
-@typed
-def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
-    """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
-    length = evict.shape[-1]
-    flat = evict.reshape(1, -1, length)
-    marked = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
-    recent = jnp.arange(length) >= length - 1 - window_size
-    return jnp.sum(~marked | recent, axis=-1)

@@ -5,6 +5,7 @@ Layers are stacked [L, ...] and scanned. The model holds parameters and no state
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -113,11 +114,22 @@ class Decoder(nnx.Module):
     def hard_hidden(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
+        hidden, (evict, _) = self._hard(tokens, segment_ids, threshold)
+        return hidden, evict
+
+    def hard_scores(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
+    ) -> Float[Array, "L B K T"]:
+        """Each token's own evict logit when those above `threshold` evict: what a lower layer forgets changes the upper ones'."""
+        return self._hard(tokens, segment_ids, threshold)[1][1]
+
+    def _hard(self, tokens, segment_ids, threshold):
         dms = self._policy()
 
         def gate(logits):
             evict = eviction.decide(logits, dms.granularity, threshold)
-            return _hard_log_keep(eviction.align_to_pairs(evict, dms.decision_shift, False)), evict
+            log_keep = _hard_log_keep(eviction.align_to_pairs(evict, dms.decision_shift, False))
+            return log_keep, (evict, eviction.share_heads(logits, dms.granularity))
 
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
 
@@ -183,3 +195,11 @@ def free_borrowed_channel(model: Decoder) -> None:
     attention.q[...] = attention.q[...].at[:, :, ::group, -1].set(0.0)
     if model.config.qkv_bias:
         attention.q_bias[...] = attention.q_bias[...].at[:, ::group, -1].set(0.0)
+
+
+def fold_threshold(model: Decoder, threshold: float) -> None:
+    """Make `threshold` part of the model, in place: a logit above it becomes one above 0."""
+    dms = model.config.dms
+    config = model.config.with_dms(replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
+    for module in (model, model.layers, model.layers.attention):
+        module.config = config

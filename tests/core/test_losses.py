@@ -7,7 +7,8 @@ import optax
 import pytest
 
 import dms_jax
-from dms_jax.core.losses import compression_loss, decidable, distill_sum, kl_student_teacher, kl_teacher_student, live_counts, token_metrics
+from dms_jax.core.eviction import decidable, live_counts
+from dms_jax.core.losses import compression_loss, distill_sum, kl_student_teacher, kl_teacher_student, token_metrics
 
 
 def problem(rng, batch=2, length=37, width=16, vocab=53):

@@ -7,8 +7,7 @@ from cases import decode, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dms_jax.core.eviction import align_to_pairs
-from dms_jax.core.losses import live_counts
+from dms_jax.core.eviction import align_to_pairs, live_counts
 from dms_jax.core.visibility import NEVER, expiry_of, is_outside_window, is_visible
 
 G1 = [0, 1, 1, 0, 1, 0, 1, 1]

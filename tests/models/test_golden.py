@@ -86,7 +86,8 @@ def test_losses_and_gradients_are_those_of_the_reference(name):
             _, _, _, layer, _, tensor = key.split(".", 5)
             gradient = np.asarray(gradients[f"layers.attention.{ours[tensor]}"][int(layer)])
             gradient = gradient.reshape(gradient.shape[0], -1).T if gradient.ndim > 1 else gradient
-            # z is 1000 times the raw score, so fp32 rounding of hidden states shows in the gradient: 1.9e-4 at worst was measured.
-            assert np.linalg.norm(gradient - expected) <= 3e-4 * np.linalg.norm(expected), key
+            # z is 1000 times the raw score, so fp32 rounding of hidden states shows here. With this code in fp64 the stored numbers, fp32
+            # themselves, are 8.5e-5 off at worst: the equations agree to 1e-4. Our own rounding makes it 1.4e-4, in two of four folders.
+            assert np.linalg.norm(gradient - expected) <= 2e-4 * np.linalg.norm(expected), key
             compared += 1
     assert compared >= 4

@@ -82,6 +82,15 @@ def test_a_run_leaves_what_it_promises(settings, tmp_path, capsys):
     assert np.any(np.asarray(exported.layers.attention.evict_proj[...]) != 0)
 
 
+def test_a_run_that_overshoots_exports_a_threshold_that_does_not(settings, capsys):
+    assert main(arguments(settings, steps=20, optimizer__learning_rate=0.05, dms__target_cr=1.5)) == 0
+    wanted, report = 48 / (48 - (1 - 1 / 1.5) * (47 - 6)), json.loads((settings["output"] / "report.json").read_text())
+    exported = dms_jax.load(settings["output"] / "export")
+    assert exported.config.dms.evict_logit_bias > 5 and "evict logits have to exceed" in capsys.readouterr().err
+    assert read_steps(settings["output"] / "metrics.jsonl")[-1]["cache/realised_cr"] > 1.2 * wanted  # noise included, before the threshold
+    assert report["held_out/realised_cr"] == pytest.approx(wanted, rel=0.1)  # other rows than the threshold was chosen on
+
+
 @pytest.mark.parametrize("mode", ["full", "borrowed"])
 def test_all_weights_modes_export_too(settings, mode):
     with pytest.warns(UserWarning, match="borrowed-channel") if mode == "borrowed" else _no_warning():
