@@ -58,7 +58,9 @@ def test_greedy_is_the_best_token_of_the_mask_path(prompts):
     assert out.realised_cr.min() > 1 and not out.forced_evictions.any()
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 30, "seed": (5, 6, 7), "repetition_penalty": 1.3}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 0.8, "top_p": 0.9, "top_k": 30, "seed": (5, 6, 7), "repetition_penalty": 1.3}], ids=["greedy", "sampled"]
+)
 def test_a_row_does_not_depend_on_its_neighbours(prompts, fields):
     together = dms_jax.generate(model(), prompts, settings(**fields))
     order = [2, 0, 1]
@@ -130,7 +132,11 @@ def test_no_number_compiles_the_loop_again(prompts):
     run = lambda **fields: dms_jax.generate(model(), prompts, settings(**fields))  # noqa: E731
     run(), run(temperature=1.0), run(temperature=1.0, top_p=0.5)
     warm = generation.num_loop_compilations(), decoding.num_compilations()
-    run(max_new_tokens=5, threshold=3.0, stop_ids=(1, 2, 3)), run(temperature=0.3, min_p=0.1, seed=9), run(temperature=0.7, top_p=0.9, top_k=7, seed=(1, 2, 3))
+    (
+        run(max_new_tokens=5, threshold=3.0, stop_ids=(1, 2, 3)),
+        run(temperature=0.3, min_p=0.1, seed=9),
+        run(temperature=0.7, top_p=0.9, top_k=7, seed=(1, 2, 3)),
+    )
     dms_jax.generate(model(), [p[:2] for p in prompts], settings())
     assert (generation.num_loop_compilations(), decoding.num_compilations()) == warm
 

@@ -58,7 +58,11 @@ def test_what_is_refused(saved, tmp_path, monkeypatch):
         dms_jax.load_cache(model, cut)
     with pytest.raises(ConfigError, match="not a cache of dms_jax"):
         dms_jax.load_cache(model, GOLDEN / "mistral" / "model.safetensors")
-    others = [tiny_model(POLICY, 4, num_layers=1), tiny_model(POLICY, 3, num_layers=1, evict_scale=0.2), tiny_model(DMSConfig(window_size=4), 3, num_layers=1)]
+    others = [
+        tiny_model(POLICY, 4, num_layers=1),
+        tiny_model(POLICY, 3, num_layers=1, evict_scale=0.2),
+        tiny_model(DMSConfig(window_size=4), 3, num_layers=1),
+    ]
     for other in others:
         with pytest.raises(ConfigError, match="belongs to another model"):
             dms_jax.load_cache(other, path)
