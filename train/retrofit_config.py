@@ -58,7 +58,7 @@ class RetrofitConfig:
     data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
     output: str = "runs/retrofit"
     mode: Mode = "adapter"  # base frozen | all weights, separate teacher | a query channel, freed first, then all weights
-    steps: int = 50  # optimizer steps in all, >= 1
+    steps: int = 55  # optimizer steps in all, >= 1
     length: int = 1024  # tokens of a row, >= 2
     batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
     accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
@@ -73,7 +73,7 @@ class RetrofitConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: int = 0  # steps between validations; 0: at the end only
-    eval_rows: int = 12  # held-out rows of a validation
+    eval_rows: int = 10  # held-out rows of a validation
     calibration_rows: int = 4  # after training, training rows on which the threshold is raised until CR is not above target; 0: none
     save_every: int = 50  # steps between checkpoints
     keep: int = 2  # checkpoints that stay
