@@ -6,7 +6,7 @@ DEMO ?= runs/demo
 
 .PHONY: demo test slow check format clean
 
-demo: $(VENV)/.installed  ## retrofit SmolLM2-135M on real text, 15 minutes on two CPU cores
+demo: $(VENV)/.installed  ## retrofit SmolLM2-135M on real text, about 11 minutes on two CPU cores
 	$(RUN) -m train.retrofit --set output=$(DEMO)
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow part
