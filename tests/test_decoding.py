@@ -247,14 +247,16 @@ def test_no_length_and_no_number_compiles_again(rng):
     assert decoding.num_compilations() == warm
 
 
-def test_a_borrowed_buffer_is_never_dense():
-    """No array of a prefill program grows with the tokens seen before; the largest is a chunk's or the cache's own."""
-    model = tiny_model(policy(2), 3, num_layers=1, max_position_embeddings=10**6)
-    runner = decoding.unrolled(model)
-    sizes = {}
-    for capacity in (64, 4096):
+def test_a_step_copies_no_buffer_and_a_chunk_at_most_twice():
+    """Temporary memory of the compiled programs, as the capacity grows: a decode step writes keys and values in place."""
+    model = tiny_model(policy(2), 3, num_layers=1, head_dim=64)
+    runner, slots = decoding.unrolled(model), 4096 * TINY.num_kv_heads
+
+    def temporary(length, capacity):
         cache = dms_jax.init_cache(model, 1, capacity)
-        args = runner, cache, np.zeros((1, 16), np.int32), np.full(1, 16, np.int32), jnp.float32(0), None
-        sizes[capacity] = jax.jit(decoding.extend_rows, donate_argnums=1).lower(*args).compile().memory_analysis().temp_size_in_bytes
-    slots = 4096 * TINY.num_kv_heads
-    assert sizes[4096] < sizes[64] + slots * TINY.head_dim * 4, "beside the cache itself there is less than one more copy of its keys"
+        args = runner, cache, np.zeros((1, length), np.int32), np.full(1, length, np.int32), jnp.float32(0), None
+        return jax.jit(decoding.extend_rows, donate_argnums=1).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+    keys = slots * 64 * 4
+    assert temporary(1, 4096) < keys / 2, "less than a copy of the keys, for all the book-keeping of the slots"
+    assert temporary(16, 4096) - temporary(16, 64) < 2.5 * keys, "a copy of keys and of values, per chunk"

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.compact_cache import LayerCache, Verdict, append, settle
 from dms_jax.core.visibility import MASKED, is_visible
 
 BLOCK = {"cpu": 256}  # keys per block, by backend: a block of keys and values stays in a CPU core's cache
@@ -21,22 +21,44 @@ DEFAULT_BLOCK = 1024
 _is_visible = jax.vmap(jax.vmap(is_visible, (None, 0, 0)), (0, 0, 0))
 
 
-@typed
-def slot_attention(
+def extend_layer(
+    layer: LayerCache,
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    expiry: Int[Array, "B K T"],
+    verdict: Verdict,
+    position: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    window_size: int,
+    block: int | None = None,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """One layer's step: settle what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real."""
+    seen = position[:, 0]
+    layer = settle(layer, verdict, seen, count)
+    if q.shape[1] == 1:
+        # Written first, the buffers are read where they lie; read first, XLA copies keys and values whole, at each step. A
+        # single pair cannot expire before its own query, so both orders are the same, but for a pair that is forced out.
+        layer = append(layer, k, v, verdict, seen, count, window_size)
+        return slot_attention(q, layer, position, None, block), layer
+    out = slot_attention(q, layer, position, (k, v, verdict.expiry), block)
+    return out, append(layer, k, v, verdict, seen, count, window_size)
+
+
+@typed
+def slot_attention(
+    q: Float[Array, "B T N H"],
     slots: LayerCache,
     position: Int[Array, "B T"],
+    chunk: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B K T"]] | None,
     block: int | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over the pairs that each query sees: slots and chunk, `position <= query <= expiry`.
 
-    `position` are the absolute positions of queries and of the chunk's pairs. What a dead slot holds, NaN included, has no effect.
+    `position` are the absolute positions of the queries and of the chunk's pairs; `chunk` holds keys, values and expiry of the
+    pairs that are not in a slot yet. What a dead slot holds, NaN included, has no effect. A query that sees nothing gets 0.
     """
     b, t, n, h = q.shape
-    heads, block = k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
+    heads, block = slots.k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
     rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
 
     def attend(carry, keys, values, visible):
@@ -63,9 +85,11 @@ def slot_attention(
         return lax.fori_loop(0, (used + size - 1) // size, one, carry)
 
     carry = jnp.full(rows.shape[:3], MASKED, jnp.float32), jnp.zeros(rows.shape[:3], jnp.float32), jnp.zeros(rows.shape, jnp.float32)
-    k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
-    carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
+    if chunk is not None:
+        k, v, expiry = chunk
+        k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
+        carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
     used = jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity) + 1, 0))
     _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used)
-    out = (acc / total[..., None]).astype(q.dtype)
+    out = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
     return out.reshape(b, heads, n // heads, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

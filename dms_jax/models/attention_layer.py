@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.core import compact_cache, eviction
+from dms_jax.core import eviction
 from dms_jax.core.chunked_attention import gated_attention
 from dms_jax.core.compact_cache import LayerCache
-from dms_jax.core.slot_attention import slot_attention
+from dms_jax.core.slot_attention import extend_layer
 from dms_jax.models.layers import EvictParam, rms_norm, rope, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain
@@ -101,10 +101,9 @@ class AttentionLayer(nnx.Module):
         """The same for a chunk that continues the rows of a cache, and the cache after it."""
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
-        k, v, seen = k.swapaxes(1, 2), v.swapaxes(1, 2), chunk.position[:, 0]
-        cache = compact_cache.settle(cache, verdict, seen, chunk.count)
-        out = slot_attention(q, k, v, verdict.expiry, cache, chunk.position)
-        return self.output(out), compact_cache.append(cache, k, v, verdict, seen, chunk.count, policy.window_size)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out, cache = extend_layer(cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size)
+        return self.output(out), cache
 
     def heads(
         self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], channel: ChannelScale, position: Array, frequency: Array

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, LayerCache, Verdict, empty_layer
-from dms_jax.core.slot_attention import slot_attention
+from dms_jax.core.slot_attention import extend_layer
 from dms_jax.policies.learned_eviction import LearnedEviction
 
 B, K, G, H, T, C = 2, 2, 2, 8, 24, 32
@@ -25,10 +25,7 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 def extend(layer, q, k, v, logits, seen, count, policy, block=7):
     """What an attention layer does with a chunk. A block of 7 divides neither the capacity nor a chunk."""
     position = seen[:, None] + jnp.arange(q.shape[1])
-    verdict = policy.judge(logits, position, count, 0.0)
-    layer = compact_cache.settle(layer, verdict, seen, count)
-    out = slot_attention(q, k, v, verdict.expiry, layer, position, block)
-    return out, compact_cache.append(layer, k, v, verdict, seen, count, policy.window_size)
+    return extend_layer(layer, q, k, v, policy.judge(logits, position, count, 0.0), position, count, policy.window_size, block)
 
 
 def poisoned(layer: LayerCache, seen) -> LayerCache:
