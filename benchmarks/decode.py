@@ -179,7 +179,8 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
         median, counts = statistics.median(seconds[name]), np.asarray(caches[name].live_counts)
         rows.append({"arm": name, "batch": options.batch, "tokens_seen": options.context, "live_at_start": live[name],
                      "live_at_end": float(counts.mean()), "cache_bytes": caches[name].bytes, "step_ms": 1e3 * median,
-                     "tokens_per_s": options.batch / median, "step_ms_all": [1e3 * s for s in seconds[name]], "speed_to_dense": dense / median})  # fmt: skip
+                     "tokens_per_s": options.batch / median, "step_ms_all": [1e3 * s for s in seconds[name]],
+                     "speed_to_dense": dense / median})  # fmt: skip
         show(f"{name:<8} live {live[name]:>6}  {1e3 * median:>8.2f} ms a step ({1e3 * min(seconds[name]):.2f} to {1e3 * max(seconds[name]):.2f}), "
              f"{options.batch / median:>8.1f} tokens/s, {dense / median:.2f}x dense")  # fmt: skip
     return rows

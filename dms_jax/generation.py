@@ -120,7 +120,13 @@ class _Run:
     """The stretches of one call."""
 
     def __init__(
-        self, model: UnrolledDecoder, config: GenerationConfig, stop_ids: np.ndarray, tokenizer: Tokenizer | None, watch: Callable | None, longest: int
+        self,
+        model: UnrolledDecoder,
+        config: GenerationConfig,
+        stop_ids: np.ndarray,
+        tokenizer: Tokenizer | None,
+        watch: Callable | None,
+        longest: int,
     ):
         self.model, self.config, self.stop_ids, self.tokenizer, self.watch, self.longest = model, config, stop_ids, tokenizer, watch, longest
 

@@ -46,7 +46,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     how.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be given several times")
     how.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-text")
     cache = parser.add_argument_group("cache")
-    cache.add_argument("--capacity", metavar="N[,N...]", help="slots per row and KV head, one number or one per layer; default: enough for all tokens")
+    cache.add_argument(
+        "--capacity", metavar="N[,N...]", help="slots per row and KV head, one number or one per layer; default: enough for all tokens"
+    )
     cache.add_argument("--overflow", choices=["evict", "raise", "grow"], help="when a head wants more; default evict, dense raise; "
                        "grow in a chat and with --save-cache, unless there is a --capacity")  # fmt: skip
     cache.add_argument("--dense", action="store_true", help="ignore the policy, keep everything")
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     from infer.prompts import Prompt, check_text, read_prompts
 
     prompts = read_prompts(options.prompts) if options.prompts else [Prompt(options.prompt, "--prompt")] if options.prompt is not None else []
-    for name in ("system", "stop"):
+    for name in ("prompt", "system", "stop"):
         given = getattr(options, name) or []
         for text in [given] if isinstance(given, str) else given:
             check_text(Prompt(text, f"--{name}"))

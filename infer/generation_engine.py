@@ -55,7 +55,9 @@ class Engine:
     def _load_cache(self):
         cache = dms_jax.load_cache(self.model, self.options.load_cache)
         if cache.batch_size != 1:
-            raise ConfigError(f"{self.options.load_cache} holds {cache.batch_size} rows, this command goes on from one; use dms_jax.load_cache in Python")
+            raise ConfigError(
+                f"{self.options.load_cache} holds {cache.batch_size} rows, this command goes on from one; use dms_jax.load_cache in Python"
+            )
         if int(cache.seen[0]) == 0:
             raise ConfigError(f"{self.options.load_cache} holds an empty cache; leave --load-cache out")
         return replace(cache, overflow=self.options.overflow) if self.options.overflow else cache

@@ -78,7 +78,8 @@ class Report:
             "prompts": self.prompts, "prefill_tokens": self.prefill_tokens, "decode_tokens": self.decode_tokens, **seconds,
             "prefill_tokens_per_s": rate(self.prefill_tokens, "prefill"), "decode_tokens_per_s": rate(self.decode_tokens, "decode"),
             "realised_cr": round(sums["seen"] / sums["live"], 4) if sums["live"] else 1.0, "nominal_cr": self.nominal_cr,
-            "tokens_seen_per_row": round(sums["seen"] / max(sums["rows"], 1), 1), "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
+            "tokens_seen_per_row": round(sums["seen"] / max(sums["rows"], 1), 1),
+            "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
             **most, "forced_evictions": sums["forced_evictions"],
         }  # fmt: skip
 
@@ -90,7 +91,9 @@ class Report:
             lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{show(n[f'{phase}_s'], 10, 2)}{show(n[f'{phase}_tokens_per_s'], 10, 1)}")
         lines.append(f"{'compile':<10}{'':>9}{show(n['compile_s'], 10, 2)}")
         nominal = "dense" if n["nominal_cr"] is None else f"nominal {n['nominal_cr']:g}"
-        lines.append(f"live {n['live_pairs_per_head']:g} of {n['tokens_seen_per_row']:g} tokens a row and head: CR {n['realised_cr']:.2f} ({nominal})")
+        lines.append(
+            f"live {n['live_pairs_per_head']:g} of {n['tokens_seen_per_row']:g} tokens a row and head: CR {n['realised_cr']:.2f} ({nominal})"
+        )
         size = lambda count: f"{count / 2**20:.1f} MiB"  # noqa: E731
         lines.append(f"cache {size(n['cache_bytes'])} allocated, {size(n['live_bytes'])} live, {size(n['dense_bytes'])} if dense; "
                      f"forced evictions {n['forced_evictions']}")  # fmt: skip

@@ -60,7 +60,9 @@ def _from_json(line: str, where: str) -> Prompt:
         if "messages" not in record or not content or not right:
             raise ConfigError(f'{where}: "messages" must be a list of {{"role": ..., "content": ...}} with text, at least one')
     elif not isinstance(content, str) or "prompt" not in record or not content:
-        raise ConfigError(f'{where}: "{"prompt" if "prompt" in record else "messages"}" must be ' + ("text that is not empty" if "prompt" in record else "a list"))
+        raise ConfigError(
+            f'{where}: "{"prompt" if "prompt" in record else "messages"}" must be ' + ("text that is not empty" if "prompt" in record else "a list")
+        )
     return Prompt(content, where, record)
 
 
