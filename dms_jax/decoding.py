@@ -4,6 +4,8 @@ A chunk attends to the slots and to itself under the one rule, then its survivor
 never exists. The cache is passed in and returned. Lengths are rounded up to a few sizes, so nothing is compiled again.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,6 +76,7 @@ def prefill(
     threshold: float | Float[Array, ""] = 0.0,
     last_only: bool = False,
     donate: bool = False,
+    watch: Callable[[int], object] | None = None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
     """Append tokens to every row: a prompt, or the next turn after decoding. Returns logits [B T V], fp32, and the new cache.
 
@@ -85,6 +88,7 @@ def prefill(
       threshold: a token evicts iff its logit exceeds it; a number that changes without compiling.
       last_only: logits [B V] of each row's last real token only (zeros for a row without any).
       donate: give the old cache's memory to the new one. The old one must then not be used again.
+      watch: called after each chunk, once it is done, with the columns of tokens that are; what it raises ends the call.
 
     Logits of padding are 0, and a row that is all padding keeps its state. Raises ConfigError for tokens outside the
     vocabulary, gaps, rows beyond the model's context, and an overflow that the cache's policy calls an error.
@@ -109,6 +113,9 @@ def prefill(
         last = logits if last_only else last
         parts.append(logits)
         cache = check_forced(cache, before, int(counts.max()))
+        if watch is not None:
+            jax.block_until_ready(logits)
+            watch(min(start + size, int(count.max())))
     if last_only:
         return last, cache
     logits = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]

@@ -1,13 +1,14 @@
 """Generate: prefill, then one jitted loop in which each row stops by itself.
 
-The loop runs in stretches when the host has something to look at: stop strings, and caches that raise or grow. A stretch
+The loop runs in stretches when the host has something to look at: stop strings, caches that grow, somebody who watches. A stretch
 that ran past a stop string is run again with the limit known, from the cache before it, so the returned cache holds exactly
 the returned tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
 
 STRETCH = 16  # tokens between two looks of the host, when it has to look
+WATCHED_STRETCH = 4  # tokens between two calls of `watch`: a reader sees no jumps, and the loop is left rarely
 MOST_STOP_IDS = 8  # ids are padded to a multiple of it, so that their number compiles nothing
 
 
@@ -36,13 +38,20 @@ class Generation:
 
     tokens: list[np.ndarray]  # int32; a stop id, when one came, is the last
     texts: list[str] | None  # for prompts that were strings: without stop id and stop string
-    finish_reasons: list[str]  # "stop_id", "stop_string" or "length"
+    finish_reasons: list[str]  # "stop_id", "stop_string", "length", or "cancelled" by `watch`
     logprobs: list[np.ndarray] | None  # log p of each token
     live_pairs: np.ndarray  # [B] mean over layers and heads
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
     cache: CompactCache
     logits: Float[Array, "B V"]  # after the last token
+
+
+class Progress(NamedTuple):
+    """Where a call stands: what is reported is done on the device, not only asked for."""
+
+    prefilled: int  # tokens of the longest prompt that the cache holds
+    tokens: list[np.ndarray] | None  # generated so far, row by row; None during the prefill
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "logits", "used", "made", "tokens", "logprobs", "stopped", "keys"], meta_fields=[])
@@ -65,6 +74,7 @@ def generate(
     *,
     tokenizer: Tokenizer | None = None,
     cache: CompactCache | None = None,
+    watch: Callable[[Progress], bool | None] | None = None,
 ) -> Generation:
     """Continue each prompt.
 
@@ -73,6 +83,8 @@ def generate(
       config: how; greedy by default.
       tokenizer: for strings; by default the one in the model's folder.
       cache: of an earlier turn, with a row for each prompt: the prompts are appended to it. It stays usable. None starts anew.
+      watch: called after each chunk of the prefill and every few tokens. True, while tokens are generated, ends the call there,
+        with a cache of exactly the tokens returned; what it raises passes through, and a `cache` that was given is untouched.
 
     Raises ConfigError for settings, prompts and sizes that cannot work, and, under overflow "raise", when a head needs more.
     """
@@ -88,7 +100,8 @@ def generate(
     for row, tokens in zip(padded, ids, strict=True):
         row[: len(tokens)] = tokens
     logits, cache = prefill(
-        model, cache, padded, lengths, config.chunk_size, threshold=config.threshold, last_only=True, donate=own
+        model, cache, padded, lengths, config.chunk_size, threshold=config.threshold, last_only=True, donate=own,
+        watch=None if watch is None else lambda done: watch(Progress(done, None)),
     )  # fmt: skip
     known = bounds(cache)
     columns = round_up(config.max_new_tokens)
@@ -98,7 +111,7 @@ def generate(
         jnp.zeros((rows, columns), jnp.int32), jnp.zeros((rows, columns), jnp.float32), jnp.zeros(rows, bool), _keys(config, rows),
     )  # fmt: skip
     state = replace(state, cache=replace(cache, bounds=known))
-    run = _Run(unrolled(model), config, stop_ids, tokenizer)
+    run = _Run(unrolled(model), config, stop_ids, tokenizer, watch, int(lengths.max()))
     state, cut = run.to_the_end(state, rows)
     return _result(state, cut, config, tokenizer, as_text)
 
@@ -106,8 +119,16 @@ def generate(
 class _Run:
     """The stretches of one call."""
 
-    def __init__(self, model: UnrolledDecoder, config: GenerationConfig, stop_ids: np.ndarray, tokenizer: Tokenizer | None):
-        self.model, self.config, self.stop_ids, self.tokenizer = model, config, stop_ids, tokenizer
+    def __init__(
+        self,
+        model: UnrolledDecoder,
+        config: GenerationConfig,
+        stop_ids: np.ndarray,
+        tokenizer: Tokenizer | None,
+        watch: Callable | None,
+        longest: int,
+    ):
+        self.model, self.config, self.stop_ids, self.tokenizer, self.watch, self.longest = model, config, stop_ids, tokenizer, watch, longest
 
     def to_the_end(self, state: _State, rows: int) -> tuple[_State, np.ndarray]:
         """The final state, and which rows [B] ended with a stop string."""
@@ -125,6 +146,8 @@ class _Run:
                 if (limit < np.asarray(after.made)).any():
                     after = self._stretch(state, until, limit, keep=True)
             state = replace(after, cache=check_forced(after.cache, before, until - start))
+            if self.watch is not None and self.watch(Progress(self.longest, _made(state))):
+                break
             if until < config.max_new_tokens and bool(np.all(np.asarray(state.stopped) | (np.asarray(state.made) >= limit))):
                 break
         return state, cut
@@ -134,6 +157,8 @@ class _Run:
         stretch = self.config.max_new_tokens - until
         if self.config.stop_strings:
             stretch = min(stretch, STRETCH)
+        if self.watch is not None:
+            stretch = min(stretch, WATCHED_STRETCH)
         if cache.overflow == "grow":
             room = min(capacity - live for capacity, live in zip(cache.capacities, bounds(cache).live, strict=True))
             stretch = min(stretch, max(room, STRETCH))
@@ -256,15 +281,22 @@ def _used(padded, lengths, vocab_size) -> np.ndarray:
     return used
 
 
+def _made(state: _State) -> list[np.ndarray]:
+    """The tokens of each row so far; copies, because the loop may reuse the arrays."""
+    return [row[:n].copy() for row, n in zip(np.asarray(state.tokens), np.asarray(state.made), strict=True)]
+
+
 def _find(text: str, stops: Sequence[str]) -> int | None:
     """Where the first stop string begins."""
     return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _result(state, cut, config, tokenizer, as_text) -> Generation:
-    made, stopped = np.asarray(state.made), np.asarray(state.stopped)
-    tokens = [row[:n] for row, n in zip(np.asarray(state.tokens), made, strict=True)]
-    reasons = ["stop_string" if string else "stop_id" if stop else "length" for stop, string in zip(stopped, cut, strict=True)]
+    made, stopped, tokens = np.asarray(state.made), np.asarray(state.stopped), _made(state)
+    reasons = [
+        "stop_string" if string else "stop_id" if stop else "length" if n == config.max_new_tokens else "cancelled"
+        for stop, string, n in zip(stopped, cut, made, strict=True)
+    ]
     texts = None
     if as_text:
         texts = [tokenizer.decode(row[:-1] if stop else row) for row, stop in zip(tokens, stopped, strict=True)]

@@ -26,13 +26,16 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
         """Ids [T] of `[{"role": ..., "content": ...}, ...]` under the chat template; `reply` opens the assistant's turn."""
+        return self.encode(self.chat_text(messages, reply=reply))
+
+    def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:
+        """The text that `encode_chat` encodes."""
         if not self.has_chat_template:
             raise ConfigError(f"{self.where} has no chat template; use plain text")
         try:
-            text = self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+            return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
         except Exception as why:  # a template raises whatever its author wrote
             raise ConfigError(f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}") from why
-        return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
         return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
