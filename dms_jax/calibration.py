@@ -41,7 +41,8 @@ def threshold_for(scores: Scores, dms: DMSConfig, target_cr: float, tolerance: f
     """
     if not target_cr >= 1:
         raise ConfigError(f"target_cr must be >= 1 (1 keeps everything), got {target_cr!r}")
-    low, high, threshold, tried = -np.inf, np.inf, 0.0, {}
+    low, high, threshold = -np.inf, np.inf, 0.0
+    tried: dict[float, float] = {}
     for _ in range(most_runs):
         seen = scores(threshold)
         length = seen.shape[-1]

@@ -27,7 +27,10 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             self._orbax = training.Checkpointer(
                 str(folder.absolute()),
+                # Orbax's policies inherit from its protocols in no way a checker sees.
+                # pyrefly: ignore[bad-argument-type]
                 save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
+                # pyrefly: ignore[bad-argument-type]
                 preservation_policy=training.preservation_policies.LatestN(keep),
             )
         except OSError as why:
@@ -52,6 +55,7 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict:
         """What was saved beside the arrays of `step`."""
+        # pyrefly: ignore[no-matching-overload]  # any JSON to Orbax; `save` writes a dict
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
 
     def restore_latest(self, like: Any, check) -> tuple[int, Any] | None:

@@ -46,7 +46,7 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
     """
     import jax
 
-    processes = 1
+    address, processes, process = None, 1, None
     if distributed and distributed != "auto":
         try:
             address, count, index = distributed.split(",")
@@ -59,7 +59,10 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
         jax.config.update("jax_num_cpu_devices", num_devices // processes)
     if distributed:
         try:
-            jax.distributed.initialize(*(() if distributed == "auto" else (address, processes, process)))
+            if distributed == "auto":
+                jax.distributed.initialize()
+            else:
+                jax.distributed.initialize(address, processes, process)
         except (RuntimeError, ValueError) as why:
             raise ConfigError(f"--distributed {distributed}: {str(why).splitlines()[0]}") from why
     try:

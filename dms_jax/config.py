@@ -81,6 +81,13 @@ class ModelConfig:
         """Query heads per key/value head."""
         return self.num_q_heads // self.num_kv_heads
 
+    @property
+    def policy(self) -> DMSConfig:
+        """`dms`, where there has to be one."""
+        if self.dms is None:
+            raise ValueError("this model has no eviction policy; load it with dms=DMSConfig(...), or use model.dense")
+        return self.dms
+
     def with_dms(self, dms: DMSConfig | None) -> "ModelConfig":
         return dataclasses.replace(self, dms=dms)
 

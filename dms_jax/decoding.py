@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.cache_limits import bounds, check_context, check_forced, check_room, with_room
 from dms_jax.config import ConfigError
-from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, HostBounds, empty_layer
+from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, HostBounds, Overflow, empty_layer
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
 from dms_jax.policies.learned_eviction import policy_of
@@ -29,7 +29,7 @@ def init_cache(
     batch_size: int,
     capacity: int | tuple[int, ...] | list[int],
     *,
-    overflow: str | None = None,
+    overflow: Overflow | None = None,
     dense: bool = False,
     dtype: jnp.dtype | None = None,
 ) -> CompactCache:
@@ -171,7 +171,7 @@ _extend_donated = jax.jit(extend_rows, donate_argnums=1)
 
 def num_compilations() -> int:
     """Programs compiled so far by `prefill` and `decode_step`: constant once every size in use has been seen."""
-    return _extend._cache_size() + _extend_donated._cache_size()
+    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
 
 
 @jax.jit

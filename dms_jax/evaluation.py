@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def retrofit_rows(
     student: Decoder, teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], threshold: float | Float[Array, ""] = 0.0
 ) -> RowMetrics:
     """Hard decisions against the dense teacher."""
-    dms = student.config.dms
+    dms = student.config.policy
     hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
     tokens_out = token_metrics(
         hidden, teacher.dense_hidden(tokens, segment_ids), student.output_embedding(), teacher.output_embedding(), next_tokens(tokens)
@@ -96,7 +96,7 @@ class HeldOutReport:
     def as_metrics(self) -> dict[str, float | list]:
         """`group/name` keys for metrics.jsonl."""
         dms = self.arms[0]
-        metrics = {f"held_out/{key}": value for key, value in asdict(dms).items() if key != "name"}
+        metrics: dict[str, Any] = {f"held_out/{key}": value for key, value in asdict(dms).items() if key != "name"}
         metrics["held_out/perplexity_change"] = dms.perplexity_change
         metrics["held_out/realised_cr_per_layer"] = (self.length / self.live_per_head.mean(axis=1)).round(4).tolist()
         for arm in self.arms[1:]:

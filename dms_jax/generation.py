@@ -171,6 +171,7 @@ class _Run:
 
     def _stop_strings(self, state: _State) -> np.ndarray:
         """How many tokens [B] complete the first stop string of each row; -1 where none has come."""
+        assert self.tokenizer is not None  # stop strings need one: `_encode`
         found = np.full(len(state.made), -1, np.int32)
         for row, (tokens, made) in enumerate(zip(np.asarray(state.tokens), np.asarray(state.made), strict=True)):
             stops = lambda n: _find(self.tokenizer.decode(tokens[:n]), self.config.stop_strings) is not None  # noqa: B023, E731
@@ -210,7 +211,7 @@ _loop_donated = jax.jit(_loop_body, static_argnames="mode", donate_argnames="sta
 
 def num_loop_compilations() -> int:
     """Programs compiled so far by `generate`'s loop."""
-    return _loop._cache_size() + _loop_donated._cache_size()
+    return _loop._cache_size() + _loop_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
 
 
 def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokenizer | None, bool]:

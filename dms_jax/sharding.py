@@ -5,6 +5,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from dms_jax.axes import Array
 from dms_jax.config import ConfigError
 
 # "data" carries the batch and the fully sharded parameters, "model" is tensor parallelism over KV heads.
@@ -66,7 +67,7 @@ def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
     ]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Array, *axes: str | None) -> Array:
     """Pin an intermediate array to its logical axes under `jax.set_mesh`; without a mesh it is the identity."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:

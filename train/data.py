@@ -26,15 +26,18 @@ from train.rows import Rows, mix
 CACHE_VERSION = 1  # of the way from documents to ids; a change that alters ids must raise it
 STORE_FILES = ("ids.bin", "offsets.npy", "hashes.npy")
 MAX_HELD_OUT_SHARE = 0.2  # of all tokens; a larger document is never held out whole, its end is
+HeldOutBy = Literal["document", "position", "files", "nothing"]
 
 
 class Tokenizer(Protocol):
     """What this file needs of `dms_jax.hf.hf_tokenizer`. An attribute `add_bos: bool` is optional."""
 
-    bos_id: int | None
-    eos_id: int | None
-    hash: str  # changes whenever any text's ids could
-
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def hash(self) -> str: ...  # changes whenever any text's ids could
     def encode(self, text: str) -> np.ndarray: ...
     def encode_chat(self, messages: list[dict]) -> np.ndarray: ...
 
@@ -75,7 +78,7 @@ class DataSummary:
     held_out_rows: int
     dropped_tokens: int  # of training: the tail that fills no contiguous row, always less than one
     padding_fraction: float  # of the packed training rows
-    held_out_by: Literal["document", "position", "files", "nothing"]
+    held_out_by: HeldOutBy
     overlap_documents: int  # left out of training because they also stand in data.eval_paths
     cached: bool  # the tokens came from the cache
     content_hash: str  # of files, tokenizer and options: the name of the cache entry
@@ -278,7 +281,7 @@ def _rows(store: TokenStore, starts: np.ndarray, sizes: np.ndarray, length: int,
     return Rows(store.ids, starts[order], sizes[order], length, layout, pad_short)
 
 
-def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, str]:
+def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, HeldOutBy]:
     """(training tokens of each document, how the rest was chosen); the rest of a document, its end or all of it, is held out."""
     if fraction == 0:
         return sizes, "nothing"

@@ -63,7 +63,7 @@ def open_dataset(name: str) -> Any:
     if not dataset or len(rest) > 1:
         raise ConfigError(f"a dataset is named hf:NAME[:CONFIG][:SPLIT], got {name!r}")
     try:
-        import datasets  # an optional dependency, and slow to import
+        import datasets  # pyrefly: ignore[missing-import]  # an optional dependency, and slow to import
     except ImportError as why:
         raise ConfigError(f'{name} needs the datasets package: pip install "dms-jax[data]", or give files') from why
     try:

@@ -77,7 +77,7 @@ def _belongs(line: str, resumed_at: int) -> bool:
 
 def _tensorboard_writer(folder: Path):
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyrefly: ignore[missing-import]  # an optional dependency
     except ImportError as why:
         raise ConfigError('tensorboard=true needs tensorboardX: pip install "dms-jax[log]"') from why
     return SummaryWriter(str(folder))

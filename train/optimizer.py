@@ -31,5 +31,9 @@ def optimizer_shardings(tx: optax.GradientTransformation, trainable: dict[str, j
     """Moments lie where their parameters lie, counters everywhere: pinned, so that no step moves them."""
     state = jax.eval_shape(tx.init, trainable)
     return optax.tree_utils.tree_map_params(
-        tx, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: NamedSharding(mesh, P())
+        tx,  # pyrefly: ignore[bad-argument-type]  # its `init` is all that is asked of it
+        lambda _, sharding: sharding,
+        state,
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, P()),
     )

@@ -6,7 +6,7 @@ The defaults are the embedded default's recipe (docs/experiments.md); configs/tr
 import dataclasses
 import typing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dms_jax.config import ConfigError, DMSConfig, build, override, read_yaml
 from train.data import DataConfig
@@ -126,7 +126,7 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
     """YAML file, then `--set`, then `--mesh`; strict."""
     raw = read_yaml(path) if path else {}
     # The nested defaults are this recipe's, not the classes': a key that is given must not reset its neighbours.
-    merged = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
+    merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
     if not raw.get("model") and not any(a.partition("=")[0].strip() == "model" for a in assignments):
         merged["dms"] |= EMBEDDED_DEFAULT
     _merge(merged, raw)

@@ -1,22 +1,25 @@
 """Fixed-length rows of token ids, contiguous or packed, and `batch(step)` as a pure function: resuming needs no iterator state."""
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from dms_jax.config import ConfigError
 
+if TYPE_CHECKING:  # it imports JAX, and `--help` does not
+    from dms_jax.axes import Array
+
 PADDING = -1  # the segment of padding: equal to no document's
 
 
 class Batch(NamedTuple):
-    """One step's rows, or one host's part of them. A pytree of NumPy arrays."""
+    """One step's rows, or one host's part of them. A pytree of NumPy arrays, or of JAX arrays once it is placed on a mesh."""
 
-    tokens: np.ndarray  # int32 [B, T]
-    segment_ids: np.ndarray  # int32 [B, T]; a query sees keys of its own id only. contiguous: 0; packed: 1..n; padding: -1
-    loss_mask: np.ndarray  # bool [B, T]; False on padding
-    examples: np.ndarray  # int32 [B]; step * batch_size + row: the number the noise is drawn from, whatever the hosts
+    tokens: "Array"  # int32 [B, T]
+    segment_ids: "Array"  # int32 [B, T]; a query sees keys of its own id only. contiguous: 0; packed: 1..n; padding: -1
+    loss_mask: "Array"  # bool [B, T]; False on padding
+    examples: "Array"  # int32 [B]; step * batch_size + row: the number the noise is drawn from, whatever the hosts
 
 
 class Rows:

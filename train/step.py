@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
 
+from dms_jax.axes import Array
 from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 from dms_jax.core.eviction import decidable, live_counts
@@ -61,7 +61,7 @@ class Retrofit:
 
     def __init__(self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh, compute_dtype: jnp.dtype):
         """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`."""
-        self.config, self.mesh, self.dms = config, mesh, model.config.dms
+        self.config, self.mesh, self.dms = config, mesh, model.config.policy
         self.compute_dtype = compute_dtype
         self.student = Template(model)
         self.teacher = Template(teacher) if teacher is not None else None
@@ -74,6 +74,7 @@ class Retrofit:
         # Master weights are fp32 whatever the compute dtype: a bf16 weight loses updates of this size.
         trainable = jax.jit(lambda p: {n: a.astype(jnp.float32) for n, a in p.items()}, out_shardings=shardings)({n: params[n] for n in chosen})
         everywhere = NamedSharding(mesh, P())
+        # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shardings
         self.shardings = TrainState(everywhere, shardings, optimizer_shardings(self.tx, trainable, shardings, mesh))
         self.state = TrainState(
             jax.device_put(jnp.zeros((), jnp.int32), everywhere),
@@ -96,8 +97,8 @@ class Retrofit:
             with jax.set_mesh(self.mesh):
                 return compiled(*args)
 
-        call.cache_size = compiled._cache_size
-        call.lower = compiled.lower
+        call.cache_size = compiled._cache_size  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
+        call.lower = compiled.lower  # pyrefly: ignore[missing-attribute]  # a function takes attributes
         return call
 
     # --- model views ---
@@ -177,6 +178,7 @@ class Retrofit:
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step
         # A step that is not finite changes nothing: the run stops with its last good state, which it may save.
+        # pyrefly: ignore[bad-argument-type]  # optax returns the tree it was given
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics |= {"optim/grad_norm": norm, "optim/learning_rate": jnp.asarray(self.rate(before), jnp.float32),
@@ -216,6 +218,7 @@ class Retrofit:
 
         def array(field: str, dims: tuple[int, ...]) -> Array:
             sharding = named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh)
+            # pyrefly: ignore[unsupported-operation]  # the index of a shard that is here is not None
             return jax.make_array_from_callback(dims, sharding, lambda index: getattr(rows(*index[0].indices(batch_size)[:2]), field))
 
         return Batch(

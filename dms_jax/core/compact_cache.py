@@ -23,7 +23,7 @@ EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so
 GONE = jnp.iinfo(jnp.int32).min  # expiry of such a slot: earlier than any query
 
 Overflow = Literal["evict", "raise", "grow"]
-OVERFLOWS = get_args(Overflow)
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class Verdict(NamedTuple):
@@ -111,6 +111,7 @@ def settle(layer: LayerCache, verdict: Verdict, seen: Int[Array, "B"], count: In
     """Write the decision about the pair before the chunk, which its first token makes; rows with no token decide nothing."""
     if verdict.last_expiry is None:
         return layer
+    assert verdict.last_score is not None  # the two come together
     pending = (layer.position == seen[:, None, None] - 1) & (count > 0)[:, None, None]
     expiry = jnp.where(pending, verdict.last_expiry[..., None], layer.expiry)
     return replace(layer, expiry=expiry, score=jnp.where(pending, verdict.last_score[..., None], layer.score))
@@ -186,7 +187,8 @@ def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]
 
 def grown(layer: LayerCache, capacity: int) -> LayerCache:
     """The same pairs in a larger buffer."""
-    empty = empty_layer(*layer.k.shape[:2], capacity - layer.capacity, layer.k.shape[3], layer.k.dtype)
+    batch, kv_heads, old, head_dim = layer.k.shape
+    empty = empty_layer(batch, kv_heads, capacity - old, head_dim, layer.k.dtype)
     larger = {name: jnp.concatenate([getattr(layer, name), getattr(empty, name)], axis=2) for name in ("k", "v", "position", "expiry", "score")}
     return replace(layer, **larger)
 

@@ -1,12 +1,18 @@
 """step -> target compression ratio -> target evicted fraction. Model-Optimizer `engine.py:222-246`."""
 
+from typing import overload
+
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
 
 
-def evict_fraction(cr: float) -> float:
+@overload
+def evict_fraction(cr: float) -> float: ...
+@overload
+def evict_fraction(cr: Array) -> Array: ...
+def evict_fraction(cr):
     """1 - 1/cr: the fraction of decisions that evict at a nominal compression ratio `cr` >= 1."""
     return 1.0 - 1.0 / cr
 

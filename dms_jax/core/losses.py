@@ -131,8 +131,8 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
                 d_logits = soft.weight / soft.total - soft_t.weight / soft_t.total
             d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
             d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
-        if grad_embedding:
-            d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+            if grad_embedding:
+                d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return (total + jnp.sum(kl * w), d_embedding), d_hidden
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(student_embedding.shape, jnp.float32) if grad_embedding else None
@@ -142,10 +142,15 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
 
 
 def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight, order, chunk):
-    wants = student.perturbed or student_embedding.perturbed, student_embedding.perturbed
-    primals = (x.value for x in (student, teacher, student_embedding, teacher_embedding, weight))
-    total, d_hidden, d_embedding = _distill(*primals, order, chunk, *wants)
-    like = tuple(jnp.zeros((), x.value.dtype) for x in (student, student_embedding))  # carries the dtypes to the backward pass
+    grad_embedding = student_embedding.perturbed
+    grad_hidden = student.perturbed or grad_embedding
+    student, teacher, student_embedding, teacher_embedding, weight = (
+        x.value for x in (student, teacher, student_embedding, teacher_embedding, weight)
+    )
+    total, d_hidden, d_embedding = _distill(
+        student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding
+    )  # fmt: skip
+    like = tuple(jnp.zeros((), x.dtype) for x in (student, student_embedding))  # carries the dtypes to the backward pass
     return total, (d_hidden, d_embedding, like)
 
 
@@ -183,8 +188,8 @@ def token_metrics(
     def one(inputs):
         hidden, teacher_hidden, target = inputs
         s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
-        nll = [(_normaliser(x) - jnp.take_along_axis(x, target[..., None], axis=-1))[..., 0] for x in (s, t)]
-        return TokenMetrics(_kl(t, s), _kl(s, t), *nll, s.argmax(-1) == t.argmax(-1))
+        student_nll, teacher_nll = ((_normaliser(x) - jnp.take_along_axis(x, target[..., None], axis=-1))[..., 0] for x in (s, t))
+        return TokenMetrics(_kl(t, s), _kl(s, t), student_nll, teacher_nll, s.argmax(-1) == t.argmax(-1))
 
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, next_tokens))
     return TokenMetrics(*(_from_chunks(x, student.shape[1]) for x in jax.lax.map(one, chunks)))

@@ -62,6 +62,7 @@ def sample(
     """The next token of each row. Greedy takes the best after the repetition penalty; `keys` [B] are then not used."""
     logits = logits.astype(jnp.float32)
     if mode.penalises:
+        assert used is not None  # `penalises` says that the caller counts them
         logits = penalise(logits, used, numbers.repetition_penalty)
     if mode.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -15,7 +15,7 @@ from dms_jax.models.decoder import Decoder
 KIND, VERSION = "dms_jax.adapter", "1"
 
 
-def save_adapter(model: Decoder, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the evict head (2 small fp32 tensors a layer) as one safetensors file, with its policy and the hash of its base.
 
     Only for a projection policy on a base that training left alone; a borrowed one, or a fully trained model, lives in the
@@ -45,7 +45,7 @@ def save_adapter(model: Decoder, path: str | os.PathLike, *, overwrite: bool = F
             os.remove(temporary)
 
 
-def load_adapter(model: Decoder, path: str | os.PathLike) -> Decoder:
+def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
     """A model with the policy of an adapter file. It shares its base arrays with `model`, whose own policy, if any, is left out.
 
     Raises ConfigError when the file is damaged, is no adapter, belongs to another base, or does not fit.

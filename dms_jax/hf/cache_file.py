@@ -20,7 +20,7 @@ KIND, VERSION = "dms_jax.cache", "1"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 
 
-def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike, *, overwrite: bool = False) -> None:
+def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a cache. The file appears whole or not at all, and says which model (base, evict head, policy) it belongs to.
 
     Reads the base weights once for their hash. Raises ConfigError.
@@ -46,7 +46,7 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike, *, 
             os.remove(temporary)
 
 
-def load_cache(model: Decoder, path: str | os.PathLike) -> CompactCache:
+def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     """The cache in a file that this model wrote. Raises ConfigError when it is damaged, foreign, or another model's."""
     path = os.fspath(path)
     if not os.path.isfile(path):

@@ -37,7 +37,7 @@ class Source:
     config_json: str | None  # config.json as it was, or None when there was none
 
 
-def load(path: str | os.PathLike, *, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None, dms: DMSConfig | None = None):
+def load(path: str | os.PathLike[str], *, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None, dms: DMSConfig | None = None):
     """A Decoder from a Hugging Face folder, a hub id (when online), or a `.gguf` file.
 
     Args:
@@ -58,7 +58,7 @@ def load(path: str | os.PathLike, *, dtype: jnp.dtype = jnp.float32, mesh: Mesh 
     return model
 
 
-def resolve(path: str | os.PathLike) -> str:
+def resolve(path: str | os.PathLike[str]) -> str:
     """A local path as it is, absolute; a hub id as the folder it was downloaded to."""
     path = os.fspath(path)
     if os.path.exists(path):
@@ -97,7 +97,7 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
     return given
 
 
-def save(model, path: str | os.PathLike, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
     """Write a Hugging Face folder: our `load` and Model-Optimizer read it with its policy, plain transformers as the dense base.
 
     Tensors get the dtype they had in the source (fp32 for the evict head), so a base that training left alone is written

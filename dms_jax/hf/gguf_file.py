@@ -38,9 +38,10 @@ class GGUFTensors:
             self.fields = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, OSError, IndexError, KeyError) as why:
             raise ConfigError(f"{path} is damaged or not a GGUF file: {' '.join(str(why).split())}") from why
-        self.architecture = self.fields.get("general.architecture")
-        if self.architecture not in ARCHITECTURES:
-            raise ConfigError(f"{path}: GGUF architecture {self.architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        architecture = self.fields.get("general.architecture")
+        if architecture is None or architecture not in ARCHITECTURES:
+            raise ConfigError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        self.architecture: str = architecture
         self.tensors = {}
         for tensor in reader.tensors:
             if tensor.name != "rope_freqs.weight":  # llama3 scaling as a table; refused in `config` unless it is known
@@ -112,6 +113,7 @@ class GGUFTensors:
             raise ConfigError(f"{self.where}: rope scaling {scaling!r} from a GGUF file is not supported; use the Hugging Face folder")
         hidden, heads = self._field("embedding_length"), self._field("attention.head_count")
         token = lambda kind: self.fields.get(f"tokenizer.ggml.{kind}_token_id")  # noqa: E731
+        eos = token("eos")
         return ModelConfig(
             model_type=self.architecture,
             vocab_size=self.shape(EMBED)[0],
@@ -129,7 +131,7 @@ class GGUFTensors:
             o_bias="model.layers.0.self_attn.o_proj.bias" in self.tensors,
             qk_norm=self.architecture == "qwen3",
             bos_token_id=token("bos"),
-            eos_token_ids=() if token("eos") is None else (token("eos"),),
+            eos_token_ids=() if eos is None else (eos,),
             pad_token_id=token("padding"),
         )
 

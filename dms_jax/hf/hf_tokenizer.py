@@ -69,7 +69,7 @@ class Tokenizer:
         return hashlib.sha256(f"{rules}\n{getattr(self.inner, 'chat_template', None)}".encode()).hexdigest()
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model. A local path is read locally, and no remote code is run."""
     path = resolve(path)
     if os.path.isfile(path):

@@ -159,6 +159,7 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
     check_tensors(tensors, config, table)
     sharding = model.embed[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    assert mesh is None or isinstance(mesh, Mesh)  # no abstract one: the arrays are there
     base, head = dict(_variables(nnx.state(model))), {entry.path: entry for entry in table}
     graph, state = abstract_state(config, model.embed[...].dtype)
     for path, variable in _variables(state):
@@ -241,6 +242,7 @@ class _Placement:
             return jnp.asarray(block((slice(None),) * len(self.shape)))
         devices_of: dict[tuple, list[jax.Device]] = {}
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
+            # pyrefly: ignore[bad-argument-type]  # a device that is addressable has an index
             devices_of.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)), []).append(device)
         shards = []
         for spans, devices in devices_of.items():
@@ -284,6 +286,7 @@ def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=Non
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole array as numpy, also when other processes hold a part of it."""
     if not array.is_fully_addressable:
+        assert isinstance(array.sharding, NamedSharding)  # `_Placement` and `train/step.py` use no other on a mesh
         replicated = NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         array = jax.jit(lambda x: x, out_shardings=replicated)(array)
     return np.asarray(array)

@@ -4,7 +4,7 @@ Layers are stacked [L, ...] and scanned. The model holds parameters and no state
 `dense`, `relaxed` and `hard` are three functions of the same weights, so a frozen base is its own teacher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +66,8 @@ class Decoder(nnx.Module):
     logits; `output_embedding` turns it into logits, which training does in chunks.
     """
 
+    source: Hashable  # of a loaded model only: where it came from, `dms_jax.hf.folder.Source`
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         param = ParamFactory(config, rngs, dtype)
         self.config = config
@@ -100,7 +102,7 @@ class Decoder(nnx.Module):
     def relaxed_hidden(
         self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: str = "full"
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
-        dms = self._policy()
+        dms = self.config.policy
 
         def gate_of(layer_noise):
             def gate(logits):
@@ -124,7 +126,7 @@ class Decoder(nnx.Module):
         return self._hard(tokens, segment_ids, threshold)[1][1]
 
     def _hard(self, tokens, segment_ids, threshold):
-        dms = self._policy()
+        dms = self.config.policy
 
         def gate(logits):
             evict = eviction.decide(logits, dms.granularity, threshold)
@@ -154,11 +156,6 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         return jnp.einsum("btd,vd->btv", hidden, self.output_embedding(), preferred_element_type=jnp.float32)
-
-    def _policy(self):
-        if self.config.dms is None:
-            raise ValueError("this model has no eviction policy; load it with dms=DMSConfig(...), or use model.dense")
-        return self.config.dms
 
     def _channel(self) -> ChannelScale:
         return channel_scale(self.config)
@@ -199,7 +196,7 @@ def free_borrowed_channel(model: Decoder) -> None:
 
 def fold_threshold(model: Decoder, threshold: float) -> None:
     """Make `threshold` part of the model, in place: a logit above it becomes one above 0."""
-    dms = model.config.dms
+    dms = model.config.policy
     config = model.config.with_dms(replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
     for module in (model, model.layers, model.layers.attention):
         module.config = config
