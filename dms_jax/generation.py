@@ -25,6 +25,8 @@ from dms_jax.generation_config import GenerationConfig
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
+from dms_jax.policies import PromptCompression, policy_of
+from dms_jax.policies.prompt_compression import compress_prompt
 
 STRETCH = 16  # tokens between two looks of the host, when it has to look
 MOST_STOP_IDS = 8  # ids are padded to a multiple of it, so that their number compiles nothing
@@ -90,6 +92,8 @@ def generate(
     logits, cache = prefill(
         model, cache, padded, lengths, config.chunk_size, threshold=config.threshold, last_only=True, donate=own
     )  # fmt: skip
+    if isinstance(cache.policy, PromptCompression):
+        cache = compress_prompt(cache)
     known = bounds(cache)
     columns = round_up(config.max_new_tokens)
     rows = len(ids)
@@ -225,13 +229,13 @@ def _stop_ids(model, config) -> np.ndarray:
 
 
 def _new_cache(model, lengths, config) -> CompactCache:
-    total = round_up(int(lengths.max()) + config.max_new_tokens)
     capacity = config.capacity
     if capacity is None:
-        dms = model.config.dms
-        small = round_up(2 * (dms.window_size + 1)) if config.overflow == "grow" and dms is not None and not config.dense else total
-        capacity = min(total, small)
-    return init_cache(model, len(lengths), capacity, overflow=config.overflow, dense=config.dense)
+        capacity = round_up(int(lengths.max()) + config.max_new_tokens)
+        room = policy_of(model.config, "dense" if config.dense else config.policy).room()
+        if room.most is not None or config.overflow == "grow":
+            capacity = min(capacity, round_up(room.most or 2 * room.least))
+    return init_cache(model, len(lengths), capacity, policy=config.policy, overflow=config.overflow, dense=config.dense)
 
 
 def _check_total(model, cache, lengths, config) -> None:

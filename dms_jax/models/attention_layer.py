@@ -103,8 +103,9 @@ class AttentionLayer(nnx.Module):
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
         k, v, seen = k.swapaxes(1, 2), v.swapaxes(1, 2), chunk.position[:, 0]
         cache = compact_cache.settle(cache, verdict, seen, chunk.count)
-        out = slot_attention(q, k, v, verdict.expiry, cache, chunk.position)
-        return self.output(out), compact_cache.append(cache, k, v, verdict, seen, chunk.count, policy.window_size)
+        out = slot_attention(q, k, v, verdict.expiry, cache, chunk.position, read=policy.read(q, cache, chunk.position))
+        choice = policy.choose(q, k, verdict, cache, chunk.position, chunk.count)
+        return self.output(out), compact_cache.append(cache, k, v, verdict, seen, chunk.count, policy.window_size, choice)
 
     def heads(
         self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], channel: ChannelScale, position: Array, frequency: Array
