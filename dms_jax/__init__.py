@@ -13,7 +13,7 @@ _HOME = {
     "compression_ratio": "core.compact_cache", "fork": "core.compact_cache",
     "GenerationConfig": "generation_config", "generate": "generation", "calibrate": "calibration",
     "load_cache": "hf.cache_file", "save_cache": "hf.cache_file",
-    "decode_step": "decoding", "init_cache": "decoding", "prefill": "decoding",
+    "compress_prompt": "policies.prompt_compression", "decode_step": "decoding", "init_cache": "decoding", "prefill": "decoding",
     "compression_loss": "core.losses", "kl_student_teacher": "core.losses", "kl_teacher_student": "core.losses",
     "load_adapter": "hf.adapter", "save_adapter": "hf.adapter",
     "base_hash": "hf.folder", "load": "hf.folder", "save": "hf.folder",

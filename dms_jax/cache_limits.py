@@ -27,7 +27,8 @@ def bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
 
 def advanced(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
     """The cache with what is known of it after `count` more tokens."""
-    live = tuple(min(capacity, n + count) for capacity, n in zip(cache.capacities, before.live, strict=True))
+    most = cache.policy.room().most
+    live = tuple(min(capacity, n + count, most or capacity) for capacity, n in zip(cache.capacities, before.live, strict=True))
     return replace(cache, bounds=HostBounds(before.seen + count, live))
 
 
@@ -53,11 +54,11 @@ def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -
 
 def check_room(cache: CompactCache, count: int) -> None:
     """Refuse a capacity that cannot work: the newest pairs, which no policy gives up, must fit."""
-    needed = min(count, cache.window_size + 1)
+    room = cache.policy.room()
+    needed = min(count, room.least)
     for layer, capacity in enumerate(cache.capacities):
         if capacity < needed and cache.overflow != "grow":
-            why = "a cache that keeps everything" if cache.dense else f"a window of {cache.window_size} (window_size + 1 pairs always stay)"
-            raise ConfigError(f"capacity {capacity} of layer {layer} cannot hold {needed} tokens of {why}; use capacity >= {round_up(needed)}")
+            raise ConfigError(f"capacity {capacity} of layer {layer} cannot hold {needed} tokens of {room.why}; use capacity >= {round_up(needed)}")
 
 
 def with_room(cache: CompactCache, count: int) -> CompactCache:
@@ -65,10 +66,11 @@ def with_room(cache: CompactCache, count: int) -> CompactCache:
     if cache.overflow != "grow" or not _may_overflow(cache, bounds(cache), count):
         return cache
     exact = bounds(cache, exact=True)
-    layers = [
-        layer if n + count <= layer.capacity else grown(layer, next_size(layer.capacity, n + count))
-        for layer, n in zip(cache.layers, exact.live, strict=True)
-    ]
+    most = cache.policy.room().most
+    layers = []
+    for layer, n in zip(cache.layers, exact.live, strict=True):
+        needed = min(n + count, most or n + count)
+        layers.append(layer if needed <= layer.capacity else grown(layer, next_size(layer.capacity, needed)))
     return replace(cache, layers=tuple(layers), bounds=exact)
 
 
@@ -93,4 +95,5 @@ def check_forced(cache: CompactCache, before: HostBounds, count: int) -> Compact
 
 
 def _may_overflow(cache: CompactCache, known: HostBounds, count: int) -> bool:
-    return any(n + count > capacity for n, capacity in zip(known.live, cache.capacities, strict=True))
+    most = cache.policy.room().most
+    return any(min(n + count, most or n + count) > capacity for n, capacity in zip(known.live, cache.capacities, strict=True))

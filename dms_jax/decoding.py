@@ -17,7 +17,8 @@ from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, HostBounds, Overflow, empty_layer
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
-from dms_jax.policies.learned_eviction import policy_of
+from dms_jax.policies import CachePolicy, policy_of
+from dms_jax.policies.keep_all import EVERYTHING
 
 CHUNK = {"cpu": 256}  # tokens per prefill chunk, by backend: scores of a chunk against itself are [B N chunk chunk]
 DEFAULT_CHUNK = 1024
@@ -29,6 +30,7 @@ def init_cache(
     batch_size: int,
     capacity: int | tuple[int, ...] | list[int],
     *,
+    policy: CachePolicy | str | None = None,
     overflow: Overflow | None = None,
     dense: bool = False,
     dtype: jnp.dtype | None = None,
@@ -38,10 +40,13 @@ def init_cache(
     Args:
       capacity: slots per row and KV head, one number or one per layer. A head needs at most as many as tokens will come, and
         about 1/CR of that on average; heads differ, so leave room.
-      overflow: what happens when a head wants more. "evict", the default: push out the pair with the highest evict logit
-        outside the window, the oldest among equals, and count it in `forced_evictions`; "raise", the default of a dense
-        cache: a ConfigError; "grow": the next size, compiled anew.
-      dense: ignore the model's policy, keep everything. A model without a policy is dense in any case.
+      policy: who leaves the cache. None: the model's own, and none for a plain model. A name of `dms_jax.policies.POLICIES`
+        with its budget in pairs, or an object: "tova:256" or `TOVA(256)`. "prompt:tova:256" ranks once, when
+        `compress_prompt` is called after the prefill.
+      overflow: what happens when a head wants more. "evict", the default of a learned policy: push out the pair with the
+        highest evict logit outside the window, the oldest among equals, and count it in `forced_evictions`; "raise", the
+        default where nothing leaves or a budget says how much does: a ConfigError; "grow": the next size, compiled anew.
+      dense: the same as policy="dense": keep everything, whatever the model has learned.
       dtype: of keys and values; by default that of the model's weights.
 
     Raises ConfigError.
@@ -50,18 +55,20 @@ def init_cache(
     capacities = tuple(capacity) if isinstance(capacity, tuple | list) else (capacity,) * config.num_layers
     if len(capacities) != config.num_layers:
         raise ConfigError(f"capacity lists {len(capacities)} layers, this model has {config.num_layers}; give one number, or {config.num_layers}")
-    dense = dense or config.dms is None
-    overflow = overflow or ("raise" if dense else "evict")
+    if dense and policy is not None:
+        raise ConfigError("give either dense=True or a policy, not both")
+    policy = policy_of(config, "dense" if dense else policy)
+    room = policy.room()
+    overflow = overflow or ("evict" if room.most is None and room.least < EVERYTHING else "raise")
     if overflow not in OVERFLOWS:
         raise ConfigError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
     for name, value in [("batch_size", batch_size), *(("capacity", c) for c in capacities)]:
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
     dtype = dtype or model.embed[...].dtype
-    layers = tuple(empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype) for c in capacities)
-    policy = policy_of(config, dense)
+    layers = tuple(empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features) for c in capacities)
     empty = HostBounds(0, (0,) * config.num_layers)
-    return CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.window_size, overflow, dense, empty)
+    return CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow, empty)
 
 
 def prefill(

@@ -26,6 +26,8 @@ from dms_jax.generation_config import GenerationConfig
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
+from dms_jax.policies import PromptCompression, policy_of
+from dms_jax.policies.prompt_compression import compress_prompt
 
 STRETCH = 16  # tokens between two looks of the host, when it has to look
 WATCHED_STRETCH = 4  # tokens between two calls of `watch`: a reader sees no jumps, and the loop is left rarely
@@ -103,6 +105,8 @@ def generate(
         model, cache, padded, lengths, config.chunk_size, threshold=config.threshold, last_only=True, donate=own,
         watch=None if watch is None else lambda done: watch(Progress(done, None)),
     )  # fmt: skip
+    if isinstance(cache.policy, PromptCompression):
+        cache = compress_prompt(cache)
     known = bounds(cache)
     columns = round_up(config.max_new_tokens)
     rows = len(ids)
@@ -251,13 +255,13 @@ def _stop_ids(model, config) -> np.ndarray:
 
 
 def _new_cache(model, lengths, config) -> CompactCache:
-    total = round_up(int(lengths.max()) + config.max_new_tokens)
     capacity = config.capacity
     if capacity is None:
-        dms = model.config.dms
-        small = round_up(2 * (dms.window_size + 1)) if config.overflow == "grow" and dms is not None and not config.dense else total
-        capacity = min(total, small)
-    return init_cache(model, len(lengths), capacity, overflow=config.overflow, dense=config.dense)
+        capacity = round_up(int(lengths.max()) + config.max_new_tokens)
+        room = policy_of(model.config, "dense" if config.dense else config.policy).room()
+        if room.most is not None or config.overflow == "grow":
+            capacity = min(capacity, round_up(room.most or 2 * room.least))
+    return init_cache(model, len(lengths), capacity, policy=config.policy, overflow=config.overflow, dense=config.dense)
 
 
 def _check_total(model, cache, lengths, config) -> None:

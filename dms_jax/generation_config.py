@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import OVERFLOWS
 from dms_jax.core.sampling import SamplingMode, SamplingNumbers
+from dms_jax.policies import CachePolicy
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class GenerationConfig:
     overflow: str | None = None  # None: "evict", for a dense cache "raise"; see `init_cache`
     chunk_size: int | None = None  # of the prefill
     threshold: float = 0.0  # a token evicts iff its logit exceeds it; see `calibrate`
-    dense: bool = False  # ignore the model's policy
+    dense: bool = False  # the same as policy="dense"
+    policy: CachePolicy | str | None = None  # who leaves the cache: "tova:256", "prompt:tova:256", ...; None: the model's own
 
     def __post_init__(self):
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731

@@ -7,7 +7,7 @@ The functions here do not know why a pair leaves: a policy hands them a `Verdict
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,18 @@ class LayerCache:
     expiry: Int[Array, "B K C"]
     score: Float[Array, "B K C"]  # fp32
     forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
+    statistic: Float[Array, "B K C F"] | None = None  # what the policy remembers of each pair; None: it needs nothing
 
     @property
     def capacity(self) -> int:
         return self.k.shape[2]
+
+
+class Choice(NamedTuple):
+    """What a policy that ranks pairs says after a chunk about the slots and the chunk's pairs, in this order."""
+
+    kept: Bool[Array, "B K C+T"]
+    statistic: Float[Array, "B K C+T F"] | None
 
 
 class HostBounds(NamedTuple):
@@ -65,9 +73,8 @@ class CompactCache:
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
     seen: Int[Array, "B"]  # tokens of each row so far; the next one has this position
-    window_size: int  # a full buffer does not push out a pair this young while it can choose
+    policy: Any  # a `CachePolicy`, which this layer does not know; hashable, part of the program
     overflow: Overflow = "evict"
-    dense: bool = False  # no policy: nothing leaves
     bounds: HostBounds | None = None  # no part of the pytree; None: not known
 
     @property
@@ -95,15 +102,16 @@ class CompactCache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["window_size", "overflow", "dense"], ["bounds"])
+jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"], ["bounds"])
 
 
-def empty_layer(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype) -> LayerCache:
-    """A layer that has seen nothing."""
+def empty_layer(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype, features: int = 0) -> LayerCache:
+    """A layer that has seen nothing; its policy remembers `features` numbers of each pair."""
     slots = (batch, kv_heads, capacity)
     return LayerCache(
         k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), position=jnp.full(slots, EMPTY, jnp.int32),
         expiry=jnp.full(slots, GONE, jnp.int32), score=jnp.zeros(slots, jnp.float32), forced_evictions=jnp.zeros(slots[:2], jnp.int32),
+        statistic=jnp.zeros((*slots, features), jnp.float32) if features else None,
     )  # fmt: skip
 
 
@@ -125,16 +133,23 @@ def append(
     seen: Int[Array, "B"],
     count: Int[Array, "B"],
     window_size: int,
+    choice: Choice | None = None,
 ) -> LayerCache:
-    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query.
+    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query, nor those
+    that a ranking policy's `choice` leaves out.
 
     When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
     """
     capacity, length = layer.capacity, k.shape[2]
     now = seen + count - 1  # of each row: the last query
     position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], verdict.expiry.shape)
-    coming = (jnp.arange(length) < count[:, None])[:, None] & (verdict.expiry >= now[:, None, None])
-    wanted = jnp.concatenate([layer.expiry >= now[:, None, None], coming], axis=-1)
+    if choice is None:
+        wanted = alive_pairs(layer, verdict.expiry, now, count)
+    else:
+        wanted = choice.kept
+        layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, GONE))
+        if choice.statistic is not None:
+            layer = replace(layer, statistic=choice.statistic[:, :, :capacity])
     kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
     forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
     coming = kept[..., capacity:]
@@ -149,7 +164,14 @@ def append(
     return LayerCache(
         write(layer.k, k), write(layer.v, v), write(layer.position, position), write(layer.expiry, verdict.expiry),
         write(layer.score, verdict.score), layer.forced_evictions + forced,
+        layer.statistic if choice is None or choice.statistic is None else write(layer.statistic, choice.statistic[:, :, capacity:]),
     )  # fmt: skip
+
+
+def alive_pairs(layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]) -> Bool[Array, "B K C+T"]:
+    """Which slots, and which of a chunk's pairs after them, the last query of each row could see."""
+    coming = (jnp.arange(expiry.shape[-1]) < count[:, None])[:, None] & (expiry >= now[:, None, None])
+    return jnp.concatenate([layer.expiry >= now[:, None, None], coming], axis=-1)
 
 
 @typed
@@ -188,8 +210,10 @@ def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]
 def grown(layer: LayerCache, capacity: int) -> LayerCache:
     """The same pairs in a larger buffer."""
     batch, kv_heads, old, head_dim = layer.k.shape
-    empty = empty_layer(batch, kv_heads, capacity - old, head_dim, layer.k.dtype)
-    larger = {name: jnp.concatenate([getattr(layer, name), getattr(empty, name)], axis=2) for name in ("k", "v", "position", "expiry", "score")}
+    features = 0 if layer.statistic is None else layer.statistic.shape[-1]
+    empty = empty_layer(batch, kv_heads, capacity - old, head_dim, layer.k.dtype, features)
+    names = ["k", "v", "position", "expiry", "score"] + (["statistic"] if features else [])
+    larger = {name: jnp.concatenate([getattr(layer, name), getattr(empty, name)], axis=2) for name in names}
     return replace(layer, **larger)
 
 

@@ -5,13 +5,15 @@ over blocks of slots ends there. The online softmax and the folding of the query
 matrix product are those of `chunked_attention`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import LayerCache, Verdict, append, settle
+from dms_jax.core.compact_cache import Choice, LayerCache, Verdict, append, settle
 from dms_jax.core.visibility import MASKED, is_visible
 
 BLOCK = {"cpu": 256}  # keys per block, by backend: a block of keys and values stays in a CPU core's cache
@@ -31,17 +33,23 @@ def extend_layer(
     count: Int[Array, "B"],
     window_size: int,
     block: int | None = None,
+    read: Callable[[LayerCache], Array | None] = lambda settled: None,
+    choose: Callable[[LayerCache], Choice | None] = lambda settled: None,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """One layer's step: settle what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real."""
+    """One layer's step: settle what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real.
+
+    `read` and `choose` ask a policy, once the pending decision is settled: which slots are read now, and who stays afterwards.
+    """
     seen = position[:, 0]
     layer = settle(layer, verdict, seen, count)
-    if q.shape[1] == 1:
+    visible_slots, choice = read(layer), choose(layer)
+    if q.shape[1] == 1 and visible_slots is None and choice is None:
         # Written first, the buffers are read where they lie; read first, XLA copies keys and values whole, at each step. A
         # single pair cannot expire before its own query, so both orders are the same, but for a pair that is forced out.
         layer = append(layer, k, v, verdict, seen, count, window_size)
         return slot_attention(q, layer, position, None, block), layer
-    out = slot_attention(q, layer, position, (k, v, verdict.expiry), block)
-    return out, append(layer, k, v, verdict, seen, count, window_size)
+    out = slot_attention(q, layer, position, (k, v, verdict.expiry), block, visible_slots)
+    return out, append(layer, k, v, verdict, seen, count, window_size, choice)
 
 
 @typed
@@ -51,11 +59,13 @@ def slot_attention(
     position: Int[Array, "B T"],
     chunk: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B K T"]] | None,
     block: int | None = None,
+    read: Bool[Array, "B K C"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over the pairs that each query sees: slots and chunk, `position <= query <= expiry`.
 
     `position` are the absolute positions of the queries and of the chunk's pairs; `chunk` holds keys, values and expiry of the
-    pairs that are not in a slot yet. What a dead slot holds, NaN included, has no effect. A query that sees nothing gets 0.
+    pairs that are not in a slot yet. `read` hides slots that a policy does not want to read now, though they stay. What a dead
+    slot holds, NaN included, has no effect. A query that sees nothing gets 0.
     """
     b, t, n, h = q.shape
     heads, block = slots.k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
@@ -73,14 +83,15 @@ def slot_attention(
         out = jnp.einsum("bkrs,bksh->bkrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + out
 
-    def over_blocks(carry, keys, values, k_pos, k_expiry, used):
+    def over_blocks(carry, keys, values, k_pos, k_expiry, used, read=None):
         size = min(block, keys.shape[2])
 
         def one(index, carry):
             start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
             part = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
             fresh = start + jnp.arange(size) >= index * size
-            return attend(carry, part(keys), part(values), _is_visible(position, part(k_pos), part(k_expiry)) & fresh)
+            visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
+            return attend(carry, part(keys), part(values), visible if read is None else visible & part(read)[:, :, None])
 
         return lax.fori_loop(0, (used + size - 1) // size, one, carry)
 
@@ -90,6 +101,26 @@ def slot_attention(
         k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
         carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
     used = jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity) + 1, 0))
-    _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used)
+    _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
     out = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
     return out.reshape(b, heads, n // heads, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+@typed
+def attention_weights(
+    q: Float[Array, "B T N H"],
+    q_position: Int[Array, "B T"],
+    k: Float[Array, "B K S H"],
+    k_position: Int[Array, "B K S"],
+    expiry: Int[Array, "B K S"],
+) -> Float[Array, "B K T S"]:
+    """The weights themselves, fp32, averaged over the query heads that share a key head; for policies that look at them.
+
+    They take [B N T S] of memory: ask for as few queries as the policy needs. A query that sees nothing gets zeros.
+    """
+    b, t, n, h = q.shape
+    rows = q.reshape(b, t, k.shape[1], -1, h).transpose(0, 2, 3, 1, 4)
+    visible = _is_visible(q_position, k_position, expiry)[:, :, None]
+    s = jnp.where(visible, jnp.einsum("bkgth,bksh->bkgts", rows, k, preferred_element_type=jnp.float32) * h**-0.5, MASKED)
+    p = jnp.where(visible, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
+    return jnp.mean(p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30), axis=2)

@@ -14,9 +14,9 @@ from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.hf.safetensors_files import SafetensorsFiles, save_file
 from dms_jax.models.decoder import Decoder
-from dms_jax.policies.learned_eviction import policy_of
+from dms_jax.policies import CachePolicy, describe, restored
 
-KIND, VERSION = "dms_jax.cache", "1"
+KIND, VERSION = "dms_jax.cache", "2"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 
 
@@ -30,8 +30,9 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
         raise ConfigError(f"{path} exists; give another file, or overwrite=True")
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's")
-    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in FIELDS}
-    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "dense": json.dumps(cache.dense), **_identity(model)}
+    fields = _fields(cache.policy)
+    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in fields}
+    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "policy": json.dumps(describe(cache.policy)), **_identity(model)}
     from safetensors import SafetensorError
 
     temporary = f"{path}.tmp-{os.getpid()}"
@@ -60,8 +61,13 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     for key, here in _identity(model).items():
         if metadata.get(key) != here:
             raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")
-    config, overflow, dense = model.config, metadata.get("overflow"), metadata.get("dense") == "true"
-    wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in FIELDS)}
+    config, overflow = model.config, metadata.get("overflow")
+    try:
+        policy = restored(json.loads(metadata.get("policy", "")), config)
+    except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
+        raise ConfigError(f"{path} is damaged: its header names no policy that this dms_jax knows ({why})") from why
+    fields = _fields(policy)
+    wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
     if overflow not in OVERFLOWS or wanted != set(tensors.names()):
         raise ConfigError(f"{path} is damaged: its header or its list of tensors is not that of a cache of {config.num_layers} layers")
     rows = tensors.shape("seen")
@@ -70,11 +76,18 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         shape = tensors.shape(f"layers.{i}.k")
         if len(shape) != 4 or (*shape[:1], shape[1], shape[3]) != (*rows, config.num_kv_heads, config.head_dim):
             raise ConfigError(f"{path} is damaged: layer {i} has keys of shape {list(shape)}")
-        shapes = dict.fromkeys(FIELDS, shape[:3]) | {"k": shape, "v": shape, "forced_evictions": shape[:2]}
-        if bad := [name for name in FIELDS if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
+        shapes = dict.fromkeys(fields, shape[:3]) | {"k": shape, "v": shape, "forced_evictions": shape[:2]}
+        if policy.features:
+            shapes["statistic"] = (*shape[:3], policy.features)
+        if bad := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}")
-        layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in FIELDS}))
-    return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy_of(config, dense).window_size, overflow, dense)
+        layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
+    return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy, overflow)
+
+
+def _fields(policy: CachePolicy) -> tuple[str, ...]:
+    """Tensors of a layer."""
+    return (*FIELDS, "statistic") if policy.features else FIELDS
 
 
 def _identity(model: Decoder) -> dict[str, str]:

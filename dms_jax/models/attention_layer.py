@@ -102,7 +102,11 @@ class AttentionLayer(nnx.Module):
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out, cache = extend_layer(cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size)
+        out, cache = extend_layer(
+            cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size,
+            read=lambda settled: policy.read(q, settled, chunk.position),
+            choose=lambda settled: policy.choose(q, k, verdict, settled, chunk.position, chunk.count),
+        )  # fmt: skip
         return self.output(out), cache
 
     def heads(

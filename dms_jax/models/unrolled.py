@@ -19,7 +19,6 @@ from dms_jax.core.compact_cache import CompactCache
 from dms_jax.models.attention_layer import Chunk, channel_scale
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import rms_norm, rope_frequencies
-from dms_jax.policies.learned_eviction import policy_of
 
 _separated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its weights, the same as UnrolledDecoder)
 
@@ -40,7 +39,7 @@ class UnrolledDecoder:
         self, cache: CompactCache, tokens: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
     ) -> tuple[Float[Array, "B T D"], CompactCache]:
         """Final-normed hidden states [B T D] of a chunk whose first `count` tokens continue each row, and the cache after it."""
-        config, policy = self.config, policy_of(self.config, cache.dense)
+        config, policy = self.config, cache.policy
         position = cache.seen[:, None] + jnp.arange(tokens.shape[1])
         chunk = Chunk(position, count, threshold)
         frequency, channel = rope_frequencies(config), channel_scale(config)

@@ -1,11 +1,25 @@
-"""Which pair leaves the cache, and when: the one question that tells policies apart. The engine asks nothing else."""
+"""What tells cache policies apart. The engine asks four questions and nothing else; most policies answer one of them.
 
-from typing import Protocol
+1. `judge`, when pairs come: until when is each one visible? Enough for whatever follows from the tokens alone.
+2. `read`, before attention: which slots are worth reading now? All, by default.
+3. `choose`, after attention: which pairs stay? By default those whose time has not come. Methods with a budget rank here.
+4. `room`, before anything runs: how many pairs must a head be able to hold?
+"""
 
-from jaxtyping import Float, Int
+from typing import NamedTuple, Protocol
+
+from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.compact_cache import Choice, LayerCache, Verdict
+
+
+class Room(NamedTuple):
+    """Pairs per row and KV head."""
+
+    least: int  # a head holds this many as soon as so many have come
+    most: int | None  # and never more than this; None: it depends on the tokens
+    why: str
 
 
 class CachePolicy(Protocol):
@@ -16,9 +30,32 @@ class CachePolicy(Protocol):
         """A full buffer does not push out a pair this young while it can choose."""
         ...
 
+    @property
+    def features(self) -> int:
+        """How many numbers the cache keeps of each pair for this policy."""
+        return 0
+
+    def room(self) -> Room: ...
+
     def judge(
         self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
     ) -> Verdict:
         """What becomes of the pairs at `position`, of which the first `count` of each row are real, and of the pair before
         them. `logits` are the evict logits of their tokens."""
         ...
+
+    def read(self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]) -> Bool[Array, "B K C"] | None:
+        """Slots that the queries at `position` look at, of those they may see; None: all."""
+        return None
+
+    def choose(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B K T H"],
+        verdict: Verdict,
+        slots: LayerCache,
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+    ) -> Choice | None:
+        """Which slots and pairs of the chunk stay after it, and what to remember of them; None: those that have not expired."""
+        return None

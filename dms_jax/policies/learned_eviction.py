@@ -1,4 +1,4 @@
-"""The policy of a retrofitted model (arXiv:2506.05345), and its absence."""
+"""The policy of a retrofitted model. Łańcucki et al., arXiv:2506.05345."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import Verdict
-from dms_jax.core.visibility import NEVER, expiry_of
-from dms_jax.policies.cache_policy import CachePolicy
+from dms_jax.core.visibility import expiry_of
+from dms_jax.policies.cache_policy import CachePolicy, Room
 
 
 @dataclass(frozen=True)
-class LearnedEviction:
+class LearnedEviction(CachePolicy):
     """A pair whose evict logit exceeds the threshold leaves `window_size` steps after it came."""
 
     dms: DMSConfig
@@ -22,6 +22,9 @@ class LearnedEviction:
     @property
     def window_size(self) -> int:
         return self.dms.window_size
+
+    def room(self) -> Room:
+        return Room(self.window_size + 1, None, f"a window of {self.window_size} (window_size + 1 pairs always stay)")
 
     def judge(
         self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
@@ -34,24 +37,7 @@ class LearnedEviction:
         score = eviction.align_to_pairs(before(scores, 0.0), self.dms.decision_shift, 0.0)
         marked = eviction.align_to_pairs(before(evict, False), self.dms.decision_shift, False)
         pairs = jnp.concatenate([position[:, :1] - 1, position], axis=1)[:, None]
-        expiry = expiry_of(marked, pairs, self.dms.window_size)
+        expiry = expiry_of(marked, pairs, self.window_size)
         if self.dms.decision_shift == 0:
             return Verdict(expiry[..., 1:], score[..., 1:], None, None)
         return Verdict(expiry[..., 1:], score[..., 1:], expiry[..., 0], score[..., 0])
-
-
-@dataclass(frozen=True)
-class KeepAll:
-    """The dense model: nothing leaves unless the buffer is full, and then the oldest pair does."""
-
-    window_size: int = 2**30  # so everything is inside, and the overflow rule picks the oldest
-
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
-        return Verdict(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
-
-
-def policy_of(config: ModelConfig, dense: bool) -> CachePolicy:
-    """The policy a model came with; none for a plain model, or when the caller wants none."""
-    return KeepAll() if dense or config.dms is None else LearnedEviction(config.dms)

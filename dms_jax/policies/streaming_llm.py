@@ -1,31 +1,49 @@
-"""Sliding window with attention sinks, the training-free baseline a retrofit has to beat."""
+"""Sliding window with attention sinks, the training-free baseline a retrofit has to beat. Xiao et al., arXiv:2309.17453."""
 
 from dataclasses import dataclass
 
-from jaxtyping import Bool, Int
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ConfigError
+from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.visibility import expiry_of
+from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 
 @dataclass(frozen=True)
-class StreamingLLM:
-    """Keep the first `num_sinks` pairs and the most recent ones, `budget` pairs in all. Xiao et al., arXiv:2309.17453.
+class StreamingLLM(BudgetPolicy):
+    """Keep the first `num_sinks` pairs and the most recent ones, `budget` pairs in all.
 
-    Deviation: rotary positions are not renumbered. In the terms of the one rule, every pair but the sinks is marked, and
-    leaves after `window_size` steps.
+    In the terms of the one rule every pair but the sinks is marked, and leaves after `window_size` steps: who stays does not
+    depend on what attention saw, so online it needs no ranking, and chunks, decoding and the mask path are equal.
+    Deviation: rotary positions are not renumbered.
     """
 
-    budget: int
     num_sinks: int = 4
 
     def __post_init__(self):
         if self.budget <= self.num_sinks:
             raise ConfigError(f"a sliding window of {self.budget} pairs has no room beside {self.num_sinks} sinks; use a budget > {self.num_sinks}")
+        super().__post_init__()
 
     @property
     def window_size(self) -> int:
         return self.budget - self.num_sinks - 1  # a pair is visible to itself and to this many later queries
 
-    def marked(self, position: Int[Array, "S"]) -> Bool[Array, "S"]:
+    def marked(self, position: Int[Array, "*A"]) -> Bool[Array, "*A"]:
         return position >= self.num_sinks
+
+    def judge(
+        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
+    ) -> Verdict:
+        expiry = expiry_of(self.marked(position), position, self.window_size)[:, None]
+        return Verdict(jnp.broadcast_to(expiry, logits.shape), jnp.zeros(logits.shape, jnp.float32), None, None)
+
+    def choose(self, q, k, verdict, slots, position, count) -> None:
+        return None  # the expiries say it all
+
+    def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
+        """1 for what stays, 0 for what leaves (kvpress's convention)."""
+        return jnp.where(self.marked(pairs.position) & (pairs.age > self.window_size), 0.0, 1.0)

@@ -15,6 +15,7 @@ from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, LayerCache, Verdict, empty_layer
 from dms_jax.core.slot_attention import extend_layer
+from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
 B, K, G, H, T, C = 2, 2, 2, 8, 24, 32
@@ -173,16 +174,16 @@ def test_nothing_is_decided_about_a_pair_by_a_row_without_tokens():
 def test_ratio_is_tokens_over_live_pairs():
     expiry = [[[9] * n + [GONE] * (8 - n) for n in row] for row in ([2, 4], [1, 1])]
     layer = dataclasses.replace(empty_layer(2, 2, 8, H, jnp.float32), expiry=jnp.asarray(expiry))
-    cache = CompactCache((layer,), jnp.asarray([8, 4], jnp.int32), 3)
+    cache = CompactCache((layer,), jnp.asarray([8, 4], jnp.int32), KeepAll())
     assert compact_cache.compression_ratio(cache) == 6 / 2
     assert compact_cache.row_compression_ratios(cache).tolist() == [8 / 3, 4.0]
-    empty = CompactCache((empty_layer(1, 1, 4, H, jnp.float32),), jnp.zeros(1, jnp.int32), 3)
+    empty = CompactCache((empty_layer(1, 1, 4, H, jnp.float32),), jnp.zeros(1, jnp.int32), KeepAll())
     assert compact_cache.compression_ratio(empty) == 1.0 and compact_cache.row_compression_ratios(empty).tolist() == [1.0]
     assert cache.bytes == 2 * 2 * 8 * (2 * H * 4 + 12) + 16 + 8
 
 
 def test_fork_copies_rows_next_to_each_other():
-    cache = CompactCache((empty_layer(2, 1, 4, H, jnp.float32),), jnp.asarray([3, 5], jnp.int32), 3)
+    cache = CompactCache((empty_layer(2, 1, 4, H, jnp.float32),), jnp.asarray([3, 5], jnp.int32), KeepAll())
     assert compact_cache.fork(cache, 3).seen.tolist() == [3, 3, 3, 5, 5, 5]
     with pytest.raises(ConfigError, match="at least 1"):
         compact_cache.fork(cache, 0)

@@ -27,7 +27,7 @@ def test_a_loaded_cache_goes_on_like_the_one_saved(saved, rng):
     """The last pair's decision is pending in the file, and the next token still makes it."""
     model, cache, path = saved
     loaded = dms_jax.load_cache(model, path)
-    assert (loaded.overflow, loaded.dense, loaded.window_size) == (cache.overflow, cache.dense, cache.window_size)
+    assert (loaded.overflow, loaded.policy) == (cache.overflow, cache.policy)
     for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(cache), strict=True):
         np.testing.assert_array_equal(ours, theirs)
         assert ours.dtype == theirs.dtype
@@ -68,8 +68,8 @@ def test_what_is_refused(saved, tmp_path, monkeypatch):
             dms_jax.load_cache(other, path)
     with pytest.raises(ConfigError, match="this cache has 1 layers, the model 2"):
         dms_jax.save_cache(tiny_model(POLICY, 3, num_layers=2), cache, tmp_path / "other")
-    monkeypatch.setattr(cache_file, "VERSION", "2")
-    with pytest.raises(ConfigError, match="version 1, this dms_jax reads 2"):
+    monkeypatch.setattr(cache_file, "VERSION", "3")
+    with pytest.raises(ConfigError, match="version 2, this dms_jax reads 3"):
         dms_jax.load_cache(model, path)
 
 

@@ -1,0 +1,33 @@
+"""The dense model: the absence of a policy."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.visibility import NEVER
+from dms_jax.policies.cache_policy import CachePolicy, Room
+
+EVERYTHING = 2**30  # more than any row has
+
+
+def unmarked(logits: Float[Array, "B K T"]) -> Verdict:
+    """No pair has a time to leave."""
+    return Verdict(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
+
+
+@dataclass(frozen=True)
+class KeepAll(CachePolicy):
+    """Nothing leaves unless the buffer is full, and then the oldest pair does."""
+
+    window_size: int = EVERYTHING  # so everything is inside, and the overflow rule picks the oldest
+
+    def room(self) -> Room:
+        return Room(EVERYTHING, None, "a cache that keeps everything")
+
+    def judge(
+        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
+    ) -> Verdict:
+        return unmarked(logits)

@@ -1,0 +1,167 @@
+"""Each method online, chunk by chunk and token by token, against lists of pairs in NumPy: exactly who is kept."""
+
+import functools
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from cases import tiny_model, tokens
+
+import dms_jax
+from dms_jax import decoding
+from dms_jax.core import compact_cache
+from dms_jax.core.slot_attention import extend_layer
+from dms_jax.policies import H2O, TOVA, KeyDiff, KNorm, ObservedAttention, Quest, RandomEviction, SnapKV, StreamingLLM, policy_of
+
+B, K, G, H, T, C, BUDGET = 2, 2, 2, 8, 30, 12, 9
+METHODS = {
+    "streaming_llm": StreamingLLM(BUDGET, 2), "tova": TOVA(BUDGET), "h2o": H2O(BUDGET), "observed_attention": ObservedAttention(BUDGET),
+    "snapkv": SnapKV(BUDGET, 3, 3), "knorm": KNorm(BUDGET), "keydiff": KeyDiff(BUDGET), "random": RandomEviction(BUDGET),
+}  # fmt: skip
+SCHEDULES = {"tokens": [[1, 1]] * T, "ragged chunks": [[7, 4], [0, 7], [1, 1], [1, 0], [7, 7], [1, 1], [3, 5], [0, 0], [1, 1], [1, 1]]}
+
+
+@functools.partial(jax.jit, static_argnames="policy")
+def extend(layer, q, k, v, seen, count, policy):
+    """What an attention layer does with a chunk."""
+    position = seen[:, None] + np.arange(q.shape[1])
+    verdict = policy.judge(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
+    return extend_layer(
+        layer, q, k, v, verdict, position, count, policy.window_size,
+        read=lambda settled: policy.read(q, settled, position), choose=lambda settled: policy.choose(q, k, verdict, settled, position, count),
+    )  # fmt: skip
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def simulate(name, q, k, row, held, new):
+    """Row's pairs of each head after the tokens `new`: who paid what, then who leaves. `held` is per head {position: [what each
+    query so far paid it, as far as it was there]}."""
+    for h in range(K):
+        for t in new:
+            held[h][t] = []
+    for t in new:
+        for h in range(K):
+            there = [p for p in held[h] if p <= t]
+            paid = softmax(q[row, t, h * G : h * G + G] @ k[row, h, there].T * H**-0.5).mean(0)
+            for p, weight in zip(there, paid, strict=True):
+                held[h][p].append(weight)
+    now = new[-1]
+    every = [scores(name, k[row, h], held[h], now, h) for h in range(K)]
+    if name == "tova":  # all heads of the layer together
+        every = [{p: np.mean([s[p] for s in every]) if p < now else 9.0 for p in held[0]} for _ in range(K)]
+    for h in range(K):
+        stay = sorted(held[h], key=lambda p: (every[h][p], p))[-BUDGET:]
+        held[h] = {p: held[h][p] for p in sorted(stay)}
+    return held
+
+
+def scores(name, k, held, now, head):
+    """{position: score} by the method's own words."""
+    if name == "knorm":
+        return {p: -np.linalg.norm(k[p]) for p in held}
+    if name == "keydiff":
+        unit = {p: k[p] / np.linalg.norm(k[p]) for p in held}
+        anchor = np.mean(list(unit.values()), axis=0)
+        return {p: -unit[p] @ anchor for p in held}
+    if name == "random":
+        key = jax.random.fold_in(jax.random.key(0), head)
+        return {p: float(jax.random.uniform(jax.random.fold_in(key, p))) for p in held}
+    if name == "tova":
+        return {p: paid[-1] for p, paid in held.items()}
+    if name == "h2o":
+        return {p: np.inf if now - p < BUDGET // 2 else sum(paid) for p, paid in held.items()}
+    if name == "observed_attention":
+        return {p: sum(paid) / (now - p + 1) for p, paid in held.items()}
+    if name == "streaming_llm":
+        return {p: 1.0 if p < 2 or now - p < BUDGET - 2 else 0.0 for p in held}
+    old = [p for p in sorted(held) if now - p >= 3]
+    mean = np.pad([np.mean(held[p][-3:]) for p in old], 1)
+    return dict.fromkeys(held, 9.0) | {p: mean[i : i + 3].sum() / 3 for i, p in enumerate(old)}
+
+
+@pytest.mark.parametrize("name, schedule", list(itertools.product(METHODS, SCHEDULES)))
+def test_who_is_kept_and_what_is_seen(rng, name, schedule):
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T + 8, K * G, H), (B, K, T + 8, H), (B, K, T + 8, H)))
+    policy, seen = METHODS[name], np.zeros(B, np.int32)
+    layer = compact_cache.empty_layer(B, K, C, H, np.float32, policy.features)
+    held = [[{} for _ in range(K)] for _ in range(B)]
+    for counts in SCHEDULES[schedule]:
+        count, size = np.array(counts, np.int32), 1 if max(counts) <= 1 else 7
+        at = [seen[b] + np.arange(size) for b in range(B)]
+        part = lambda x: np.stack([x[b][:, at[b]] for b in range(B)])  # noqa: B023, E731
+        out, layer = extend(layer, np.stack([q[b, at[b]] for b in range(B)]), part(k), part(v), seen, count, policy)
+        for b in np.flatnonzero(count):
+            new = list(range(seen[b], seen[b] + count[b]))
+            before = [set(h) for h in held[b]]
+            held[b] = simulate(name, q, k, b, held[b], new)
+            for t, h in itertools.product(new, range(K)):
+                if name == "streaming_llm":  # its pairs leave at their time, also within a chunk
+                    there = [p for p in range(t + 1) if p < 2 or t - p < BUDGET - 2]
+                else:
+                    there = sorted(before[h]) + [p for p in new if p <= t]
+                want = softmax(q[b, t, h * G : h * G + G] @ k[b, h, there].T * H**-0.5) @ v[b, h, there]
+                np.testing.assert_allclose(out[b, t - seen[b], h * G : h * G + G], want, atol=1e-5)
+        seen = seen + count
+        live = np.asarray(layer.expiry) >= seen[:, None, None] - 1
+        for b, h in np.ndindex(B, K):
+            assert sorted(np.asarray(layer.position)[b, h][live[b, h]].tolist()) == sorted(held[b][h]), (b, h, seen)
+            assert live[b, h].sum() <= BUDGET
+    assert not np.asarray(layer.forced_evictions).any()
+    assert seen.min() > BUDGET + 4, "else nothing had to leave"
+
+
+def test_quest_reads_the_pages_with_the_largest_bounds(rng):
+    """Keys in pages of 4, two pages read: the query's own and the best other, by the bound written out channel by channel."""
+    policy, n = Quest(8, 4), 22
+    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, n, K * G, H), (B, K, n, H), (B, K, n, H)))
+    layer, zero = compact_cache.empty_layer(B, K, 26, H, np.float32), np.zeros(B, np.int32)
+    _, layer = extend(layer, q[:, :-1], k[:, :, :-1], v[:, :, :-1], zero, zero + n - 1, policy)
+    out, layer = extend(layer, q[:, -1:], k[:, :, -1:], v[:, :, -1:], zero + n - 1, zero + 1, policy)
+    for b, h in np.ndindex(B, K):
+        rows = q[b, -1, h * G : h * G + G]
+        pages = [k[b, h, i : i + 4] for i in range(0, 20, 4)]
+        bound = [max(sum(max(r[c] * page[:, c].min(), r[c] * page[:, c].max()) for c in range(H)) for r in rows) for page in pages]
+        best = int(np.argmax(bound)) * 4
+        there = [*range(best, best + 4), 20, 21]
+        np.testing.assert_allclose(out[b, 0, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5)
+    assert (np.asarray(layer.expiry) >= n - 1).sum(-1).min() == n, "nothing leaves"
+
+
+@pytest.mark.parametrize("name", ["tova:9", "snapkv:9", "h2o:9", "keydiff:9"])
+def test_through_the_model_rows_are_independent_and_nothing_compiles_again(rng, name):
+    model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, 2, 40)
+
+    def run(rows):
+        cache, out = dms_jax.init_cache(model, len(rows), 9, policy=name), []
+        _, cache = dms_jax.prefill(model, cache, ids[rows, :20], np.array([20, 13])[rows], chunk_size=16)
+        for t in range(20, 26):
+            logits, cache = dms_jax.decode_step(model, cache, ids[rows, t])
+            assert (np.asarray(cache.live_counts) == 9).all()
+            out.append(np.asarray(logits))
+            if t == 21:
+                compiled = decoding.num_compilations()
+        assert decoding.num_compilations() == compiled
+        return np.stack(out)
+
+    both = run([0, 1])
+    np.testing.assert_allclose(both[:, 1], run([1])[:, 0], atol=1e-5)
+    out = dms_jax.generate(model, [ids[0, :20].tolist()], dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=name))
+    assert out.live_pairs[0] == 9
+
+
+def test_names():
+    config = tiny_model(None, 0, num_layers=1).config
+    assert policy_of(config, "snapkv:40") == SnapKV(40)
+    for bad, message in {
+        "tovo:3": "did you mean tova",
+        "tova": "needs a budget",
+        "dms": "needs a retrofitted model",
+        "prompt:quest:64": "rank",
+    }.items():
+        with pytest.raises(dms_jax.ConfigError, match=message):
+            policy_of(config, bad)
