@@ -23,7 +23,8 @@ class Conversation:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.turns = 0
-        self.cache, self.ended_by = engine.loaded, None
+        self.cache = engine.loaded
+        self.ended_by: int | None = None
         engine.tokenizer.chat_text([{"role": "user", "content": "x"}], reply=True)  # refuses a model without a template at once
         limit = round_up(engine.room(None))
         if engine.config.capacity is None:

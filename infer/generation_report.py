@@ -20,10 +20,10 @@ class Clock:
         self.since = time.perf_counter()
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 
-    def _heard(self, event: str, duration: float, **_) -> None:
+    def _heard(self, event: str, duration_secs: float, **_) -> None:
         if event.startswith("/jax/core/compile/"):
             now = time.perf_counter()
-            self.compiled.append((now - duration, now))
+            self.compiled.append((now - duration_secs, now))
 
     def start(self) -> None:
         self.since, self.compiled = time.perf_counter(), []
