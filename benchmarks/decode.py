@@ -93,11 +93,7 @@ def load(options):
         return (model if model.config.dms else dms_jax.load(options.model, dtype=dtype, dms=policy)), options.model
     shape = SHAPES[options.model] | ({"num_layers": options.layers} if options.layers else {})
     config = ModelConfig(**shape, max_position_embeddings=1 << 20, dms=policy)
-    model = jax.jit(lambda: nnx.state(Decoder(config, rngs=nnx.Rngs(0))))() if dtype != jnp.float32 else None
-    if model is None:
-        return Decoder(config, rngs=nnx.Rngs(0)), "random"
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, jax.tree.map(lambda x: x.astype(dtype), model)), "random"
+    return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype), "random"
 
 
 def provenance() -> dict:
@@ -195,6 +191,7 @@ def against_transformers(options, model, show) -> dict:
     import numpy as np
 
     import dms_jax
+    from dms_jax.cache_limits import round_up
 
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("--transformers needs torch; pip install 'torch>=2.6'")
@@ -208,7 +205,7 @@ def against_transformers(options, model, show) -> dict:
         dms_jax.save(model, f"{folder}/model")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32, local_files_only=True).eval()
     ids = np.random.default_rng(0).integers(3, min(model.config.vocab_size, 40000), (options.batch, options.prompt_tokens))
-    capacity = -(-(options.prompt_tokens + options.new_tokens) // 64) * 64
+    capacity = round_up(options.prompt_tokens + options.new_tokens)
 
     def call_theirs(new: int):
         tokens = torch.tensor(ids)

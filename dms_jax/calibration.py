@@ -15,6 +15,7 @@ from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.eviction import decidable
 from dms_jax.models.decoder import Decoder
 
+WIDEST = 1e6  # beyond any logit
 Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits of some rows that decide under it
 
 
@@ -41,7 +42,7 @@ def threshold_for(scores: Scores, dms: DMSConfig, target_cr: float, tolerance: f
     """
     if not target_cr >= 1:
         raise ConfigError(f"target_cr must be >= 1 (1 keeps everything), got {target_cr!r}")
-    low, high, threshold = -np.inf, np.inf, 0.0
+    low, high, threshold = -WIDEST, WIDEST, 0.0
     tried: dict[float, float] = {}
     for _ in range(most_runs):
         seen = scores(threshold)
@@ -59,7 +60,7 @@ def threshold_for(scores: Scores, dms: DMSConfig, target_cr: float, tolerance: f
         low, high = (threshold, high) if tried[threshold] > target_cr else (low, threshold)
         threshold = _between(pool, wanted)
         if not low < threshold < high:
-            threshold = (low + high) / 2 if np.isfinite(low) and np.isfinite(high) else (max(low, -1e6) + min(high, 1e6)) / 2
+            threshold = (low + high) / 2
     return float(min(tried, key=lambda candidate: (abs(tried[candidate] / target_cr - 1), abs(candidate))))
 
 

@@ -22,8 +22,8 @@ from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import CompactCache, row_compression_ratios
 from dms_jax.core.sampling import SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.decoding import extend_rows, init_cache, prefill
-from dms_jax.generation_config import GenerationConfig
-from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer
+from dms_jax.generation_config import GenerationConfig, find_stop
+from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
 from dms_jax.policies import PromptCompression, policy_of
@@ -178,7 +178,7 @@ class _Run:
         assert self.tokenizer is not None  # stop strings need one: `_encode`
         found = np.full(len(state.made), -1, np.int32)
         for row, (tokens, made) in enumerate(zip(np.asarray(state.tokens), np.asarray(state.made), strict=True)):
-            stops = lambda n: _find(self.tokenizer.decode(tokens[:n]), self.config.stop_strings) is not None  # noqa: B023, E731
+            stops = lambda n: find_stop(self.tokenizer.decode(tokens[:n]), self.config.stop_strings) is not None  # noqa: B023, E731
             if stops(made):
                 found[row] = next(n for n in range(1, made + 1) if stops(n))
         return found
@@ -232,11 +232,7 @@ def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokeni
             what = "string prompts" if as_text else "stop_strings"
             raise ConfigError(f"{what} need a tokenizer, and this model came from no folder; pass tokenizer=, or token ids and stop_ids")
         tokenizer = load_tokenizer(source.path)
-    if as_text:
-        bos = [tokenizer.bos_id] if tokenizer.add_bos else []
-        rows = [np.concatenate([np.array(bos, np.int32), tokenizer.encode(prompt)]) for prompt in prompts]
-    else:
-        rows = [np.asarray(prompt) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts] if as_text else [np.asarray(prompt) for prompt in prompts]
     for index, row in enumerate(rows):
         if row.ndim != 1 or not row.size:
             raise ConfigError(f"prompt {index} is empty; give at least one token" if not row.size else f"prompt {index} is no list of token ids")
@@ -291,11 +287,6 @@ def _made(state: _State) -> list[np.ndarray]:
     return [row[:n].copy() for row, n in zip(np.asarray(state.tokens), np.asarray(state.made), strict=True)]
 
 
-def _find(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
-
-
 def _result(state, cut, config, tokenizer, as_text) -> Generation:
     made, stopped, tokens = np.asarray(state.made), np.asarray(state.stopped), _made(state)
     reasons = [
@@ -305,7 +296,7 @@ def _result(state, cut, config, tokenizer, as_text) -> Generation:
     texts = None
     if as_text:
         texts = [tokenizer.decode(row[:-1] if stop else row) for row, stop in zip(tokens, stopped, strict=True)]
-        texts = [text[: _find(text, config.stop_strings)] for text in texts]
+        texts = [text[: find_stop(text, config.stop_strings)] for text in texts]
     cache = state.cache
     return Generation(
         tokens, texts, reasons, [row[:n] for row, n in zip(np.asarray(state.logprobs), made, strict=True)] if config.logprobs else None,

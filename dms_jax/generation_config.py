@@ -1,6 +1,7 @@
 """What to generate and how: checked when it is written down, before any model runs."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dms_jax.config import ConfigError
@@ -59,6 +60,11 @@ class GenerationConfig:
     @property
     def numbers(self) -> SamplingNumbers:
         return SamplingNumbers(self.temperature or 1.0, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop string begins."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from dms_jax.cache_limits import round_up
 from dms_jax.config import ConfigError
 from infer.generation_engine import Cancelled, Engine
-from infer.prompts import Prompt, check_text, next_turn
+from infer.prompts import Prompt, check_text, next_turn, with_system
 
 COMMANDS = {"/reset": "forget the conversation", "/stats": "speed, compression and memory so far", "/help": "this list"}
 FIRST_CAPACITY = 1024  # slots a conversation begins with; it grows by half, and each growth compiles anew
@@ -40,8 +40,7 @@ class Conversation:
         check_text(Prompt(line, "this line"))
         message = [{"role": "user", "content": line}]
         if self.cache is None:
-            system = [] if engine.options.system is None else [{"role": "system", "content": engine.options.system}]
-            ids = engine.tokenizer.encode_chat([*system, *message], reply=True)
+            ids = engine.tokenizer.encode_chat(with_system(engine.options.system, message), reply=True)
         else:
             ids = next_turn(engine.tokenizer, engine.options.system, message, self.ended_by)
         room = engine.room(self.cache) - len(ids)

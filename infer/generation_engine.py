@@ -12,10 +12,11 @@ import dms_jax
 from dms_jax.cache_limits import context_limit, round_up
 from dms_jax.config import ConfigError
 from dms_jax.generation import Progress
+from dms_jax.generation_config import find_stop
 from dms_jax.models.unrolled import unrolled
 from infer.generation_report import Clock, Report
 from infer.prompts import Encoder
-from infer.text_stream import TextStream, cut_at
+from infer.text_stream import TextStream
 
 
 class Cancelled(Exception):
@@ -121,7 +122,7 @@ class Engine:
         tokens = self.shown(result.tokens[index])
         text = self.tokenizer.decode(tokens)
         return {
-            "text": text[: cut_at(text, self.options.stop)], "finish_reason": result.finish_reasons[index], "prompt_tokens": len(ids),
+            "text": text[: find_stop(text, self.options.stop)], "finish_reason": result.finish_reasons[index], "prompt_tokens": len(ids),
             "new_tokens": len(result.tokens[index]), "tokens": result.tokens[index].tolist(), "live_pairs": round(float(result.live_pairs[index]), 2),
             "realised_cr": round(float(result.realised_cr[index]), 4), "forced_evictions": int(result.forced_evictions[index]),
         }  # fmt: skip

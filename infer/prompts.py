@@ -82,12 +82,13 @@ class Encoder:
 
     def _ids(self, content) -> np.ndarray:
         if isinstance(content, str) and not self.as_chat:
-            begin = [self.tokenizer.bos_id] if self.tokenizer.add_bos and not self.continues else []
-            return np.concatenate([np.array(begin, np.int32), self.tokenizer.encode(content)])
+            from dms_jax.hf.hf_tokenizer import prompt_ids  # with JAX, which is not there yet when files are read
+
+            return self.tokenizer.encode(content) if self.continues else prompt_ids(self.tokenizer, content)
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
         if self.continues:
             return next_turn(self.tokenizer, self.system, messages)
-        return self.tokenizer.encode_chat(_with_system(self.system, messages), reply=True)
+        return self.tokenizer.encode_chat(with_system(self.system, messages), reply=True)
 
 
 def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int | None = None) -> np.ndarray:
@@ -98,7 +99,7 @@ def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int
     cache, whose last answer is taken to be complete.
     """
     text = tokenizer.chat_text(
-        [*_with_system(system, [{"role": "user", "content": "x"}]), {"role": "assistant", "content": REPLY}, *messages], reply=True
+        [*with_system(system, [{"role": "user", "content": "x"}]), {"role": "assistant", "content": REPLY}, *messages], reply=True
     )
     _, found, rest = text.rpartition(REPLY)
     if not found:
@@ -108,7 +109,7 @@ def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int
     return ids[1:] if ids.size and ids[0] == ended_by else ids
 
 
-def _with_system(system: str | None, messages: list[dict]) -> list[dict]:
+def with_system(system: str | None, messages: list[dict]) -> list[dict]:
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from dms_jax.generation_config import find_stop
+
 REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no whole character, or not yet
 
 
@@ -26,18 +28,13 @@ class TextStream:
             self.waiting += now[len(before) :]
             if len(tokens) > self.read:
                 self.context, self.read = self.read, len(tokens)
-        cut = cut_at(self.waiting, self.stops)
+        cut = find_stop(self.waiting, self.stops)
         if cut is not None:
             self.stopped, ready = True, self.waiting[:cut]
         else:
             held = 0 if last else _held(self.waiting, self.stops)
             ready, self.waiting = self.waiting[: len(self.waiting) - held], self.waiting[len(self.waiting) - held :]
         return ready
-
-
-def cut_at(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first stop string begins."""
-    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
 
 
 def _held(text: str, stops: Sequence[str]) -> int:

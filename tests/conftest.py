@@ -1,5 +1,7 @@
 """Eight simulated devices, before anything starts JAX."""
 
+import gc
+
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -11,3 +13,12 @@ import pytest  # noqa: E402
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings():
+    """Each compiled program holds memory mappings, of which a process may have 65530: without this, a worker that runs many files
+    is aborted inside the compiler."""
+    yield
+    jax.clear_caches()
+    gc.collect()

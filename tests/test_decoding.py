@@ -140,20 +140,10 @@ def live_oracle(evict, lengths, dms):
 OPERATIONS = st.lists(st.sampled_from(["prefill", "chunks", "decode", "last", "permute", "poison"]), max_size=12)
 
 
+@pytest.mark.parametrize("cases", [14, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_path_is_the_mask_path(name):
-    @settings(max_examples=14, deadline=None)
-    @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
-    def run(seed, operations):
-        check(name, seed, operations)
-
-    run()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_every_path_is_the_mask_path_in_many_cases(name):
-    @settings(max_examples=150, deadline=None)
+def test_every_path_is_the_mask_path(name, cases):
+    @settings(max_examples=cases, deadline=None)
     @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
     def run(seed, operations):
         check(name, seed, operations)

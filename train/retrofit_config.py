@@ -118,7 +118,7 @@ class RetrofitConfig:
 # (docs/experiments.md). Models of your own get 1, NVIDIA's convention, unless they say otherwise.
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
-# Keys that may change when a run is resumed: they do not change what is computed.
+# Keys that may change when a run is resumed: they do not change what is trained.
 FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "calibration_rows", "save_every", "keep", "tensorboard", "remat"}
 
 

@@ -9,7 +9,7 @@ from dms_jax.config import ConfigError
 from dms_jax.hf import hf_config
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
-from dms_jax.hf.safetensors_files import SafetensorsFiles, save_file
+from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 
 KIND, VERSION = "dms_jax.adapter", "1"
@@ -21,28 +21,16 @@ def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: boo
     Only for a projection policy on a base that training left alone; a borrowed one, or a fully trained model, lives in the
     base weights: use `save`. Reads the base once for the hash. The file appears whole or not at all.
     """
-    path, dms = os.path.abspath(os.fspath(path)), model.config.dms
+    dms = model.config.dms
     if dms is None or dms.variant == "borrowed":
         why = "has no policy" if dms is None else "keeps its policy in the query projection"
         raise ConfigError(f"this model {why}: there is no evict head to save; use dms_jax.save for the whole model")
-    if os.path.exists(path) and not overwrite:
-        raise ConfigError(f"{path} exists; give another file, or overwrite=True")
+    path = new_path(path, overwrite)
     tensors = {write.name: write.value() for write in model_writes(model) if EVICT in write.name}
     if jax.process_index() != 0:
         return
     metadata = {"kind": KIND, "version": VERSION, "base_sha256": base_hash(model), "dms": json.dumps(hf_config.dms_keys(dms))}
-    from safetensors import SafetensorError
-
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(temporary, tensors, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
-        raise ConfigError(f"cannot write {path}: {why}") from why
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    write_whole(path, tensors, metadata)
 
 
 def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
@@ -50,15 +38,8 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
 
     Raises ConfigError when the file is damaged, is no adapter, belongs to another base, or does not fit.
     """
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such adapter file")
-    tensors = SafetensorsFiles(path, [path])
+    tensors = open_own(path, "an adapter", KIND, VERSION)
     metadata = tensors.metadata
-    if metadata.get("kind") != KIND:
-        raise ConfigError(f"{path} is not an adapter of dms_jax (its header has no kind={KIND})")
-    if metadata.get("version") != VERSION:
-        raise ConfigError(f"{path} is an adapter of version {metadata.get('version')}, this dms_jax reads {VERSION}")
     try:
         dms = hf_config.dms_config(json.loads(metadata["dms"]))
         trained_on = metadata["base_sha256"]

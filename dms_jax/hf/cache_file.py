@@ -12,7 +12,7 @@ from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, LayerCache
 from dms_jax.hf import hf_config
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
-from dms_jax.hf.safetensors_files import SafetensorsFiles, save_file
+from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, describe, restored
 
@@ -25,39 +25,18 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
 
     Reads the base weights once for their hash. Raises ConfigError.
     """
-    path = os.path.abspath(os.fspath(path))
-    if os.path.exists(path) and not overwrite:
-        raise ConfigError(f"{path} exists; give another file, or overwrite=True")
+    path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's")
-    fields = _fields(cache.policy)
-    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in fields}
+    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in _fields(cache.policy)}
     metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "policy": json.dumps(describe(cache.policy)), **_identity(model)}
-    from safetensors import SafetensorError
-
-    temporary = f"{path}.tmp-{os.getpid()}"
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(temporary, tensors | {"seen": np.asarray(cache.seen)}, metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
-        raise ConfigError(f"cannot write {path}: {why}") from why
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    write_whole(path, tensors | {"seen": np.asarray(cache.seen)}, metadata)
 
 
 def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     """The cache in a file that this model wrote. Raises ConfigError when it is damaged, foreign, or another model's."""
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path}: no such cache file")
-    tensors = SafetensorsFiles(path, [path])
+    tensors = open_own(path, "a cache", KIND, VERSION)
     metadata = tensors.metadata
-    if metadata.get("kind") != KIND:
-        raise ConfigError(f"{path} is not a cache of dms_jax (its header has no kind={KIND})")
-    if metadata.get("version") != VERSION:
-        raise ConfigError(f"{path} is a cache of version {metadata.get('version')}, this dms_jax reads {VERSION}")
     for key, here in _identity(model).items():
         if metadata.get(key) != here:
             raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")

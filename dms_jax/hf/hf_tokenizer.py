@@ -69,6 +69,12 @@ class Tokenizer:
         return hashlib.sha256(f"{rules}\n{getattr(self.inner, 'chat_template', None)}".encode()).hexdigest()
 
 
+def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Ids [T] of a text that begins a row: bos first, where the model expects it before a document."""
+    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
+    return np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a model. A local path is read locally, and no remote code is run."""
     path = resolve(path)

@@ -151,6 +151,43 @@ def save_file(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str
         save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata)
 
 
+def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
+    """The absolute path of a file to write; ConfigError when it is there already and must not be replaced."""
+    path = os.path.abspath(os.fspath(path))
+    if os.path.exists(path) and not overwrite:
+        raise ConfigError(f"{path} exists; give another file, or overwrite=True")
+    return path
+
+
+def write_whole(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """One safetensors file that appears whole or not at all. Raises ConfigError."""
+    from safetensors import SafetensorError
+
+    temporary = f"{path}.tmp-{os.getpid()}"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save_file(temporary, tensors, metadata)
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
+        raise ConfigError(f"cannot write {path}: {why}") from why
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def open_own(path: str | os.PathLike[str], what: str, kind: str, version: str) -> SafetensorsFiles:
+    """A file of ours, `what` it is with its article ("a cache"), whose header says `kind` and `version`. Raises ConfigError."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path}: no such {what.split()[-1]} file")
+    tensors = SafetensorsFiles(path, [path])
+    if tensors.metadata.get("kind") != kind:
+        raise ConfigError(f"{path} is not {what} of dms_jax (its header has no kind={kind})")
+    if tensors.metadata.get("version") != version:
+        raise ConfigError(f"{path} is {what} of version {tensors.metadata.get('version')}, this dms_jax reads {version}")
+    return tensors
+
+
 def _drain(group: list[Write]) -> dict:
     for write in group:
         write.value()

@@ -8,7 +8,7 @@ from models.test_golden import GOLDEN
 
 import dms_jax
 from dms_jax.config import ConfigError, DMSConfig
-from dms_jax.hf import cache_file
+from dms_jax.hf import cache_file, safetensors_files
 
 POLICY = DMSConfig(window_size=3, evict_logit_bias=0.0)
 
@@ -82,7 +82,7 @@ def test_a_failed_save_leaves_the_old_file(saved, monkeypatch):
             file.write(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(cache_file, "save_file", full_disk)
+    monkeypatch.setattr(safetensors_files, "save_file", full_disk)
     with pytest.raises(ConfigError, match="cannot write .*No space left"):
         dms_jax.save_cache(model, cache, path, overwrite=True)
     assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["prompt.cache"]

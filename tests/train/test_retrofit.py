@@ -87,7 +87,7 @@ def test_a_run_that_overshoots_exports_a_threshold_that_does_not(settings, capsy
     wanted, report = 48 / (48 - (1 - 1 / 1.5) * (47 - 6)), json.loads((settings["output"] / "report.json").read_text())
     exported = dms_jax.load(settings["output"] / "export")
     assert exported.config.dms.evict_logit_bias > 5 and "evict logits have to exceed" in capsys.readouterr().err
-    assert read_steps(settings["output"] / "metrics.jsonl")[-1]["cache/realised_cr"] > 1.2 * wanted  # noise included, before the threshold
+    assert read_steps(settings["output"] / "metrics.jsonl")[-1]["cache/realised_cr"] > wanted  # noise included, before the threshold
     assert report["held_out/realised_cr"] == pytest.approx(wanted, rel=0.1)  # other rows than the threshold was chosen on
 
 
