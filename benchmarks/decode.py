@@ -197,9 +197,12 @@ def against_transformers(options, model, show) -> dict:
         raise ConfigError("--transformers needs torch; pip install 'torch>=2.6'")
     if model.embed[...].dtype != jnp.float32 or (model.config.dms is not None and model.config.dms.variant == "borrowed"):
         raise ConfigError("--transformers compares a dense base in fp32 on a CPU; set JAX_PLATFORMS=cpu and give a model without a borrowed policy")
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as why:  # e.g. a CUDA build whose libraries are not there
+        raise ConfigError(f"torch is installed but does not load: {why}") from why
     import transformers
 
-    torch = importlib.import_module("torch")
     torch.set_num_threads(usable_cores())
     with tempfile.TemporaryDirectory() as folder:
         dms_jax.save(model, f"{folder}/model")
