@@ -232,6 +232,8 @@ def against_transformers(options, model, show) -> dict:
     rates, medians = {}, {}
     for name in arms:
         first, whole = statistics.median(one[name]), statistics.median(all_tokens[name])
+        if whole <= first:
+            raise ConfigError(f"{options.new_tokens} tokens take no longer than one here; give a larger --new-tokens to time the decode")
         rates[name] = {"prefill_tokens_per_s": ids.size / first, "decode_tokens_per_s": options.batch * (options.new_tokens - 1) / (whole - first)}
         medians[name] = {"one_token_s": first, "all_tokens_s": whole}
         show(f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode {rates[name]['decode_tokens_per_s']:>8.1f} tokens/s")
