@@ -2,42 +2,18 @@
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from dms_jax.config import ConfigError
+from dms_jax.provenance import versions
 
 
 def provenance(config: dict, hashes: dict) -> dict:
     """Versions, device, commit, config and hashes: the first line of the file."""
-    import flax
-    import jax
-    import optax
-    import orbax.checkpoint
-
-    import dms_jax
-
-    device = jax.devices()[0]
-    return {
-        "header": {
-            "dms_jax": dms_jax.__version__, "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-            "optax": optax.__version__, "orbax": orbax.checkpoint.__version__, "device": device.device_kind, "devices": jax.device_count(),
-            "processes": jax.process_count(), "commit": _commit(), **hashes,
-        },
-        "config": config,
-    }  # fmt: skip
-
-
-def _commit() -> str:
-    try:
-        describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
+    return {"header": {**versions(), **hashes}, "config": config}
 
 
 class MetricsFile:
