@@ -7,7 +7,6 @@ the returned tokens.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -45,6 +44,7 @@ class Generation:
     live_pairs: np.ndarray  # [B] mean over layers and heads
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
+    pairs_read: np.ndarray  # [B] by the attention of the generated tokens, summed over them, mean over layers and heads
     cache: CompactCache
     logits: Float[Array, "B V"]  # after the last token
 
@@ -56,7 +56,9 @@ class Progress(NamedTuple):
     tokens: list[np.ndarray] | None  # generated so far, row by row; None during the prefill
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "logits", "used", "made", "tokens", "logprobs", "stopped", "keys"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["cache", "logits", "used", "made", "tokens", "logprobs", "stopped", "keys", "read"], meta_fields=[]
+)
 @dataclass(frozen=True)
 class _State:
     cache: CompactCache
@@ -67,6 +69,7 @@ class _State:
     logprobs: Float[Array, "B M"]
     stopped: Bool[Array, "B"]  # met a stop id
     keys: Array  # [B]
+    read: Float[Array, "B"]
 
 
 def generate(
@@ -113,6 +116,7 @@ def generate(
     state = _State(
         cache, logits, _used(padded, lengths, model.config.vocab_size) if config.mode.penalises else None, jnp.zeros(rows, jnp.int32),
         jnp.zeros((rows, columns), jnp.int32), jnp.zeros((rows, columns), jnp.float32), jnp.zeros(rows, bool), _keys(config, rows),
+        jnp.zeros(rows, jnp.float32),
     )  # fmt: skip
     state = replace(state, cache=replace(cache, bounds=known))
     run = _Run(unrolled(model), config, stop_ids, tokenizer, watch, int(lengths.max()))
@@ -204,6 +208,7 @@ def _loop_body(
             state.tokens.at[rows, column].set(token, mode="drop"),
             state.logprobs.at[rows, column].set(token_logprobs(state.logits, token), mode="drop"),
             state.stopped | (going & jnp.any(token[:, None] == stop_ids, axis=1)), state.keys,
+            state.read + jnp.where(going, jnp.mean(cache.policy.pairs_read(cache.live_counts.astype(jnp.float32)), axis=(0, 2)), 0.0),
         )  # fmt: skip
 
     return lax.while_loop(lambda state: jnp.any(active(state)), one, state)
@@ -301,5 +306,5 @@ def _result(state, cut, config, tokenizer, as_text) -> Generation:
     return Generation(
         tokens, texts, reasons, [row[:n] for row, n in zip(np.asarray(state.logprobs), made, strict=True)] if config.logprobs else None,
         np.asarray(cache.live_counts, np.float64).mean(axis=(0, 2)), row_compression_ratios(cache),
-        np.asarray(cache.forced_evictions).sum(axis=(0, 2)), cache, state.logits,
+        np.asarray(cache.forced_evictions).sum(axis=(0, 2)), np.asarray(state.read, np.float64), cache, state.logits,
     )  # fmt: skip

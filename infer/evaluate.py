@@ -1,8 +1,11 @@
-"""Measure a retrofitted model on text: perplexity and KL against its dense self, next to a sliding window of equal size.
+"""Measure what a cache policy costs: a retrofitted model, its dense self and training-free methods at equal live tokens.
 
-    python -m infer.evaluate --model runs/retrofit/export --text FILE [--length 1024] [--rows 16]
+    python -m infer.evaluate --model runs/retrofit/export --text FILE
+    python -m infer.evaluate --model runs/retrofit/export --text prose=A.txt --text code=B.py --policies dense,dms,tova,h2o --budgets cr2,cr4 \\
+        --tasks text,greedy,kept,needle_single --haystack A.txt --output results.jsonl
 
-The text is tokenised as one stream and cut into rows of --length tokens.
+Budgets are live pairs per KV head ("256"), a ratio of the row's length ("cr4"), or "trained": dms as it is, the others with as many
+live tokens as it kept. Every policy runs online, as in decoding. Results go to a .jsonl, from which a stopped run goes on.
 """
 
 import argparse
@@ -10,48 +13,103 @@ import json
 from pathlib import Path
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, nearest_name
 
 NAME = "infer.evaluate"
+TEXT_TASKS = ("text", "greedy", "kept")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="FOLDER", help="a folder with dms_* keys, or a plain one together with --adapter")
-    parser.add_argument("--adapter", metavar="FILE", help="an adapter of this base model")
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
-    parser.add_argument("--rows", type=int, default=16, help="rows at most")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    add = parser.add_argument
+    add("--model", required=True, metavar="FOLDER", help="a folder with dms_* keys, or a plain one, alone or together with --adapter")
+    add("--adapter", metavar="FILE", help="an adapter of this base model")
+    add("--tasks", default="text", metavar="A,B", help="text, greedy, kept, or tasks with answers: infer/tasks/ (default text)")
+    add("--policies", default="", metavar="A,B", help="default dense,dms,streaming_llm; prompt:NAME ranks once, after the prompt")
+    add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
+    add("--output", metavar="FILE", help="results, a .jsonl (default MODEL/evaluation.jsonl, or evaluation.jsonl next to a model file)")
+    text = parser.add_argument_group("given text")
+    text.add_argument("--text", action="append", default=[], metavar="[NAME=]FILE", help="UTF-8 text of one domain; repeat for more")
+    text.add_argument("--length", type=int, default=1024, help="tokens of a row, a multiple of --chunk")
+    text.add_argument("--rows", type=int, default=16, help="rows of each text")
+    text.add_argument("--calibration-rows", type=int, default=2, help="rows after those, to calibrate thresholds on")
+    text.add_argument("--greedy-tokens", type=int, default=64, help="tokens that task greedy continues rows by")
+    answers = parser.add_argument_group("tasks with answers")
+    answers.add_argument("--count", type=int, default=20, help="problems, or repetitions of each cell of a grid")
+    answers.add_argument("--lengths", default="1024", metavar="N,M", help="tokens of made-up prompts")
+    answers.add_argument("--depths", default="0,0.25,0.5,0.75,1", metavar="X,Y", help="where needles are put; 0 is the start")
+    answers.add_argument("--haystack", metavar="FILE", help="text to hide needles in")
+    answers.add_argument("--data", action="append", default=[], metavar="TASK=FILE", help="problems of a task: a .jsonl or hf:NAME")
+    answers.add_argument("--max-new-tokens", type=int, default=0, help="0: the task's own")
+    answers.add_argument("--chains", type=int, default=1, help="answers to each problem, for majority vote and pass@k")
+    answers.add_argument("--temperature", type=float, default=0.0)
+    answers.add_argument("--top-p", type=float, default=1.0)
+    answers.add_argument("--run-code", action="store_true", help="run generated programs, in a limited subprocess")
+    add("--batch", type=int, default=8, help="rows at a time")
+    add("--chunk", type=int, default=16, help="tokens between two rankings of a method with a budget")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="print one JSON object a line of the table")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    if options.length < 2 or options.rows < 1:
-        raise ConfigError("--length must be at least 2 and --rows at least 1")
+    tasks, data = _tasks(options), _named(options.data, "--data")
+    for name, least in {"length": 2, "rows": 1, "calibration_rows": 0, "greedy_tokens": 1, "count": 1, "chains": 1, "batch": 1, "chunk": 1}.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    if options.length % options.chunk:
+        raise ConfigError(
+            f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {max(options.chunk, options.length // options.chunk * options.chunk)}"
+        )
+    if options.chains > 1 and options.temperature == 0:
+        raise ConfigError(f"--chains {options.chains} without --temperature gives {options.chains} times the same answer; use e.g. --temperature 0.7")
+    texts = {name: read_text(path) for name, path in _named(options.text, "--text").items()}
+    if (wanting := [task for task in tasks if task in TEXT_TASKS]) and not texts:
+        raise ConfigError(f"task {wanting[0]} needs --text [NAME=]FILE")
+    haystack = read_text(options.haystack) if options.haystack else ""
     start_devices(1)
-    import jax
-    import jax.numpy as jnp
 
-    import dms_jax
-    from dms_jax.evaluation import held_out_report, retrofit_rows, sliding_window_rows
+    from infer.evaluation_run import EvaluationRun
+    from infer.summary import summary, table
 
-    model = dms_jax.load(options.model, dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    if options.adapter:
-        model = dms_jax.load_adapter(model, options.adapter)
-    if model.config.dms is None:
-        raise ConfigError(f"{options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
-    batches = _batches(read_text(options.text), dms_jax.load_tokenizer(options.model), options.length, options.rows)
-    retrofit = jax.jit(lambda tokens, segments: retrofit_rows(model, model, tokens, segments))
-    window = jax.jit(lambda tokens, segments, policy: sliding_window_rows(model, tokens, segments, policy), static_argnums=2)
-    report = held_out_report(
-        batches,
-        options.length,
-        lambda b: retrofit(b.tokens, b.segment_ids),
-        lambda b, policy: window(b.tokens, b.segment_ids, policy),
-    )
-    print(json.dumps(report.as_metrics()) if options.json else report.table())
+    run = EvaluationRun(options, tasks, texts, data, haystack)
+    run.run()
+    lines = summary(run.file.records)  # of all that is in the file, whichever call measured it
+    if options.json:
+        for line in lines:
+            print(json.dumps(line))
+    else:
+        print(table(lines))
+        print(f"\n{run.file.path} holds every measurement. Next:\n  python -m infer.report {run.file.path}")
+
+
+def _tasks(options: argparse.Namespace) -> list[str]:
+    from infer.tasks import TASKS
+
+    names = [name.strip() for name in options.tasks.split(",") if name.strip()]
+    known = [*TEXT_TASKS, *TASKS]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--tasks: unknown task {name!r}; did you mean {nearest_name(name, known)}?")
+    if not names:
+        raise ConfigError(f"--tasks is empty; give some of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def _named(values: list[str], option: str) -> dict[str, str]:
+    """`NAME=FILE` or `FILE`, whose stem is then its name."""
+    found = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals:
+            name, path = Path(value).stem, value
+        if not name or not path:
+            raise ConfigError(f"{option} wants NAME=FILE, got {value!r}")
+        if name in found:
+            raise ConfigError(f"{option} names {name!r} twice; give each its own name: {option} NAME=FILE")
+        found[name] = path
+    return found
 
 
 def read_text(path: str) -> str:
@@ -59,16 +117,6 @@ def read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as why:
         raise ConfigError(f"cannot read {path}: {why}") from why
-
-
-def _batches(text: str, tokenizer, length: int, rows: int) -> list:
-    from dms_jax.evaluation import EvaluationBatch
-
-    ids = tokenizer.encode(text)
-    count = min(rows, len(ids) // length)
-    if count == 0:
-        raise ConfigError(f"the text has {len(ids)} tokens, too few for one row of {length}; use --length {max(2, len(ids))} or more text")
-    return [EvaluationBatch.whole(row[None]) for row in ids[: count * length].reshape(count, length)]
 
 
 if __name__ == "__main__":

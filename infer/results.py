@@ -62,7 +62,7 @@ class ResultsFile:
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
         """A file that exists is continued when the `binding` entries of its header and all its options are these; else ConfigError."""
         self.path = Path(path)
-        self.done: set[Key] = set()
+        self.records: list[dict[str, Any]] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
         try:
             if self.path.exists() and self.path.stat().st_size:
@@ -72,7 +72,7 @@ class ResultsFile:
                 changed += [f"{k}: {old.options.get(k)} -> {v}" for k, v in new_options.items() if old.options.get(k) != v]
                 if changed:
                     raise ConfigError(f"{path} was measured otherwise ({'; '.join(changed)[:300]}); give another --output")
-                self.done = {key_of(record) for record in old.records}
+                self.records = old.records
                 with open(self.path, "r+b") as file:  # a killed run's half line
                     file.truncate(file.read().rfind(b"\n") + 1)
             else:
@@ -80,11 +80,14 @@ class ResultsFile:
                 self._write(first)
         except OSError as why:
             raise ConfigError(f"cannot write {path}: {why}") from why
+        self.done: set[Key] = {key_of(record) for record in self.records}
 
     def append(self, record: dict) -> None:
+        line = json.dumps(record, default=_plain)
         self.done.add(key_of(record))
+        self.records.append(json.loads(line))
         try:
-            self._write(json.dumps(record, default=_plain))
+            self._write(line)
         except OSError as why:
             raise ConfigError(f"cannot write {self.path}: {why}; the results so far are whole, run the same command again") from why
 

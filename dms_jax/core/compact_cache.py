@@ -235,3 +235,9 @@ def compression_ratio(cache: CompactCache) -> float:
     Model-Optimizer `cache.py`, `get_cr`."""
     live = np.asarray(cache.live_counts, np.float64).mean()
     return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0
+
+
+def nominal_compression_ratio(cache: CompactCache) -> float:
+    """What compression would be without a window: mean tokens seen / mean pairs that are never to leave, >= 1."""
+    staying = np.mean([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
+    return float(np.asarray(cache.seen, np.float64).mean() / staying) if staying else float("inf")

@@ -59,7 +59,7 @@ def slot_attention(
     position: Int[Array, "B T"],
     chunk: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B K T"]] | None,
     block: int | None = None,
-    read: Bool[Array, "B K C"] | None = None,
+    read: Bool[Array, "B K T C"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v over the pairs that each query sees: slots and chunk, `position <= query <= expiry`.
 
@@ -88,10 +88,10 @@ def slot_attention(
 
         def one(index, carry):
             start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
-            part = lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2)  # noqa: E731
+            part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
             fresh = start + jnp.arange(size) >= index * size
             visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
-            return attend(carry, part(keys), part(values), visible if read is None else visible & part(read)[:, :, None])
+            return attend(carry, part(keys), part(values), visible if read is None else visible & part(read, 3))
 
         return lax.fori_loop(0, (used + size - 1) // size, one, carry)
 

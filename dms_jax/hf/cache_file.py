@@ -29,7 +29,7 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's")
     tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in _fields(cache.policy)}
-    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "policy": json.dumps(describe(cache.policy)), **_identity(model)}
+    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "policy": json.dumps(describe(cache.policy)), **identity(model)}
     write_whole(path, tensors | {"seen": np.asarray(cache.seen)}, metadata)
 
 
@@ -37,7 +37,7 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     """The cache in a file that this model wrote. Raises ConfigError when it is damaged, foreign, or another model's."""
     tensors = open_own(path, "a cache", KIND, VERSION)
     metadata = tensors.metadata
-    for key, here in _identity(model).items():
+    for key, here in identity(model).items():
         if metadata.get(key) != here:
             raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")
     config, overflow = model.config, metadata.get("overflow")
@@ -69,7 +69,7 @@ def _fields(policy: CachePolicy) -> tuple[str, ...]:
     return (*FIELDS, "statistic") if policy.features else FIELDS
 
 
-def _identity(model: Decoder) -> dict[str, str]:
+def identity(model: Decoder) -> dict[str, str]:
     """What must be equal for stored keys, values and decisions to mean the same. target_cr and tau are of training only."""
     head, dms = hashlib.sha256(), model.config.dms
     for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):

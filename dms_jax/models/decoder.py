@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.config import ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.visibility import MASKED
@@ -197,6 +197,18 @@ def free_borrowed_channel(model: Decoder) -> None:
 def fold_threshold(model: Decoder, threshold: float) -> None:
     """Make `threshold` part of the model, in place: a logit above it becomes one above 0."""
     dms = model.config.policy
-    config = model.config.with_dms(replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
+    _reconfigure(model, replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
+
+
+def with_window(model: Decoder, window_size: int) -> Decoder:
+    """The same weights and policy under another window."""
+    if model.config.policy.window_size == window_size:
+        return model
+    other = nnx.merge(*nnx.split(model))
+    _reconfigure(other, replace(model.config.policy, window_size=window_size))
+    return other
+
+
+def _reconfigure(model: Decoder, dms: DMSConfig) -> None:
     for module in (model, model.layers, model.layers.attention):
-        module.config = config
+        module.config = model.config.with_dms(dms)

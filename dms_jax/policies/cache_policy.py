@@ -44,9 +44,13 @@ class CachePolicy(Protocol):
         them. `logits` are the evict logits of their tokens."""
         ...
 
-    def read(self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]) -> Bool[Array, "B K C"] | None:
-        """Slots that the queries at `position` look at, of those they may see; None: all."""
+    def read(self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]) -> Bool[Array, "B K T C"] | None:
+        """Slots that each query at `position` looks at, of those it may see; None: all."""
         return None
+
+    def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
+        """How many pairs a decoded token reads of `live` ones; what it costs."""
+        return live
 
     def choose(
         self,

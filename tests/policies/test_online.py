@@ -115,20 +115,22 @@ def test_who_is_kept_and_what_is_seen(rng, name, schedule):
     assert seen.min() > BUDGET + 4, "else nothing had to leave"
 
 
-def test_quest_reads_the_pages_with_the_largest_bounds(rng):
-    """Keys in pages of 4, two pages read: the query's own and the best other, by the bound written out channel by channel."""
+@pytest.mark.parametrize("last", [1, 2])
+def test_quest_reads_the_pages_with_the_largest_bounds(rng, last):
+    """Keys in pages of 4, two pages read: the query's own and the best other, by the bound written out channel by channel.
+    A chunk inside a page is the same as token by token."""
     policy, n = Quest(8, 4), 22
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, n, K * G, H), (B, K, n, H), (B, K, n, H)))
     layer, zero = compact_cache.empty_layer(B, K, 26, H, np.float32), np.zeros(B, np.int32)
-    _, layer = extend(layer, q[:, :-1], k[:, :, :-1], v[:, :, :-1], zero, zero + n - 1, policy)
-    out, layer = extend(layer, q[:, -1:], k[:, :, -1:], v[:, :, -1:], zero + n - 1, zero + 1, policy)
+    _, layer = extend(layer, q[:, :-last], k[:, :, :-last], v[:, :, :-last], zero, zero + n - last, policy)
+    out, layer = extend(layer, q[:, -last:], k[:, :, -last:], v[:, :, -last:], zero + n - last, zero + last, policy)
     for b, h in np.ndindex(B, K):
         rows = q[b, -1, h * G : h * G + G]
         pages = [k[b, h, i : i + 4] for i in range(0, 20, 4)]
         bound = [max(sum(max(r[c] * page[:, c].min(), r[c] * page[:, c].max()) for c in range(H)) for r in rows) for page in pages]
         best = int(np.argmax(bound)) * 4
         there = [*range(best, best + 4), 20, 21]
-        np.testing.assert_allclose(out[b, 0, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5)
+        np.testing.assert_allclose(out[b, -1, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5)
     assert (np.asarray(layer.expiry) >= n - 1).sum(-1).min() == n, "nothing leaves"
 
 

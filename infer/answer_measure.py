@@ -1,0 +1,170 @@
+"""Tasks with a right answer: each prompt is prefilled once per arm, then answered in several chains, and its reference scored.
+
+What a chain costs is counted as the paper does (arXiv:2506.05345, section 4): pairs read by the attention of its generated
+tokens, and the most pairs held at once; both per KV head, mean over layers and heads.
+"""
+
+import time
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+import dms_jax
+from dms_jax.cache_limits import context_limit, round_up
+from dms_jax.config import ConfigError
+from dms_jax.core.sampling import token_logprobs
+from dms_jax.decoding import init_cache, prefill
+from dms_jax.generation_config import find_stop
+from dms_jax.hf.hf_tokenizer import prompt_ids
+from dms_jax.policies import PromptCompression
+from dms_jax.policies.prompt_compression import compress_prompt
+from infer.arms import PROMPT, TRAINED, Arm, Settings
+from infer.results import ResultsFile
+from infer.tasks.problem import Problem, Task
+
+CALIBRATION_ROWS = 2
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    chains: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Problems of one length, which share a budget in pairs and a program."""
+
+    name: str
+    problems: list[Problem]
+    prompts: list[np.ndarray]
+    length: int  # tokens of the longest prompt and its answer
+    new_tokens: int
+
+
+class AnswerMeasure:
+    def __init__(self, model, tokenizer, settings: Settings, file: ResultsFile, sampling: Sampling, batch: int, chunk: int):
+        self.model, self.tokenizer, self.settings, self.file = model, tokenizer, settings, file
+        self.sampling, self.batch, self.chunk = sampling, batch, chunk
+
+    def groups(self, task: Task, problems: list[Problem]) -> list[Group]:
+        """By prompt length where the task has it, else all together. Raises ConfigError for prompts beyond the model's context."""
+        prompts = [self._ids(problem) for problem in problems]
+        limit = context_limit(self.model.config)[0]
+        found = []
+        for label in dict.fromkeys(problem.groups.get("length", "") for problem in problems):
+            chosen = [i for i, problem in enumerate(problems) if problem.groups.get("length", "") == label]
+            new = max(problems[i].max_new_tokens for i in chosen)
+            longest = max(chosen, key=lambda i: len(prompts[i]))
+            length = len(prompts[longest]) + new
+            if length > limit:
+                raise ConfigError(f"{task.name}/{problems[longest].unit}: {length} tokens with its answer are beyond this model's context of {limit}; "
+                                  "use shorter --lengths or a smaller --max-new-tokens")  # fmt: skip
+            found.append(Group(f"{task.name}/{label}", [problems[i] for i in chosen], [prompts[i] for i in chosen], length, new))
+        return found
+
+    def run(self, task: Task, group: Group, arm: Arm, done) -> None:
+        """One arm over one group; `done` is called with the number of problems finished."""
+        for start in range(0, len(group.problems), self.batch):
+            some, prompts = group.problems[start : start + self.batch], group.prompts[start : start + self.batch]
+            missing = [p for p in some if (task.name, arm.policy, arm.budget, self.unit(p, 0)) not in self.file.done]
+            if missing:
+                for record in self._answers(task, group, arm, some, prompts):
+                    if (task.name, arm.policy, arm.budget, record["unit"]) not in self.file.done:
+                        self.file.append(record)
+            done(len(some))
+
+    def unit(self, problem: Problem, chain: int) -> str:
+        return f"{problem.unit}#{chain}" if self.sampling.chains > 1 else problem.unit
+
+    def _ids(self, problem: Problem) -> np.ndarray:
+        if problem.as_chat:
+            return np.asarray(self.tokenizer.encode_chat([{"role": "user", "content": problem.prompt}], reply=True), np.int32)
+        return np.asarray(prompt_ids(self.tokenizer, problem.prompt), np.int32)
+
+    def _setting(self, task: Task, group: Group, arm: Arm):
+        held = None
+        if arm.budget == TRAINED and arm.policy != "dms":
+            units = {self.unit(problem, chain) for problem in group.problems for chain in range(self.sampling.chains)}
+            mine = [r for r in self.file.records if (r["task"], r["policy"], r["budget"]) == (task.name, "dms", TRAINED) and r["unit"] in units]
+            held = float(np.mean([record["live_tokens"] for record in mine]))
+
+        def calibration() -> np.ndarray:
+            """Rows of this length, out of the prompts themselves, over and over when they are few."""
+            stream = np.concatenate(group.prompts)
+            return np.resize(stream, CALIBRATION_ROWS * group.length).reshape(CALIBRATION_ROWS, group.length)
+
+        return self.settings.of(arm, group.length, group.name, calibration, held)
+
+    def _answers(self, task: Task, group: Group, arm: Arm, problems: list[Problem], prompts: list[np.ndarray]) -> list[dict]:
+        setting = self._setting(task, group, arm)
+        rows = prompts + [prompts[-1]] * (self.batch - len(prompts))  # one shape, one program
+        began = time.perf_counter()
+        cache, last = self._prefilled(rows, group, setting)
+        answer = self._answer_logprobs(problems, rows, cache, last, setting.threshold) if task.measures_answer else [None] * len(problems)
+        chains, total = self.sampling.chains, len(rows) * self.sampling.chains
+        config = dms_jax.GenerationConfig(
+            max_new_tokens=group.new_tokens, temperature=self.sampling.temperature, top_p=self.sampling.top_p, threshold=setting.threshold,
+            seed=tuple((self.sampling.seed + i) % 2**32 for i in range(total)), chunk_size=self.chunk,
+            stop_strings=tuple(dict.fromkeys(stop for problem in problems for stop in problem.stop_strings)),
+        )  # fmt: skip
+        forked = dms_jax.fork(cache, chains) if chains > 1 else cache
+        out = dms_jax.generate(self.model, [row[-1:] for row in rows for _ in range(chains)], config, tokenizer=self.tokenizer, cache=forked)
+        seconds = (time.perf_counter() - began) / total
+        records = []
+        for b, problem in enumerate(problems):
+            for chain in range(chains):
+                i = b * chains + chain
+                text = self.tokenizer.decode(self._shown(out.tokens[i]))
+                text = text[: find_stop(text, problem.stop_strings)]
+                peak = max(len(rows[b]), out.live_pairs[i]) if arm.policy.startswith(PROMPT) else out.live_pairs[i]
+                records.append({
+                    "task": task.name, "policy": arm.policy, "budget": arm.budget, "unit": self.unit(problem, chain), "problem": problem.unit,
+                    "score": task.score(problem, text), "extracted": task.extract(text), "answer_logprob": answer[b], "text": text,
+                    "prompt_tokens": len(rows[b]), "new_tokens": len(out.tokens[i]), "finish_reason": out.finish_reasons[i],
+                    "live_tokens": float(out.live_pairs[i]), "peak_live": float(peak), "realised_cr": float(out.realised_cr[i]),
+                    "kv_reads": float(out.pairs_read[i]), "seconds": seconds, "threshold": setting.threshold, "groups": problem.groups,
+                })  # fmt: skip
+        return records
+
+    def _shown(self, tokens: np.ndarray) -> np.ndarray:
+        return tokens[:-1] if tokens.size and int(tokens[-1]) in self.model.config.eos_token_ids else tokens
+
+    def _prefilled(self, rows: list[np.ndarray], group: Group, setting):
+        """The cache after all of each prompt but its last token, which belongs to the answer's first step."""
+        lengths = np.array([len(row) - 1 for row in rows])
+        padded = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)
+        for target, row in zip(padded, rows, strict=True):
+            target[: len(row) - 1] = row[:-1]
+        policy = setting.policy
+        capacity = min(policy.room().most or round_up(group.length), round_up(group.length))
+        cache = init_cache(self.model, len(rows), capacity, policy=policy)
+        chunk = None if isinstance(policy, PromptCompression) or policy.room().most is None else self.chunk
+        _, cache = prefill(self.model, cache, padded, lengths, chunk, threshold=setting.threshold, last_only=True, donate=True)
+        if isinstance(policy, PromptCompression):
+            cache = compress_prompt(cache, policy.method.budget + round_up(max(group.new_tokens, self._longest_answer(group)) + 1))
+        return cache, np.array([row[-1] for row in rows], np.int32)
+
+    def _longest_answer(self, group: Group) -> int:
+        return max(len(self.tokenizer.encode(problem.answer)) for problem in group.problems)
+
+    def _answer_logprobs(self, problems, rows, cache, last, threshold) -> list[float]:
+        """log p of each whole reference answer, teacher-forced after the prompt."""
+        ids = [np.asarray(self.tokenizer.encode(problem.answer), np.int32) for problem in problems]
+        ids += [ids[-1]] * (len(rows) - len(ids))
+        width = max(map(len, ids))
+        padded = np.zeros((len(rows), width), np.int32)
+        for target, first, answer in zip(padded, last, ids, strict=True):
+            target[0], target[1 : len(answer)] = first, answer[:-1]
+        lengths = np.array([max(1, len(answer)) for answer in ids])
+        logits, _ = prefill(self.model, cache, padded, lengths, self.chunk, threshold=threshold)
+        following = np.zeros((len(rows), width), np.int32)
+        for target, answer in zip(following, ids, strict=True):
+            target[: len(answer)] = answer
+        logprobs = np.asarray(jax.vmap(token_logprobs, (1, 1), 1)(logits, following))
+        return [float(row[: len(answer)].sum()) for row, answer in zip(logprobs[: len(problems)], ids[: len(problems)], strict=True)]

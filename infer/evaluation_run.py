@@ -1,0 +1,96 @@
+"""One call of `infer.evaluate`: the model, the arms, the file of results, and the tables at the end."""
+
+import argparse
+import hashlib
+import os
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import dms_jax
+from dms_jax.config import ConfigError
+from dms_jax.hf.cache_file import identity
+from dms_jax.hf.hf_tokenizer import prompt_ids
+from dms_jax.provenance import versions
+from infer.answer_measure import AnswerMeasure, Group, Sampling
+from infer.arms import LEARNED, Settings, parse_arms
+from infer.results import ResultsFile
+from infer.tasks import TASKS
+from infer.tasks.problem import TaskOptions
+from infer.text_measure import TextMeasure, cut_domain
+
+DEFAULT_POLICIES = "dense,dms,streaming_llm"
+BINDING = ("base_sha256", "evict_head_sha256", "dms")  # what has to be the same for results to stand in one file
+
+
+class EvaluationRun:
+    """Raises ConfigError, before anything is measured where it can."""
+
+    def __init__(self, options: argparse.Namespace, tasks: list[str], texts: dict[str, str], data: dict[str, str], haystack: str):
+        self.options, self.tasks = options, tasks
+        self.tokenizer = dms_jax.load_tokenizer(options.model)
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        self.model = dms_jax.load(options.model, dtype=dtype)
+        if options.adapter:
+            self.model = dms_jax.load_adapter(self.model, options.adapter)
+        plain = self.model.config.dms is None
+        if plain and not options.policies:
+            raise ConfigError(f"{options.model} has no eviction policy; give a retrofitted folder, --adapter FILE, or --policies with --budgets")
+        self.arms = parse_arms(options.policies or DEFAULT_POLICIES, options.budgets)
+        if plain and (learned := [arm for arm in self.arms if arm.policy in LEARNED]):
+            raise ConfigError(f"--policies {learned[0].policy}: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
+        self.domains = [
+            cut_domain(name, prompt_ids(self.tokenizer, text), options.length, options.rows, options.calibration_rows) for name, text in texts.items()
+        ]
+        lengths, depths = _numbers(options.lengths, int, "--lengths"), _numbers(options.depths, float, "--depths")
+        count_tokens: Callable[[str], int] = lambda text: len(self.tokenizer.encode(text))  # noqa: E731
+        self.problems = {
+            name: TASKS[name].problems(
+                TaskOptions(options.count, options.seed, lengths, depths, data.get(name, ""), haystack, options.max_new_tokens, options.run_code),
+                count_tokens,
+            )
+            for name in tasks if name in TASKS
+        }  # fmt: skip
+        sampling = Sampling(options.chains, options.temperature, options.top_p, options.seed)
+        settings = Settings(self.model)
+        header = {**versions(), "model": options.model, **identity(self.model)}
+        # Arms, tasks and counts may be added to a file later; what a measurement means may not change.
+        fixed = {
+            key: getattr(options, key) for key in ("length", "chunk", "seed", "greedy_tokens", "chains", "temperature", "top_p", "calibration_rows")
+        }
+        fixed |= {f"text:{name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
+        fixed |= {"haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16]} if haystack else {}
+        self.file = ResultsFile(options.output or _default_output(options.model), header, fixed, BINDING)
+        self.text = TextMeasure(self.model, self.domains, settings, self.file, options.batch, options.chunk)
+        self.answers = AnswerMeasure(self.model, self.tokenizer, settings, self.file, sampling, options.batch, options.chunk)
+        self.groups: dict[str, list[Group]] = {name: self.answers.groups(TASKS[name], problems) for name, problems in self.problems.items()}
+
+    def run(self) -> None:
+        for name in self.tasks:
+            rows = sum(len(domain.rows) for domain in self.domains) if name in ("text", "greedy") else len(self.problems.get(name, ()))
+            with tqdm(total=rows * len(self.arms), desc=name, unit="row", disable=None if rows else True) as bar:
+                for arm in self.arms:
+                    bar.set_postfix_str(str(arm))
+                    if name == "text":
+                        self.text.run(arm, bar.update)
+                    elif name == "greedy":
+                        self.text.greedy(arm, self.options.greedy_tokens, bar.update)
+                    elif name == "kept":
+                        self.text.kept(arm, self.tokenizer)
+                    else:
+                        for group in self.groups[name]:
+                            self.answers.run(TASKS[name], group, arm, bar.update)
+
+
+def _numbers(text: str, kind: type, option: str) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+
+
+def _default_output(model: str) -> str:
+    return os.path.join(model if os.path.isdir(model) else os.path.dirname(os.path.abspath(model)), "evaluation.jsonl")

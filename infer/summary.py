@@ -1,0 +1,78 @@
+"""The tables that `infer.evaluate` prints: a line an arm, with 95% intervals."""
+
+import math
+
+from infer.report_data import answer_arms, greedy_arms, text_groups
+from infer.statistics import Interval
+
+
+def summary(records: list[dict]) -> list[dict]:
+    """One plain object a line of the tables, of all records of a file."""
+    kind = lambda *names: [record for record in records if record["task"] in names]  # noqa: E731
+    lines = []
+    for group in text_groups(kind("text")):
+        for arm in group.arms:
+            lines.append({
+                "task": "text", "domain": group.domain, "length": group.length, "budget": group.budget, "arm": arm.name,
+                "rows": arm.kl.units, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr, "nominal_cr": arm.nominal_cr,
+                **_interval("kl_mean", arm.kl), "kl_p95": arm.kl_p95, "kl_p99": arm.kl_p99, "kl_max": arm.kl_max, "perplexity": arm.perplexity,
+                "perplexity_change": _number(arm.perplexity_change), **_interval("top1_agreement", arm.agree),
+            })  # fmt: skip
+    for arm in greedy_arms(kind("greedy")):
+        lines.append({"task": "greedy", "domain": arm.domain, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
+                      **_interval("match", arm.match), "median_divergence": arm.divergence, "tokens": arm.tokens})  # fmt: skip
+    for arm in answer_arms([record for record in records if record["task"] not in ("text", "greedy", "kept")]):
+        lines.append({"task": arm.task, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr, **_interval("score", arm.accuracy),
+                      "problems": arm.accuracy.units, "answer_logprob": _number(arm.answer_logprob), "kv_reads": arm.kv_reads, "peak_live": arm.peak_live})  # fmt: skip
+    return lines
+
+
+def table(lines: list[dict]) -> str:
+    """The same for people."""
+    out, before = [], None
+    for line in lines:
+        title = (line["task"], line.get("domain"), line.get("budget"))
+        if title != before:
+            out += [""] * bool(out) + [_header(line)]
+            before = title
+        out.append(_row(line))
+    return "\n".join(out)
+
+
+def _header(line: dict) -> str:
+    if line["task"] == "text":
+        title = f"{line['domain']}, {line['rows']} rows of {line['length']}" + (f", {line['budget']} live" if line["budget"] else "")
+        return (f"{title:<34}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'(95%)':>17}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}")  # fmt: skip
+    if line["task"] == "greedy":
+        title = f"greedy match, {line['domain']}, {line['tokens']:.0f} tokens"
+        return f"{title:<40}{'live':>6}{'CR':>7}{'match':>8}{'(95%)':>17}{'diverges at (median)':>22}"
+    title = f"{line['task']}, {line['problems']} answers"
+    return f"{title:<34}{'live':>6}{'CR':>7}{'score':>8}{'(95%)':>17}{'log p(answer)':>15}{'KV reads':>10}{'peak live':>10}"
+
+
+def _row(line: dict) -> str:
+    name = line["arm"]
+    if line["task"] == "text":
+        change = "" if line["perplexity_change"] is None else f"{line['perplexity_change']:+.2%}"
+        tails = "".join(f"{line[key]:>8.3f}" for key in ("kl_p95", "kl_p99", "kl_max"))
+        return (f"{name:<34}{line['live_tokens']:>6.0f}{line['realised_cr']:>7.2f}{line['nominal_cr']:>9.2f}{line['kl_mean']:>9.4f}"
+                f"{_range(line, 'kl_mean', 4):>17}{tails}{line['perplexity']:>8.2f}{change:>9}{line['top1_agreement']:>8.1%}")  # fmt: skip
+    if line["task"] == "greedy":
+        return (f"{name:<40}{line['live_tokens']:>6.0f}{line['realised_cr']:>7.2f}{line['match']:>8.1%}{_range(line, 'match', 3):>17}"
+                f"{line['median_divergence']:>22.0f}")  # fmt: skip
+    logprob = "-" if line["answer_logprob"] is None else f"{line['answer_logprob']:.2f}"
+    return (f"{name:<34}{line['live_tokens']:>6.0f}{line['realised_cr']:>7.2f}{line['score']:>8.1%}{_range(line, 'score', 3):>17}{logprob:>15}"
+            f"{line['kv_reads']:>10.0f}{line['peak_live']:>10.0f}")  # fmt: skip
+
+
+def _interval(name: str, interval: Interval) -> dict:
+    return {name: interval.value, f"{name}_low": _number(interval.low), f"{name}_high": _number(interval.high)}
+
+
+def _range(line: dict, name: str, digits: int) -> str:
+    low, high = line[f"{name}_low"], line[f"{name}_high"]
+    return "" if low is None else f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
