@@ -56,9 +56,7 @@ class Progress(NamedTuple):
     tokens: list[np.ndarray] | None  # generated so far, row by row; None during the prefill
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["cache", "logits", "used", "made", "tokens", "logprobs", "stopped", "keys", "read"], meta_fields=[]
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _State:
     cache: CompactCache

@@ -63,8 +63,9 @@ class AnswerMeasure:
             longest = max(chosen, key=lambda i: len(prompts[i]))
             length = len(prompts[longest]) + new
             if length > limit:
-                raise ConfigError(f"{task.name}/{problems[longest].unit}: {length} tokens with its answer are beyond this model's context of {limit}; "
-                                  "use shorter --lengths or a smaller --max-new-tokens")  # fmt: skip
+                where = f"{task.name}/{problems[longest].unit}"
+                way_out = "use shorter --lengths or a smaller --max-new-tokens"
+                raise ConfigError(f"{where}: {length} tokens with its answer are beyond this model's context of {limit}; {way_out}")
             found.append(Group(f"{task.name}/{label}", [problems[i] for i in chosen], [prompts[i] for i in chosen], length, new))
         return found
 

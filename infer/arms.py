@@ -1,7 +1,7 @@
 """The arms of an evaluation: a policy at a budget, and what that means for rows of a given length."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 

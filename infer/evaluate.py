@@ -59,9 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     if options.length % options.chunk:
-        raise ConfigError(
-            f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {max(options.chunk, options.length // options.chunk * options.chunk)}"
-        )
+        nearest = max(1, options.length // options.chunk) * options.chunk
+        raise ConfigError(f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {nearest}")
     if options.chains > 1 and options.temperature == 0:
         raise ConfigError(f"--chains {options.chains} without --temperature gives {options.chains} times the same answer; use e.g. --temperature 0.7")
     texts = {name: read_text(path) for name, path in _named(options.text, "--text").items()}

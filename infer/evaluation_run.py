@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 import dms_jax
@@ -23,6 +22,7 @@ from infer.tasks.problem import TaskOptions
 from infer.text_measure import TextMeasure, cut_domain
 
 DEFAULT_POLICIES = "dense,dms,streaming_llm"
+FIXED = ("length", "chunk", "seed", "greedy_tokens", "chains", "temperature", "top_p", "calibration_rows")
 BINDING = ("base_sha256", "evict_head_sha256", "dms")  # what has to be the same for results to stand in one file
 
 
@@ -58,9 +58,7 @@ class EvaluationRun:
         settings = Settings(self.model)
         header = {**versions(), "model": options.model, **identity(self.model)}
         # Arms, tasks and counts may be added to a file later; what a measurement means may not change.
-        fixed = {
-            key: getattr(options, key) for key in ("length", "chunk", "seed", "greedy_tokens", "chains", "temperature", "top_p", "calibration_rows")
-        }
+        fixed = {key: getattr(options, key) for key in FIXED}
         fixed |= {f"text:{name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
         fixed |= {"haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16]} if haystack else {}
         self.file = ResultsFile(options.output or _default_output(options.model), header, fixed, BINDING)

@@ -22,8 +22,9 @@ def summary(records: list[dict]) -> list[dict]:
         lines.append({"task": "greedy", "domain": arm.domain, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
                       **_interval("match", arm.match), "median_divergence": arm.divergence, "tokens": arm.tokens})  # fmt: skip
     for arm in answer_arms([record for record in records if record["task"] not in ("text", "greedy", "kept")]):
-        lines.append({"task": arm.task, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr, **_interval("score", arm.accuracy),
-                      "problems": arm.accuracy.units, "answer_logprob": _number(arm.answer_logprob), "kv_reads": arm.kv_reads, "peak_live": arm.peak_live})  # fmt: skip
+        lines.append({"task": arm.task, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
+                      **_interval("score", arm.accuracy), "problems": arm.accuracy.units, "answer_logprob": _number(arm.answer_logprob),
+                      "kv_reads": arm.kv_reads, "peak_live": arm.peak_live})  # fmt: skip
     return lines
 
 
@@ -42,7 +43,8 @@ def table(lines: list[dict]) -> str:
 def _header(line: dict) -> str:
     if line["task"] == "text":
         title = f"{line['domain']}, {line['rows']} rows of {line['length']}" + (f", {line['budget']} live" if line["budget"] else "")
-        return (f"{title:<34}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'(95%)':>17}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}")  # fmt: skip
+        sizes = f"{'live':>6}{'CR':>7}{'nominal':>9}"
+        return f"{title:<34}{sizes}{'KL mean':>9}{'(95%)':>17}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"
     if line["task"] == "greedy":
         title = f"greedy match, {line['domain']}, {line['tokens']:.0f} tokens"
         return f"{title:<40}{'live':>6}{'CR':>7}{'match':>8}{'(95%)':>17}{'diverges at (median)':>22}"

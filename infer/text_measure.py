@@ -78,7 +78,7 @@ class TextMeasure:
             records.append({
                 "domain": domain.name, "length": length, "live_tokens": float(live[b]), "mean_live_tokens": float(out.live_by_chunk[b].mean()),
                 "pairs_read": float(setting.policy.pairs_read(live[b])), "realised_cr": compression_ratio(row),
-                "nominal_cr": nominal_compression_ratio(row), "threshold": setting.threshold,
+                "nominal_cr": nominal_compression_ratio(row) if arm.policy in LEARNED else compression_ratio(row), "threshold": setting.threshold,
                 "agree": float(out.tokens.agree[b, :-1].mean()), "kl": rounded(out.tokens.kl_teacher_student[b, :-1]),
                 "nll": rounded(out.tokens.student_nll[b, :-1]),
             })  # fmt: skip
