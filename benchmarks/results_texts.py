@@ -1,0 +1,96 @@
+"""The texts of docs/results.md, from their sources: what the retrofit there is trained on besides the default, and three held-out domains.
+
+    python -m benchmarks.results_texts --output runs/texts                                    # from the hub
+    python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE
+
+Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's standard library, as
+they are) and maths.txt (problems and solutions of MATH-500). Files as on the hub: text, and .jsonl with its columns.
+"""
+
+import argparse
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from dms_jax.command import Parser, run_command
+from dms_jax.config import ConfigError
+
+NAME = "benchmarks.results_texts"
+SOURCES = {"wikitext": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test", "gsm8k_train": "hf:openai/gsm8k:main:train", "math500": "hf:HuggingFaceH4/MATH-500:test"}  # fmt: skip
+TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # about as much maths as there is Python documentation
+CODE_CHARACTERS, SHORTEST_MODULE = 400_000, 20_000
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--output", required=True, metavar="FOLDER")
+    for name, source in SOURCES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"default {source}")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    problems = [
+        f"Question: {p['question']}\nAnswer: {p['answer']}" for _, p in zip(range(TRAIN_PROBLEMS), records(options.gsm8k_train), strict=False)
+    ]
+    documents = ["\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)]
+    texts = {
+        "gsm8k_train.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
+        "prose.txt": detokenised("".join(record["text"] for record in records(options.wikitext))),
+        "code.txt": "\n\n".join(modules()),
+        "maths.txt": "\n\n".join(f"Problem: {p['problem']}\nSolution: {p['solution']}" for p in records(options.math500)),
+    }
+    folder = Path(options.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+            print(f"{folder / name}: {len(text)} characters")
+    except OSError as why:
+        raise ConfigError(f"cannot write {folder}: {why}") from why
+
+
+def records(source: str) -> Iterator[dict]:
+    """Of a hub data set, a .jsonl, or a text file as one record."""
+    if source.startswith("hf:"):
+        from dms_jax.hf.hub_dataset import open_dataset
+
+        yield from open_dataset(source)
+        return
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise ConfigError(f"cannot read {source}: {why}") from why
+    if not source.endswith(".jsonl"):
+        yield {"text": text}
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            yield json.loads(line)
+        except ValueError as why:
+            raise ConfigError(f"{source}, line {number} is not valid JSON: {why}") from why
+
+
+def detokenised(text: str) -> str:
+    """WikiText's tokens as ordinary text."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([,.;:!?%)\]]|n't|'(?:s|m|re|ve|d|ll)\b)", r"\1", text)
+    text = re.sub(r"([(\[$]) ", r"\1", text)
+    return re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
+
+
+def modules() -> Iterator[str]:
+    """Long modules of the standard library, in alphabetical order."""
+    characters = 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if len(text) >= SHORTEST_MODULE and characters < CODE_CHARACTERS:
+            characters += len(text)
+            yield text
+
+
+if __name__ == "__main__":
+    run_command(NAME, main)
