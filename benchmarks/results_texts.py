@@ -8,6 +8,7 @@ they are) and maths.txt (problems and solutions of MATH-500). Files as on the hu
 """
 
 import argparse
+import itertools
 import json
 import re
 import sysconfig
@@ -18,7 +19,11 @@ from dms_jax.command import Parser, run_command
 from dms_jax.config import ConfigError
 
 NAME = "benchmarks.results_texts"
-SOURCES = {"wikitext": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test", "gsm8k_train": "hf:openai/gsm8k:main:train", "math500": "hf:HuggingFaceH4/MATH-500:test"}  # fmt: skip
+SOURCES = {
+    "wikitext": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
+    "gsm8k_train": "hf:openai/gsm8k:main:train",
+    "math500": "hf:HuggingFaceH4/MATH-500:test",
+}
 TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # about as much maths as there is Python documentation
 CODE_CHARACTERS, SHORTEST_MODULE = 400_000, 20_000
 
@@ -33,9 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    problems = [
-        f"Question: {p['question']}\nAnswer: {p['answer']}" for _, p in zip(range(TRAIN_PROBLEMS), records(options.gsm8k_train), strict=False)
-    ]
+    problems = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in itertools.islice(records(options.gsm8k_train), TRAIN_PROBLEMS)]
     documents = ["\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)]
     texts = {
         "gsm8k_train.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),

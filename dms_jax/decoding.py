@@ -91,7 +91,7 @@ def prefill(
       lengths: real tokens of each row, 0 to T; the others are padding, on the `padding` side ("right" or "left").
       mask: True where a token is real, instead of `lengths`; real tokens of a row must be next to each other.
       chunk_size: tokens handled at a time, by default 256 on CPU. Memory grows with its square; logits do not depend on it
-        unless pairs are forced out of a full cache.
+        unless pairs are forced out of a full cache or the policy ranks them, which it does after each chunk.
       threshold: a token evicts iff its logit exceeds it; a number that changes without compiling.
       last_only: logits [B V] of each row's last real token only (zeros for a row without any).
       donate: give the old cache's memory to the new one. The old one must then not be used again.

@@ -19,7 +19,7 @@ from dms_jax.generation_config import find_stop
 from dms_jax.hf.hf_tokenizer import prompt_ids
 from dms_jax.policies import PromptCompression
 from dms_jax.policies.prompt_compression import compress_prompt
-from infer.arms import PROMPT, TRAINED, Arm, Settings
+from infer.arms import PROMPT, TRAINED, Arm, Setting, Settings
 from infer.results import ResultsFile
 from infer.tasks.problem import Problem, Task
 
@@ -88,12 +88,11 @@ class AnswerMeasure:
             return np.asarray(self.tokenizer.encode_chat([{"role": "user", "content": problem.prompt}], reply=True), np.int32)
         return np.asarray(prompt_ids(self.tokenizer, problem.prompt), np.int32)
 
-    def _setting(self, task: Task, group: Group, arm: Arm):
-        held = None
-        if arm.budget == TRAINED and arm.policy != "dms":
+    def _setting(self, task: Task, group: Group, arm: Arm) -> Setting:
+        def held() -> float:
             units = {self.unit(problem, chain) for problem in group.problems for chain in range(self.sampling.chains)}
             mine = [r for r in self.file.records if (r["task"], r["policy"], r["budget"]) == (task.name, "dms", TRAINED) and r["unit"] in units]
-            held = float(np.mean([record["live_tokens"] for record in mine]))
+            return float(np.mean([record["live_tokens"] for record in mine]))
 
         def calibration() -> np.ndarray:
             """Rows of this length, out of the prompts themselves, over and over when they are few."""

@@ -1,11 +1,18 @@
 """The arms of an evaluation: a policy at a budget, and what that means for rows of a given length."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dms_jax.config import ConfigError, nearest_name
+
+if TYPE_CHECKING:  # loading them loads JAX, which a command does after its options are checked
+    from dms_jax.models.decoder import Decoder
+    from dms_jax.policies import CachePolicy
 
 TRAINED = "trained"  # the budget of a learned policy as it is; for the others, as many live tokens as "dms" then held
 LEARNED = ("dms", "immediate_eviction")
@@ -57,19 +64,19 @@ def parse_arms(policies: str, budgets: str) -> list[Arm]:
 class Setting:
     """An arm, made concrete for rows of one length."""
 
-    policy: object  # a CachePolicy
+    policy: CachePolicy
     threshold: float = 0.0
 
 
 class Settings:
     """Makes arms concrete, calibrating each learned one once per (rows, ratio)."""
 
-    def __init__(self, model):
+    def __init__(self, model: Decoder):
         self.model, self._thresholds = model, {}
 
-    def of(self, arm: Arm, length: int, group: str, calibration: Callable[[], np.ndarray], held: float | None) -> Setting:
-        """`calibration` makes rows [rows, length] of the same kind as those to come, which `group` names. `held` is what
-        dms held as trained, mean live pairs; for that budget only. Raises ConfigError."""
+    def of(self, arm: Arm, length: int, group: str, calibration: Callable[[], np.ndarray], held: Callable[[], float]) -> Setting:
+        """`calibration` makes rows [rows, length] of the same kind as those to come, which `group` names. `held` says how many
+        live pairs dms held as trained, a mean. Raises ConfigError."""
         from dms_jax.policies import policy_of
 
         if arm.policy == "dense":
@@ -78,15 +85,15 @@ class Settings:
             policy = policy_of(self.model.config, arm.policy)
             if arm.budget == TRAINED and arm.policy == "dms":
                 return Setting(policy)
-            pairs = held if arm.budget == TRAINED else arm.pairs(length)
+            pairs = held() if arm.budget == TRAINED else arm.pairs(length)
             key = arm, length, group
             if key not in self._thresholds:
                 self._thresholds[key] = self._calibrate(policy, calibration(), length / pairs)
             return Setting(policy, self._thresholds[key])
-        pairs = max(1, round(held)) if arm.budget == TRAINED else arm.pairs(length)
+        pairs = max(1, round(held())) if arm.budget == TRAINED else arm.pairs(length)
         return Setting(policy_of(self.model.config, f"{arm.policy}:{pairs}"))
 
-    def _calibrate(self, policy, rows: np.ndarray, target_cr: float) -> float:
+    def _calibrate(self, policy: CachePolicy, rows: np.ndarray, target_cr: float) -> float:
         from dms_jax.calibration import calibrate
         from dms_jax.models.decoder import with_window
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from dms_jax.config import ConfigError
 
@@ -96,7 +97,7 @@ class ResultsFile:
             file.write(line + "\n")
 
 
-def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
+def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
     """Numbers with `digits` significant digits: a file of measurements is read by people too."""
     return [float(f"{value:.{digits}g}") for value in np.asarray(values, np.float64).ravel()]
 

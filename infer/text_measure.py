@@ -10,7 +10,7 @@ import dms_jax
 from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
 from dms_jax.online_evaluation import dense_hidden, online_rows
-from infer.arms import LEARNED, PROMPT, TRAINED, Arm, Settings
+from infer.arms import LEARNED, PROMPT, TRAINED, Arm, Setting, Settings
 from infer.results import ResultsFile, rounded
 
 
@@ -56,11 +56,13 @@ class TextMeasure:
                             self.file.append({"task": "text", "policy": arm.policy, "budget": arm.budget, "unit": name, **record})
                 done(len(names))
 
-    def setting(self, arm: Arm, domain: Domain):
-        held = None
-        if arm.budget == TRAINED and arm.policy != "dms":
-            lives = [r["live_tokens"] for r in self.file.records if r["task"] == "text" and r["policy"] == "dms" and r["budget"] == TRAINED]
-            held = float(np.mean(lives))
+    def setting(self, arm: Arm, domain: Domain) -> Setting:
+        def held() -> float:
+            trained = [r for r in self.file.records if (r["task"], r["policy"], r["budget"]) == ("text", "dms", TRAINED)]
+            if not trained:
+                raise ConfigError(f"{arm} needs to know what dms held; put text into --tasks, before the others")
+            return float(np.mean([record["live_tokens"] for record in trained]))
+
         return self.settings.of(arm, domain.rows.shape[1], domain.name, lambda: domain.calibration, held)
 
     def _rows(self, arm: Arm, domain: Domain, start: int) -> list[dict]:

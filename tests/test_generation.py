@@ -1,12 +1,11 @@
 """Generation against the model's own mask path, and what it refuses."""
 
-import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
-from cases import TINY, tiny_model
+from cases import TINY, tiny_model, visible
 
 import dms_jax
 from dms_jax import decoding, generation
@@ -295,11 +294,24 @@ def test_steps_that_cannot_work():
         dms_jax.init_cache(model(), 0, 16)
 
 
+def test_pairs_read_are_those_each_new_token_sees(prompts):
+    dense = dms_jax.generate(model(), prompts, settings(dense=True))
+    np.testing.assert_allclose(dense.pairs_read, [sum(len(p) + i for i in range(1, 13)) for p in prompts])
+    np.testing.assert_allclose(dms_jax.generate(model(), prompts[1:2], settings(policy="tova:5")).pairs_read, [12 * 5])
+    out = dms_jax.generate(model(), prompts, settings())
+    for row, prompt in enumerate(prompts):
+        evict = np.asarray(model().hard(np.array([prompt + out.tokens[row].tolist()], np.int32))[1])[:, 0]
+        live = [
+            [visible(head, POLICY.window_size, 1)[t].sum() for head in evict.reshape(-1, evict.shape[-1])]
+            for t in range(len(prompt), len(prompt) + 12)
+        ]
+        np.testing.assert_allclose(out.pairs_read[row], np.mean(live, axis=1).sum(), rtol=1e-6)
+
+
 def test_a_fully_padded_row_keeps_its_state():
     ids = np.arange(10, dtype=np.int32).reshape(2, 5)
     _, cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 16), ids)
     logits, after = dms_jax.prefill(model(), cache, ids, [3, 0])
     assert after.seen.tolist() == [8, 5] and not np.asarray(logits[1]).any()
     for old, new in zip(cache.layers, after.layers, strict=True):
-        for field in dataclasses.fields(old):
-            np.testing.assert_array_equal(getattr(old, field.name)[1], getattr(new, field.name)[1])
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), old, new)
