@@ -4,7 +4,7 @@ What a chain costs is counted as the paper does (arXiv:2506.05345, section 4): p
 tokens, and the most pairs held at once; both per KV head, mean over layers and heads.
 """
 
-import time
+import zlib
 from dataclasses import dataclass
 
 import jax
@@ -20,6 +20,7 @@ from dms_jax.hf.hf_tokenizer import prompt_ids
 from dms_jax.policies import PromptCompression
 from dms_jax.policies.prompt_compression import compress_prompt
 from infer.arms import PROMPT, TRAINED, Arm, Setting, Settings
+from infer.generation_report import Clock
 from infer.results import ResultsFile
 from infer.tasks.problem import Problem, Task
 
@@ -50,7 +51,7 @@ class Group:
 class AnswerMeasure:
     def __init__(self, model, tokenizer, settings: Settings, file: ResultsFile, sampling: Sampling, batch: int, chunk: int):
         self.model, self.tokenizer, self.settings, self.file = model, tokenizer, settings, file
-        self.sampling, self.batch, self.chunk = sampling, batch, chunk
+        self.sampling, self.batch, self.chunk, self.clock = sampling, batch, chunk, Clock()
 
     def groups(self, task: Task, problems: list[Problem]) -> list[Group]:
         """By prompt length where the task has it, else all together. Raises ConfigError for prompts beyond the model's context."""
@@ -102,20 +103,23 @@ class AnswerMeasure:
         return self.settings.of(arm, group.length, group.name, calibration, held)
 
     def _answers(self, task: Task, group: Group, arm: Arm, problems: list[Problem], prompts: list[np.ndarray]) -> list[dict]:
-        setting = self._setting(task, group, arm)
+        setting, before = self._setting(task, group, arm), dict(self.clock.seconds)
         rows = prompts + [prompts[-1]] * (self.batch - len(prompts))  # one shape, one program
-        began = time.perf_counter()
+        self.clock.start()
         cache, last = self._prefilled(rows, group, setting)
+        self.clock.lap("prefill")
         answer = self._answer_logprobs(problems, rows, cache, last, setting.threshold) if task.measures_answer else [None] * len(problems)
+        self.clock.start()
         chains, total = self.sampling.chains, len(rows) * self.sampling.chains
         config = dms_jax.GenerationConfig(
             max_new_tokens=group.new_tokens, temperature=self.sampling.temperature, top_p=self.sampling.top_p, threshold=setting.threshold,
-            seed=tuple((self.sampling.seed + i) % 2**32 for i in range(total)), chunk_size=self.chunk,
+            seed=self._seeds(task, problems, chains) + (0,) * (total - len(problems) * chains), chunk_size=self.chunk,
             stop_strings=tuple(dict.fromkeys(stop for problem in problems for stop in problem.stop_strings)),
         )  # fmt: skip
         forked = dms_jax.fork(cache, chains) if chains > 1 else cache
         out = dms_jax.generate(self.model, [row[-1:] for row in rows for _ in range(chains)], config, tokenizer=self.tokenizer, cache=forked)
-        seconds = (time.perf_counter() - began) / total
+        self.clock.lap("decode")
+        seconds = {phase: (self.clock.seconds[phase] - before[phase]) / total for phase in ("prefill", "decode")}
         records = []
         for b, problem in enumerate(problems):
             for chain in range(chains):
@@ -128,9 +132,14 @@ class AnswerMeasure:
                     "score": task.score(problem, text), "extracted": task.extract(text), "answer_logprob": answer[b], "text": text,
                     "prompt_tokens": len(rows[b]), "new_tokens": len(out.tokens[i]), "finish_reason": out.finish_reasons[i],
                     "live_tokens": float(out.live_pairs[i]), "peak_live": float(peak), "realised_cr": float(out.realised_cr[i]),
-                    "kv_reads": float(out.pairs_read[i]), "seconds": seconds, "threshold": setting.threshold, "groups": problem.groups,
+                    "kv_reads": float(out.pairs_read[i]), "prefill_seconds": seconds["prefill"], "decode_seconds": seconds["decode"], "threshold": setting.threshold, "groups": problem.groups,
                 })  # fmt: skip
         return records
+
+    def _seeds(self, task: Task, problems: list[Problem], chains: int) -> tuple[int, ...]:
+        """Of each chain: the same whatever else runs in its batch."""
+        names = [f"{self.sampling.seed}/{task.name}/{problem.unit}#{chain}" for problem in problems for chain in range(chains)]
+        return tuple(zlib.crc32(name.encode()) for name in names)
 
     def _shown(self, tokens: np.ndarray) -> np.ndarray:
         return tokens[:-1] if tokens.size and int(tokens[-1]) in self.model.config.eos_token_ids else tokens
