@@ -76,7 +76,7 @@ class AnswerMeasure:
             some, prompts = group.problems[start : start + self.batch], group.prompts[start : start + self.batch]
             missing = [p for p in some if (task.name, arm.policy, arm.budget, self.unit(p, 0)) not in self.file.done]
             if missing:
-                for record in self._answers(task, group, arm, some, prompts):
+                for record in self.answers(task, group, arm, some, prompts):
                     if (task.name, arm.policy, arm.budget, record["unit"]) not in self.file.done:
                         self.file.append(record)
             done(len(some))
@@ -102,7 +102,8 @@ class AnswerMeasure:
 
         return self.settings.of(arm, group.length, group.name, calibration, held)
 
-    def _answers(self, task: Task, group: Group, arm: Arm, problems: list[Problem], prompts: list[np.ndarray]) -> list[dict]:
+    def answers(self, task: Task, group: Group, arm: Arm, problems: list[Problem], prompts: list[np.ndarray]) -> list[dict]:
+        """A record a chain, the chains of a problem next to each other; nothing is written."""
         setting, before = self._setting(task, group, arm), dict(self.clock.seconds)
         rows = prompts + [prompts[-1]] * (self.batch - len(prompts))  # one shape, one program
         self.clock.start()
@@ -132,7 +133,8 @@ class AnswerMeasure:
                     "score": task.score(problem, text), "extracted": task.extract(text), "answer_logprob": answer[b], "text": text,
                     "prompt_tokens": len(rows[b]), "new_tokens": len(out.tokens[i]), "finish_reason": out.finish_reasons[i],
                     "live_tokens": float(out.live_pairs[i]), "peak_live": float(peak), "realised_cr": float(out.realised_cr[i]),
-                    "kv_reads": float(out.pairs_read[i]), "prefill_seconds": seconds["prefill"], "decode_seconds": seconds["decode"], "threshold": setting.threshold, "groups": problem.groups,
+                    "kv_reads": float(out.pairs_read[i]), "groups": problem.groups, "threshold": setting.threshold,
+                    "prefill_seconds": seconds["prefill"], "decode_seconds": seconds["decode"],
                 })  # fmt: skip
         return records
 

@@ -111,6 +111,14 @@ def _named(values: list[str], option: str) -> dict[str, str]:
     return found
 
 
+def numbers(text: str, kind: type, option: str) -> tuple:
+    """With commas between."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+
+
 def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")

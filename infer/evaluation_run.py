@@ -12,10 +12,12 @@ from tqdm import tqdm
 import dms_jax
 from dms_jax.config import ConfigError
 from dms_jax.hf.cache_file import identity
-from dms_jax.hf.hf_tokenizer import prompt_ids
+from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
+from dms_jax.models.decoder import Decoder
 from dms_jax.provenance import versions
 from infer.answer_measure import AnswerMeasure, Group, Sampling
 from infer.arms import LEARNED, Settings, parse_arms
+from infer.evaluate import numbers
 from infer.results import ResultsFile
 from infer.tasks import TASKS
 from infer.tasks.problem import TaskOptions
@@ -31,11 +33,7 @@ class EvaluationRun:
 
     def __init__(self, options: argparse.Namespace, tasks: list[str], texts: dict[str, str], data: dict[str, str], haystack: str):
         self.options, self.tasks = options, tasks
-        self.tokenizer = dms_jax.load_tokenizer(options.model)
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        self.model = dms_jax.load(options.model, dtype=dtype)
-        if options.adapter:
-            self.model = dms_jax.load_adapter(self.model, options.adapter)
+        self.model, self.tokenizer = load_model(options)
         plain = self.model.config.dms is None
         if plain and not options.policies:
             raise ConfigError(f"{options.model} has no eviction policy; give a retrofitted folder, --adapter FILE, or --policies with --budgets")
@@ -45,7 +43,7 @@ class EvaluationRun:
         self.domains = [
             cut_domain(name, prompt_ids(self.tokenizer, text), options.length, options.rows, options.calibration_rows) for name, text in texts.items()
         ]
-        lengths, depths = _numbers(options.lengths, int, "--lengths"), _numbers(options.depths, float, "--depths")
+        lengths, depths = numbers(options.lengths, int, "--lengths"), numbers(options.depths, float, "--depths")
         count_tokens: Callable[[str], int] = lambda text: len(self.tokenizer.encode(text))  # noqa: E731
         self.problems = {
             name: TASKS[name].problems(
@@ -56,12 +54,11 @@ class EvaluationRun:
         }  # fmt: skip
         sampling = Sampling(options.chains, options.temperature, options.top_p, options.seed)
         settings = Settings(self.model)
-        header = {**versions(), "model": options.model, **identity(self.model)}
         # Arms, tasks and counts may be added to a file later; what a measurement means may not change.
         fixed = {key: getattr(options, key) for key in FIXED}
         fixed |= {f"text:{name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
         fixed |= {"haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16]} if haystack else {}
-        self.file = ResultsFile(options.output or _default_output(options.model), header, fixed, BINDING)
+        self.file = open_results(options, self.model, options.output or _default_output(options.model), fixed)
         self.text = TextMeasure(self.model, self.domains, settings, self.file, options.batch, options.chunk)
         self.answers = AnswerMeasure(self.model, self.tokenizer, settings, self.file, sampling, options.batch, options.chunk)
         self.groups: dict[str, list[Group]] = {name: self.answers.groups(TASKS[name], problems) for name, problems in self.problems.items()}
@@ -83,11 +80,16 @@ class EvaluationRun:
                             self.answers.run(TASKS[name], group, arm, bar.update)
 
 
-def _numbers(text: str, kind: type, option: str) -> tuple:
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+def load_model(options: argparse.Namespace) -> tuple[Decoder, Tokenizer]:
+    """Of --model and --adapter; fp32 on a CPU, else bf16."""
+    tokenizer = dms_jax.load_tokenizer(options.model)
+    model = dms_jax.load(options.model, dtype=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return (dms_jax.load_adapter(model, options.adapter) if options.adapter else model), tokenizer
+
+
+def open_results(options: argparse.Namespace, model: Decoder, path: str, fixed: dict) -> ResultsFile:
+    """The file of results of this model. Raises ConfigError when it is another's, or was measured with other `fixed` options."""
+    return ResultsFile(path, {**versions(), "model": options.model, **identity(model)}, fixed, BINDING)
 
 
 def _default_output(model: str) -> str:
