@@ -147,10 +147,7 @@ def together(task, problem, chains: list[dict]) -> dict:
     from infer.tasks.votes import majority_vote
 
     scores = [chain["score"] for chain in chains]
-    if getattr(task, "runs_code", False):
-        score = max(scores)
-    else:
-        score = scores[majority_vote([chain["extracted"] for chain in chains])]
+    score = max(scores) if getattr(task, "runs_code", False) else scores[majority_vote([chain["extracted"] for chain in chains])]
     added = {key: float(sum(chain[key] for chain in chains)) for key in ("kv_reads", "peak_live", "new_tokens", "prefill_seconds", "decode_seconds")}
     mean = {key: float(np.mean([chain[key] for chain in chains])) for key in ("live_tokens", "realised_cr")}
     texts = [chain["text"] for chain in chains]
@@ -191,9 +188,8 @@ def table(lines: list[dict]) -> str:
     """For people."""
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
-        out += [
-            f"{task.removeprefix(PREFIX) + ', W-L-CR':<36}{'accuracy':>9}{'CR':>7}{'KV reads':>10}{'peak live':>11}{'seconds':>9}{'tokens/s':>10}  frontier of"
-        ]
+        costs = f"{'KV reads':>10}{'peak live':>11}{'seconds':>9}{'tokens/s':>10}"
+        out.append(f"{task.removeprefix(PREFIX) + ', W-L-CR':<36}{'accuracy':>9}{'CR':>7}{costs}  frontier of")
         for line in (line for line in lines if line["task"] == task and "config" in line):
             speed = "-" if line["decode_tokens_per_s"] is None else f"{line['decode_tokens_per_s']:.1f}"
             costs = f"{line['kv_reads']:>10.0f}{line['peak_live']:>11.0f}{line['seconds']:>9.2f}{speed:>10}"
