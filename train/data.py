@@ -20,7 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dms_jax.config import ConfigError
-from train.documents import Keys, expand_paths, file_kind, open_dataset, read_documents
+from dms_jax.hf.hub_dataset import open_dataset
+from train.documents import Keys, expand_paths, file_kind, read_documents
 from train.rows import Rows, mix
 
 CACHE_VERSION = 1  # of the way from documents to ids; a change that alters ids must raise it

@@ -56,22 +56,6 @@ def file_kind(path: Path) -> str:
     return next((kind for kind in KINDS if path.name.lower().endswith(kind)), "")
 
 
-def open_dataset(name: str) -> Any:
-    """The dataset of an `hf:NAME[:CONFIG][:SPLIT]` name. A single third part is the split if it reads like one."""
-    dataset, *rest = re.split(r":(?![^\[]*\])", name.removeprefix("hf:"))  # not the colon of a slice, `train[:1000]`
-    split = rest.pop() if len(rest) == 2 or (rest and re.match(r"(train|valid|validation|dev|test)\b", rest[0])) else "train"
-    if not dataset or len(rest) > 1:
-        raise ConfigError(f"a dataset is named hf:NAME[:CONFIG][:SPLIT], got {name!r}")
-    try:
-        import datasets  # pyrefly: ignore[missing-import]  # an optional dependency, and slow to import
-    except ImportError as why:
-        raise ConfigError(f'{name} needs the datasets package: pip install "dms-jax[data]", or give files') from why
-    try:
-        return datasets.load_dataset(dataset, *rest, split=split)
-    except Exception as why:  # the hub, the network and the dataset's own files raise errors without a common base
-        raise ConfigError(f"cannot load {name}: {type(why).__name__}: {' '.join(str(why).split())}; offline, give files instead") from why
-
-
 def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple[str, str | list | np.ndarray]]:
     """(where, document) of one file or dataset. Whatever is wrong with it is one ConfigError that names it."""
     kind = "hf" if dataset is not None else file_kind(Path(name)).removesuffix(".gz").removeprefix(".")

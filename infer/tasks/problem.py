@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Problem:
     as_chat: bool = False  # put the prompt into the model's chat template, as the user's turn
     stop_strings: tuple[str, ...] = ()
     groups: dict[str, float | str] = field(default_factory=dict)  # what a table or a heat map groups by: "length", "depth", ...
+    tests: tuple[Any, ...] = ()  # what a generated program is run against; only the task that made them reads them
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class TaskOptions:
 class Task(Protocol):
     """One kind of problem."""
 
-    name: str  # as in --tasks
-    measures_answer: bool  # whether log p(answer) under each arm is of interest
+    @property
+    def name(self) -> str: ...  # as in --tasks
+    @property
+    def measures_answer(self) -> bool: ...  # whether log p(answer) under each arm is of interest
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
         """Raises ConfigError for files and options that cannot work, before any model runs."""
@@ -47,5 +50,5 @@ class Task(Protocol):
         ...
 
     def score(self, problem: Problem, text: str) -> float:
-        """How right a generated text is, 0 to 1."""
+        """How right a generated text is, 0 to 1. Texts with equal `extract` score equally: a vote picks one of the texts."""
         ...

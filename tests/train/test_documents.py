@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from dms_jax.config import ConfigError
-from train.documents import Keys, expand_paths, open_dataset, read_documents
+from dms_jax.hf.hub_dataset import open_dataset
+from train.documents import Keys, expand_paths, read_documents
 
 KEYS = Keys("text", "messages")
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "héllo"}]
