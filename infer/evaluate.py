@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tasks(options: argparse.Namespace) -> list[str]:
-    from infer.tasks import TASKS
+    from infer.tasks.registry import TASKS
 
     names = [name.strip() for name in options.tasks.split(",") if name.strip()]
     known = [*TEXT_TASKS, *TASKS]

@@ -19,7 +19,7 @@ from infer.answer_measure import AnswerMeasure, Group, Sampling
 from infer.arms import LEARNED, Settings, parse_arms
 from infer.evaluate import numbers
 from infer.results import ResultsFile
-from infer.tasks import TASKS
+from infer.tasks.registry import TASKS
 from infer.tasks.problem import TaskOptions
 from infer.text_measure import TextMeasure, cut_domain
 

@@ -18,6 +18,7 @@ from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, nearest_name
 from infer.frontier import Point, frontier, gap
 from infer.results import Results, read_results
+from infer.tasks.problem import Problem
 
 NAME = "infer.hyperscale"
 PREFIX = "hyperscale/"  # of the task's name in the results
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
     from infer.evaluate import numbers, read_text
-    from infer.tasks import TASKS
+    from infer.tasks.registry import TASKS
     from infer.tasks.problem import TaskOptions
 
     if options.task not in TASKS:
@@ -135,19 +136,19 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
                     if any((PREFIX + task.name, policy, str(config), p.unit) not in file.done for p in some):
                         chains = answers.answers(task, group, arm, some, group.prompts[start : start + rows])
                         for i, problem in enumerate(some):
-                            record = together(task, problem, chains[i * config.chains : (i + 1) * config.chains])
+                            record = together(problem, chains[i * config.chains : (i + 1) * config.chains])
                             record |= {"task": PREFIX + task.name, "policy": policy, "budget": str(config), "unit": problem.unit}
                             if (PREFIX + task.name, policy, str(config), problem.unit) not in file.done:
                                 file.append(record)
                     bar.update(len(some))
 
 
-def together(task, problem, chains: list[dict]) -> dict:
+def together(problem: Problem, chains: list[dict]) -> dict:
     """One record of all chains of a problem: costs added up, answers voted on or, for code, any that passes."""
     from infer.tasks.votes import majority_vote
 
     scores = [chain["score"] for chain in chains]
-    score = max(scores) if getattr(task, "runs_code", False) else scores[majority_vote([chain["extracted"] for chain in chains])]
+    score = max(scores) if problem.tests else scores[majority_vote([chain["extracted"] for chain in chains])]
     added = {key: float(sum(chain[key] for chain in chains)) for key in ("kv_reads", "peak_live", "new_tokens", "prefill_seconds", "decode_seconds")}
     mean = {key: float(np.mean([chain[key] for chain in chains])) for key in ("live_tokens", "realised_cr")}
     texts = [chain["text"] for chain in chains]

@@ -56,8 +56,8 @@ def saved(path):
     for policy, config, accuracy, reads in [("dense", "1-64-1", 0.25, 100), ("dense", "2-64-1", 0.5, 200), ("dms", "2-64-4", 0.5, 50),
                                             ("dms", "4-64-2", 0.75, 200), ("dms", "4-64-4", 0.25, 100)]:  # fmt: skip
         for i in range(4):
-            lines.append({"task": "hyperscale/gsm8k", "policy": policy, "budget": config, "unit": str(i), "score": float(i < 4 * accuracy), "kv_reads": reads,
-                          "peak_live": reads / 2, "realised_cr": 2.0, "new_tokens": 64, "prefill_seconds": 1.0, "decode_seconds": 2.0})  # fmt: skip
+            lines.append({"task": "hyperscale/gsm8k", "policy": policy, "budget": config, "unit": str(i), "score": float(i < 4 * accuracy),
+                          "kv_reads": reads, "peak_live": reads / 2, "realised_cr": 2.0, "new_tokens": 64, "prefill_seconds": 1.0, "decode_seconds": 2.0})  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
