@@ -19,8 +19,8 @@ from infer.answer_measure import AnswerMeasure, Group, Sampling
 from infer.arms import LEARNED, Settings, parse_arms
 from infer.evaluate import numbers
 from infer.results import ResultsFile
-from infer.tasks.registry import TASKS
 from infer.tasks.problem import TaskOptions
+from infer.tasks.registry import TASKS
 from infer.text_measure import TextMeasure, cut_domain
 
 DEFAULT_POLICIES = "dense,dms,streaming_llm"

@@ -98,8 +98,8 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
     from infer.evaluate import numbers, read_text
-    from infer.tasks.registry import TASKS
     from infer.tasks.problem import TaskOptions
+    from infer.tasks.registry import TASKS
 
     if options.task not in TASKS:
         raise ConfigError(f"--task: unknown task {options.task!r}; did you mean {nearest_name(options.task, TASKS)}?")
