@@ -2,8 +2,12 @@
 
 import math
 
+import numpy as np
+
 from infer.report_data import answer_arms, greedy_arms, text_groups
-from infer.statistics import Interval
+from infer.results import arm_name
+from infer.statistics import Interval, wilson
+from infer.tasks.votes import majority_vote, pass_at_k
 
 
 def summary(records: list[dict]) -> list[dict]:
@@ -24,8 +28,24 @@ def summary(records: list[dict]) -> list[dict]:
     for arm in answer_arms([record for record in records if record["task"] not in ("text", "greedy", "kept")]):
         lines.append({"task": arm.task, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
                       **_interval("score", arm.accuracy), "problems": arm.accuracy.units, "answer_logprob": _number(arm.answer_logprob),
-                      "kv_reads": arm.kv_reads, "peak_live": arm.peak_live})  # fmt: skip
+                      "kv_reads": arm.kv_reads, "peak_live": arm.peak_live,
+                      **_of_chains([r for r in records if r["task"] == arm.task and arm_name(r) == arm.name])})  # fmt: skip
     return lines
+
+
+def _of_chains(records: list[dict]) -> dict:
+    """What several chains a problem are drawn for: the accuracy of their vote, and the chance that one of k is right (code: passes)."""
+    problems: dict[str, list[dict]] = {}
+    for record in records:
+        problems.setdefault(record.get("problem", record["unit"]), []).append(record)
+    chains = min(map(len, problems.values()))
+    if chains == 1:
+        return {}
+    voted = [mine[majority_vote([record["extracted"] for record in mine])]["score"] for mine in problems.values()]
+    line: dict = {"chains": chains, **_interval("vote", wilson(sum(voted), len(voted)))}
+    for k in (k for k in (1, 2, 4, 8, 16, 32, 64, 128) if k <= chains):
+        line[f"pass@{k}"] = float(np.mean([pass_at_k(len(mine), sum(record["score"] == 1 for record in mine), k) for mine in problems.values()]))
+    return line
 
 
 def table(lines: list[dict]) -> str:
@@ -64,7 +84,14 @@ def _row(line: dict) -> str:
                 f"{line['median_divergence']:>22.0f}")  # fmt: skip
     logprob = "-" if line["answer_logprob"] is None else f"{line['answer_logprob']:.2f}"
     return (f"{name:<34}{line['live_tokens']:>6.0f}{line['realised_cr']:>7.2f}{line['score']:>8.1%}{_range(line, 'score', 3):>17}{logprob:>15}"
-            f"{line['kv_reads']:>10.0f}{line['peak_live']:>10.0f}")  # fmt: skip
+            f"{line['kv_reads']:>10.0f}{line['peak_live']:>10.0f}" + _chains(line))  # fmt: skip
+
+
+def _chains(line: dict) -> str:
+    """Of several chains a problem: their vote, and pass@k."""
+    if "chains" not in line:
+        return ""
+    return f"  vote {line['vote']:.1%}, " + ", ".join(f"{key} {value:.1%}" for key, value in line.items() if key.startswith("pass@"))
 
 
 def _interval(name: str, interval: Interval) -> dict:
