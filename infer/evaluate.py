@@ -80,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(line))
     else:
         print(table(lines))
-        print(f"\n{run.file.path} holds every measurement. Next:\n  python -m infer.report {run.file.path}")
+        path = run.file.path
+        print(f"\n{path} holds every measurement. Next:\n  python -m infer.report {path} --output {path.parent / 'report'}")
 
 
 def _tasks(options: argparse.Namespace) -> list[str]:

@@ -13,12 +13,12 @@ from dms_jax.command import Parser, run_command
 from dms_jax.config import ConfigError
 
 NAME = "infer.report"
-SECTIONS = {  # in the order of the page -> what it says when it is missing, and --tasks of infer.evaluate that adds it
-    "text": ("perplexity and KL on text", "text"),
-    "answers": ("accuracy on tasks with answers", "copy"),
-    "needles": ("needles by length and depth", "needle_single"),
-    "greedy": ("greedy continuations next to those of dense", "greedy"),
-    "kept": ("what DMS keeps and forgets", "kept"),
+SECTIONS = {  # in the order of the page -> what it says when it is missing, and what makes infer.evaluate add it
+    "text": ("perplexity and KL on text", "text --text FILE"),
+    "answers": ("accuracy on tasks with answers", "copy,recall"),
+    "needles": ("needles by length and depth", "needle_single --haystack FILE"),
+    "greedy": ("greedy continuations next to those of dense", "text,greedy --text FILE"),
+    "kept": ("what DMS keeps and forgets", "text,kept --text FILE"),
 }
 
 

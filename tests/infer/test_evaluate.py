@@ -40,7 +40,7 @@ def test_arms_at_equal_live_tokens_and_a_run_that_goes_on(folder, text, tmp_path
     argv = ("--tasks", "text,greedy,kept", "--policies", "dense,dms,streaming_llm,tova", "--greedy-tokens", "16")
     evaluate(folder, text, whole, *argv)
     out = capsys.readouterr().out
-    assert "words, 3 rows of 64" in out and "dms@trained" in out and f"python -m infer.report {whole}" in out
+    assert "words, 3 rows of 64" in out and "dms@trained" in out and f"python -m infer.report {whole} --output" in out
     results = read_results(whole)
     lives = {policy: [r["live_tokens"] for r in results.of("text") if r["policy"] == policy] for policy in ("dense", "dms", "tova", "streaming_llm")}
     assert lives["dense"] == [64] * 3 and lives["tova"] == lives["streaming_llm"] == [round(np.mean(lives["dms"]))] * 3
