@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gc
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from models.test_golden import DMS, PROMPT, reference
 
 import dms_jax
-from dms_jax import decoding
+from dms_jax import decoding, generation
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import CompactCache
 
@@ -101,6 +103,12 @@ def check(name: str, seed: int, operations: list[str]):
             ids, want, evict, lengths, seen = ids[order], want[order], evict[:, order], lengths[order], seen[order]
         elif operation == "poison":
             cache = poisoned_jit(cache)
+        elif operation == "fork":
+            cache = jax.tree.map(lambda x: x[1::2], dms_jax.fork(cache, 2))  # of each pair, the copy
+        elif operation == "save":
+            with tempfile.TemporaryDirectory() as folder:
+                dms_jax.save_cache(model, cache, f"{folder}/cache.safetensors")
+                cache = dms_jax.load_cache(model, f"{folder}/cache.safetensors")
         elif operation == "decode":
             for _ in range(rng.integers(1, 6)):
                 active = (rng.random(ROWS) < 0.7) & (seen < lengths)
@@ -137,10 +145,10 @@ def live_oracle(evict, lengths, dms):
     return np.array(counted)
 
 
-OPERATIONS = st.lists(st.sampled_from(["prefill", "chunks", "decode", "last", "permute", "poison"]), max_size=12)
+OPERATIONS = st.lists(st.sampled_from(["prefill", "chunks", "decode", "last", "permute", "poison", "fork", "save"]), max_size=12)
 
 
-@pytest.mark.parametrize("cases", [14, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [15, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_path_is_the_mask_path(name, cases):
     @settings(max_examples=cases, deadline=None)
@@ -235,6 +243,28 @@ def test_no_length_and_no_number_compiles_again(rng):
     warm = decoding.num_compilations()
     use([3, 7, 12, 15, 16, 17, 30, 33, 39], 0.5)
     assert decoding.num_compilations() == warm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dms", "tova:40"])
+def test_ten_thousand_steps_take_no_memory_and_compile_nothing(rng, kind):
+    """Ten times a thousand generated tokens: the arrays that live, their bytes, and the programs stay as they were."""
+    model = tiny_model(policy(8), 3, num_layers=2, max_position_embeddings=20_000)
+    config = dms_jax.GenerationConfig(max_new_tokens=1000, stop_ids=(), temperature=1.0)
+    # Random decisions keep about half of all pairs for good, so the buffer is full after 500 steps and the rest are forced out.
+    cache = dms_jax.init_cache(model, 1, 256, policy=kind)
+    sizes = []
+    for turn in range(10):
+        out = dms_jax.generate(model, tokens(rng, 1, 1), dataclasses.replace(config, seed=turn), cache=cache)
+        cache = out.cache
+        del out
+        gc.collect()
+        arrays = [x.nbytes for x in jax.live_arrays()]  # not the arrays themselves: they would live on
+        sizes.append((len(arrays), sum(arrays), cache.bytes, generation.num_loop_compilations(), decoding.num_compilations()))
+    assert int(cache.seen[0]) == 10 * 1001 and sizes[1:] == sizes[1:2] * 9
+    live = np.asarray(cache.live_counts)
+    assert live.max() <= 256 if kind == "dms" else (live == 40).all()
+    assert (np.asarray(cache.forced_evictions) > 1000).any() == (kind == "dms")
 
 
 def test_a_step_copies_no_buffer_and_a_chunk_at_most_twice():
