@@ -124,7 +124,8 @@ class AttentionLayer(nnx.Module):
         )
 
     def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        out = jnp.einsum("btnh,nhd->btd", heads, self.o[...])
+        # As one product over n*h: an einsum over both would have XLA transpose, that is copy, the weights at every call.
+        out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
         return out + self.o_bias[...] if self.config.o_bias else out
 
     def project(self, normed: Float[Array, "B T D"], channel: ChannelScale) -> tuple[Array, Array, Array]:
