@@ -10,10 +10,10 @@ live tokens as it kept. Every policy runs online, as in decoding. Results go to 
 
 import argparse
 import json
-from pathlib import Path
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, nearest_name
+from infer.option_values import named, read_text
 
 NAME = "infer.evaluate"
 TEXT_TASKS = ("text", "greedy", "kept")
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    tasks, data = _tasks(options), _named(options.data, "--data")
+    tasks, data = _tasks(options), named(options.data, "--data")
     for name, least in {"length": 2, "rows": 1, "calibration_rows": 0, "greedy_tokens": 1, "count": 1, "chains": 1, "batch": 1, "chunk": 1}.items():
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {nearest}")
     if options.chains > 1 and options.temperature == 0:
         raise ConfigError(f"--chains {options.chains} without --temperature gives {options.chains} times the same answer; use e.g. --temperature 0.7")
-    texts = {name: read_text(path) for name, path in _named(options.text, "--text").items()}
+    if unknown := [name for name in data if name not in tasks]:
+        raise ConfigError(f"--data names {unknown[0]!r}, which is not among --tasks {','.join(tasks)}; write --data TASK=FILE")
+    texts = {name: read_text(path) for name, path in named(options.text, "--text").items()}
     if (wanting := [task for task in tasks if task in TEXT_TASKS]) and not texts:
         raise ConfigError(f"task {wanting[0]} needs --text [NAME=]FILE")
     haystack = read_text(options.haystack) if options.haystack else ""
@@ -95,36 +97,6 @@ def _tasks(options: argparse.Namespace) -> list[str]:
     if not names:
         raise ConfigError(f"--tasks is empty; give some of {', '.join(known)}")
     return list(dict.fromkeys(names))
-
-
-def _named(values: list[str], option: str) -> dict[str, str]:
-    """`NAME=FILE` or `FILE`, whose stem is then its name."""
-    found = {}
-    for value in values:
-        name, equals, path = value.partition("=")
-        if not equals:
-            name, path = Path(value).stem, value
-        if not name or not path:
-            raise ConfigError(f"{option} wants NAME=FILE, got {value!r}")
-        if name in found:
-            raise ConfigError(f"{option} names {name!r} twice; give each its own name: {option} NAME=FILE")
-        found[name] = path
-    return found
-
-
-def numbers(text: str, kind: type, option: str) -> tuple:
-    """With commas between."""
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as why:
-        raise ConfigError(f"cannot read {path}: {why}") from why
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.provenance import versions
 from infer.answer_measure import AnswerMeasure, Group, Sampling
 from infer.arms import LEARNED, Settings, parse_arms
-from infer.evaluate import numbers
+from infer.option_values import numbers
 from infer.results import ResultsFile
 from infer.tasks.problem import TaskOptions
 from infer.tasks.registry import TASKS

@@ -11,6 +11,7 @@ seconds; infer/frontier.py states how frontiers are compared.
 import argparse
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
     for name in ("count", "batch", "chunk"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    from infer.evaluate import numbers, read_text
+    from infer.option_values import numbers, read_text
     from infer.tasks.problem import TaskOptions
     from infer.tasks.registry import TASKS
 
@@ -160,7 +161,7 @@ def analyse(results: Results) -> list[dict]:
     records = [record for record in results.records if record["task"].startswith(PREFIX)]
     if not records:
         raise ConfigError(f"no measurement of {NAME} in this file; give the --output of one")
-    lines = []
+    lines: list[dict[str, Any]] = []
     for task in dict.fromkeys(record["task"] for record in records):
         points: dict[str, dict[str, list[Point]]] = {}
         for policy, budget in dict.fromkeys((r["policy"], r["budget"]) for r in records if r["task"] == task):
@@ -168,7 +169,7 @@ def analyse(results: Results) -> list[dict]:
             mean = {key: float(np.mean([r[key] for r in mine])) for key in ("score", "kv_reads", "peak_live", "realised_cr", "new_tokens")}
             seconds = float(np.mean([r["prefill_seconds"] + r["decode_seconds"] for r in mine]))
             decode = sum(r["decode_seconds"] for r in mine)
-            line = {"task": task, "policy": policy, "config": budget, "problems": len(mine), **mean, "seconds": seconds,
+            line: dict[str, Any] = {"task": task, "policy": policy, "config": budget, "problems": len(mine), **mean, "seconds": seconds,
                     "decode_tokens_per_s": sum(r["new_tokens"] for r in mine) / decode if decode else None, "on_frontier": []}  # fmt: skip
             lines.append(line)
             for cost in COSTS:

@@ -124,6 +124,7 @@ def test_how_arms_are_named():
     (["--budgets", "cr40", "--policies", "dms"], "reach at most"),
     (["--chains", "4"], "use e.g. --temperature 0.7"),
     (["--lengths", "x"], "--lengths wants numbers"),
+    (["--data", "test.jsonl"], "--data names 'test', which is not among --tasks text; write --data TASK=FILE"),
 ])  # fmt: skip
 def test_what_is_refused(folder, text, tmp_path, argv, message):
     with pytest.raises(ConfigError, match=message):

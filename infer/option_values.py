@@ -1,0 +1,35 @@
+"""Values of options that several commands share. Imports no JAX."""
+
+from pathlib import Path
+
+from dms_jax.config import ConfigError
+
+
+def named(values: list[str], option: str) -> dict[str, str]:
+    """`NAME=FILE` or `FILE`, whose stem is then its name."""
+    found = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals:
+            name, path = Path(value).stem, value
+        if not name or not path:
+            raise ConfigError(f"{option} wants NAME=FILE, got {value!r}")
+        if name in found:
+            raise ConfigError(f"{option} names {name!r} twice; give each its own name: {option} NAME=FILE")
+        found[name] = path
+    return found
+
+
+def numbers(text: str, kind: type, option: str) -> tuple:
+    """With commas between."""
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as why:
+        raise ConfigError(f"cannot read {path}: {why}") from why
