@@ -70,11 +70,12 @@ def records(source: str) -> Iterator[dict]:
     if not source.endswith(".jsonl"):
         yield {"text": text}
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            yield json.loads(line)
-        except ValueError as why:
-            raise ConfigError(f"{source}, line {number} is not valid JSON: {why}") from why
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as why:
+                raise ConfigError(f"{source}, line {number} is not valid JSON: {why}") from why
 
 
 def detokenised(text: str) -> str:

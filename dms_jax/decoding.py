@@ -147,7 +147,7 @@ def decode_step(
     if np.shape(tokens) != (cache.batch_size,):
         raise ConfigError(f"decode_step wants one token for each of {cache.batch_size} rows, shape ({cache.batch_size},); got {np.shape(tokens)}")
     if not isinstance(tokens, jax.Array):
-        tokens = _check_ids(np.asarray(tokens), model.config.vocab_size)
+        tokens = check_ids(np.asarray(tokens), model.config.vocab_size)
     if active is not None and np.shape(active) != (cache.batch_size,):
         raise ConfigError(f"active wants one flag for each of {cache.batch_size} rows; got shape {np.shape(active)}")
     count = np.ones(cache.batch_size, np.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
@@ -221,10 +221,11 @@ def _rows(tokens, lengths, padding, mask, batch, vocab_size) -> tuple[np.ndarray
     column = (np.arange(length) + first[:, None]) % length
     real = np.arange(length) < count[:, None]
     moved = np.where(real, np.take_along_axis(tokens, column, axis=1), 0)
-    return _check_ids(moved, vocab_size), first.astype(np.int32), count.astype(np.int32)
+    return check_ids(moved, vocab_size), first.astype(np.int32), count.astype(np.int32)
 
 
-def _check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+def check_ids(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The same, int32; ConfigError when one is outside the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
         raise ConfigError(f"tokens must be whole numbers, got dtype {tokens.dtype}")
     if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):

@@ -5,6 +5,7 @@ tokens, and the most pairs held at once; both per KV head, mean over layers and 
 """
 
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -16,10 +17,11 @@ from dms_jax.config import ConfigError
 from dms_jax.core.sampling import token_logprobs
 from dms_jax.decoding import init_cache, prefill
 from dms_jax.generation_config import find_stop
-from dms_jax.hf.hf_tokenizer import prompt_ids
+from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
+from dms_jax.models.decoder import Decoder
 from dms_jax.policies import PromptCompression
 from dms_jax.policies.prompt_compression import compress_prompt
-from infer.arms import PROMPT, TRAINED, Arm, Setting, Settings
+from infer.arms import PROMPT, Arm, Setting, Settings
 from infer.generation_report import Clock
 from infer.results import ResultsFile
 from infer.tasks.problem import Problem, Task
@@ -49,7 +51,11 @@ class Group:
 
 
 class AnswerMeasure:
-    def __init__(self, model, tokenizer, settings: Settings, file: ResultsFile, sampling: Sampling, batch: int, chunk: int):
+    """Runs arms over groups of problems. `prefix` and `budget` are how the file names task and budget, where a caller writes records of its own."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer, settings: Settings, file: ResultsFile, sampling: Sampling, batch: int, chunk: int,
+                 prefix: str = "", budget: str = ""):  # fmt: skip
+        self.prefix, self.budget = prefix, budget
         self.model, self.tokenizer, self.settings, self.file = model, tokenizer, settings, file
         self.sampling, self.batch, self.chunk, self.clock = sampling, batch, chunk, Clock()
 
@@ -65,21 +71,24 @@ class AnswerMeasure:
             length = len(prompts[longest]) + new
             if length > limit:
                 where = f"{task.name}/{problems[longest].unit}"
-                way_out = "use shorter --lengths or a smaller --max-new-tokens"
+                way_out = "use shorter prompts or answers"
                 raise ConfigError(f"{where}: {length} tokens with its answer are beyond this model's context of {limit}; {way_out}")
             found.append(Group(f"{task.name}/{label}", [problems[i] for i in chosen], [prompts[i] for i in chosen], length, new))
         return found
 
     def run(self, task: Task, group: Group, arm: Arm, done) -> None:
         """One arm over one group; `done` is called with the number of problems finished."""
-        for start in range(0, len(group.problems), self.batch):
-            some, prompts = group.problems[start : start + self.batch], group.prompts[start : start + self.batch]
-            missing = [p for p in some if (task.name, arm.policy, arm.budget, self.unit(p, 0)) not in self.file.done]
-            if missing:
+        for some, prompts in self.batches(group):
+            units = [self.unit(problem, chain) for problem in some for chain in range(self.sampling.chains)]
+            if any((task.name, arm.policy, arm.budget, unit) not in self.file.done for unit in units):
                 for record in self.answers(task, group, arm, some, prompts):
                     if (task.name, arm.policy, arm.budget, record["unit"]) not in self.file.done:
                         self.file.append(record)
             done(len(some))
+
+    def batches(self, group: Group) -> Iterator[tuple[list[Problem], list[np.ndarray]]]:
+        for start in range(0, len(group.problems), self.batch):
+            yield group.problems[start : start + self.batch], group.prompts[start : start + self.batch]
 
     def unit(self, problem: Problem, chain: int) -> str:
         return f"{problem.unit}#{chain}" if self.sampling.chains > 1 else problem.unit
@@ -90,10 +99,15 @@ class AnswerMeasure:
         return np.asarray(prompt_ids(self.tokenizer, problem.prompt), np.int32)
 
     def _setting(self, task: Task, group: Group, arm: Arm) -> Setting:
-        def held() -> float:
-            units = {self.unit(problem, chain) for problem in group.problems for chain in range(self.sampling.chains)}
-            mine = [r for r in self.file.records if (r["task"], r["policy"], r["budget"]) == (task.name, "dms", TRAINED) and r["unit"] in units]
-            return float(np.mean([record["live_tokens"] for record in mine]))
+        def held() -> float | None:
+            """Prompts and answers differ in length, so a ratio alone would not give the others as much as dms."""
+            units = {problem.unit for problem in group.problems}
+            mine = [
+                r["live_tokens"]
+                for r in self.file.of(self.prefix + task.name, "dms", self.budget or arm.budget)
+                if r.get("problem", r["unit"]) in units
+            ]
+            return float(np.mean(mine)) if mine and not arm.budget.isdecimal() else None
 
         def calibration() -> np.ndarray:
             """Rows of this length, out of the prompts themselves, over and over when they are few."""
@@ -105,9 +119,10 @@ class AnswerMeasure:
     def answers(self, task: Task, group: Group, arm: Arm, problems: list[Problem], prompts: list[np.ndarray]) -> list[dict]:
         """A record a chain, the chains of a problem next to each other; nothing is written."""
         setting, before = self._setting(task, group, arm), dict(self.clock.seconds)
-        rows = prompts + [prompts[-1]] * (self.batch - len(prompts))  # one shape, one program
+        rows = prompts + [prompts[-1]] * (min(self.batch, len(group.problems)) - len(prompts))  # one shape, one program
         self.clock.start()
         cache, last = self._prefilled(rows, group, setting)
+        jax.block_until_ready(cache)
         self.clock.lap("prefill")
         answer = self._answer_logprobs(problems, rows, cache, last, setting.threshold) if task.measures_answer else [None] * len(problems)
         self.clock.start()
@@ -153,7 +168,8 @@ class AnswerMeasure:
         for target, row in zip(padded, rows, strict=True):
             target[: len(row) - 1] = row[:-1]
         policy = setting.policy
-        capacity = min(policy.room().most or round_up(group.length), round_up(group.length))
+        length = round_up(group.length + self._longest_answer(group))
+        capacity = min(policy.room().most or length, length)
         cache = init_cache(self.model, len(rows), capacity, policy=policy)
         chunk = None if isinstance(policy, PromptCompression) or policy.room().most is None else self.chunk
         _, cache = prefill(self.model, cache, padded, lengths, chunk, threshold=setting.threshold, last_only=True, donate=True)

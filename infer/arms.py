@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dms_jax.config import ConfigError, nearest_name
+from infer.results import arm_name
 
 if TYPE_CHECKING:  # loading them loads JAX, which a command does after its options are checked
     from dms_jax.models.decoder import Decoder
@@ -27,7 +29,7 @@ class Arm:
     budget: str
 
     def __str__(self) -> str:
-        return f"{self.policy}@{self.budget}" if self.budget else self.policy
+        return arm_name({"policy": self.policy, "budget": self.budget})
 
     def pairs(self, length: int) -> int:
         """Live pairs that a row of `length` tokens may end with."""
@@ -39,6 +41,8 @@ def parse_arms(policies: str, budgets: str) -> list[Arm]:
     from dms_jax.policies import POLICIES
 
     names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
     for name in names:
         if (plain := name.removeprefix(PROMPT)) not in POLICIES:
             raise ConfigError(f"--policies: unknown policy {plain!r}; did you mean {nearest_name(plain, POLICIES)}?")
@@ -48,7 +52,7 @@ def parse_arms(policies: str, budgets: str) -> list[Arm]:
     for label in labels:
         number = label.removeprefix("cr")
         try:
-            right = label == TRAINED or (float(number) >= 1 if label != number else label.isdecimal() and int(label) >= 1)
+            right = label == TRAINED or (1 <= float(number) < float("inf") if label != number else label.isdecimal() and int(label) >= 1)
         except ValueError:
             right = False
         if not right:
@@ -68,30 +72,61 @@ class Setting:
     threshold: float = 0.0
 
 
+def check_arm(model: Decoder, arm: Arm, length: int) -> None:
+    """Refuse, before anything is measured, what rows of `length` tokens cannot have. Raises ConfigError."""
+    from dms_jax.core.cr_schedule import realised_cr
+    from dms_jax.policies import policy_of
+
+    if arm.policy == "dense" or arm.budget == TRAINED:
+        return
+    pairs = arm.pairs(length)
+    if not 1 <= pairs <= length:
+        raise ConfigError(f"--budgets {arm.budget} is {pairs} pairs of rows of {length} tokens; give 1 to {length}, or cr1 to cr{length}")
+    if arm.policy not in LEARNED:
+        policy_of(model.config, f"{arm.policy}:{pairs}")
+        return
+    window = policy_of(model.config, arm.policy).window_size
+    highest = realised_cr(math.inf, length, window)
+    if length / pairs > highest:
+        raise ConfigError(f"{arm} means CR {length / pairs:.4g}, but rows of {length} tokens under a window of {window} reach at most {highest:.4g}; "
+                          f"use longer rows, or a budget of {math.ceil(length / highest)} pairs or more")  # fmt: skip
+
+
 class Settings:
     """Makes arms concrete, calibrating each learned one once per (rows, ratio)."""
 
     def __init__(self, model: Decoder):
         self.model, self._thresholds = model, {}
 
-    def of(self, arm: Arm, length: int, group: str, calibration: Callable[[], np.ndarray], held: Callable[[], float]) -> Setting:
+    def dense(self) -> Setting:
+        from dms_jax.policies import policy_of
+
+        return Setting(policy_of(self.model.config, "dense"))
+
+    def of(self, arm: Arm, length: int, group: str, calibration: Callable[[], np.ndarray], held: Callable[[], float | None]) -> Setting:
         """`calibration` makes rows [rows, length] of the same kind as those to come, which `group` names. `held` says how many
-        live pairs dms held as trained, a mean. Raises ConfigError."""
+        live pairs dms held there, where the others are to hold as many. Raises ConfigError."""
         from dms_jax.policies import policy_of
 
         if arm.policy == "dense":
-            return Setting(policy_of(self.model.config, "dense"))
+            return self.dense()
         if arm.policy in LEARNED:
             policy = policy_of(self.model.config, arm.policy)
             if arm.budget == TRAINED and arm.policy == "dms":
                 return Setting(policy)
-            pairs = held() if arm.budget == TRAINED else arm.pairs(length)
+            pairs = self._as_many(arm, length, held) if arm.budget == TRAINED else arm.pairs(length)
             key = arm, length, group
             if key not in self._thresholds:
                 self._thresholds[key] = self._calibrate(policy, calibration(), length / pairs)
             return Setting(policy, self._thresholds[key])
-        pairs = max(1, round(held())) if arm.budget == TRAINED else arm.pairs(length)
+        pairs = max(1, round(self._as_many(arm, length, held)))
         return Setting(policy_of(self.model.config, f"{arm.policy}:{pairs}"))
+
+    def _as_many(self, arm: Arm, length: int, held: Callable[[], float | None]) -> float:
+        same = None if arm.policy == "dms" else held()
+        if same is None and arm.budget == TRAINED:
+            raise ConfigError(f"{arm} needs to know what dms held; measure dms first, in the same file")
+        return arm.pairs(length) if same is None else same
 
     def _calibrate(self, policy: CachePolicy, rows: np.ndarray, target_cr: float) -> float:
         from dms_jax.calibration import calibrate

@@ -13,7 +13,7 @@ import json
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, nearest_name
-from infer.option_values import named, read_text
+from infer.option_values import check_sampling, named, read_text
 
 NAME = "infer.evaluate"
 TEXT_TASKS = ("text", "greedy", "kept")
@@ -61,9 +61,13 @@ def main(argv: list[str] | None = None) -> None:
     if options.length % options.chunk:
         nearest = max(1, options.length // options.chunk) * options.chunk
         raise ConfigError(f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {nearest}")
-    if options.chains > 1 and options.temperature == 0:
-        raise ConfigError(f"--chains {options.chains} without --temperature gives {options.chains} times the same answer; use e.g. --temperature 0.7")
-    if unknown := [name for name in data if name not in tasks]:
+    if options.greedy_tokens >= options.length:
+        raise ConfigError(f"--greedy-tokens {options.greedy_tokens} leaves nothing of rows of {options.length} to begin with; give fewer")
+    if "greedy" in tasks and "text" in tasks and tasks.index("greedy") < tasks.index("text"):
+        tasks.remove("text")
+        tasks.insert(0, "text")  # it says how much dms holds
+    check_sampling(options, options.chains)
+    if unknown := [name for name in data if name not in tasks or name in TEXT_TASKS]:
         raise ConfigError(f"--data names {unknown[0]!r}, which is not among --tasks {','.join(tasks)}; write --data TASK=FILE")
     texts = {name: read_text(path) for name, path in named(options.text, "--text").items()}
     if (wanting := [task for task in tasks if task in TEXT_TASKS]) and not texts:
@@ -82,8 +86,10 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(line))
     else:
         print(table(lines))
+        print(f"\nOnline: methods that rank pairs do so after every {options.chunk} tokens of a text or prompt and after each generated one; "
+              "prompt:NAME ranks once, after the prompt.")  # fmt: skip
         path = run.file.path
-        print(f"\n{path} holds every measurement. Next:\n  python -m infer.report {path} --output {path.parent / 'report'}")
+        print(f"{path} holds every measurement. Next:\n  python -m infer.report {path} --output {path.parent / 'report'}")
 
 
 def _tasks(options: argparse.Namespace) -> list[str]:

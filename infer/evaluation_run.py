@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import dms_jax
+from dms_jax.cache_limits import context_limit
 from dms_jax.config import ConfigError
+from dms_jax.decoding import check_ids
 from dms_jax.hf.cache_file import identity
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
 from dms_jax.provenance import versions
 from infer.answer_measure import AnswerMeasure, Group, Sampling
-from infer.arms import LEARNED, Settings, parse_arms
+from infer.arms import LEARNED, PROMPT, TRAINED, Settings, check_arm, parse_arms
 from infer.option_values import numbers
 from infer.results import ResultsFile
 from infer.tasks.problem import TaskOptions
@@ -24,7 +26,7 @@ from infer.tasks.registry import TASKS
 from infer.text_measure import TextMeasure, cut_domain
 
 DEFAULT_POLICIES = "dense,dms,streaming_llm"
-FIXED = ("length", "chunk", "seed", "greedy_tokens", "chains", "temperature", "top_p", "calibration_rows")
+FIXED = ("length", "rows", "calibration_rows", "chunk", "seed", "greedy_tokens", "count", "max_new_tokens", "chains", "temperature", "top_p")
 BINDING = ("base_sha256", "evict_head_sha256", "dms")  # what has to be the same for results to stand in one file
 
 
@@ -40,9 +42,17 @@ class EvaluationRun:
         self.arms = parse_arms(options.policies or DEFAULT_POLICIES, options.budgets)
         if plain and (learned := [arm for arm in self.arms if arm.policy in LEARNED]):
             raise ConfigError(f"--policies {learned[0].policy}: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
-        self.domains = [
-            cut_domain(name, prompt_ids(self.tokenizer, text), options.length, options.rows, options.calibration_rows) for name, text in texts.items()
-        ]
+        if options.chunk > (page := 16) and (quest := [arm for arm in self.arms if arm.policy == "quest"]):
+            raise ConfigError(f"{quest[0]} chooses pages in chunks of at most a page; use --chunk {page} or less")
+        limit, name = context_limit(self.model.config)
+        if texts and options.length > limit:
+            raise ConfigError(
+                f"--length {options.length} is beyond this model's {name} of {limit}; use --length {limit // options.chunk * options.chunk}"
+            )
+        begin = prompt_ids(self.tokenizer, "")
+        vocab_size, sizes = self.model.config.vocab_size, (options.length, options.rows, options.calibration_rows)
+        ids = {name: check_ids(self.tokenizer.encode(text), vocab_size) for name, text in texts.items()}
+        self.domains = [cut_domain(name, row, begin, *sizes) for name, row in ids.items()]
         lengths, depths = numbers(options.lengths, int, "--lengths"), numbers(options.depths, float, "--depths")
         count_tokens: Callable[[str], int] = lambda text: len(self.tokenizer.encode(text))  # noqa: E731
         self.problems = {
@@ -54,14 +64,28 @@ class EvaluationRun:
         }  # fmt: skip
         sampling = Sampling(options.chains, options.temperature, options.top_p, options.seed)
         settings = Settings(self.model)
-        # Arms, tasks and counts may be added to a file later; what a measurement means may not change.
-        fixed = {key: getattr(options, key) for key in FIXED}
-        fixed |= {f"text:{name}": hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
-        fixed |= {"haystack": hashlib.sha256(haystack.encode()).hexdigest()[:16]} if haystack else {}
+        # Arms, tasks and texts may be added to a file later; what a measurement means may not change.
+        fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": str(self.model.embed[...].dtype)}
+        fixed |= {f"text:{name}": digest(text) for name, text in texts.items()} | ({"haystack": digest(haystack)} if haystack else {})
+        fixed |= {f"problems:{name}": digest(repr(problems)) for name, problems in self.problems.items()}
         self.file = open_results(options, self.model, options.output or _default_output(options.model), fixed)
+        if texts:
+            self._check_arms(options.length, text="text" in tasks)
         self.text = TextMeasure(self.model, self.domains, settings, self.file, options.batch, options.chunk)
         self.answers = AnswerMeasure(self.model, self.tokenizer, settings, self.file, sampling, options.batch, options.chunk)
         self.groups: dict[str, list[Group]] = {name: self.answers.groups(TASKS[name], problems) for name, problems in self.problems.items()}
+
+        for found in self.groups.values():
+            for group in found:
+                self._check_arms(group.length)
+
+    def _check_arms(self, length: int, text: bool = False) -> None:
+        for arm in self.arms:
+            check_arm(self.model, arm, length)
+            if text and arm.policy.startswith(PROMPT):
+                raise ConfigError(f"--policies {arm.policy}: prompt compression ranks once, after a prompt; it does not apply to --tasks text")
+            if text and arm.policy in LEARNED and arm.budget != TRAINED and not self.options.calibration_rows:
+                raise ConfigError(f"{arm} is met by a threshold, which needs --calibration-rows 1 or more")
 
     def run(self) -> None:
         for name in self.tasks:
@@ -87,10 +111,16 @@ def load_model(options: argparse.Namespace) -> tuple[Decoder, Tokenizer]:
     return (dms_jax.load_adapter(model, options.adapter) if options.adapter else model), tokenizer
 
 
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def open_results(options: argparse.Namespace, model: Decoder, path: str, fixed: dict) -> ResultsFile:
     """The file of results of this model. Raises ConfigError when it is another's, or was measured with other `fixed` options."""
     return ResultsFile(path, {**versions(), "model": options.model, **identity(model)}, fixed, BINDING)
 
 
 def _default_output(model: str) -> str:
-    return os.path.join(model if os.path.isdir(model) else os.path.dirname(os.path.abspath(model)), "evaluation.jsonl")
+    """In the model's folder; next to a file, in the working directory for a hub id."""
+    folder = model if os.path.isdir(model) else os.path.dirname(model) if os.path.isfile(model) else ""
+    return os.path.join(folder, "evaluation.jsonl")

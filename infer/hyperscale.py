@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
     for name in ("count", "batch", "chunk"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    from infer.option_values import numbers, read_text
+    from infer.option_values import check_sampling, numbers, read_text
     from infer.tasks.problem import TaskOptions
     from infer.tasks.registry import TASKS
 
@@ -106,42 +106,46 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
         raise ConfigError(f"--task: unknown task {options.task!r}; did you mean {nearest_name(options.task, TASKS)}?")
     task, haystack = TASKS[options.task], read_text(options.haystack) if options.haystack else ""
     lengths = numbers(options.lengths, int, "--lengths")
+    check_sampling(options, max(config.chains for config in configurations))
+    if options.batch < (most := max(config.chains for config in configurations)):
+        raise ConfigError(f"--batch {options.batch} has no room for {most} chains; use --batch {most} or more")
     start_devices(1)
     from tqdm import tqdm
 
     from infer.answer_measure import AnswerMeasure, Sampling
-    from infer.arms import LEARNED, Arm, Settings, parse_arms
-    from infer.evaluation_run import load_model, open_results
+    from infer.arms import LEARNED, Arm, Settings, check_arm, parse_arms
+    from infer.evaluation_run import digest, load_model, open_results
 
     model, tokenizer = load_model(options)
-    fixed = {key: getattr(options, key) for key in ("temperature", "top_p", "chunk", "seed")}
+    fixed = {key: getattr(options, key) for key in ("temperature", "top_p", "chunk", "seed", "count")} | {"dtype": str(model.embed[...].dtype)}
+    task_options = TaskOptions(options.count, options.seed, lengths, data=options.data, haystack=haystack, run_code=options.run_code)
+    problems = task.problems(task_options, lambda text: len(tokenizer.encode(text)))
+    fixed |= {f"problems:{task.name}": digest(repr(problems))}
     file = open_results(options, model, options.output, fixed)
     settings = Settings(model)
     policies = list(dict.fromkeys(arm.policy for arm in parse_arms(options.policies, "cr2")))
     if model.config.dms is None and (learned := [policy for policy in policies if policy in LEARNED]):
         raise ConfigError(f"--policies {learned[0]}: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
     runs = [(c, policy) for c in configurations for policy in (policies if c.cr > 1 else ["dense"]) if c.cr == 1 or policy != "dense"]
-    with tqdm(total=len(runs) * options.count, desc=options.task, unit="problem", disable=None) as bar:
+    with tqdm(total=len(runs) * len(problems), desc=options.task, unit="problem", disable=None) as bar:
         for config, policy in runs:
             bar.set_postfix_str(f"{policy} {config}")
-            task_options = TaskOptions(options.count, options.seed, lengths, data=options.data, haystack=haystack, max_new_tokens=config.new_tokens,
-                                       run_code=options.run_code)  # fmt: skip
-            problems = [replace(p, max_new_tokens=config.new_tokens) for p in task.problems(task_options, lambda text: len(tokenizer.encode(text)))]
             sampling = Sampling(config.chains, options.temperature, options.top_p, options.seed)
             rows = max(1, options.batch // config.chains)
-            answers = AnswerMeasure(model, tokenizer, settings, file, sampling, rows, options.chunk)
+            answers = AnswerMeasure(model, tokenizer, settings, file, sampling, rows, options.chunk, PREFIX, str(config))
             arm = Arm(policy, f"cr{config.cr:g}" if config.cr > 1 else "")
-            for group in answers.groups(task, problems):
-                for start in range(0, len(group.problems), rows):
-                    some = group.problems[start : start + rows]
+            for group in answers.groups(task, [replace(problem, max_new_tokens=config.new_tokens) for problem in problems]):
+                check_arm(model, arm, group.length)
+                for some, prompts in answers.batches(group):
                     if any((PREFIX + task.name, policy, str(config), p.unit) not in file.done for p in some):
-                        chains = answers.answers(task, group, arm, some, group.prompts[start : start + rows])
+                        chains = answers.answers(task, group, arm, some, prompts)
                         for i, problem in enumerate(some):
                             record = together(problem, chains[i * config.chains : (i + 1) * config.chains])
                             record |= {"task": PREFIX + task.name, "policy": policy, "budget": str(config), "unit": problem.unit}
                             if (PREFIX + task.name, policy, str(config), problem.unit) not in file.done:
                                 file.append(record)
                     bar.update(len(some))
+            answers.clock.close()
 
 
 def together(problem: Problem, chains: list[dict]) -> dict:
@@ -163,9 +167,17 @@ def analyse(results: Results) -> list[dict]:
         raise ConfigError(f"no measurement of {NAME} in this file; give the --output of one")
     lines: list[dict[str, Any]] = []
     for task in dict.fromkeys(record["task"] for record in records):
+        # An interrupted run has configurations with fewer problems: compared is what all have.
+        of_config: dict[tuple[str, str], set[str]] = {}
+        for r in records:
+            if r["task"] == task:
+                of_config.setdefault((r["policy"], r["budget"]), set()).add(r["unit"])
+        common = set.intersection(*of_config.values())
+        if not common:
+            raise ConfigError(f"the configurations of {task} have no problem in common; run {NAME} again with the same --output")
         points: dict[str, dict[str, list[Point]]] = {}
-        for policy, budget in dict.fromkeys((r["policy"], r["budget"]) for r in records if r["task"] == task):
-            mine = [r for r in records if (r["task"], r["policy"], r["budget"]) == (task, policy, budget)]
+        for policy, budget in of_config:
+            mine = [r for r in records if (r["task"], r["policy"], r["budget"]) == (task, policy, budget) and r["unit"] in common]
             mean = {key: float(np.mean([r[key] for r in mine])) for key in ("score", "kv_reads", "peak_live", "realised_cr", "new_tokens")}
             seconds = float(np.mean([r["prefill_seconds"] + r["decode_seconds"] for r in mine]))
             decode = sum(r["decode_seconds"] for r in mine)
@@ -190,8 +202,9 @@ def table(lines: list[dict]) -> str:
     """For people."""
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
+        title = f"{task.removeprefix(PREFIX)}, {next(line['problems'] for line in lines if line['task'] == task)} problems, W-L-CR"
         costs = f"{'KV reads':>10}{'peak live':>11}{'seconds':>9}{'tokens/s':>10}"
-        out.append(f"{task.removeprefix(PREFIX) + ', W-L-CR':<36}{'accuracy':>9}{'CR':>7}{costs}  frontier of")
+        out.append(f"{title:<36}{'accuracy':>9}{'CR':>7}{costs}  frontier of")
         for line in (line for line in lines if line["task"] == task and "config" in line):
             speed = "-" if line["decode_tokens_per_s"] is None else f"{line['decode_tokens_per_s']:.1f}"
             costs = f"{line['kv_reads']:>10.0f}{line['peak_live']:>11.0f}{line['seconds']:>9.2f}{speed:>10}"

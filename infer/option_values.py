@@ -1,8 +1,10 @@
 """Values of options that several commands share. Imports no JAX."""
 
+import argparse
 from pathlib import Path
 
 from dms_jax.config import ConfigError
+from dms_jax.generation_config import GenerationConfig
 
 
 def named(values: list[str], option: str) -> dict[str, str]:
@@ -26,6 +28,13 @@ def numbers(text: str, kind: type, option: str) -> tuple:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+
+
+def check_sampling(options: argparse.Namespace, chains: int) -> None:
+    """Of --temperature and --top-p, for so many chains. Raises ConfigError."""
+    GenerationConfig(temperature=options.temperature, top_p=options.top_p)
+    if chains > 1 and options.temperature == 0:
+        raise ConfigError(f"{chains} chains at --temperature 0 are {chains} times the same answer; use e.g. --temperature 0.7")
 
 
 def read_text(path: str) -> str:

@@ -235,7 +235,9 @@ def _mean(rows: list[dict], key: str) -> float:
 
 
 def _accuracy(rows: list[dict]) -> Interval:
-    return wilson(sum(r["score"] for r in rows), len(rows))
+    """Over problems: several chains of one problem depend on each other, so their mean is one observation."""
+    problems = _grouped(rows, lambda r: r.get("problem", r["unit"])).values()
+    return wilson(sum(_mean(chains, "score") for chains in problems), len(problems))
 
 
 def _has_cell(record: dict) -> bool:

@@ -16,8 +16,9 @@ def text_section(groups: list[TextGroup]) -> Section | None:
     if not groups:
         return None
     words = (
-        "Every policy reads the same rows, token by token, and predicts each next token. KL(dense || policy) says how far its prediction is from "
-        "the dense model's: 0 is the same, 1 a very different one. The nearest first. Intervals: 95%, bootstrap over rows."
+        "Every policy reads the same rows, a few tokens at a time, and predicts each next token. Methods that rank pairs do so after each chunk "
+        "of tokens (--chunk of infer.evaluate). KL(dense || policy) says how far a prediction is from the dense model's: 0 is the same, 1 a very "
+        "different one. The nearest first. Intervals: 95%, bootstrap over rows."
     )
     if any(arm.policy == "quest" for group in groups for arm in group.arms):
         words += " quest keeps all pairs and reads its budget of them at each step: it saves reading, not memory."
@@ -37,7 +38,7 @@ def answer_section(arms: list[AnswerArm]) -> Section | None:
     if not arms:
         return None
     words = (
-        "The policy reads a prompt and answers greedily under its budget. Each point is a policy under one budget, at the live tokens it really "
+        "The policy reads a prompt and answers under its budget. Each point is a policy under one budget, at the live tokens it really "
         "held; up and left is better. Intervals: 95%, Wilson, over problems."
     )
     caption = (

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from infer.arms import LEARNED
 from infer.report_data import AnswerArm, GreedyArm, KeptArm, TextArm, TextGroup
 from infer.statistics import Interval, bootstrap_mean
 
@@ -37,7 +38,7 @@ def spread(interval: Interval, percent: bool = False) -> str:
 
 
 def is_training_free(policy: str) -> bool:
-    return policy not in ("dms", "dense")
+    return policy not in (*LEARNED, "dense")
 
 
 def gap_sentence(group: TextGroup) -> str:

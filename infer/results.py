@@ -3,7 +3,8 @@
     {"header": {versions, device, commit, model and its sha256, ...}, "options": {...}}
     {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...numbers of that task}
 
-(task, policy, budget, unit) names a measurement: a run that was stopped goes on with those that are missing.
+(task, policy, budget, unit) names a measurement: a run that was stopped goes on with those that are missing. Each later run that
+adds measurements adds a header line of its own, when its versions or options are others.
 """
 
 import json
@@ -48,20 +49,23 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     for number, line in enumerate(complete, 1):
         try:
             objects.append(json.loads(line))
-            if not isinstance(objects[-1], dict) or (number > 1 and not {"task", "policy", "budget", "unit"} <= objects[-1].keys()):
+            names = {"header"}, {"task", "policy", "budget", "unit"}
+            if not isinstance(objects[-1], dict) or (number > 1 and not any(wanted <= objects[-1].keys() for wanted in names)):
                 raise ValueError("it names no task, policy, budget and unit")
         except ValueError as why:  # json's errors are ValueErrors
             raise ConfigError(f"{path}, line {number}: no result of an evaluation ({why}); remove the line, or give another --output") from why
     if not objects or "header" not in objects[0]:
         raise ConfigError(f"{path} does not begin with the header of an evaluation; give another file")
-    return Results(objects[0]["header"], objects[0].get("options", {}), objects[1:])
+    options = {key: value for line in objects if "header" in line for key, value in line.get("options", {}).items()}
+    return Results(objects[0]["header"], options, [line for line in objects if "header" not in line])
 
 
 class ResultsFile:
     """Appends measurements, each at once and whole."""
 
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
-        """A file that exists is continued when the `binding` entries of its header and all its options are these; else ConfigError."""
+        """A file that exists is continued when the `binding` entries of its header, and the options that it knows, are these; else
+        ConfigError."""
         self.path = Path(path)
         self.records: list[dict[str, Any]] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
@@ -70,18 +74,24 @@ class ResultsFile:
                 old = read_results(self.path)
                 new_options = json.loads(first)["options"]
                 changed = [f"{k}: {old.header.get(k)} -> {header[k]}" for k in binding if old.header.get(k) != header[k]]
-                changed += [f"{k}: {old.options.get(k)} -> {v}" for k, v in new_options.items() if old.options.get(k) != v]
+                changed += [f"{k}: {old.options[k]} -> {v}" for k, v in new_options.items() if k in old.options and old.options[k] != v]
                 if changed:
                     raise ConfigError(f"{path} was measured otherwise ({'; '.join(changed)[:300]}); give another --output")
                 self.records = old.records
                 with open(self.path, "r+b") as file:  # a killed run's half line
                     file.truncate(file.read().rfind(b"\n") + 1)
+                if old.header != json.loads(first)["header"] or not new_options.items() <= old.options.items():
+                    self._write(first)
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(first)
         except OSError as why:
             raise ConfigError(f"cannot write {path}: {why}") from why
         self.done: set[Key] = {key_of(record) for record in self.records}
+
+    def of(self, task: str, policy: str, budget: str) -> list[dict[str, Any]]:
+        """What has been measured of one arm."""
+        return [record for record in self.records if (record["task"], record["policy"], record["budget"]) == (task, policy, budget)]
 
     def append(self, record: dict) -> None:
         line = json.dumps(record, default=_plain)

@@ -1,13 +1,16 @@
 """The tables that `infer.evaluate` prints: a line an arm, with 95% intervals."""
 
+import itertools
 import math
 
 import numpy as np
 
 from infer.report_data import answer_arms, greedy_arms, text_groups
 from infer.results import arm_name
-from infer.statistics import Interval, wilson
+from infer.statistics import Interval, percentiles, wilson
 from infer.tasks.votes import majority_vote, pass_at_k
+
+POSITION_BUCKETS = 4  # of a row: what is missing late in it was decided early
 
 
 def summary(records: list[dict]) -> list[dict]:
@@ -21,6 +24,8 @@ def summary(records: list[dict]) -> list[dict]:
                 "rows": arm.kl.units, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr, "nominal_cr": arm.nominal_cr,
                 **_interval("kl_mean", arm.kl), "kl_p95": arm.kl_p95, "kl_p99": arm.kl_p99, "kl_max": arm.kl_max, "perplexity": arm.perplexity,
                 "perplexity_change": _number(arm.perplexity_change), **_interval("top1_agreement", arm.agree),
+                "by_position": _by_position([r for r in kind("text") if r["domain"] == group.domain and r["length"] == group.length
+                                             and arm_name(r) == arm.name]),
             })  # fmt: skip
     for arm in greedy_arms(kind("greedy")):
         lines.append({"task": "greedy", "domain": arm.domain, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
@@ -31,6 +36,17 @@ def summary(records: list[dict]) -> list[dict]:
                       "kv_reads": arm.kv_reads, "peak_live": arm.peak_live,
                       **_of_chains([r for r in records if r["task"] == arm.task and arm_name(r) == arm.name])})  # fmt: skip
     return lines
+
+
+def _by_position(records: list[dict]) -> list[dict]:
+    """KL and perplexity of each quarter of the rows."""
+    kl, nll = (np.array([record[key] for record in records], float) for key in ("kl", "nll"))
+    edges = [round(i * (kl.shape[1] + 1) / POSITION_BUCKETS) for i in range(POSITION_BUCKETS + 1)]
+    return [
+        {"from": first, "to": last - 1, "kl_mean": float(kl[:, first:last].mean()), "kl_p99": percentiles(kl[:, first:last], (99,))[0],
+         "perplexity": math.exp(nll[:, first:last].mean())}
+        for first, last in itertools.pairwise(edges) if kl[:, first:last].size
+    ]  # fmt: skip
 
 
 def _of_chains(records: list[dict]) -> dict:
@@ -51,13 +67,25 @@ def _of_chains(records: list[dict]) -> dict:
 def table(lines: list[dict]) -> str:
     """The same for people."""
     out, before = [], None
-    for line in lines:
-        title = (line["task"], line.get("domain"), line.get("budget"))
+    titles = [(line["task"], line.get("domain"), line.get("budget")) for line in lines]
+    for line, title, after in zip(lines, titles, [*titles[1:], None], strict=True):
         if title != before:
             out += [""] * bool(out) + [_header(line)]
             before = title
         out.append(_row(line))
+        if line["task"] == "text" and after != before:
+            out += ["", *_position_table([other for other in lines if (other["task"], other.get("domain"), other.get("budget")) == before])]
     return "\n".join(out)
+
+
+def _position_table(lines: list[dict]) -> list[str]:
+    """The tails again, by where in the row a token is."""
+    buckets = "".join(f"{bucket['from']:>11}-{bucket['to']:<11}" for bucket in lines[0]["by_position"])
+    rows = [f"{'by position: KL mean, p99, ppl':<34}{buckets}"]
+    for line in lines:
+        cells = "".join(f"{b['kl_mean']:>9.4f}{b['kl_p99']:>7.2f}{b['perplexity']:>7.1f}" for b in line["by_position"])
+        rows.append(f"{line['arm']:<34}{cells}")
+    return rows
 
 
 def _header(line: dict) -> str:

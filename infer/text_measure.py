@@ -1,6 +1,7 @@
 """The tasks on given text: "text" (KL and perplexity against the dense model), "greedy" (free-running, against the dense model's
 own continuation) and "kept" (what of a row is still held at its end)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax
@@ -9,8 +10,9 @@ import numpy as np
 import dms_jax
 from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
+from dms_jax.generation import Generation
 from dms_jax.online_evaluation import dense_hidden, online_rows
-from infer.arms import LEARNED, PROMPT, TRAINED, Arm, Setting, Settings
+from infer.arms import LEARNED, TRAINED, Arm, Setting, Settings
 from infer.results import ResultsFile, rounded
 
 
@@ -23,15 +25,17 @@ class Domain:
     calibration: np.ndarray
 
 
-def cut_domain(name: str, ids: np.ndarray, length: int, rows: int, calibration_rows: int) -> Domain:
-    """Rows of a stream of tokens. Raises ConfigError when there are too few."""
-    wanted = rows + calibration_rows
-    if len(ids) < wanted * length:
-        count = max(0, len(ids) // length - calibration_rows)
-        way_out = f"use --rows {count}" if count else f"use --length {max(16, len(ids) // (1 + calibration_rows) // 16 * 16)} --rows 1"
+def cut_domain(name: str, ids: np.ndarray, begin: np.ndarray, length: int, rows: int, calibration_rows: int) -> Domain:
+    """Rows of a stream of tokens, each with `begin` (bos, where the model expects it) in front. Raises ConfigError when there are
+    too few."""
+    wanted, take = rows + calibration_rows, length - len(begin)
+    if len(ids) < wanted * take:
+        count, shorter = max(0, len(ids) // take - calibration_rows), len(ids) // (1 + calibration_rows) // 16 * 16
+        way_out = f"use --rows {count}" if count else f"use --length {shorter} --rows 1" if shorter else "use a smaller --chunk and --length"
         why = f"{rows} rows of {length} and {calibration_rows} to calibrate on" if calibration_rows else f"{rows} rows of {length}"
-        raise ConfigError(f"the text {name} has {len(ids)} tokens, {why} take {wanted * length}; {way_out}, or give more text")
-    cut = ids[: wanted * length].reshape(wanted, length).astype(np.int32)
+        raise ConfigError(f"the text {name} has {len(ids)} tokens, {why} take {wanted * take}; {way_out}, or give more text")
+    cut = ids[: wanted * take].reshape(wanted, take).astype(np.int32)
+    cut = np.concatenate([np.repeat(begin[None].astype(np.int32), wanted, axis=0), cut], axis=1)
     return Domain(name, cut[:rows], cut[rows:])
 
 
@@ -39,35 +43,39 @@ class TextMeasure:
     """Runs arms over domains, batch by batch, and writes a line a row."""
 
     def __init__(self, model, domains: list[Domain], settings: Settings, file: ResultsFile, batch: int, chunk: int):
-        self.model, self.domains, self.settings, self.file, self.batch, self.chunk = model, domains, settings, file, batch, chunk
+        self.model, self.domains, self.settings, self.file, self.chunk = model, domains, settings, file, chunk
+        self.batch = min(batch, max((len(domain.rows) for domain in domains), default=1))
         self._dense: dict[tuple[str, int], np.ndarray] = {}
+        self._dense_continued: dict[tuple[str, int], list[np.ndarray]] = {}
 
     def run(self, arm: Arm, done) -> None:
         """Task "text" of one arm; `done` is called after each row."""
-        if arm.policy.startswith(PROMPT):
-            raise ConfigError(f"--policies {arm.policy}: prompt compression ranks once, after a prompt; it does not apply to --tasks text")
         for domain in self.domains:
-            for start in range(0, len(domain.rows), self.batch):
-                names = [f"{domain.name}/{i}" for i in range(start, min(start + self.batch, len(domain.rows)))]
-                missing = [name for name in names if ("text", arm.policy, arm.budget, name) not in self.file.done]
+            for start, names in self._batches(domain):
+                missing = self._missing("text", arm, names)
                 if missing:
                     for name, record in zip(names, self._rows(arm, domain, start), strict=True):
                         if name in missing:
                             self.file.append({"task": "text", "policy": arm.policy, "budget": arm.budget, "unit": name, **record})
                 done(len(names))
 
+    def _batches(self, domain: Domain) -> Iterator[tuple[int, list[str]]]:
+        """Where each batch begins, and the names of its rows."""
+        for start in range(0, len(domain.rows), self.batch):
+            yield start, [f"{domain.name}/{i}" for i in range(start, min(start + self.batch, len(domain.rows)))]
+
+    def _missing(self, task: str, arm: Arm, names: list[str]) -> list[str]:
+        return [name for name in names if (task, arm.policy, arm.budget, name) not in self.file.done]
+
     def setting(self, arm: Arm, domain: Domain) -> Setting:
-        def held() -> float:
-            trained = [r for r in self.file.records if (r["task"], r["policy"], r["budget"]) == ("text", "dms", TRAINED)]
-            if not trained:
-                raise ConfigError(f"{arm} needs to know what dms held; put text into --tasks, before the others")
-            return float(np.mean([record["live_tokens"] for record in trained]))
+        def held() -> float | None:
+            trained = [r["live_tokens"] for r in self.file.of("text", "dms", TRAINED) if r["domain"] == domain.name]
+            return float(np.mean(trained)) if trained and arm.budget == TRAINED else None
 
         return self.settings.of(arm, domain.rows.shape[1], domain.name, lambda: domain.calibration, held)
 
     def _rows(self, arm: Arm, domain: Domain, start: int) -> list[dict]:
-        rows = domain.rows[start : start + self.batch]
-        filled = np.concatenate([rows, np.repeat(rows[-1:], self.batch - len(rows), axis=0)])  # one shape, one program
+        rows, filled = domain.rows[start : start + self.batch], self._filled(domain, start)
         if (domain.name, start) not in self._dense:
             self._dense[domain.name, start] = np.asarray(dense_hidden(self.model, filled))
         setting = self.setting(arm, domain)
@@ -89,35 +97,35 @@ class TextMeasure:
     def greedy(self, arm: Arm, new_tokens: int, done) -> None:
         """Task "greedy": rows cut `new_tokens` before their end are continued by the dense model and by the arm."""
         for domain in self.domains:
-            prompts = domain.rows[:, : domain.rows.shape[1] - new_tokens]
-            for start in range(0, len(prompts), self.batch):
-                names = [f"{domain.name}/{i}" for i in range(start, min(start + self.batch, len(prompts)))]
-                if all(("greedy", arm.policy, arm.budget, name) in self.file.done for name in names):
-                    done(len(names))
-                    continue
-                setting = self.setting(arm, domain) if arm.policy != "dense" else None
-                dense = self._continued(prompts[start : start + self.batch], new_tokens, "dense", 0.0)
-                out = (
-                    dense if setting is None else self._continued(prompts[start : start + self.batch], new_tokens, setting.policy, setting.threshold)
-                )
-                for b, name in enumerate(names):
-                    same = dense.tokens[b] == out.tokens[b]
-                    self.file.append({
-                        "task": "greedy", "policy": arm.policy, "budget": arm.budget, "unit": name, "domain": domain.name, "tokens": new_tokens,
-                        "match": float(same.mean()), "divergence": new_tokens if same.all() else int(np.argmin(same)),
-                        "live_tokens": float(out.live_pairs[b]), "realised_cr": float(out.realised_cr[b]),
-                    })  # fmt: skip
+            for start, names in self._batches(domain):
+                if missing := self._missing("greedy", arm, names):
+                    rows = self._filled(domain, start)[:, :-new_tokens]
+                    if (domain.name, start) not in self._dense_continued:
+                        self._dense_continued[domain.name, start] = self._continued(rows, new_tokens, self.settings.dense()).tokens
+                    out, dense = self._continued(rows, new_tokens, self.setting(arm, domain)), self._dense_continued[domain.name, start]
+                    for b, name in enumerate(names):
+                        if name in missing:
+                            same = dense[b] == out.tokens[b]
+                            self.file.append({
+                                "task": "greedy", "policy": arm.policy, "budget": arm.budget, "unit": name, "domain": domain.name,
+                                "tokens": new_tokens, "match": float(same.mean()), "divergence": new_tokens if same.all() else int(np.argmin(same)),
+                                "live_tokens": float(out.live_pairs[b]), "realised_cr": float(out.realised_cr[b]),
+                            })  # fmt: skip
                 done(len(names))
 
-    def _continued(self, prompts, new_tokens, policy, threshold):
-        config = dms_jax.GenerationConfig(
-            max_new_tokens=new_tokens, stop_ids=(), policy=policy, threshold=threshold, chunk_size=self.chunk, capacity=self._capacity(policy)
-        )
-        return dms_jax.generate(self.model, prompts, config)
+    def _filled(self, domain: Domain, start: int) -> np.ndarray:
+        """A batch of rows, the last one over and over where the text has no more: one shape, one program."""
+        rows = domain.rows[start : start + self.batch]
+        return np.concatenate([rows, np.repeat(rows[-1:], self.batch - len(rows), axis=0)])
 
-    def _capacity(self, policy) -> int | None:
-        length = self.domains[0].rows.shape[1]
-        return None if isinstance(policy, str) else min(policy.room().most or length, length)
+    def _continued(self, rows: np.ndarray, new_tokens: int, setting: Setting) -> Generation:
+        length = rows.shape[1] + new_tokens
+        most = setting.policy.room().most
+        config = dms_jax.GenerationConfig(
+            max_new_tokens=new_tokens, stop_ids=(), policy=setting.policy, threshold=setting.threshold,
+            chunk_size=None if most is None else self.chunk, capacity=min(most or length, length),
+        )  # fmt: skip
+        return dms_jax.generate(self.model, rows, config)
 
     def kept(self, arm: Arm, tokenizer) -> None:
         """Task "kept" of a learned arm: the first row of each domain."""

@@ -297,7 +297,7 @@ def test_steps_that_cannot_work():
 def test_pairs_read_are_those_each_new_token_sees(prompts):
     dense = dms_jax.generate(model(), prompts, settings(dense=True))
     np.testing.assert_allclose(dense.pairs_read, [sum(len(p) + i for i in range(1, 13)) for p in prompts])
-    np.testing.assert_allclose(dms_jax.generate(model(), prompts[1:2], settings(policy="tova:5")).pairs_read, [12 * 5])
+    np.testing.assert_allclose(dms_jax.generate(model(), prompts[1:2], settings(policy="tova:5")).pairs_read, [12 * 6])
     out = dms_jax.generate(model(), prompts, settings())
     for row, prompt in enumerate(prompts):
         evict = np.asarray(model().hard(np.array([prompt + out.tokens[row].tolist()], np.int32))[1])[:, 0]

@@ -71,6 +71,10 @@ class BudgetPolicy(CachePolicy):
     def room(self) -> Room:
         return Room(self.budget, self.budget, f"a budget of {self.budget} pairs")
 
+    def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
+        """A full cache is ranked after attention: the token that makes one pair too many has read them all."""
+        return jnp.where(live >= self.budget, self.budget + 1, live)
+
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
         """How much each pair deserves to stay; the highest `budget` do, the newest among equals. Arbitrary where not alive."""
         raise NotImplementedError(f"{type(self).__name__} has no keep_scores")
