@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.length % options.chunk:
         nearest = max(1, options.length // options.chunk) * options.chunk
         raise ConfigError(f"--length {options.length} is no multiple of --chunk {options.chunk}; use --length {nearest}")
-    if options.greedy_tokens >= options.length:
+    if "greedy" in tasks and options.greedy_tokens >= options.length:
         raise ConfigError(f"--greedy-tokens {options.greedy_tokens} leaves nothing of rows of {options.length} to begin with; give fewer")
     if "greedy" in tasks and "text" in tasks and tasks.index("greedy") < tasks.index("text"):
         tasks.remove("text")

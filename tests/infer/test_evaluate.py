@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from test_generate_command import DENSE, DMS, model_folder
@@ -13,6 +14,8 @@ from dms_jax.core.eviction import live_counts
 from infer.arms import Arm, parse_arms
 from infer.evaluate import main
 from infer.results import ResultsFile, key_of, read_results
+from infer.tasks.problem import TaskOptions
+from infer.tasks.registry import TASKS
 from infer.text_measure import held_by_position
 
 WORDS = "the quick brown fox jumps over a lazy dog and then sleeps until it is morning again. "
@@ -86,6 +89,52 @@ def test_a_calibrated_ratio_is_met(folder, text, tmp_path):
             assert abs(record["live_tokens"] / budget - 1) < 0.25
 
 
+def test_answers_are_scored_as_the_full_sequence_scores_them(folder, tmp_path, capsys):
+    output = tmp_path / "r.jsonl"
+    argv = [
+        "--model",
+        str(folder),
+        "--tasks",
+        "recall",
+        "--lengths",
+        "220,300",
+        "--depths",
+        "0.5",
+        "--count",
+        "1",
+        "--batch",
+        "2",
+        "--output",
+        str(output),
+    ]
+    main([*argv, "--policies", "dense,dms,tova,prompt:tova", "--budgets", "cr2", "--chains", "2", "--temperature", "1.0", "--json"])
+    lines = {line["arm"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert lines["tova@cr2"]["problems"] == 2 and lines["tova@cr2"]["chains"] == 2 and lines["dense"]["pass@2"] >= lines["dense"]["pass@1"]
+    records = list(read_results(output).of("recall"))
+    assert len(records) == 4 * 2 * 2 and len({key_of(r) for r in records}) == 16
+    model, tokenizer = dms_jax.load(folder), dms_jax.load_tokenizer(folder)
+    count = lambda text: len(tokenizer.encode(text))  # noqa: E731
+    problems = {p.unit: p for p in TASKS["recall"].problems(TaskOptions(count=1, lengths=(220, 300), depths=(0.5,)), count)}
+    for record in records:
+        problem = problems[record["problem"]]
+        prompt, answer = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer)
+        assert record["prompt_tokens"] == len(prompt) and record["score"] == TASKS["recall"].score(problem, record["text"])
+        ids = np.concatenate([prompt, answer])[None]
+        if record["policy"] == "dense":
+            seen = [len(prompt) + 1 + i for i in range(record["new_tokens"])]
+            np.testing.assert_allclose(record["kv_reads"], sum(seen), rtol=1e-6)
+            assert record["realised_cr"] == 1
+        elif record["policy"] == "tova":
+            dms = [r["live_tokens"] for r in records if r["policy"] == "dms" and r["groups"] == record["groups"]]
+            assert record["live_tokens"] == round(np.mean(dms))
+        elif record["policy"] == "prompt:tova":
+            assert record["peak_live"] >= len(prompt) > record["live_tokens"]
+        if record["policy"] in ("dense", "dms"):
+            logits = model.dense(ids) if record["policy"] == "dense" else model.hard(ids, threshold=record["threshold"])[0]
+            logprobs = np.asarray(jax.nn.log_softmax(logits[0, len(prompt) - 1 : -1]))
+            np.testing.assert_allclose(record["answer_logprob"], logprobs[np.arange(len(answer)), answer].sum(), rtol=1e-4)
+
+
 def test_held_by_position_is_the_cache_of_each_prefix(rng):
     for shift in (0, 1):
         evict = rng.random((2, 3, 20)) < 0.6
@@ -124,8 +173,8 @@ def test_how_arms_are_named():
     (["--budgets", "cr40", "--policies", "dms"], "under a window of .* reach at most .*; use longer rows, or a budget of"),
     (["--budgets", "cr3000", "--policies", "dms"], "--budgets cr3000 is 0 pairs of rows of 64 tokens; give 1 to 64, or cr1 to cr64"),
     (["--budgets", "100", "--policies", "tova"], "--budgets 100 is 100 pairs of rows of 64 tokens"),
-    (["--budgets", "3", "--policies", "streaming_llm"], "budget of StreamingLLM must be"),
-    (["--greedy-tokens", "64"], "leaves nothing of rows of 64"),
+    (["--budgets", "3", "--policies", "streaming_llm"], "a sliding window of 3 pairs has no room beside 4 sinks; use a budget > 4"),
+    (["--greedy-tokens", "64", "--tasks", "greedy"], "leaves nothing of rows of 64"),
     (["--temperature", "nan"], "temperature must be a finite number"),
     (["--length", "4096"], "beyond this model's"),
     (["--policies", ","], "--policies is empty"),
