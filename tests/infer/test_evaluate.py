@@ -91,22 +91,8 @@ def test_a_calibrated_ratio_is_met(folder, text, tmp_path):
 
 def test_answers_are_scored_as_the_full_sequence_scores_them(folder, tmp_path, capsys):
     output = tmp_path / "r.jsonl"
-    argv = [
-        "--model",
-        str(folder),
-        "--tasks",
-        "recall",
-        "--lengths",
-        "220,300",
-        "--depths",
-        "0.5",
-        "--count",
-        "1",
-        "--batch",
-        "2",
-        "--output",
-        str(output),
-    ]
+    grid = ["--lengths", "220", "--depths", "0.5", "--count", "2"]
+    argv = ["--model", str(folder), "--tasks", "recall", *grid, "--batch", "2", "--output", str(output)]
     main([*argv, "--policies", "dense,dms,tova,prompt:tova", "--budgets", "cr2", "--chains", "2", "--temperature", "1.0", "--json"])
     lines = {line["arm"]: line for line in map(json.loads, capsys.readouterr().out.splitlines())}
     assert lines["tova@cr2"]["problems"] == 2 and lines["tova@cr2"]["chains"] == 2 and lines["dense"]["pass@2"] >= lines["dense"]["pass@1"]
@@ -114,7 +100,7 @@ def test_answers_are_scored_as_the_full_sequence_scores_them(folder, tmp_path, c
     assert len(records) == 4 * 2 * 2 and len({key_of(r) for r in records}) == 16
     model, tokenizer = dms_jax.load(folder), dms_jax.load_tokenizer(folder)
     count = lambda text: len(tokenizer.encode(text))  # noqa: E731
-    problems = {p.unit: p for p in TASKS["recall"].problems(TaskOptions(count=1, lengths=(220, 300), depths=(0.5,)), count)}
+    problems = {p.unit: p for p in TASKS["recall"].problems(TaskOptions(count=2, lengths=(220,), depths=(0.5,)), count)}
     for record in records:
         problem = problems[record["problem"]]
         prompt, answer = tokenizer.encode(problem.prompt), tokenizer.encode(problem.answer)
