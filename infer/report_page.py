@@ -55,7 +55,8 @@ def page(title: str, lead: Sequence[str], headers: dict[str, dict], sections: It
 <p class="lead">{text(" ".join(lead))}</p>
 <p class="note">DMS is a language model retrofitted to decide, token by token and in each attention head, which keys and values to forget.
 <b>Live tokens</b>: those a KV head still holds at the end, mean over layers and heads. <b>CR</b>, the compression ratio: all tokens / live tokens.
-<b>Dense</b>: the model that keeps everything. All others but DMS are training-free: they apply a rule to the dense model's cache.</p>
+<b>Dense</b>: the model that keeps everything. All
+others but DMS and its ablation immediate_eviction are training-free: they apply a rule to the dense model's cache.</p>
 {_provenance(headers)}
 {"".join(sections)}
 {"".join(f'<p class="note">{line}</p>' for line in missing)}

@@ -8,6 +8,7 @@ from infer.arms import LEARNED
 from infer.report_data import AnswerArm, GreedyArm, KeptArm, TextArm, TextGroup
 from infer.statistics import Interval, bootstrap_mean
 
+ROUNDING = 1e-5
 COMPARABLE = 0.1  # arms whose live tokens differ by no more are of equal size
 
 
@@ -21,10 +22,10 @@ def summary(texts: list[TextGroup], answers: list[AnswerArm], greedy: list[Greed
 
 
 def digits(value: float, count: int = 3) -> str:
-    """`count` significant digits without an exponent, "–" for what was not measured."""
+    """`count` significant digits without an exponent, "–" for what was not measured; 0 for what is rounding in a KL."""
     if not math.isfinite(value):
         return "–" if math.isnan(value) else "∞"
-    if value == 0:
+    if abs(value) < ROUNDING:
         return "0"
     places = max(0, count - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{min(places, 8)}f}"
@@ -32,7 +33,7 @@ def digits(value: float, count: int = 3) -> str:
 
 def spread(interval: Interval, percent: bool = False) -> str:
     """The interval in brackets; nothing where it says nothing: one unit, or all alike."""
-    if math.isnan(interval.low) or interval.low == interval.high:
+    if math.isnan(interval.low) or interval.high - interval.low < ROUNDING:
         return ""
     return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]" if percent else f"[{digits(interval.low)}, {digits(interval.high)}]"
 
