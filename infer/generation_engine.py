@@ -14,6 +14,7 @@ from dms_jax.config import ConfigError
 from dms_jax.generation import Progress
 from dms_jax.generation_config import find_stop
 from dms_jax.models.unrolled import unrolled
+from dms_jax.policies import KeepAll
 from infer.generation_report import Clock, Report
 from infer.prompts import Encoder
 from infer.text_stream import TextStream
@@ -40,7 +41,7 @@ class Engine:
         self.stop_ids = () if options.ignore_eos else self.model.config.eos_token_ids
         self.config = replace(settings, stop_ids=self.stop_ids)
         self.loaded = self._load_cache() if options.load_cache else None
-        dense = self.loaded.dense if self.loaded is not None else options.dense
+        dense = isinstance(self.loaded.policy, KeepAll) if self.loaded is not None else options.dense
         jax.block_until_ready(unrolled(self.model))  # lays out the weights: part of loading, not of the first prefill
         self.report = Report(None if dms is None or dense else dms.target_cr, Clock())
 

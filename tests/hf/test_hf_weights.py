@@ -20,7 +20,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.sharding import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-FOLDERS = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
+FOLDERS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "model.safetensors").is_file())
 # Every parameter the decoder can have, with sizes that differ from each other where they may.
 EVERYTHING = ModelConfig("llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, dms=DMSConfig())
 
