@@ -23,7 +23,7 @@ from dms_jax.policies import PromptCompression
 from dms_jax.policies.prompt_compression import compress_prompt
 from infer.arms import PROMPT, Arm, Setting, Settings
 from infer.generation_report import Clock
-from infer.results import ResultsFile
+from infer.results import ResultsFile, problem_of
 from infer.tasks.problem import Problem, Task
 
 CALIBRATION_ROWS = 2
@@ -48,6 +48,7 @@ class Group:
     prompts: list[np.ndarray]
     length: int  # tokens of the longest prompt and its answer
     new_tokens: int
+    longest_answer: int  # tokens of a reference
 
 
 class AnswerMeasure:
@@ -73,7 +74,8 @@ class AnswerMeasure:
                 where = f"{task.name}/{problems[longest].unit}"
                 way_out = "use shorter prompts or answers"
                 raise ConfigError(f"{where}: {length} tokens with its answer are beyond this model's context of {limit}; {way_out}")
-            found.append(Group(f"{task.name}/{label}", [problems[i] for i in chosen], [prompts[i] for i in chosen], length, new))
+            longest_answer = max(len(self.tokenizer.encode(problems[i].answer)) for i in chosen)
+            found.append(Group(f"{task.name}/{label}", [problems[i] for i in chosen], [prompts[i] for i in chosen], length, new, longest_answer))
         return found
 
     def run(self, task: Task, group: Group, arm: Arm, done) -> None:
@@ -102,11 +104,7 @@ class AnswerMeasure:
         def held() -> float | None:
             """Prompts and answers differ in length, so a ratio alone would not give the others as much as dms."""
             units = {problem.unit for problem in group.problems}
-            mine = [
-                r["live_tokens"]
-                for r in self.file.of(self.prefix + task.name, "dms", self.budget or arm.budget)
-                if r.get("problem", r["unit"]) in units
-            ]
+            mine = [r["live_tokens"] for r in self.file.of(self.prefix + task.name, "dms", self.budget or arm.budget) if problem_of(r) in units]
             return float(np.mean(mine)) if mine and not arm.budget.isdecimal() else None
 
         def calibration() -> np.ndarray:
@@ -168,17 +166,14 @@ class AnswerMeasure:
         for target, row in zip(padded, rows, strict=True):
             target[: len(row) - 1] = row[:-1]
         policy = setting.policy
-        length = round_up(group.length + self._longest_answer(group))
+        length = round_up(group.length + group.longest_answer)
         capacity = min(policy.room().most or length, length)
         cache = init_cache(self.model, len(rows), capacity, policy=policy)
         chunk = None if isinstance(policy, PromptCompression) or policy.room().most is None else self.chunk
         _, cache = prefill(self.model, cache, padded, lengths, chunk, threshold=setting.threshold, last_only=True, donate=True)
         if isinstance(policy, PromptCompression):
-            cache = compress_prompt(cache, policy.method.budget + round_up(max(group.new_tokens, self._longest_answer(group)) + 1))
+            cache = compress_prompt(cache, policy.method.budget + round_up(max(group.new_tokens, group.longest_answer) + 1))
         return cache, np.array([row[-1] for row in rows], np.int32)
-
-    def _longest_answer(self, group: Group) -> int:
-        return max(len(self.tokenizer.encode(problem.answer)) for problem in group.problems)
 
     def _answer_logprobs(self, problems, rows, cache, last, threshold) -> list[float]:
         """log p of each whole reference answer, teacher-forced after the prompt."""

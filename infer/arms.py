@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,6 +62,12 @@ def parse_arms(policies: str, budgets: str) -> list[Arm]:
         raise ConfigError(f'--budgets {TRAINED} means as many live tokens as dms keeps; add dms to --policies, or give --budgets "256" or "cr4"')
     arms = [Arm("dense", "")] if "dense" in ordered else []
     return arms + [Arm(name, label) for label in labels for name in ordered if name != "dense"]
+
+
+def check_learned(model: Decoder, policies: Iterable[str], where: str) -> None:
+    """Learned policies are of a retrofitted model; `where` names the one at hand. Raises ConfigError."""
+    if model.config.dms is None and (learned := [policy for policy in policies if policy in LEARNED]):
+        raise ConfigError(f"--policies {learned[0]}: {where} has no eviction policy; give a retrofitted folder, or --adapter FILE")
 
 
 @dataclass(frozen=True)

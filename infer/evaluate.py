@@ -14,9 +14,9 @@ import json
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, nearest_name
 from infer.option_values import check_sampling, named, read_text
+from infer.results import TEXT_TASKS
 
 NAME = "infer.evaluate"
-TEXT_TASKS = ("text", "greedy", "kept")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

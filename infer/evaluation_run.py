@@ -16,9 +16,10 @@ from dms_jax.decoding import check_ids
 from dms_jax.hf.cache_file import identity
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
+from dms_jax.policies import Quest
 from dms_jax.provenance import versions
 from infer.answer_measure import AnswerMeasure, Group, Sampling
-from infer.arms import LEARNED, PROMPT, TRAINED, Settings, check_arm, parse_arms
+from infer.arms import LEARNED, PROMPT, TRAINED, Settings, check_arm, check_learned, parse_arms
 from infer.option_values import numbers
 from infer.results import ResultsFile
 from infer.tasks.problem import TaskOptions
@@ -36,13 +37,11 @@ class EvaluationRun:
     def __init__(self, options: argparse.Namespace, tasks: list[str], texts: dict[str, str], data: dict[str, str], haystack: str):
         self.options, self.tasks = options, tasks
         self.model, self.tokenizer = load_model(options)
-        plain = self.model.config.dms is None
-        if plain and not options.policies:
+        if self.model.config.dms is None and not options.policies:
             raise ConfigError(f"{options.model} has no eviction policy; give a retrofitted folder, --adapter FILE, or --policies with --budgets")
         self.arms = parse_arms(options.policies or DEFAULT_POLICIES, options.budgets)
-        if plain and (learned := [arm for arm in self.arms if arm.policy in LEARNED]):
-            raise ConfigError(f"--policies {learned[0].policy}: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
-        if options.chunk > (page := 16) and (quest := [arm for arm in self.arms if arm.policy == "quest"]):
+        check_learned(self.model, (arm.policy for arm in self.arms), options.model)
+        if options.chunk > (page := Quest.page_size) and (quest := [arm for arm in self.arms if arm.policy == "quest"]):
             raise ConfigError(f"{quest[0]} chooses pages in chunks of at most a page; use --chunk {page} or less")
         limit, name = context_limit(self.model.config)
         if texts and options.length > limit:

@@ -41,7 +41,7 @@ class Engine:
         self.stop_ids = () if options.ignore_eos else self.model.config.eos_token_ids
         self.config = replace(settings, stop_ids=self.stop_ids)
         self.loaded = self._load_cache() if options.load_cache else None
-        dense = isinstance(self.loaded.policy, KeepAll) if self.loaded is not None else options.dense
+        dense = self.loaded.policy == KeepAll() if self.loaded is not None else options.dense
         jax.block_until_ready(unrolled(self.model))  # lays out the weights: part of loading, not of the first prefill
         self.report = Report(None if dms is None or dense else dms.target_cr, Clock())
 

@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
     from tqdm import tqdm
 
     from infer.answer_measure import AnswerMeasure, Sampling
-    from infer.arms import LEARNED, Arm, Settings, check_arm, parse_arms
+    from infer.arms import Arm, Settings, check_arm, check_learned, parse_arms
     from infer.evaluation_run import digest, load_model, open_results
 
     model, tokenizer = load_model(options)
@@ -124,8 +124,7 @@ def measure(options: argparse.Namespace, configurations: list[Configuration]) ->
     file = open_results(options, model, options.output, fixed)
     settings = Settings(model)
     policies = list(dict.fromkeys(arm.policy for arm in parse_arms(options.policies, "cr2")))
-    if model.config.dms is None and (learned := [policy for policy in policies if policy in LEARNED]):
-        raise ConfigError(f"--policies {learned[0]}: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE")
+    check_learned(model, policies, options.model)
     runs = [(c, policy) for c in configurations for policy in (policies if c.cr > 1 else ["dense"]) if c.cr == 1 or policy != "dense"]
     with tqdm(total=len(runs) * len(problems), desc=options.task, unit="problem", disable=None) as bar:
         for config, policy in runs:

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.config import ConfigError
-from infer.results import arm_name, key_of, read_results
+from infer.results import TEXT_TASKS, arm_name, key_of, problem_of, read_results
 from infer.statistics import Interval, bootstrap_mean, percentiles, wilson
 
-KINDS = ("text", "kept", "greedy")  # any other task has answers and a score
 NUMBER, COUNT, NUMBERS, TABLE, TEXT = "a number", "a number >= 1", "a list of numbers", "a table of numbers", "text"
 FIELDS = {
     "text": {"domain": TEXT, "length": COUNT, "kl": NUMBERS, "nll": NUMBERS, "agree": NUMBER, "live_tokens": NUMBER, "nominal_cr": NUMBER},
@@ -236,7 +235,7 @@ def _mean(rows: list[dict], key: str) -> float:
 
 def _accuracy(rows: list[dict]) -> Interval:
     """Over problems: several chains of one problem depend on each other, so their mean is one observation."""
-    problems = _grouped(rows, lambda r: r.get("problem", r["unit"])).values()
+    problems = _grouped(rows, problem_of).values()
     return wilson(sum(_mean(chains, "score") for chains in problems), len(problems))
 
 
@@ -253,7 +252,7 @@ def _grouped(records: list[dict], key: Callable[[dict], Any]) -> dict[Any, list[
 
 
 def _kind(record: dict) -> str:
-    return record["task"] if record["task"] in KINDS else "answers"
+    return record["task"] if record["task"] in TEXT_TASKS else "answers"
 
 
 def _wrong(record: dict) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from dms_jax.config import ConfigError
 
+TEXT_TASKS = ("text", "greedy", "kept")  # any other task has answers and a score
 Key = tuple[str, str, str, str]  # task, policy, budget ("" for none), unit
 
 
@@ -37,6 +38,11 @@ def key_of(record: dict) -> Key:
 def arm_name(record: dict) -> str:
     """How a policy under a budget is written: "tova@256", "dms@cr4", "dense"."""
     return f"{record['policy']}@{record['budget']}" if record["budget"] else record["policy"]
+
+
+def problem_of(record: dict) -> str:
+    """What an answer answers: several chains of one problem have units of their own."""
+    return record.get("problem", record["unit"])
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:

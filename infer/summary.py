@@ -6,7 +6,7 @@ import math
 import numpy as np
 
 from infer.report_data import answer_arms, greedy_arms, text_groups
-from infer.results import arm_name
+from infer.results import TEXT_TASKS, arm_name, problem_of
 from infer.statistics import Interval, percentiles, wilson
 from infer.tasks.votes import majority_vote, pass_at_k
 
@@ -30,7 +30,7 @@ def summary(records: list[dict]) -> list[dict]:
     for arm in greedy_arms(kind("greedy")):
         lines.append({"task": "greedy", "domain": arm.domain, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
                       **_interval("match", arm.match), "median_divergence": arm.divergence, "tokens": arm.tokens})  # fmt: skip
-    for arm in answer_arms([record for record in records if record["task"] not in ("text", "greedy", "kept")]):
+    for arm in answer_arms([record for record in records if record["task"] not in TEXT_TASKS]):
         lines.append({"task": arm.task, "arm": arm.name, "live_tokens": arm.live_tokens, "realised_cr": arm.realised_cr,
                       **_interval("score", arm.accuracy), "problems": arm.accuracy.units, "answer_logprob": _number(arm.answer_logprob),
                       "kv_reads": arm.kv_reads, "peak_live": arm.peak_live,
@@ -53,7 +53,7 @@ def _of_chains(records: list[dict]) -> dict:
     """What several chains a problem are drawn for: the accuracy of their vote, and the chance that one of k is right (code: passes)."""
     problems: dict[str, list[dict]] = {}
     for record in records:
-        problems.setdefault(record.get("problem", record["unit"]), []).append(record)
+        problems.setdefault(problem_of(record), []).append(record)
     chains = min(map(len, problems.values()))
     if chains == 1:
         return {}

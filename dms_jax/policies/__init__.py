@@ -79,7 +79,7 @@ def describe(policy: CachePolicy) -> dict:
     if isinstance(policy, PromptCompression):
         return {"name": PROMPT, "method": describe(policy.method)}
     name = next(name for name, kind in POLICIES.items() if kind is type(policy))
-    return {"name": name} if isinstance(policy, LearnedEviction | KeepAll) else {"name": name, **asdict(policy)}  # pyrefly: ignore[bad-argument-type] - every policy is a dataclass
+    return {"name": name} if isinstance(policy, LearnedEviction) else {"name": name, **asdict(policy)}  # pyrefly: ignore[bad-argument-type] - every policy is a dataclass
 
 
 def restored(described: dict, config: ModelConfig) -> CachePolicy:

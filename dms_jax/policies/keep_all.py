@@ -20,9 +20,11 @@ def unmarked(logits: Float[Array, "B K T"]) -> Verdict:
 
 @dataclass(frozen=True)
 class KeepAll(CachePolicy):
-    """Nothing leaves unless the buffer is full, and then the oldest pair does."""
+    """Nothing leaves unless the buffer is full, and then the oldest pair does. Base of the policies that keep all and add to it."""
 
-    window_size: int = EVERYTHING  # so everything is inside, and the overflow rule picks the oldest
+    @property
+    def window_size(self) -> int:
+        return EVERYTHING  # so everything is inside, and the overflow rule picks the oldest
 
     def room(self) -> Room:
         return Room(EVERYTHING, None, "a cache that keeps everything")

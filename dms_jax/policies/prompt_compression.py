@@ -5,37 +5,24 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ConfigError
-from dms_jax.core.compact_cache import EMPTY, GONE, Choice, CompactCache, LayerCache, Verdict
+from dms_jax.core.compact_cache import EMPTY, GONE, Choice, CompactCache, LayerCache
 from dms_jax.policies.budget_policy import BudgetPolicy, Pairs, best
-from dms_jax.policies.cache_policy import CachePolicy, Room
 from dms_jax.policies.keep_all import KeepAll
 
 
 @dataclass(frozen=True)
-class PromptCompression(CachePolicy):
+class PromptCompression(KeepAll):
     """Keeps everything, and remembers what `method` needs for its ranking, until `compress_prompt` is called."""
 
     method: BudgetPolicy
 
     @property
-    def window_size(self) -> int:
-        return KeepAll().window_size
-
-    @property
     def features(self) -> int:
         return self.method.features
-
-    def room(self) -> Room:
-        return KeepAll().room()
-
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
-        return KeepAll().judge(logits, position, count, threshold)
 
     def choose(self, q, k, verdict, slots, position, count) -> Choice | None:
         pairs = self.method.after(q, k, verdict, slots, position, count)

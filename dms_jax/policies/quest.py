@@ -8,13 +8,12 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ConfigError
-from dms_jax.core.compact_cache import LayerCache, Verdict
-from dms_jax.policies.cache_policy import CachePolicy, Room
+from dms_jax.core.compact_cache import LayerCache
 from dms_jax.policies.keep_all import KeepAll
 
 
 @dataclass(frozen=True)
-class Quest(CachePolicy):
+class Quest(KeepAll):
     """Nothing leaves. A decoded token reads `budget // page_size` pages per KV head: its own, and those whose keys, by their
     channel-wise minimum and maximum, allow the largest product with it. `budget` bounds the pairs read, not those held.
 
@@ -31,18 +30,6 @@ class Quest(CachePolicy):
     def __post_init__(self):
         if self.page_size < 1 or self.budget < 2 * self.page_size:
             raise ConfigError(f"Quest wants page_size >= 1 and a budget >= two pages; got pages of {self.page_size} and a budget of {self.budget}")
-
-    @property
-    def window_size(self) -> int:
-        return KeepAll().window_size
-
-    def room(self) -> Room:
-        return KeepAll().room()
-
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
-        return KeepAll().judge(logits, position, count, threshold)
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
         return jnp.minimum(live, self.budget // self.page_size * self.page_size)
