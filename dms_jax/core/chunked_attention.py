@@ -8,6 +8,7 @@ neither repeated nor contracted head by head. The backward pass recomputes the s
 and reduces the gradient of the gate inside the block.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -38,21 +39,31 @@ def gated_attention(
 
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32; gradients reach q, k, v and it.
     """
+    block = min(block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK), q.shape[1])
+    return with_heads_folded(partial(attend_in_blocks, window_size=window_size, block=block), block, q, k, v, log_keep, segment_ids)
+
+
+def with_heads_folded(
+    attend: Callable[..., Array],
+    multiple: int,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_keep: Float[Array, "B K T"],
+    segment_ids: Int[Array, "B T"] | None,
+) -> Float[Array, "B T N H"]:
+    """The border between the model's layout and that of `attend(q, k, v, log_keep, segments)`, which takes q [B K G T H],
+    k and v [B K T H], log_keep [B K T] fp32 and segments [B T] or None, T a `multiple`, and returns [B K G T H]."""
     b, t, n, h = q.shape
-    kv_heads = k.shape[2]
-    block = min(block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK), t)
-    pad = -t % block
+    kv_heads, pad = k.shape[2], -t % multiple
     # Padding lies in the future of every real query, so causality alone hides it.
     rows = lambda x, axis: jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
-    q_heads = rows(q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4), 3)
-    out = _attend(
-        q_heads,
+    out = attend(
+        rows(q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4), 3),
         rows(k.transpose(0, 2, 1, 3), 2),
         rows(v.transpose(0, 2, 1, 3), 2),
         rows(log_keep.astype(jnp.float32), 2),
         None if segment_ids is None else rows(segment_ids, 1),
-        window_size,
-        block,
     )
     return out[:, :, :, :t].transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
@@ -118,7 +129,8 @@ def _forward(q, k, v, log_keep, segments, window_size, block):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, log_keep, segments, window_size, block):
+def attend_in_blocks(q, k, v, log_keep, segments, window_size, block):
+    """See `with_heads_folded`."""
     return _forward(q, k, v, log_keep, segments, window_size, block)[0]
 
 
@@ -160,4 +172,4 @@ def _attend_bwd(window_size, block, saved, d_out):
     return dq.astype(q.dtype), dk, dv, dkeep, None
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+attend_in_blocks.defvjp(_attend_fwd, _attend_bwd)

@@ -152,20 +152,44 @@ def append(
             layer = replace(layer, statistic=choice.statistic[:, :, :capacity])
     kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
     forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    coming = kept[..., capacity:]
-    free = _lowest(~kept[..., :capacity], min(length, capacity))
-    rank = jnp.clip(jnp.cumsum(coming, axis=-1) - 1, 0, free.shape[-1] - 1)
-    slot = jnp.where(coming, jnp.take_along_axis(free, rank, axis=-1), capacity)  # no slot `capacity`: such a write is dropped
-    rows, heads = (lax.broadcasted_iota(jnp.int32, slot.shape, axis) for axis in (0, 1))
+    moved = place(layer, k, v, position, verdict.expiry, verdict.score, kept[..., :capacity], kept[..., capacity:])
+    statistic = layer.statistic
+    if choice is not None and choice.statistic is not None:
+        slot = _slots(kept[..., :capacity], kept[..., capacity:])
+        statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
+    return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
 
-    def write(old, new):
-        return old.at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
 
-    return LayerCache(
-        write(layer.k, k), write(layer.v, v), write(layer.position, position), write(layer.expiry, verdict.expiry),
-        write(layer.score, verdict.score), layer.forced_evictions + forced,
-        layer.statistic if choice is None or choice.statistic is None else write(layer.statistic, choice.statistic[:, :, capacity:]),
+def place(
+    layer: LayerCache,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    position: Int[Array, "B K T"],
+    expiry: Int[Array, "B K T"],
+    score: Float[Array, "B K T"],
+    stays: Bool[Array, "B K C"],
+    comes: Bool[Array, "B K T"],
+) -> LayerCache:
+    """Stream compaction: of each head, the r-th pair that `comes` goes into the r-th lowest slot that does not hold one that
+    `stays`. There must be enough of those."""
+    slot = _slots(stays, comes)
+    return replace(
+        layer, k=_write(layer.k, k, slot), v=_write(layer.v, v, slot), position=_write(layer.position, position, slot),
+        expiry=_write(layer.expiry, expiry, slot), score=_write(layer.score, score, slot),
     )  # fmt: skip
+
+
+def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
+    """Where each pair goes; no slot, `C`, for one that does not come."""
+    capacity, length = stays.shape[-1], comes.shape[-1]
+    free = _lowest(~stays, min(length, capacity))
+    rank = jnp.clip(jnp.cumsum(comes, axis=-1) - 1, 0, free.shape[-1] - 1)
+    return jnp.where(comes, jnp.take_along_axis(free, rank, axis=-1), capacity)
+
+
+def _write(old: Array, new: Array, slot: Int[Array, "B K T"]) -> Array:
+    rows, heads = (lax.broadcasted_iota(jnp.int32, slot.shape, axis) for axis in (0, 1))
+    return old.at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
 
 
 def alive_pairs(layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]) -> Bool[Array, "B K C+T"]:

@@ -6,6 +6,7 @@ matrix product are those of `chunked_attention`.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,48 @@ from dms_jax.core.visibility import MASKED, is_visible
 
 BLOCK = {"cpu": 256}  # keys per block, by backend: a block of keys and values stays in a CPU core's cache
 DEFAULT_BLOCK = 1024
+
+
+class Partial(NamedTuple):
+    """Softmax over a part of the pairs, not yet divided: of scores s, `high` = max s, `total` = sum exp(s - high) and `acc` = sum
+    exp(s - high) v, all fp32. A part in which a query sees nothing has high MASKED and zeros."""
+
+    high: Float[Array, "*A R"]
+    total: Float[Array, "*A R"]
+    acc: Float[Array, "*A R H"]
+
+    def divided(self) -> Float[Array, "*A R H"]:
+        """The attention output; 0 for a query that saw nothing."""
+        return self.acc / jnp.maximum(self.total, 1e-30)[..., None]
+
+
+def nothing_seen(rows: tuple[int, ...], head_dim: int) -> Partial:
+    zero = jnp.zeros(rows, jnp.float32)
+    return Partial(jnp.full(rows, MASKED, jnp.float32), zero, jnp.zeros((*rows, head_dim), jnp.float32))
+
+
+def merge(parts: Partial) -> Partial:
+    """Parts along the first axis [P ...], empty ones among them, as one."""
+    high = parts.high.max(0)
+    weight = jnp.exp(parts.high - high)
+    return Partial(high, (weight * parts.total).sum(0), (weight[..., None] * parts.acc).sum(0))
+
+
+def fold_queries(q: Float[Array, "B T N H"], kv_heads: int) -> Float[Array, "B K R H"]:
+    """The queries of a key/value head as rows of one matrix, R = G T, head by head: row g T + t."""
+    b, t, n, h = q.shape
+    return q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
+
+
+def unfold_queries(rows: Float[Array, "B K R H"], length: int) -> Float[Array, "B T N H"]:
+    b, heads, _, h = rows.shape
+    return rows.reshape(b, heads, -1, length, h).transpose(0, 3, 1, 2, 4).reshape(b, length, -1, h)
+
+
+def slots_in_use(slots: LayerCache, position: Int[Array, "B T"]) -> Int[Array, "B K"]:
+    """The highest slot that a query at or after the first of `position` may see, plus one."""
+    return jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1)
+
 
 # [B T] queries, [B K S] pairs -> [B K T S]: the rule, row by row and head by head.
 _is_visible = jax.vmap(jax.vmap(is_visible, (None, 0, 0)), (0, 0, 0))
@@ -67,21 +110,22 @@ def slot_attention(
     pairs that are not in a slot yet. `read` hides slots that a policy does not want to read now, though they stay. What a dead
     slot holds, NaN included, has no effect. A query that sees nothing gets 0.
     """
-    b, t, n, h = q.shape
-    heads, block = slots.k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
-    rows = q.reshape(b, t, heads, n // heads, h).transpose(0, 2, 3, 1, 4).reshape(b, heads, -1, h)
+    t, h, heads, block = q.shape[1], q.shape[3], slots.k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
+    rows = fold_queries(q, heads)
+    group = rows.shape[2] // t
 
-    def attend(carry, keys, values, visible):
+    def attend(carry: Partial, keys, values, visible) -> Partial:
         high, total, acc = carry
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)  # a cache may hold fewer bits
         s = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32) * h**-0.5
-        visible_rows = jnp.repeat(visible[:, :, None], n // heads, axis=2).reshape(s.shape)
+        visible_rows = jnp.repeat(visible[:, :, None], group, axis=2).reshape(s.shape)
         s = jnp.where(visible_rows, s, MASKED)
         new_high = jnp.maximum(high, s.max(-1))
         p = jnp.where(visible_rows, jnp.exp(s - new_high[..., None]), 0.0)
         values = jnp.where(visible.any(2)[..., None], values, 0)  # 0 * NaN is NaN
         shrink = jnp.exp(high - new_high)
         out = jnp.einsum("bkrs,bksh->bkrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
-        return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + out
+        return Partial(new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + out)
 
     def over_blocks(carry, keys, values, k_pos, k_expiry, used, read=None):
         size = min(block, keys.shape[2])
@@ -95,15 +139,14 @@ def slot_attention(
 
         return lax.fori_loop(0, (used + size - 1) // size, one, carry)
 
-    carry = jnp.full(rows.shape[:3], MASKED, jnp.float32), jnp.zeros(rows.shape[:3], jnp.float32), jnp.zeros(rows.shape, jnp.float32)
+    carry = nothing_seen(rows.shape[:3], h)
     if chunk is not None:
         k, v, expiry = chunk
         k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
         carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
-    used = jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity) + 1, 0))
-    _, total, acc = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
-    out = (acc / jnp.maximum(total, 1e-30)[..., None]).astype(q.dtype)
-    return out.reshape(b, heads, n // heads, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    used = jnp.max(slots_in_use(slots, position))
+    carry = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
+    return unfold_queries(carry.divided().astype(q.dtype), t)
 
 
 @typed
