@@ -1,0 +1,88 @@
+"""What the Hopper kernels need of Mosaic GPU, the same on every jax in use and in interpret mode.
+
+Two things differ. The signature of `plgpu.load` changed between jax versions. And the interpreter, which runs a kernel on a
+CPU thread by thread with its barriers and copies, knows neither register layouts nor the tensor cores: there layouts are no
+operation, and a product is `jnp.dot` of what the operands hold. All else of a kernel is the same code in both.
+"""
+
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dms_jax.axes import Array
+
+ROWS = plgpu.Layout.WGMMA  # [M N] accumulators of a warpgroup
+COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each of M rows
+ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each of N columns
+
+_LOAD_WANTS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.11
+
+
+def interpreter() -> Any:
+    """What `plgpu.kernel(interpret=...)` wants to run on a CPU."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+    except ImportError:  # jax 0.10
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    return InterpretGPUParams()
+
+
+class Ops:
+    """The operations that interpret mode replaces."""
+
+    def __init__(self, interpret: bool):
+        self.interpret = interpret
+
+    def load(self, ref: Any, layout: Any, optimized: bool = True) -> Array:
+        """A shared-memory buffer in registers."""
+        if self.interpret:
+            return ref[...]
+        if _LOAD_WANTS_INDEX:
+            return plgpu.load(ref, (), layout=layout, optimized=optimized)
+        return plgpu.load(ref, layout=layout, optimized=optimized)
+
+    def full(self, shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Array:
+        return self.cast(jnp.full(shape, value, dtype), layout)
+
+    def cast(self, x: Array, layout: Any) -> Array:
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+    def iota(self, shape: tuple[int, ...], axis: int) -> Array:
+        """int32, in the layout of an accumulator."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, axis)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=ROWS)
+
+    def dot(self, a: Any, b: Any, shape: tuple[int, int], transpose_a: bool = False, transpose_b: bool = False) -> Array:
+        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory."""
+        if self.interpret:
+            return self._product(a, b, transpose_a, transpose_b)
+
+        def product(accumulator):
+            self._wgmma(accumulator, a, b, transpose_a, transpose_b)
+            return accumulator[...]
+
+        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+
+    def add_dot(self, total: Array, a: Any, b: Any, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+        """total + a @ b."""
+        if self.interpret:
+            return total + self._product(a, b, transpose_a, transpose_b)
+        product = lambda accumulator: self._wgmma(accumulator, a, b, transpose_a, transpose_b)  # noqa: E731
+        return pl.run_state(product)(plgpu.ACC.init(total))
+
+    @staticmethod
+    def _wgmma(accumulator, a, b, transpose_a, transpose_b):
+        swapped = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref  # noqa: E731
+        plgpu.wgmma(accumulator, swapped(a, transpose_a), swapped(b, transpose_b))
+
+    @staticmethod
+    def _product(a, b, transpose_a, transpose_b):
+        a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
+        a, b = (x.T if wanted else x for x, wanted in ((a, transpose_a), (b, transpose_b)))
+        return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
