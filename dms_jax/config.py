@@ -71,6 +71,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dms: DMSConfig | None = None
+    implementation: str = "auto"  # of attention, which is computed the same by each: see `dms_jax.kernels.dispatch`
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:

@@ -22,6 +22,15 @@ LOGICAL_TO_MESH = {
 }
 
 
+def target_device() -> tuple[str, str]:
+    """Platform ("cpu", "gpu", "tpu") and kind of the devices that the program being traced is for: those of the mesh that is set,
+    which may be hardware that is not here, else this process's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return device.platform, device.device_kind
+
+
 def parse_mesh(text: str) -> tuple[int, int]:
     """`8x1` -> (8, 1): data x model."""
     try:

@@ -19,8 +19,9 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.core.visibility import MASKED, is_outside_window
+from dms_jax.sharding import target_device
 
-BLOCK = {"cpu": 128}  # by backend: scores of a block stay in a CPU core's cache; accelerators want larger products
+BLOCK = {"cpu": 128}  # by platform: scores of a block stay in a CPU core's cache; accelerators want larger products
 DEFAULT_BLOCK = 512
 
 
@@ -39,7 +40,7 @@ def gated_attention(
 
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32; gradients reach q, k, v and it.
     """
-    block = min(block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK), q.shape[1])
+    block = min(block or BLOCK.get(target_device()[0], DEFAULT_BLOCK), q.shape[1])
     return with_heads_folded(partial(attend_in_blocks, window_size=window_size, block=block), block, q, k, v, log_keep, segment_ids)
 
 

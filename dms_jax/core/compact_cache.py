@@ -6,6 +6,7 @@ live slots stay 0..n-1 of each head, and nothing is ever shifted (arXiv:2506.053
 The functions here do not know why a pair leaves: a policy hands them a `Verdict`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -125,41 +126,6 @@ def settle(layer: LayerCache, verdict: Verdict, seen: Int[Array, "B"], count: In
     return replace(layer, expiry=expiry, score=jnp.where(pending, verdict.last_score[..., None], layer.score))
 
 
-def append(
-    layer: LayerCache,
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    verdict: Verdict,
-    seen: Int[Array, "B"],
-    count: Int[Array, "B"],
-    window_size: int,
-    choice: Choice | None = None,
-) -> LayerCache:
-    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query, nor those
-    that a ranking policy's `choice` leaves out.
-
-    When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
-    """
-    capacity, length = layer.capacity, k.shape[2]
-    now = seen + count - 1  # of each row: the last query
-    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], verdict.expiry.shape)
-    if choice is None:
-        wanted = alive_pairs(layer, verdict.expiry, now, count)
-    else:
-        wanted = choice.kept
-        layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, GONE))
-        if choice.statistic is not None:
-            layer = replace(layer, statistic=choice.statistic[:, :, :capacity])
-    kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
-    forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    moved = place(layer, k, v, position, verdict.expiry, verdict.score, kept[..., :capacity], kept[..., capacity:])
-    statistic = layer.statistic
-    if choice is not None and choice.statistic is not None:
-        slot = _slots(kept[..., :capacity], kept[..., capacity:])
-        statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
-    return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
-
-
 def place(
     layer: LayerCache,
     k: Float[Array, "B K T H"],
@@ -190,6 +156,42 @@ def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Arra
 def _write(old: Array, new: Array, slot: Int[Array, "B K T"]) -> Array:
     rows, heads = (lax.broadcasted_iota(jnp.int32, slot.shape, axis) for axis in (0, 1))
     return old.at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
+
+
+def append(
+    layer: LayerCache,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    verdict: Verdict,
+    seen: Int[Array, "B"],
+    count: Int[Array, "B"],
+    window_size: int,
+    choice: Choice | None = None,
+    place: Callable[..., LayerCache] = place,
+) -> LayerCache:
+    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query, nor those
+    that a ranking policy's `choice` leaves out.
+
+    When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
+    """
+    capacity, length = layer.capacity, k.shape[2]
+    now = seen + count - 1  # of each row: the last query
+    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], verdict.expiry.shape)
+    if choice is None:
+        wanted = alive_pairs(layer, verdict.expiry, now, count)
+    else:
+        wanted = choice.kept
+        layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, GONE))
+        if choice.statistic is not None:
+            layer = replace(layer, statistic=choice.statistic[:, :, :capacity])
+    kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
+    forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
+    moved = place(layer, k, v, position, verdict.expiry, verdict.score, kept[..., :capacity], kept[..., capacity:])
+    statistic = layer.statistic
+    if choice is not None and choice.statistic is not None:
+        slot = _slots(kept[..., :capacity], kept[..., capacity:])
+        statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
+    return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
 
 
 def alive_pairs(layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]) -> Bool[Array, "B K C+T"]:

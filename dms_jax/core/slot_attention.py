@@ -14,10 +14,11 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Choice, LayerCache, Verdict, append, settle
+from dms_jax.core.compact_cache import Choice, LayerCache, Verdict, append, place, settle
 from dms_jax.core.visibility import MASKED, is_visible
+from dms_jax.sharding import target_device
 
-BLOCK = {"cpu": 256}  # keys per block, by backend: a block of keys and values stays in a CPU core's cache
+BLOCK = {"cpu": 256}  # keys per block, by platform: a block of keys and values stays in a CPU core's cache
 DEFAULT_BLOCK = 1024
 
 
@@ -75,24 +76,27 @@ def extend_layer(
     position: Int[Array, "B T"],
     count: Int[Array, "B"],
     window_size: int,
-    block: int | None = None,
     read: Callable[[LayerCache], Array | None] = lambda settled: None,
     choose: Callable[[LayerCache], Choice | None] = lambda settled: None,
+    attend: Callable[..., Array] | None = None,
+    place: Callable[..., LayerCache] = place,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """One layer's step: settle what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real.
 
     `read` and `choose` ask a policy, once the pending decision is settled: which slots are read now, and who stays afterwards.
+    `attend` and `place` stand for `slot_attention` and `compact_cache.place`, which are what they are by default.
     """
+    attend = attend or slot_attention
     seen = position[:, 0]
     layer = settle(layer, verdict, seen, count)
     visible_slots, choice = read(layer), choose(layer)
     if q.shape[1] == 1 and visible_slots is None and choice is None:
         # Written first, the buffers are read where they lie; read first, XLA copies keys and values whole, at each step. A
         # single pair cannot expire before its own query, so both orders are the same, but for a pair that is forced out.
-        layer = append(layer, k, v, verdict, seen, count, window_size)
-        return slot_attention(q, layer, position, None, block), layer
-    out = slot_attention(q, layer, position, (k, v, verdict.expiry), block, visible_slots)
-    return out, append(layer, k, v, verdict, seen, count, window_size, choice)
+        layer = append(layer, k, v, verdict, seen, count, window_size, place=place)
+        return attend(q, layer, position, None), layer
+    out = attend(q, layer, position, (k, v, verdict.expiry), read=visible_slots)
+    return out, append(layer, k, v, verdict, seen, count, window_size, choice, place)
 
 
 @typed
@@ -110,7 +114,7 @@ def slot_attention(
     pairs that are not in a slot yet. `read` hides slots that a policy does not want to read now, though they stay. What a dead
     slot holds, NaN included, has no effect. A query that sees nothing gets 0.
     """
-    t, h, heads, block = q.shape[1], q.shape[3], slots.k.shape[1], block or BLOCK.get(jax.default_backend(), DEFAULT_BLOCK)
+    t, h, heads, block = q.shape[1], q.shape[3], slots.k.shape[1], block or BLOCK.get(target_device()[0], DEFAULT_BLOCK)
     rows = fold_queries(q, heads)
     group = rows.shape[2] // t
 

@@ -1,6 +1,7 @@
 """Attention with an evict head: the file to open first to see where DMS enters a decoder."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -10,11 +11,15 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
-from dms_jax.core.chunked_attention import gated_attention
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.rotary import rope, turns
 from dms_jax.core.slot_attention import extend_layer
-from dms_jax.models.layers import EvictParam, rms_norm, rope, unit_rms
+from dms_jax.kernels.attention_api import attend_to_slots, decode_update, gated_attention, place
+from dms_jax.kernels.dispatch import XLA, Facts, choose
+from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
+from dms_jax.policies.keep_all import KeepAll
+from dms_jax.policies.learned_eviction import LearnedEviction
 from dms_jax.sharding import constrain
 
 # Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
@@ -84,7 +89,8 @@ class AttentionLayer(nnx.Module):
         q, k, v, logits = self.heads(x, normed, channel, position, frequency)
         log_keep, decision = gate(logits)
         out = gated_attention(
-            q, k, v, constrain(log_keep, "batch", "kv_heads", "length"), window_size=window_size, segment_ids=segment_ids
+            q, k, v, constrain(log_keep, "batch", "kv_heads", "length"), window_size=window_size, segment_ids=segment_ids,
+            implementation=self.config.implementation,
         )  # fmt: skip
         return self.output(out), decision
 
@@ -99,6 +105,8 @@ class AttentionLayer(nnx.Module):
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for a chunk that continues the rows of a cache, and the cache after it."""
+        if normed.shape[1] == 1 and self._updates_in_one_kernel(cache, policy, normed.dtype):
+            return self._extend_by_one(x, normed, cache, policy, chunk, channel, frequency)
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -106,8 +114,33 @@ class AttentionLayer(nnx.Module):
             cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size,
             read=lambda settled: policy.read(q, settled, chunk.position),
             choose=lambda settled: policy.choose(q, k, verdict, settled, chunk.position, chunk.count),
+            attend=partial(attend_to_slots, implementation=self.config.implementation),
+            place=partial(place, implementation=self.config.implementation),
         )  # fmt: skip
         return self.output(out), cache
+
+    def _updates_in_one_kernel(self, cache: LayerCache, policy: CachePolicy, dtype: jnp.dtype) -> bool:
+        """The kernel knows two policies; for others the step is composed of its parts."""
+        if type(policy) not in (LearnedEviction, KeepAll):
+            return False
+        return choose("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype), self.config.implementation).name != XLA
+
+    def _extend_by_one(
+        self, x: Array, normed: Array, cache: LayerCache, policy: LearnedEviction | KeepAll, chunk: Chunk, channel: ChannelScale, frequency: Array
+    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
+        """A decode step whose rotation, decision, slot choice and write are one kernel."""
+        q, k, v = self.project(normed, channel)
+        logits, shift = self.evict_logits(x, q), None
+        if isinstance(policy, LearnedEviction):
+            logits, shift = eviction.share_heads(logits, policy.dms.granularity), policy.dms.decision_shift
+        q = self._scale_borrowed(q, channel.before_rope)
+        seen, implementation = chunk.position[:, 0], self.config.implementation
+        q, cache = decode_update(
+            q[:, 0], k[:, 0], v[:, 0], *turns(seen, frequency), logits[..., 0], cache, seen, chunk.count, chunk.threshold,
+            window_size=policy.window_size, decision_shift=shift, implementation=implementation,
+        )  # fmt: skip
+        q = self._scale_borrowed(q[:, None], channel.after_rope)
+        return self.output(attend_to_slots(q, cache, chunk.position, None, implementation=implementation)), cache
 
     def heads(
         self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], channel: ChannelScale, position: Array, frequency: Array

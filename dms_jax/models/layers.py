@@ -75,15 +75,6 @@ def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
-@typed
-def rope(x: Float[Array, "B T heads H"], position: Int[Array, "#B T"], frequency: Float[Array, "half"]) -> Float[Array, "B T heads H"]:
-    """Rotate channel pairs (i, i + H/2) by position * frequency (Hugging Face's rotate-half order), in fp32."""
-    angle = position[:, :, None, None].astype(jnp.float32) * frequency  # [#B T 1 half]
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
 class MLP(nnx.Module):
     """down(silu(gate(x)) * up(x)), weights stacked over layers."""
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, LayerCache, Verdict, empty_layer
-from dms_jax.core.slot_attention import extend_layer
+from dms_jax.core.slot_attention import extend_layer, slot_attention
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
@@ -26,7 +26,8 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 def extend(layer, q, k, v, logits, seen, count, policy, block=5):
     """What an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
-    return extend_layer(layer, q, k, v, policy.judge(logits, position, count, 0.0), position, count, policy.window_size, block)
+    verdict = policy.judge(logits, position, count, 0.0)
+    return extend_layer(layer, q, k, v, verdict, position, count, policy.window_size, attend=partial(slot_attention, block=block))
 
 
 def poisoned(layer: LayerCache, seen) -> LayerCache:

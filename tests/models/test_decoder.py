@@ -35,7 +35,7 @@ def test_hard_path_is_attention_under_the_oracles_mask(rng, dms, monkeypatch):
     decisions, calls = np.asarray(evict), iter(range(TINY.num_layers))
     assert 0.1 < decisions.mean() < 0.9
 
-    def oracle_attention(q, k, v, log_keep, *, window_size, segment_ids):
+    def oracle_attention(q, k, v, log_keep, *, window_size, segment_ids, implementation):
         layer = next(calls)
         out = []
         for b in range(len(q)):

@@ -1,0 +1,205 @@
+"""The kernels as the model calls them: one function each, the same result from every implementation.
+
+Layouts, sharding and merging are here; what runs where is `dispatch`. Under a mesh each device runs the kernel on its own rows and
+KV heads: no kernel communicates.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array, typed
+from dms_jax.core import chunked_attention, compact_cache, slot_attention
+from dms_jax.core.compact_cache import LayerCache, Verdict
+from dms_jax.core.rotary import rotate
+from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_use, unfold_queries
+from dms_jax.core.visibility import expiry_of
+from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
+from dms_jax.sharding import spec
+
+SLOTS = "batch kv_heads ."  # one number for each slot or pair
+VECTORS = "batch kv_heads . ."  # keys, values, rows of queries
+LAYER = [VECTORS, VECTORS, SLOTS, SLOTS, SLOTS]  # `_arrays`
+
+
+@typed
+def gated_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    log_keep: Float[Array, "B K T"],
+    *,
+    window_size: int,
+    segment_ids: Int[Array, "B T"] | None = None,
+    implementation: str = AUTO,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Causal grouped-query attention under eviction gates, differentiable in q, k, v and `log_keep`: `core.chunked_attention`.
+
+    `interpret` runs a Pallas kernel on a CPU, slowly. Raises ConfigError when the named implementation cannot run.
+    """
+    name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret)
+    if name == XLA:
+        return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
+    if name == GPU:
+        from dms_jax.kernels.train_attention_gpu import attend, multiple_of
+    else:
+        from dms_jax.kernels.train_attention_tpu import attend, multiple_of
+    blocks = blocks.fit(q.shape[1])
+    rows = "batch kv_heads . . ."
+    run = _per_device(
+        partial(attend, window_size=window_size, blocks=blocks, interpret=interpret),
+        q.shape[0], k.shape[2], [rows, VECTORS, VECTORS, SLOTS, "batch ."], rows,
+    )  # fmt: skip
+    return chunked_attention.with_heads_folded(run, multiple_of(blocks), q, k, v, log_keep, segment_ids)
+
+
+@typed
+def attend_to_slots(
+    q: Float[Array, "B T N H"],
+    slots: LayerCache,
+    position: Int[Array, "B T"],
+    chunk: tuple[Float[Array, "B K T H"], Float[Array, "B K T H"], Int[Array, "B K T"]] | None,
+    read: Bool[Array, "B K T C"] | None = None,
+    implementation: str = AUTO,
+    interpret: bool = False,
+) -> Float[Array, "B T N H"]:
+    """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
+    why = None if read is None else "cannot leave out slots that a policy does not want to read"
+    name, blocks = choose("slot_attention", Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret)
+    if name == XLA:
+        return slot_attention.slot_attention(q, slots, position, chunk, read=read)
+    if name == GPU:
+        from dms_jax.kernels.slot_attention_gpu import attend_slots
+    else:
+        from dms_jax.kernels.slot_attention_tpu import attend_slots
+    rows = fold_queries(q, slots.k.shape[1])
+    row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
+    run = _per_device(
+        partial(attend_slots, blocks=blocks, interpret=interpret),
+        *rows.shape[:2], [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"], Partial(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
+    )  # fmt: skip
+    parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
+    if chunk is not None:
+        k, v, expiry = chunk
+        k_position = jnp.broadcast_to(position[:, None], expiry.shape)
+        parts.append(run(rows, row_position, k, v, k_position, expiry, jnp.full(expiry.shape[:2], k.shape[2], jnp.int32)))
+    merged = merge(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    return unfold_queries(merged.divided().astype(q.dtype), q.shape[1])
+
+
+@typed
+def place(
+    layer: LayerCache,
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    position: Int[Array, "B K T"],
+    expiry: Int[Array, "B K T"],
+    score: Float[Array, "B K T"],
+    stays: Bool[Array, "B K C"],
+    comes: Bool[Array, "B K T"],
+    implementation: str = AUTO,
+    interpret: bool = False,
+) -> LayerCache:
+    """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.place`."""
+    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype), implementation, interpret)
+    if name == XLA or k.shape[2] == 1:  # one pair is no stream
+        return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
+    if name == GPU:
+        from dms_jax.kernels.compaction_gpu import place as kernel
+    else:
+        from dms_jax.kernels.compaction_tpu import place as kernel
+    run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), *k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
+    new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
+    return _with_arrays(layer, new)
+
+
+@typed
+def decode_update(
+    q: Float[Array, "B N H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    logit: Float[Array, "B K"],
+    layer: LayerCache,
+    seen: Int[Array, "B"],
+    count: Int[Array, "B"],
+    threshold: float | Float[Array, ""],
+    *,
+    window_size: int,
+    decision_shift: int | None,
+    implementation: str = AUTO,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N H"], LayerCache]:
+    """One token a row, before RoPE: the rotated queries, and the cache with the token's pair in the lowest free slot.
+
+    `logit` is the token's own decision score: above `threshold` it evicts pair seen - 1 (`decision_shift` 1) or its own (0); None:
+    nothing is ever marked. Rows of `count` 0 stay as they are.
+    """
+    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype), implementation, interpret)
+    threshold = jnp.asarray(threshold, jnp.float32)
+    if name == XLA:
+        return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)
+    if name == GPU:
+        from dms_jax.kernels.decode_update_gpu import decode_update as kernel
+    else:
+        from dms_jax.kernels.decode_update_tpu import decode_update as kernel
+    run = _per_device(  # the query heads of a group are with their key head
+        partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
+        *k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
+        (SLOTS, *LAYER, "batch kv_heads"),
+    )  # fmt: skip
+    q, *new, forced = run(q, k, v, cos, sin, logit, *_arrays(layer), seen, count, threshold)
+    layer = _with_arrays(layer, new)
+    return q, replace(layer, forced_evictions=layer.forced_evictions + forced)
+
+
+def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift):
+    """The same of the parts that `core` has: what the kernel is tested against and timed next to."""
+    turn = lambda x: rotate(x, cos[:, None], sin[:, None])  # noqa: E731
+    own, last, none = jnp.zeros(logit.shape, bool), None, jnp.zeros_like(logit)
+    marked, score = logit > threshold, none
+    if decision_shift == 0:
+        own, score = marked, logit
+    elif decision_shift == 1:
+        last = expiry_of(marked, seen[:, None] - 1, window_size)
+    expiry = expiry_of(own, seen[:, None], window_size)
+    verdict = Verdict(expiry[..., None], score[..., None], last, None if last is None else logit)
+    settled = compact_cache.settle(layer, verdict, seen, count)
+    return turn(q), compact_cache.append(settled, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, window_size)
+
+
+def _arrays(layer: LayerCache) -> tuple[Array, ...]:
+    return layer.k, layer.v, layer.position, layer.expiry, layer.score
+
+
+def _with_arrays(layer: LayerCache, new) -> LayerCache:
+    return replace(layer, **dict(zip(("k", "v", "position", "expiry", "score"), new, strict=True)))
+
+
+def _per_device(f: Callable, batch: int, kv_heads: int, axes_in: list[str], axes_out: Any) -> Callable:
+    """`f` on each device's rows and KV heads, where a mesh is set. An axis that its mesh axis does not divide is not split.
+
+    Axes are words, "." for one that is never split; those of the results in the form in which `f` returns them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.axis_sizes) == 1:
+        return f
+    sizes = {"batch": batch, "kv_heads": kv_heads}
+
+    def of(axes: str):
+        names = tuple(None if axis == "." else axis for axis in axes.split())
+        return spec(names, tuple(sizes.get(name, 0) for name in names), mesh)
+
+    def run(*args):
+        specs = tuple(None if x is None else of(axes) for axes, x in zip(axes_in, args, strict=True))
+        return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(of, axes_out), check_vma=False)(*args)
+
+    return run
