@@ -34,6 +34,9 @@ class DMSConfig:
         _require(self.tau > 0, "dms.tau", self.tau, "> 0")
 
 
+ImplementationName = Literal["auto", "xla", "mosaic_gpu", "pallas_tpu"]  # of attention and cache: `dms_jax.kernels.dispatch`
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched. `llama3` needs all fields, `linear` only `factor`."""
@@ -71,7 +74,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     dms: DMSConfig | None = None
-    implementation: str = "auto"  # of attention, which is computed the same by each: see `dms_jax.kernels.dispatch`
+    implementation: ImplementationName = "auto"  # how attention is computed, not what; no key of config.json
 
     def __post_init__(self):
         if self.num_q_heads % self.num_kv_heads:

@@ -14,9 +14,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import get_args
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, ImplementationName
 
 NAME = "infer.generate"
 
@@ -26,6 +27,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
     parser.add_argument("--adapter", metavar="FILE", help="an adapter of this base model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache; float32 on a CPU, else bfloat16")
+    parser.add_argument(
+        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention; auto: the fastest that was measured on the device"
+    )
     what = parser.add_argument_group("what to continue (one of the first three)")
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it comes")
     what.add_argument("--prompts", metavar="FILE", help="many, .txt or .jsonl; the results are JSON lines")

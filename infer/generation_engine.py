@@ -32,7 +32,7 @@ class Engine:
         settings = self._settings()  # wrong numbers are refused before the weights are read
         dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
         self.tokenizer = dms_jax.load_tokenizer(options.model)
-        self.model = dms_jax.load(options.model, dtype=dtype)
+        self.model = dms_jax.load(options.model, dtype=dtype, implementation=options.implementation)
         if options.adapter:
             self.model = dms_jax.load_adapter(self.model, options.adapter)
         dms = self.model.config.dms

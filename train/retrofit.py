@@ -113,9 +113,10 @@ class Run:
                 )
             self._say(f"{path} already has a policy ({dms.variant}): it is trained further")
         dtype = jnp.dtype({"auto": "float32" if jax.default_backend() == "cpu" else "bfloat16"}.get(c.dtype, c.dtype))
-        teacher = None if c.mode == "adapter" else dms_jax.load(path, dtype=dtype, mesh=self.mesh)
+        teacher = None if c.mode == "adapter" else dms_jax.load(path, dtype=dtype, mesh=self.mesh, implementation=c.implementation)
         # Weights that train are read in fp32, which bf16 could not hold the updates of.
-        model = dms_jax.load(path, dtype=dtype if c.mode == "adapter" else jnp.float32, mesh=self.mesh, dms=dms)
+        master = dtype if c.mode == "adapter" else jnp.float32
+        model = dms_jax.load(path, dtype=master, mesh=self.mesh, dms=dms, implementation=c.implementation)
         self.compute_dtype = dtype
         sizes = {"batch": c.batch_size, "kv_heads": base.num_kv_heads, "q_heads": base.num_q_heads, "embed": base.hidden_size,
                  "mlp": base.intermediate_size, "vocab": base.vocab_size}  # fmt: skip

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dms_jax.config import ConfigError, DMSConfig, build, override, read_yaml
+from dms_jax.config import ConfigError, DMSConfig, ImplementationName, build, override, read_yaml
 from train.data import DataConfig
 
 Mode = Literal["adapter", "full", "borrowed"]
@@ -66,6 +66,7 @@ class RetrofitConfig:
     mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or the CPU as one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
     remat: Literal["auto", "full", "matmuls", "none"] = "auto"  # recomputed backwards: auto (CPU: matmuls, else full) | layers | no product | nothing
+    implementation: ImplementationName = "auto"  # of attention; auto: the fastest that was measured on the device
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
     initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
     cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: nine tenths of the steps
@@ -119,7 +120,7 @@ class RetrofitConfig:
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
 # Keys that may change when a run is resumed: they do not change what is trained.
-FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "calibration_rows", "save_every", "keep", "tensorboard", "remat"}
+FREE_ON_RESUME = {"mesh", "output", "eval_every", "eval_rows", "calibration_rows", "save_every", "keep", "tensorboard", "remat", "implementation"}
 
 
 def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:

@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig
 from dms_jax.hf import gguf_file, hf_config
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
+from dms_jax.kernels.dispatch import Facts, choose
 
 # What belongs to a model but holds no weights: copied as it is.
 SIDE_FILES = {
@@ -37,7 +38,14 @@ class Source:
     config_json: str | None  # config.json as it was, or None when there was none
 
 
-def load(path: str | os.PathLike[str], *, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None, dms: DMSConfig | None = None):
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh | None = None,
+    dms: DMSConfig | None = None,
+    implementation: ImplementationName = "auto",
+):
     """A Decoder from a Hugging Face folder, a hub id (when online), or a `.gguf` file.
 
     Args:
@@ -47,13 +55,17 @@ def load(path: str | os.PathLike[str], *, dtype: jnp.dtype = jnp.float32, mesh: 
       dms: the policy to add to a plain model: the projection variant starts as a head that never evicts; the borrowed one
         reads whatever its query channel holds, and needs the ramp of training. For a folder that already has a policy only
         window_size, target_cr and tau may differ from it; they replace the folder's.
+      implementation: of attention and cache: "auto", "xla", "mosaic_gpu" (Hopper) or "pallas_tpu"; see `dms_jax.kernels.dispatch`.
 
     Raises ConfigError, one line, for anything that cannot be read exactly.
     """
     path = resolve(path)
     tensors, config, raw = open_source(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
-    model = read_model(tensors, config.with_dms(_merge_policy(config.dms, dms)), jnp.dtype(dtype), mesh, fresh)
+    # What cannot run is said before the weights are read; these may be master weights of a computation in bf16.
+    choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)
+    config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
+    model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)
     model.source = Source(path, None if raw is None else json.dumps(raw))
     return model
 
