@@ -28,7 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter", metavar="FILE", help="an adapter of this base model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of weights and cache; float32 on a CPU, else bfloat16")
     parser.add_argument(
-        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention; auto: the fastest that was measured on the device"
+        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention; auto: the fastest one measured on the device"
     )
     what = parser.add_argument_group("what to continue (one of the first three)")
     what.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it comes")
