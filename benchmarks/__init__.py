@@ -1,0 +1,24 @@
+"""What things cost. Commands of this package also run where only jax, flax and transformers are installed."""
+
+import importlib.util
+import sys
+import types
+
+
+def _stand_in_for_shape_checks() -> None:
+    """Without jaxtyping and beartype, which an accelerator host may not have, the shapes in signatures go unchecked."""
+
+    class Shape:
+        def __class_getitem__(cls, item):
+            return item[0]
+
+    jaxtyping, beartype = types.ModuleType("jaxtyping"), types.ModuleType("beartype")
+    for name in ("Bool", "Float", "Int"):
+        setattr(jaxtyping, name, Shape)
+    jaxtyping.jaxtyped = lambda typechecker: lambda f: f  # pyrefly: ignore[missing-attribute] - a module takes attributes
+    beartype.beartype = lambda f: f  # pyrefly: ignore[missing-attribute]
+    sys.modules |= {"jaxtyping": jaxtyping, "beartype": beartype}
+
+
+if importlib.util.find_spec("jaxtyping") is None or importlib.util.find_spec("beartype") is None:
+    _stand_in_for_shape_checks()

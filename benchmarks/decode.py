@@ -5,31 +5,25 @@
 
 --model is a folder, or the shape of one (smollm2-135m, llama-3.2-1b, qwen3-8b) with random weights. The caches are filled by
 hand: every head holds context / CR pairs, in buffers of just the size needed, and each step appends one pair; the arms are `dense`
-(a model without a policy, all pairs) and one for each CR under the policy. --transformers, which needs torch, times `generate`
-of both on the same weights and random prompts, fp32: prefill is a call for one token, decode what further tokens add.
-The arms alternate, so that a busy machine hurts all; the ratios of the medians are what to look at. The last line is JSON.
+(a model without a policy, all pairs) and one for each CR under the policy. The roofline of an arm is what the bytes of a step allow,
+weights and live pairs; --equal-memory adds arms of CR times as many rows, which hold as many pairs as the dense one.
+The arms alternate, so that a busy machine hurts all, unless their caches do not fit into the device's memory together; an arm that
+does not fit alone is left out and says so. --transformers, which needs torch, times `generate` of both on the same weights and random
+prompts, fp32: prefill is a call for one token, decode what further tokens add. The ratios of the medians are what to look at.
+The last line is JSON.
 """
 
 import argparse
 import dataclasses
 import json
-import platform
 import statistics
 import time
+from typing import get_args
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, ImplementationName
 
 NAME = "benchmarks.decode"
-WINDOW = 128  # of the policy that is added to a model without one
-SHAPES = {  # of the config.json of each
-    "smollm2-135m": {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_q_heads": 9,
-                     "num_kv_heads": 3, "head_dim": 64, "tie_word_embeddings": True},
-    "llama-3.2-1b": {"model_type": "llama", "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_q_heads": 32,
-                     "num_kv_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    "qwen3-8b": {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_layers": 36, "num_q_heads": 32,
-                 "num_kv_heads": 8, "head_dim": 128, "qk_norm": True},
-}  # fmt: skip
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +35,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cr", default="1,2,4,8", help="realised ratios, with commas between; empty for none")
     parser.add_argument("--steps", type=int, default=16, help="decode steps of one timing")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each arm")
+    parser.add_argument("--equal-memory", action="store_true", help="also CR times as many rows for each CR above 1")
+    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache")
     parser.add_argument("--transformers", action="store_true", help="also time transformers' generate (torch, fp32)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="with --transformers")
     parser.add_argument("--new-tokens", type=int, default=32, help="with --transformers")
@@ -55,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     start_devices(1)
-    model, weights = load(options)
-    result = {"model": options.model, "weights": weights, "layers": model.config.num_layers} | provenance()
+    from benchmarks.models import load, provenance
+
+    model, weights = load(options.model, options.layers, options.context, options.implementation)
+    result = {"model": options.model, "weights": weights, "layers": model.config.num_layers, "implementation": options.implementation} | provenance()
     show = (lambda *_: None) if options.json else print
     if ratios:
         result["decode"] = decode(options, model, ratios, show)
@@ -75,53 +73,9 @@ def parse_ratios(text: str) -> list[float]:
     return ratios
 
 
-def load(options):
-    """The model with a policy, and where its weights are from."""
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    import dms_jax
-    from dms_jax.config import DMSConfig, ModelConfig
-    from dms_jax.models.decoder import Decoder
-
-    policy, dtype = DMSConfig(window_size=min(WINDOW, options.context // 8)), jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    if options.model not in SHAPES:
-        if options.layers:
-            raise ConfigError(f"--layers goes with a named shape ({', '.join(SHAPES)}); a folder brings its own")
-        model = dms_jax.load(options.model, dtype=dtype)
-        return (model if model.config.dms else dms_jax.load(options.model, dtype=dtype, dms=policy)), options.model
-    shape = SHAPES[options.model] | ({"num_layers": options.layers} if options.layers else {})
-    config = ModelConfig(**shape, max_position_embeddings=1 << 20, dms=policy)
-    return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype), "random"
-
-
-def provenance() -> dict:
-    import jax
-
-    import dms_jax
-
-    device = jax.devices()[0]
-    return {"dms_jax": dms_jax.__version__, "jax": jax.__version__, "python": platform.python_version(), "device": device.device_kind,
-            "cpu": cpu_model(), "cores": usable_cores(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
-
-
-def cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
-    except OSError:
-        return platform.processor()
-
-
-def usable_cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def filled_cache(model, batch: int, context: int, live: int, room: int, dense: bool):
     """A cache that has seen `context` tokens of which the oldest `live` - window and the newest remain, as random numbers."""
+    import jax
     import jax.numpy as jnp
     import numpy as np
 
@@ -130,37 +84,70 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
     from dms_jax.core.visibility import NEVER
 
     cache = dms_jax.init_cache(model, batch, round_up(live + room), overflow="evict", dense=dense)
-    numbers = np.random.default_rng(0)
-    position = np.concatenate([np.arange(live - live // 2), np.arange(context - live // 2, context)])
+    position = np.concatenate([np.arange(live - live // 2), np.arange(context - live // 2, context)]).astype(np.int32)
 
-    def fill(layer):
-        kv = jnp.asarray(numbers.standard_normal((batch, layer.k.shape[1], live, layer.k.shape[3]), np.float32), layer.k.dtype)
-        return dataclasses.replace(layer, k=layer.k.at[:, :, :live].set(kv), v=layer.v.at[:, :, :live].set(kv),
-                                   position=layer.position.at[:, :, :live].set(position), expiry=layer.expiry.at[:, :, :live].set(NEVER))  # fmt: skip
+    @jax.jit
+    def fill(layer, key):
+        kv = jax.random.normal(key, (2, *layer.k.shape), layer.k.dtype)
+        return dataclasses.replace(layer, k=kv[0], v=kv[1], position=layer.position.at[:, :, :live].set(position),
+                                   expiry=layer.expiry.at[:, :, :live].set(NEVER))  # fmt: skip
 
-    return dataclasses.replace(cache, layers=tuple(map(fill, cache.layers)), seen=jnp.full(batch, context, jnp.int32), bounds=None)
+    layers = tuple(fill(layer, jax.random.key(index)) for index, layer in enumerate(cache.layers))
+    return dataclasses.replace(cache, layers=layers, seen=jnp.full(batch, context, jnp.int32), bounds=None)
 
 
 def decode(options, model, ratios: list[float], show) -> list[dict]:
-    """Seconds of a step for each arm; each step's token is the best one of the step before."""
+    """A record for each arm: seconds of a step, each step's token being the best one of the step before."""
+    total = (options.repeats + 1) * options.steps
+    if options.context + total > model.config.max_position_embeddings:
+        raise ConfigError(f"--context {options.context} and {total} steps are beyond this model's context of {model.config.max_position_embeddings}")
+    arms = {"dense": (True, 1.0, options.batch)} | {f"cr {ratio:g}": (False, ratio, options.batch) for ratio in ratios}
+    if options.equal_memory:
+        arms |= {f"cr {r:g}, {r:g}x rows": (False, r, round(options.batch * r)) for r in ratios if r > 1}
+    live = {name: max(1, round(options.context / ratio)) for name, (_, ratio, _) in arms.items()}
+    need = {name: cache_bytes(model, batch, live[name] + total) for name, (_, _, batch) in arms.items()}
+    room = free_bytes()
+    left_out = {name: f"needs {need[name] / 2**30:.1f} GiB of cache, {room / 2**30:.1f} are free" for name in arms if room < 1.2 * need[name]}
+    arms = {name: arm for name, arm in arms.items() if name not in left_out}
+    together = room >= 1.2 * sum(need[name] for name in arms)
+    timed = {}
+    for group in [list(arms)] if together else [[name] for name in arms]:
+        timed |= timed_arms(model, {name: arms[name] for name in group}, live, options, total)
+    rows, dense = [], timed.get("dense")
+    for name, (seconds, counts, size) in timed.items():
+        median, batch = statistics.median(seconds), arms[name][2]
+        row = {"arm": name, "batch": batch, "tokens_seen": options.context, "live_at_start": live[name], "live_at_end": counts, "cache_bytes": size,
+               "step_ms": 1e3 * median, "tokens_per_s": batch / median, "step_ms_all": [1e3 * s for s in seconds],
+               "step_bytes": step_bytes(model, batch, live[name])}  # fmt: skip
+        text = f"{name:<16} live {live[name]:>6}  {row['step_ms']:>8.2f} ms a step ({1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f}), "
+        text += f"{row['tokens_per_s']:>8.1f} tokens/s"
+        if dense is not None:
+            speed = row["tokens_per_s"] * statistics.median(dense[0]) / options.batch
+            roofline = batch * step_bytes(model, options.batch, live["dense"]) / (options.batch * row["step_bytes"])
+            row |= {"speed_to_dense": speed, "roofline_speed_to_dense": roofline, "fraction_of_roofline": speed / roofline}
+            text += f", {speed:.2f}x dense (roofline {roofline:.2f}x)"
+        rows.append(row)
+        show(text)
+    for name, why in left_out.items():
+        rows.append({"arm": name, "skipped": why})
+        show(f"{name:<16} left out: {why}")
+    return rows
+
+
+def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
+    """By arm: seconds of a step, mean live pairs at the end, bytes of the cache."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     import dms_jax
 
-    limit = model.config.max_position_embeddings
-    total = (options.repeats + 1) * options.steps
-    if options.context + total > limit:
-        raise ConfigError(f"--context {options.context} and {total} steps are beyond this model's context of {limit}")
-    arms = {"dense": (True, 1.0)} | {f"cr {ratio:g}": (False, ratio) for ratio in ratios}
-    caches, live, seconds = {}, {}, {name: [] for name in arms}
-    for name, (dense, ratio) in arms.items():
-        live[name] = max(1, round(options.context / ratio))
-        caches[name] = filled_cache(model, options.batch, options.context, live[name], total, dense)
+    caches = {name: filled_cache(model, batch, options.context, live[name], total, dense) for name, (dense, _, batch) in arms.items()}
+    seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name in arms:
-            cache, token = caches.pop(name), jnp.zeros(options.batch, jnp.int32)
+            cache = caches.pop(name)
+            token = jnp.zeros(cache.batch_size, jnp.int32)
             start = time.perf_counter()
             for _ in range(options.steps):
                 logits, cache = dms_jax.decode_step(model, cache, token, donate=True)
@@ -169,17 +156,31 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
             if repeat:  # the first one compiles
                 seconds[name].append((time.perf_counter() - start) / options.steps)
             caches[name] = cache
-    dense = statistics.median(seconds["dense"])
-    rows = []
-    for name in arms:
-        median, counts = statistics.median(seconds[name]), np.asarray(caches[name].live_counts)
-        rows.append({"arm": name, "batch": options.batch, "tokens_seen": options.context, "live_at_start": live[name],
-                     "live_at_end": float(counts.mean()), "cache_bytes": caches[name].bytes, "step_ms": 1e3 * median,
-                     "tokens_per_s": options.batch / median, "step_ms_all": [1e3 * s for s in seconds[name]],
-                     "speed_to_dense": dense / median})  # fmt: skip
-        show(f"{name:<8} live {live[name]:>6}  {1e3 * median:>8.2f} ms a step ({1e3 * min(seconds[name]):.2f} to {1e3 * max(seconds[name]):.2f}), "
-             f"{options.batch / median:>8.1f} tokens/s, {dense / median:.2f}x dense")  # fmt: skip
-    return rows
+    return {name: (seconds[name], float(np.asarray(cache.live_counts).mean()), cache.bytes) for name, cache in caches.items()}
+
+
+def cache_bytes(model, batch: int, capacity: int) -> int:
+    config = model.config
+    return config.num_layers * batch * config.num_kv_heads * capacity * (2 * config.head_dim * model.embed[...].dtype.itemsize + 12)
+
+
+def step_bytes(model, batch: int, live: int) -> int:
+    """What a decode step must read at least: the weights of the layers and of the output, and the live pairs with their times."""
+    import jax
+    from flax import nnx
+
+    config = model.config
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model.layers))) + model.output_embedding().nbytes
+    pair = 2 * config.head_dim * model.embed[...].dtype.itemsize + 8
+    return weights + config.num_layers * batch * config.num_kv_heads * live * pair
+
+
+def free_bytes() -> float:
+    """Of the device; a CPU does not say."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else float("inf")
 
 
 def against_transformers(options, model, show) -> dict:
@@ -191,6 +192,7 @@ def against_transformers(options, model, show) -> dict:
     import numpy as np
 
     import dms_jax
+    from benchmarks.models import cpu_cores
     from dms_jax.cache_limits import round_up
 
     if importlib.util.find_spec("torch") is None:
@@ -203,7 +205,7 @@ def against_transformers(options, model, show) -> dict:
         raise ConfigError(f"torch is installed but does not load: {why}") from why
     import transformers
 
-    torch.set_num_threads(usable_cores())
+    torch.set_num_threads(cpu_cores())
     with tempfile.TemporaryDirectory() as folder:
         dms_jax.save(model, f"{folder}/model")
         theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32, local_files_only=True).eval()

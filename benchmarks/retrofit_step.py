@@ -2,28 +2,34 @@
 
     python -m benchmarks.retrofit_step                                   # a 4-layer model of SmolLM2's width, random weights
     python -m benchmarks.retrofit_step --model FOLDER --length 1024 --repeats 7
+    python -m benchmarks.retrofit_step --model llama-3.2-1b --length 8192 --arms retrofit_adapter
     python -m benchmarks.retrofit_step --memory-lengths 1024,4096,16384,32768 --mesh 8x1
 
 Plain distillation trains all weights of the same decoder, with the same attention, loss and optimizer, and a student that never
 evicts: its difference to mode `full` is DMS. The arms alternate, so that a busy machine hurts all; the ratio of the medians is
-what to look at. The last line is JSON.
+what to look at. On an accelerator with a known data sheet each arm also gets its model-FLOPs utilisation: a forward pass of student and
+teacher, and a backward pass through the student, recomputation not counted, over the dense bf16 peak. The last line is JSON.
 """
 
 import argparse
 import json
 import statistics
 import time
+from typing import get_args
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, ImplementationName
 
 NAME = "benchmarks.retrofit_step"
+ARMS = {"plain_distillation": ("full", True), "retrofit_full": ("full", False), "retrofit_adapter": ("adapter", False)}  # mode, dense
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default="", metavar="FOLDER", help="real weights; without it random ones of SmolLM2's width")
-    parser.add_argument("--layers", type=int, default=4, help="of the random model")
+    parser.add_argument("--model", default="", metavar="FOLDER_OR_SHAPE", help="default: random weights, 4 layers of smollm2-135m's width")
+    parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
+    parser.add_argument("--arms", default=",".join(ARMS), help="what to time, with commas between (default %(default)s)")
+    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention")
     parser.add_argument("--memory-mode", default="adapter", choices=["adapter", "full"])
     parser.add_argument("--mesh", default="1x1")
     parser.add_argument("--length", type=int, default=1024)
@@ -36,10 +42,24 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     from dms_jax.sharding import make_mesh, parse_mesh
 
+    if not options.model:
+        options.model, options.layers = "smollm2-135m", options.layers or 4
+    options.arms = [name for name in options.arms.split(",") if name]
+    if unknown := [name for name in options.arms if name not in ARMS]:
+        raise ConfigError(f"--arms knows {', '.join(ARMS)}; got {unknown[0]!r}")
     data, model_axis = parse_mesh(options.mesh)
     start_devices(data * model_axis)
     mesh = make_mesh(data, model_axis)
-    result = {"mesh": options.mesh, "memory_mode": options.memory_mode} | provenance(options.model)
+    result = {
+        "mesh": options.mesh,
+        "memory_mode": options.memory_mode,
+        "model": options.model,
+        "layers": options.layers,
+        "implementation": options.implementation,
+    }
+    from benchmarks.models import provenance
+
+    result |= provenance()
     if options.repeats:
         result |= speed(options, mesh, data)
     lengths = [int(length) for length in options.memory_lengths.split(",") if length]
@@ -47,32 +67,18 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(result))
 
 
-def provenance(model: str) -> dict:
-    import jax
-
-    return {"jax": jax.__version__, "device": jax.devices()[0].device_kind, "devices": jax.device_count(), "weights": model or "random"}
-
-
 def build(options, mesh, length: int, mode: str, dense: bool = False):
     """A Retrofit, or with `dense` one whose student never evicts."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
-    import dms_jax
-    from dms_jax.config import DMSConfig, ModelConfig
-    from dms_jax.models.decoder import Decoder
+    from benchmarks.models import load as load_model
     from train.retrofit_config import LossConfig, OptimizerConfig
     from train.step import Retrofit, StepConfig
 
-    dms = DMSConfig(window_size=128, target_cr=4.0)
-    shape = ModelConfig("llama", 49152, 576, 1536, options.layers, 9, 3, 64, tie_word_embeddings=True, max_position_embeddings=1 << 20)
-
-    def load(policy):
-        if options.model:
-            return dms_jax.load(options.model, mesh=mesh, dms=policy)
-        return Decoder(shape.with_dms(policy), rngs=nnx.Rngs(0))
-
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    stored = dtype if mode == "adapter" else jnp.float32  # weights that train are fp32
+    load = lambda kind: load_model(options.model, options.layers, 8 * length, options.implementation, kind, mesh)[0]  # noqa: E731
     step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
                       loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
 
@@ -86,9 +92,8 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
             student.relaxed_hidden = dense_hidden
             return student
 
-    teacher = None if mode == "adapter" else load(None)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return (DenseDistillation if dense else Retrofit)(load(dms), teacher, step, mesh, dtype)
+    teacher = None if mode == "adapter" else load(dtype)
+    return (DenseDistillation if dense else Retrofit)(load(stored), teacher, step, mesh, dtype)
 
 
 def batch_of(length: int):
@@ -105,12 +110,11 @@ def batch_of(length: int):
 
 def speed(options, mesh, rows: int) -> dict:
     import jax
+    from dms_jax.core.cost import step_flops
 
-    arms = {
-        "plain_distillation": build(options, mesh, options.length, "full", dense=True),
-        "retrofit_full": build(options, mesh, options.length, "full"),
-        "retrofit_adapter": build(options, mesh, options.length, "adapter"),
-    }
+    from dms_jax.target_hardware import chip_of
+
+    arms = {name: build(options, mesh, options.length, *ARMS[name]) for name in options.arms}
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name, run in arms.items():
@@ -123,9 +127,16 @@ def speed(options, mesh, rows: int) -> dict:
     rates = {name: rows * options.length / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
         print(f"{name:<20}{rates[name]:>10.0f} tokens/s   median of {len(times)}, {min(times):.2f} to {max(times):.2f} s a step")
-    ratios = {name: rates[name] / rates["plain_distillation"] for name in ("retrofit_full", "retrofit_adapter")}
-    print("relative to plain distillation: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
-    return {"length": options.length, "tokens_per_s": rates, "ratio_to_plain_distillation": ratios}
+    result = {"length": options.length, "rows": rows, "tokens_per_s": rates, "seconds_all": seconds}
+    if "plain_distillation" in rates:
+        ratios = {name: rate / rates["plain_distillation"] for name, rate in rates.items() if name != "plain_distillation"}
+        print("relative to plain distillation: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+        result["ratio_to_plain_distillation"] = ratios
+    if (chip := chip_of(jax.devices()[0].device_kind)) is not None:
+        peak = chip.flops * jax.device_count()
+        result["mfu"] = {name: rates[name] * step_flops(run.student.config, options.length, ARMS[name][0]) / peak for name, run in arms.items()}
+        print("model-FLOPs utilisation: " + ", ".join(f"{name} {mfu:.1%}" for name, mfu in result["mfu"].items()))
+    return result
 
 
 def memory(options, mesh, rows: int, length: int) -> dict:

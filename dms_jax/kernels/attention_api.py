@@ -20,6 +20,7 @@ from dms_jax.core.compact_cache import LayerCache, Verdict
 from dms_jax.core.rotary import rotate
 from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_use, unfold_queries
 from dms_jax.core.visibility import expiry_of
+from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
 from dms_jax.sharding import spec
 
@@ -39,12 +40,13 @@ def gated_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     implementation: str = AUTO,
     interpret: bool = False,
+    blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
     """Causal grouped-query attention under eviction gates, differentiable in q, k, v and `log_keep`: `core.chunked_attention`.
 
-    `interpret` runs a Pallas kernel on a CPU, slowly. Raises ConfigError when the named implementation cannot run.
+    `interpret` runs a Pallas kernel on a CPU, slowly; `blocks` stand for the tuned ones. Raises ConfigError when the named implementation cannot run.
     """
-    name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret)
+    name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret, blocks)
     if name == XLA:
         return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
     if name == GPU:
@@ -69,10 +71,11 @@ def attend_to_slots(
     read: Bool[Array, "B K T C"] | None = None,
     implementation: str = AUTO,
     interpret: bool = False,
+    blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
     """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
     why = None if read is None else "cannot leave out slots that a policy does not want to read"
-    name, blocks = choose("slot_attention", Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret)
+    name, blocks = choose("slot_attention", Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
     if name == GPU:
@@ -106,9 +109,10 @@ def place(
     comes: Bool[Array, "B K T"],
     implementation: str = AUTO,
     interpret: bool = False,
+    blocks: Blocks | None = None,
 ) -> LayerCache:
     """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.place`."""
-    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype), implementation, interpret)
+    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype), implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # one pair is no stream
         return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
     if name == GPU:
@@ -137,13 +141,14 @@ def decode_update(
     decision_shift: int | None,
     implementation: str = AUTO,
     interpret: bool = False,
+    blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
     """One token a row, before RoPE: the rotated queries, and the cache with the token's pair in the lowest free slot.
 
     `logit` is the token's own decision score: above `threshold` it evicts pair seen - 1 (`decision_shift` 1) or its own (0); None:
     nothing is ever marked. Rows of `count` 0 stay as they are.
     """
-    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype), implementation, interpret)
+    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype), implementation, interpret, blocks)
     threshold = jnp.asarray(threshold, jnp.float32)
     if name == XLA:
         return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)

@@ -100,8 +100,8 @@ def reasons(kernel: str, facts: Facts) -> dict[str, str | None]:
     return {name: why_not(kernel, name, facts) or not_preferred(kernel, name, facts) for name in IMPLEMENTATIONS}
 
 
-def choose(kernel: str, facts: Facts, implementation: str = AUTO, interpret: bool = False) -> Chosen:
-    """The implementation that runs, with its block sizes. Raises ConfigError for a name that is unknown or cannot run."""
+def choose(kernel: str, facts: Facts, implementation: str = AUTO, interpret: bool = False, blocks: Blocks | None = None) -> Chosen:
+    """The implementation that runs, with its block sizes (`blocks` where given). Raises ConfigError for a name that cannot run."""
     check_name(implementation)
     if implementation == AUTO:
         name = next(name for name, why in reasons(kernel, facts).items() if why is None)
@@ -109,8 +109,8 @@ def choose(kernel: str, facts: Facts, implementation: str = AUTO, interpret: boo
         name = implementation
         if (why := why_not(kernel, name, facts, interpret)) is not None:
             raise ConfigError(f"implementation {name} of {kernel} {why}; use implementation={XLA} or {AUTO}")
-    if name == XLA:
-        return Chosen(name, None)
+    if name == XLA or blocks is not None:
+        return Chosen(name, blocks)
     dtype = jnp.dtype(facts.cache_dtype or facts.dtype).name
     entry = tuned_entry(kernel, name, target_device()[1], facts.head_dim, dtype)
     return Chosen(name, entry.blocks if entry is not None else default_blocks(kernel, name, facts.head_dim, dtype))

@@ -1,0 +1,96 @@
+"""All measurements of docs/performance.md on the device at hand, as JSON lines with their provenance.
+
+    python -m benchmarks.everything --output results.jsonl                      # all parts, one after the other
+    python -m benchmarks.everything --part decode --output results.jsonl
+
+Parts: kernels (each kernel next to XLA, dense attention and the ceilings), train (a retrofit step of Llama-3.2-1B's shape, and its
+model-FLOPs utilisation), decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8). Each part
+ends within --minutes; what there was no time for is not begun. Lines are appended as they come. A CPU gets small shapes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from dms_jax.command import Parser, run_command
+from dms_jax.config import ConfigError
+
+NAME = "benchmarks.everything"
+PARTS = ("kernels", "train", "decode", "prefill")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of each part (default 9)")
+    parser.add_argument("--implementation", default="auto", help="of attention and cache in decode, prefill and train")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    output = Path(options.output)
+    if not output.parent.exists():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
+    import jax
+
+    on_cpu = jax.default_backend() == "cpu"
+    failed = 0
+    for part in options.part or PARTS:
+        deadline = time.monotonic() + 60 * options.minutes
+        for command in commands(part, on_cpu, options.implementation):
+            left = deadline - time.monotonic()
+            if left < 20:
+                print(f"{part}: no time left for {' '.join(command)}", file=sys.stderr)
+                continue
+            failed += run(part, command, left, output)
+    return 1 if failed else 0
+
+
+def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
+    """Arguments of python -m, most wanted first; each is a process of its own, so that the memory of one is free for the next."""
+    which = ["--implementation", implementation]
+    if part == "kernels":
+        return [["benchmarks.kernels", "--json", *(["--quick"] if on_cpu else [])]]
+    if on_cpu:
+        small = ["--model", "smollm2-135m", "--layers", "4", *which]
+        return {
+            "train": [["benchmarks.retrofit_step", "--layers", "2", "--length", "256", "--memory-lengths", "256"]],
+            "decode": [["benchmarks.decode", *small, "--context", "1024", "--cr", "1,2,4,8", "--json"]],
+            "prefill": [["benchmarks.prefill", *small, "--context", "1024", "--json"]],
+        }[part]
+    decode = [("qwen3-8b", 8, 32768), ("qwen3-8b", 32, 32768), ("llama-3.2-1b", 8, 8192), ("llama-3.2-1b", 64, 8192), ("qwen3-8b", 1, 32768)]
+    return {
+        "train": [["benchmarks.retrofit_step", "--model", "llama-3.2-1b", "--length", str(length), "--memory-lengths", str(length), *which]
+                  for length in (8192, 4096)],
+        "decode": [["benchmarks.decode", "--model", model, "--batch", str(batch), "--context", str(context), "--cr", "1,2,4,8", "--steps", "8",
+                    *(["--equal-memory"] if batch == 8 else []), "--json", *which] for model, batch, context in decode],
+        "prefill": [["benchmarks.prefill", "--model", model, "--batch", str(batch), "--context", str(context), "--json", *which]
+                    for model, batch, context in (("qwen3-8b", 1, 32768), ("llama-3.2-1b", 4, 8192))],
+    }[part]  # fmt: skip
+
+
+def run(part: str, command: list[str], seconds: float, output: Path) -> int:
+    """Append what the command prints as JSON; 1 when it failed."""
+    print(f"python -m {' '.join(command)}", file=sys.stderr)
+    start = time.monotonic()
+    try:
+        done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, timeout=seconds)
+        text, problem = done.stdout, f"exit code {done.returncode}" if done.returncode else None
+    except subprocess.TimeoutExpired as why:
+        text, problem = (why.stdout or b"").decode() if isinstance(why.stdout, bytes) else why.stdout or "", f"stopped after {seconds:.0f} s"
+    records = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    with output.open("a", encoding="utf-8") as file:
+        for record in records or [{}]:
+            extra = {} if problem is None else {"problem": problem}
+            file.write(json.dumps({"part": part, "command": f"python -m {' '.join(command)}", **extra, **record}) + "\n")
+    print(f"  {len(records)} lines in {time.monotonic() - start:.0f} s" + (f"; {problem}" if problem else ""), file=sys.stderr)
+    return 0 if problem is None else 1
+
+
+if __name__ == "__main__":
+    run_command(NAME, main)

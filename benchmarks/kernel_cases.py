@@ -1,0 +1,201 @@
+"""What `benchmarks.kernels` and `benchmarks.autotune` run: for each kernel inputs, a reference, and what it costs at least."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dms_jax.core import chunked_attention, compact_cache, slot_attention
+from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.reference_attention import reference_attention
+from dms_jax.core.rotary import turns
+from dms_jax.core.visibility import NEVER, expiry_of
+from dms_jax.kernels import attention_api
+from dms_jax.kernels.block_sizes import Blocks
+
+DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}  # `jax.nn.dot_product_attention`: no gate, no per-head lengths; what a dense model pays
+
+
+class Case(NamedTuple):
+    """One kernel at one shape."""
+
+    kernel: str
+    shape: dict[str, int]
+    dtype: jnp.dtype  # of what is computed
+    cache_dtype: jnp.dtype  # of keys and values
+    inputs: tuple
+    run: Callable[..., Callable[..., tuple]]  # implementation, interpret -> function of the inputs
+    reference: Callable[..., tuple]  # of the inputs in fp32
+    feed: Callable[[tuple, tuple], tuple]  # inputs of the next call, so that calls depend on each other
+    min_bytes: float  # each live byte once
+    flops: float
+    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: None  # a dense attention on the same shapes, with its own reference
+
+
+def train_case(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, dtype: jnp.dtype) -> Case:
+    """Value and all gradients of attention under a gate that has let go of about half the pairs."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v = (jax.random.normal(key, (batch, length, n, head_dim), dtype) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False))
+    log_keep = jax.nn.log_sigmoid(20 * jax.random.normal(keys[3], (batch, kv_heads, length)))
+    d_out = jax.random.normal(keys[4], q.shape, dtype)
+
+    def of(attention):
+        def run(q, k, v, log_keep, d_out):
+            out, pull = jax.vjp(lambda *x: attention(*x, window_size=window), q, k, v, log_keep)
+            return out, *pull(d_out.astype(out.dtype))
+
+        return run
+
+    def dense(how):
+        def run(q, k, v, log_keep, d_out):
+            out, pull = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True, implementation=how), q, k, v)
+            return out, *pull(d_out), log_keep
+
+        return run
+
+    def feed(inputs, out):
+        small = lambda x, step: x + (1e-6 * step).astype(x.dtype)  # noqa: E731
+        return tuple(small(x, step) for x, step in zip(inputs[:4], out[1:], strict=True)) + (inputs[4],)
+
+    oracle = reference_attention if length <= 2048 else chunked_attention.gated_attention
+    size = jnp.dtype(dtype).itemsize
+    return Case(
+        "train_attention", {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window},
+        dtype, dtype, (q, k, v, log_keep, d_out),
+        lambda *which: of(_with(attention_api.gated_attention, *which)), of(oracle), feed,
+        # Forward reads q, k, v and writes out; backward reads those and d_out, and writes dq, dk, dv.
+        min_bytes=size * (5 * q.size + 3 * (k.size + v.size)),
+        flops=3.5 * 2 * batch * heads * length**2 * head_dim,  # causal: half of 4 T^2 H forward, 2.5 times that backward
+        dense=dense,
+    )  # fmt: skip
+
+
+def slot_case(
+    batch: int, queries: int, capacity: int, live: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype
+) -> Case:
+    """A chunk of `queries` (1: a decode step) over `live` of `capacity` slots on average; heads differ by a quarter, as they do."""
+    numbers = np.random.default_rng(0)
+    layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (batch, queries, heads, head_dim), dtype)
+    k, v = (jax.random.normal(key, (batch, kv_heads, queries, head_dim), dtype).astype(cache_dtype) for key in keys[1:])
+    position = seen[:, None] + jnp.arange(queries)
+    marked = jnp.asarray(numbers.random((batch, kv_heads, queries)) < 0.5)
+    expiry = expiry_of(marked, position[:, None], queries // 4)
+    chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)  # noqa: E731
+    counts = int(jnp.sum(layer.expiry >= seen[:, None, None]))
+
+    def of(attention):
+        return lambda q, layer, position, k, v, expiry: (attention(q, layer, position, chunk(k, v, expiry)),)
+
+    def dense(how):
+        if queries > 1:
+            return None
+
+        def run(q, layer, position, k, v, expiry):
+            keys, values = (x[:, :, :live].astype(q.dtype).swapaxes(1, 2) for x in (layer.k, layer.v))
+            return (jax.nn.dot_product_attention(q, keys, values, implementation=how),)
+
+        return run
+
+    size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
+    pairs = heads // kv_heads * queries * counts + batch * heads * queries * (queries + 1) // 2 * (queries > 1)
+    return Case(
+        "slot_attention", {"batch": batch, "queries": queries, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads,
+                           "head_dim": head_dim}, dtype, cache_dtype, (q, layer, position, k, v, expiry),
+        lambda *which: of(_with(attention_api.attend_to_slots, *which)), of(slot_attention.slot_attention),
+        lambda inputs, out: (inputs[0] + (1e-6 * out[0]).astype(dtype), *inputs[1:]),
+        min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
+        flops=4 * head_dim * pairs, dense=dense,
+    )  # fmt: skip
+
+
+def compaction_case(batch: int, pairs: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Case:
+    """Half of a chunk survives, into slots of which a third is free anywhere."""
+    numbers = np.random.default_rng(0)
+    layer, _ = filled_layer(numbers, batch, kv_heads, capacity, capacity, head_dim, dtype)
+    new_k, new_v = (jax.random.normal(key, (batch, kv_heads, pairs, head_dim), dtype) for key in jax.random.split(jax.random.key(0)))
+    shape = (batch, kv_heads, pairs)
+    position, score = jnp.asarray(numbers.integers(0, 1 << 20, shape), jnp.int32), jnp.asarray(numbers.normal(size=shape), jnp.float32)
+    stays = numbers.random((batch, kv_heads, capacity)) > max(0.34, 1.1 * pairs / 2 / capacity)
+    comes = numbers.random(shape) < 0.5
+    comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
+    fields = (position, position + 100, score, jnp.asarray(stays), jnp.asarray(comes))
+
+    def of(place):
+        return lambda layer, *new: (place(layer, *new),)
+
+    return Case(
+        "compaction", {"batch": batch, "pairs": pairs, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}, dtype, dtype,
+        (layer, new_k, new_v, *fields),
+        lambda *which: of(_with(attention_api.place, *which)), of(compact_cache.place), lambda inputs, out: (out[0], *inputs[1:]),
+        min_bytes=2 * int(comes.sum()) * (2 * head_dim * jnp.dtype(dtype).itemsize + 12), flops=0.0,
+    )  # fmt: skip
+
+
+def update_case(batch: int, capacity: int, live: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype) -> Case:
+    """One token a row; the first free slot is the one after the live ones."""
+    numbers = np.random.default_rng(0)
+    layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (batch, n, head_dim), dtype) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True))
+    cos, sin = turns(seen, 1e4 ** -jnp.linspace(0, 1, head_dim // 2))
+    logit = jnp.asarray(numbers.normal(size=(batch, kv_heads)), jnp.float32)
+    fixed = {"window_size": 64, "decision_shift": 1}
+    inputs = (q, k, v, cos, sin, logit, layer, seen, jnp.ones(batch, jnp.int32), jnp.float32(0))
+    return Case(
+        "decode_update", {"batch": batch, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}, dtype,
+        cache_dtype, inputs,
+        lambda *which: _with(partial(attention_api.decode_update, **fixed), *which), partial(attention_api.decode_update_xla, **fixed),
+        lambda inputs, out: (*inputs[:6], out[1], *inputs[7:]),
+        # The book-keeping of all slots is read; of keys and values one row is written.
+        min_bytes=batch * kv_heads * (8 * capacity + 2 * head_dim * jnp.dtype(cache_dtype).itemsize) + 2 * q.size * jnp.dtype(dtype).itemsize,
+        flops=0.0,
+    )  # fmt: skip
+
+
+def filled_layer(
+    numbers: np.random.Generator, batch: int, kv_heads: int, capacity: int, live: int, head_dim: int, dtype: jnp.dtype
+) -> tuple[LayerCache, jax.Array]:
+    """A layer whose heads hold `live` pairs on average, a quarter more or fewer where there is room; and the tokens seen [B]."""
+    slots = (batch, kv_heads, capacity)
+    spread = min(live, capacity - live) // 4
+    counts = live + numbers.integers(-spread, spread + 1, (batch, kv_heads))
+    held = np.arange(capacity) < counts[..., None]
+    keys = jax.random.split(jax.random.key(int(numbers.integers(1 << 30))))
+    k, v = (jax.random.normal(key, (*slots, head_dim), jnp.bfloat16).astype(dtype) for key in keys)
+    empty = compact_cache.empty_layer(1, 1, 1, head_dim, dtype)
+    filled = lambda value, otherwise: jnp.asarray(np.where(held, value, otherwise))  # noqa: E731
+    position = np.broadcast_to(np.arange(capacity, dtype=np.int32), slots)
+    layer = LayerCache(
+        k, v, filled(position, empty.position[0, 0, 0]), filled(np.int32(NEVER), empty.expiry[0, 0, 0]), jnp.zeros(slots, jnp.float32),
+        jnp.zeros(slots[:2], jnp.int32),
+    )  # fmt: skip
+    return layer, jnp.full(batch, capacity, jnp.int32)
+
+
+def error(case: Case, outputs: tuple, wanted: tuple) -> float:
+    """Largest difference of any entry of any output, relative to the largest wanted entry of that output; book-keeping must be equal."""
+    worst = 0.0
+    for ours, theirs in zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(theirs.dtype, jnp.integer):  # book-keeping is right or wrong
+            if not np.array_equal(ours, theirs):
+                return math.inf
+            continue
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        difference = np.abs(ours - theirs).max() if ours.size else 0.0
+        worst = max(worst, float(difference / max(np.abs(theirs).max(), 1.0)) if np.isfinite(difference) else math.inf)
+    return worst
+
+
+def in_fp32(inputs: Any) -> Any:
+    """The same numbers with more room to compute."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, inputs)
+
+
+def _with(function: Callable, implementation: str, interpret: bool = False, blocks: Blocks | None = None) -> Callable:
+    return partial(function, implementation=implementation, interpret=interpret, blocks=blocks)

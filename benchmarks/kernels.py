@@ -1,0 +1,182 @@
+"""Each kernel in each implementation that runs on the device at hand: is it right, and how fast is it next to what could be?
+
+    python -m benchmarks.kernels --quick --json
+    python -m benchmarks.kernels --kernel slot_attention --minutes 5
+
+First the ceilings of the device, measured: a copy (bytes read plus written) and a matrix product. Then a line for each kernel, shape and
+implementation: `max_error` against the reference in fp32 on the same numbers, relative to its largest entry; `ratio_to_xla`, how many times
+as fast as the XLA path; `fraction_of_copy_bandwidth`, the fewest bytes it must move over its time, against the copy; the same for the
+matrix product. dense_xla and dense_cudnn are `jax.nn.dot_product_attention`: no gate, no lengths of each head, what a dense model pays.
+On a CPU the Pallas kernels run in interpret mode: that shows that they are right; their time says nothing. With --json there is
+nothing but JSON lines, each with its provenance.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+
+from dms_jax.command import Parser, run_command, start_devices
+from dms_jax.config import ConfigError
+
+NAME = "benchmarks.kernels"
+KERNELS = ("train_attention", "slot_attention", "compaction", "decode_update")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="one small shape of each kernel")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--repeats", type=int, default=5, help="timings of each (default 5); the median counts")
+    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after this long (default 9)")
+    parser.add_argument("--json", action="store_true", help="print JSON lines only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    if options.repeats < 1 or not options.minutes > 0:
+        raise ConfigError(f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}")
+    start_devices(1)
+    for record in run(options.quick, options.kernel or KERNELS, options.repeats, time.monotonic() + 60 * options.minutes):
+        print(json.dumps(record) if options.json else described(record), flush=True)
+
+
+def run(quick: bool, kernels, repeats: int, deadline: float) -> Iterator[dict]:
+    """One record after the other; what there was no time for is a record that says so."""
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.timing import measure_ceilings
+    from dms_jax.provenance import versions
+
+    where = versions() | {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    ceilings, lines = measure_ceilings(dtype, repeats, quick)
+    yield from (line | {"provenance": where} for line in lines)
+    for case in cases(quick, kernels, dtype):
+        case = case()
+        if time.monotonic() > deadline:
+            yield {"kernel": case.kernel, **case.shape, "skipped": "no time left; give more --minutes, or one --kernel", "provenance": where}
+            continue
+        for record in measured(case, ceilings, repeats):
+            yield record | {"provenance": where}
+
+
+def cases(quick: bool, kernels, dtype) -> Iterator:
+    """Functions that make the cases, so that one is in memory at a time."""
+    from functools import partial
+
+    import jax
+    import jax.numpy as jnp
+
+    from benchmarks.kernel_cases import compaction_case, slot_case, train_case, update_case
+
+    if jax.default_backend() == "cpu":  # interpret mode: seconds for each block
+        found = [partial(train_case, 1, 128, 2, 1, 64, 40, dtype), partial(slot_case, 1, 1, 256, 150, 4, 2, 64, dtype, dtype),
+                 partial(slot_case, 1, 64, 128, 100, 2, 1, 64, dtype, dtype), partial(compaction_case, 1, 64, 128, 2, 64, dtype),
+                 partial(update_case, 2, 128, 60, 4, 2, 64, dtype, dtype)]  # fmt: skip
+        if not quick:
+            found += [partial(train_case, 2, 256, 4, 2, 128, 60, dtype), partial(slot_case, 2, 1, 512, 300, 8, 2, 128, dtype, jnp.float8_e4m3fn),
+                      partial(compaction_case, 2, 128, 512, 2, 128, dtype)]  # fmt: skip
+    elif quick:
+        found = [partial(train_case, 1, 4096, 16, 4, 128, 256, dtype), partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128, dtype, dtype),
+                 partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype), partial(compaction_case, 8, 1024, 8192, 8, 128, dtype),
+                 partial(update_case, 32, 4096, 3000, 32, 8, 128, dtype, dtype)]  # fmt: skip
+    else:
+        fp8 = jnp.float8_e4m3fn
+        found = [partial(train_case, *shape, dtype) for shape in ((2, 8192, 32, 8, 128, 256), (1, 32768, 32, 8, 128, 256), (2, 8192, 32, 8, 64, 256))]
+        found += [partial(slot_case, batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cache)
+                  for batch, live, head_dim, cache in ((8, 4096, 128, dtype), (8, 32768, 128, dtype), (32, 4096, 128, dtype), (32, 4096, 64, dtype),
+                                                       (32, 4096, 128, fp8), (1, 32768, 128, dtype))]  # fmt: skip
+        found += [partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype), partial(compaction_case, 8, 1024, 8192, 8, 128, dtype),
+                  partial(compaction_case, 64, 1024, 8192, 8, 128, dtype), partial(update_case, 8, 8192, 4096, 32, 8, 128, dtype, dtype),
+                  partial(update_case, 64, 8192, 4096, 32, 8, 128, dtype, dtype)]  # fmt: skip
+    names = {train_case: KERNELS[0], slot_case: KERNELS[1], compaction_case: KERNELS[2], update_case: KERNELS[3]}
+    return (case for case in found if names[case.func] in kernels)
+
+
+def measured(case, ceilings, repeats: int) -> Iterator[dict]:
+    """XLA, the kernels that run here, and dense attention: one record each. Implementations alternate while they are timed."""
+    import jax
+
+    from benchmarks.kernel_cases import DENSE, error, in_fp32
+    from benchmarks.timing import chained, time_all
+    from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, Facts, why_not
+
+    on_cpu = jax.default_backend() == "cpu"
+    facts = Facts(case.shape["head_dim"], case.dtype, case.cache_dtype)
+    times = 1 if on_cpu else 10
+    wanted = jax.jit(case.reference)
+    with jax.default_matmul_precision("highest"):
+        wanted = jax.block_until_ready(wanted(*in_fp32(case.inputs)))
+    base = {"kernel": case.kernel, **case.shape, "dtype": case.dtype.name, "cache_dtype": jax.numpy.dtype(case.cache_dtype).name}
+    arms, errors, notes = {}, {}, {}
+    for name in IMPLEMENTATIONS:
+        interpret = on_cpu and name != XLA
+        if (why := why_not(case.kernel, name, facts, interpret)) is not None:
+            print(f"{case.kernel}: {name} {why}", file=sys.stderr)
+            continue
+        f = case.run(name, interpret)
+        try:
+            out = jax.block_until_ready((f if interpret else jax.jit(f))(*case.inputs))
+        except Exception as why:  # a compiler's or driver's: said, and the others go on
+            yield base | {"implementation": name, "max_error": None, "ratio_to_xla": None, "failed": " ".join(str(why).split())[:500]}
+            continue
+        errors[name] = error(case, out, wanted)
+        arms[name] = (lambda f=f: f(*case.inputs)) if interpret else program(chained(f, case.feed, times), case.inputs)
+        notes[name] = {"interpreted": True} if interpret else {}
+    for name, how in DENSE.items():
+        f = None if how == "cudnn" and jax.default_backend() != "gpu" else case.dense(how)
+        if f is None:
+            continue
+        try:
+            with jax.default_matmul_precision("highest"):
+                dense = jax.jit(case.dense("xla"))(*in_fp32(case.inputs)) if case.shape.get("length", 0) <= 8192 else None
+            out = jax.block_until_ready(jax.jit(f)(*case.inputs))
+        except Exception as why:  # e.g. no memory for all scores
+            print(f"{case.kernel}: {name} failed: {' '.join(str(why).split())[:200]}", file=sys.stderr)
+            continue
+        errors[name] = None if dense is None else error(case, out, dense)
+        arms[name], notes[name] = program(chained(f, case.feed, times), case.inputs), {"dense": True}
+    slow = {name: arm for name, arm in arms.items() if notes[name].get("interpreted")}
+    timing = time_all({name: arm for name, arm in arms.items() if name not in slow}, repeats) | time_all(slow, 1)
+    seconds = {name: t.median / (1 if name in slow else times) for name, t in timing.items()}
+    for name in arms:
+        record = base | {"implementation": name, "max_error": errors[name], "ratio_to_xla": seconds[XLA] / seconds[name], "seconds": seconds[name]}
+        record |= {"seconds_all": [t / (1 if name in slow else times) for t in timing[name].all]} | notes[name]
+        if not on_cpu:
+            record |= {"fraction_of_copy_bandwidth": case.min_bytes / seconds[name] / ceilings.copy_bytes,
+                       "fraction_of_matmul": case.flops / seconds[name] / ceilings.flops}  # fmt: skip
+        yield record | {"min_bytes": case.min_bytes, "flops": case.flops}
+
+
+def program(f, inputs):
+    """A call of `f` that keeps no result but the last."""
+    return lambda: f(*inputs)
+
+
+def described(record: dict) -> str:
+    """The same, for people."""
+    shape = ", ".join(f"{key} {value}" for key, value in record.items() if key in SHAPE_KEYS)
+    if "skipped" in record:
+        return f"{record['kernel']:<16} {shape}: skipped, {record['skipped']}"
+    if record["kernel"] in ("copy", "matmul"):
+        rate, unit = (record["bytes_per_s"] / 1e9, "GB/s") if record["kernel"] == "copy" else (record["flops_per_s"] / 1e12, "TFLOP/s")
+        return f"ceiling: {record['kernel']:<8} {rate:8.2f} {unit}"
+    start = f"{record['kernel']:<16} {record['implementation']:<12} {shape}: "
+    if "failed" in record:
+        return start + f"FAILED: {record['failed']}"
+    wrong = "unknown" if record["max_error"] is None else f"{record['max_error']:.1e}"
+    text = f"error {wrong}, {1e3 * record['seconds']:.3f} ms, {record['ratio_to_xla']:.2f}x xla"
+    if "fraction_of_copy_bandwidth" in record:
+        text += f", {record['fraction_of_copy_bandwidth']:.0%} of copy bandwidth, {record['fraction_of_matmul']:.0%} of matmul"
+    return start + text + (" (interpreted)" if record.get("interpreted") else "")
+
+
+SHAPE_KEYS = {"batch", "length", "queries", "capacity", "live", "pairs", "heads", "kv_heads", "head_dim", "window", "dtype", "cache_dtype"}
+
+
+if __name__ == "__main__":
+    run_command(NAME, main)

@@ -1,0 +1,100 @@
+"""What reading a prompt costs, dense and under a policy that lets go of pairs while it reads.
+
+    python -m benchmarks.prefill --model llama-3.2-1b --batch 1 --context 8192 --cr 2,4,8 --json
+
+--model is a folder or a shape with random weights, as in `benchmarks.decode`. The evict head is random and its threshold set so that of a
+sample of the context's tokens 1 - 1/CR evict; the realised ratio is reported. Prompts are random tokens; the buffers have the size that the
+ratio needs and half as much again. The last line is JSON.
+"""
+
+import argparse
+import json
+from typing import get_args
+
+from benchmarks.decode import parse_ratios
+from dms_jax.command import Parser, run_command, start_devices
+from dms_jax.config import ConfigError, ImplementationName
+
+NAME = "benchmarks.prefill"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE", help="a folder, or smollm2-135m, llama-3.2-1b, qwen3-8b")
+    parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=2048, help="tokens of the prompt")
+    parser.add_argument("--cr", default="2,4,8", help="ratios, with commas between")
+    parser.add_argument("--chunk-size", type=int, default=None)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache")
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(argv)
+    ratios = parse_ratios(options.cr)
+    for name, least in {"batch": 1, "context": 16, "repeats": 1, "layers": 0}.items():
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    start_devices(1)
+    from benchmarks.models import load, provenance
+
+    model, weights = load(options.model, options.layers, options.context, options.implementation)
+    rows = prefill(options, model, ratios, (lambda *_: None) if options.json else print)
+    result = {"model": options.model, "weights": weights, "layers": model.config.num_layers, "implementation": options.implementation}
+    print(json.dumps(result | provenance() | {"prefill": rows}))
+
+
+def prefill(options, model, ratios: list[float], show) -> list[dict]:
+    """A record for each arm."""
+    import jax
+    import numpy as np
+
+    import dms_jax
+    from benchmarks.timing import time_all
+    from dms_jax.cache_limits import round_up
+
+    numbers = np.random.default_rng(0)
+    prompt = numbers.integers(0, model.config.vocab_size, (options.batch, options.context)).astype(np.int32)
+    scores = random_scores(model, prompt[:1, : min(options.context, 1024)])
+    arms = {"dense": (None, options.context)}
+    for ratio in ratios:
+        arms[f"cr {ratio:g}"] = float(np.quantile(scores, 1 / ratio)), min(options.context, round(1.5 * options.context / ratio) + 256)
+
+    made = {}
+
+    def read(name: str):
+        threshold, capacity = arms[name]
+        cache = dms_jax.init_cache(model, options.batch, round_up(capacity), dense=threshold is None)
+        made[name] = dms_jax.prefill(model, cache, prompt, chunk_size=options.chunk_size, threshold=threshold or 0.0, last_only=True, donate=True)
+        return made[name][0]
+
+    timing = time_all({name: lambda name=name: read(name) for name in arms}, options.repeats)
+    rows = []
+    for name, times in timing.items():
+        cache = made[name][1]
+        rows.append({
+            "arm": name, "batch": options.batch, "context": options.context, "seconds": times.median, "seconds_all": times.all,
+            "tokens_per_s": prompt.size / times.median, "speed_to_dense": timing["dense"].median / times.median, "cache_bytes": cache.bytes,
+            "realised_cr": dms_jax.compression_ratio(cache), "forced_evictions": int(jax.numpy.sum(cache.forced_evictions)),
+        })  # fmt: skip
+        show("{arm:<8} {tokens_per_s:>10.0f} tokens/s, {speed_to_dense:.2f}x dense, realised CR {realised_cr:.2f}, "
+             "{forced_evictions} pairs forced out".format(**rows[-1]))  # fmt: skip
+    return rows
+
+
+def random_scores(model, tokens):
+    """Give a model that never evicts a random evict head, in place; the evict logits of `tokens`."""
+    import jax
+    import numpy as np
+
+    attention = model.layers.attention
+    if model.config.dms.variant == "projection" and not np.asarray(jax.numpy.abs(attention.evict_proj[...]).max()):
+        attention.evict_proj[...] = 1e-3 * jax.random.normal(jax.random.key(1), attention.evict_proj[...].shape)
+    return np.asarray(model.hard_scores(tokens, threshold=1e30))
+
+
+if __name__ == "__main__":
+    run_command(NAME, main)
