@@ -50,13 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     data, model_axis = parse_mesh(options.mesh)
     start_devices(data * model_axis)
     mesh = make_mesh(data, model_axis)
-    result = {
-        "mesh": options.mesh,
-        "memory_mode": options.memory_mode,
-        "model": options.model,
-        "layers": options.layers,
-        "implementation": options.implementation,
-    }
+    result = {name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation")}
     from benchmarks.models import provenance
 
     result |= provenance()
@@ -110,8 +104,8 @@ def batch_of(length: int):
 
 def speed(options, mesh, rows: int) -> dict:
     import jax
-    from dms_jax.core.cost import step_flops
 
+    from dms_jax.cost import step_flops
     from dms_jax.target_hardware import chip_of
 
     arms = {name: build(options, mesh, options.length, *ARMS[name]) for name in options.arms}
@@ -141,20 +135,7 @@ def speed(options, mesh, rows: int) -> dict:
 
 def memory(options, mesh, rows: int, length: int) -> dict:
     """Bytes per device of the compiled step. XLA's CPU compiler leaves some matrix-product workspace out of its count."""
-    import jax
-    import jax.numpy as jnp
-
-    from dms_jax.sharding import named_sharding
-    from train.rows import Batch
-
-    run = build(options, mesh, length, options.memory_mode)
-
-    def abstract(shape, dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(("batch",) + (None,) * (len(shape) - 1), shape, mesh))
-
-    batch = Batch(*(abstract((rows, length), dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool_)), abstract((rows,), jnp.int32))
-    with jax.set_mesh(mesh):
-        compiled = run.step.lower(run.state, run.frozen, batch).compile()
+    compiled = build(options, mesh, length, options.memory_mode).lower(rows).compile()
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ConfigError("this backend reports no memory analysis; use --memory-lengths ''")

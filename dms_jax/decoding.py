@@ -65,7 +65,7 @@ def init_cache(
     for name, value in [("batch_size", batch_size), *(("capacity", c) for c in capacities)]:
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
-    dtype = dtype or model.embed[...].dtype
+    dtype = dtype or model.embed.get_value().dtype
     layers = tuple(empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features) for c in capacities)
     empty = HostBounds(0, (0,) * config.num_layers)
     return CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow, empty)

@@ -23,7 +23,7 @@ from dms_jax.core.eviction import decidable, live_counts
 from dms_jax.core.losses import compression_loss, distill_sum
 from dms_jax.evaluation import RowMetrics, retrofit_rows, sliding_window_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
-from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of
+from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of, placed
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import named_sharding, spec
 from train.optimizer import build_optimizer, optimizer_shardings, rate_schedule
@@ -60,7 +60,10 @@ class Retrofit:
     """The functions of one run, compiled once each: `step`, `free_channel`, `evaluate`, `scores`, `evaluate_sliding_window`."""
 
     def __init__(self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh, compute_dtype: jnp.dtype):
-        """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`."""
+        """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`.
+
+        Models of shapes only (`abstract_model`), with a mesh of hardware that need not be here, can be lowered and not run.
+        """
         self.config, self.mesh, self.dms = config, mesh, model.config.policy
         self.compute_dtype = compute_dtype
         self.student = Template(model)
@@ -71,16 +74,20 @@ class Retrofit:
         self.tx = build_optimizer(config.optimizer, self.rate)
         self.frozen = params_of(teacher) if teacher is not None else {n: a for n, a in params.items() if n not in chosen}
         shardings = self.student.shardings(chosen, mesh)
+        abstract = isinstance(params[chosen[0]], jax.ShapeDtypeStruct)
+        if abstract:
+            self.frozen = placed(self.frozen, (self.teacher or self.student).shardings(list(self.frozen), mesh))
         # Master weights are fp32 whatever the compute dtype: a bf16 weight loses updates of this size.
-        trainable = jax.jit(lambda p: {n: a.astype(jnp.float32) for n, a in p.items()}, out_shardings=shardings)({n: params[n] for n in chosen})
+        make = jax.eval_shape if abstract else lambda f, *x: f(*x)
+        master = jax.jit(lambda p: {n: a.astype(jnp.float32) for n, a in p.items()}, out_shardings=shardings)
+        trainable = make(master, {n: params[n] for n in chosen})
         everywhere = NamedSharding(mesh, P())
         # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shardings
         self.shardings = TrainState(everywhere, shardings, optimizer_shardings(self.tx, trainable, shardings, mesh))
-        self.state = TrainState(
-            jax.device_put(jnp.zeros((), jnp.int32), everywhere),
-            trainable,
-            jax.jit(self.tx.init, out_shardings=self.shardings.opt_state)(trainable),
-        )
+        init = jax.jit(self.tx.init, out_shardings=self.shardings.opt_state)
+        self.state = TrainState(make(lambda: jax.device_put(jnp.zeros((), jnp.int32), everywhere)), trainable, make(init, trainable))
+        if abstract:
+            self.state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.state, self.shardings)
         self.step = self._jit(self._step, donate=(0,), out=(self.shardings, everywhere))
         self.free_channel = self._jit(self._free_channel, donate=(0,), out=self.shardings)
         self.evaluate = self._jit(self._evaluate, out=everywhere)
@@ -206,6 +213,17 @@ class Retrofit:
 
     def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
         return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
+
+    def lower(self, batch_size: int) -> jax.stages.Lowered:
+        """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
+
+        def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(dims, dtype, sharding=named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh))
+
+        rows = batch_size, self.config.length
+        batch = Batch(shape(jnp.int32, *rows), shape(jnp.int32, *rows), shape(jnp.bool_, *rows), shape(jnp.int32, batch_size))
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(self.state, self.frozen, batch)
 
     def place(self, batch_of: Callable[[int, int], Batch], batch_size: int) -> Batch:
         """A global batch on the mesh; `batch_of(start, count)` gives the rows that this host's devices hold."""

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.config import ConfigError
 from dms_jax.core.visibility import NEVER, is_outside_window
+from dms_jax.sharding import target_device
 
 EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so the rule alone hides it
 GONE = jnp.iinfo(jnp.int32).min  # expiry of such a slot: earlier than any query
@@ -223,6 +224,8 @@ def _push_out(wanted, layer, position, score, now, window_size):
         leaves = jnp.arange(alive.shape[-1]) == victim(alive, positions, scores, now, window_size)[..., None]
         return alive & ~(leaves & too_many(alive))
 
+    if score.shape[-1] == 1 and target_device()[0] == "gpu":  # at most one too many; a loop would ask the host whether there is
+        return one_less(wanted)
     return lax.while_loop(lambda alive: jnp.any(too_many(alive)), one_less, wanted)
 
 

@@ -114,7 +114,10 @@ def slot_attention(
     pairs that are not in a slot yet. `read` hides slots that a policy does not want to read now, though they stay. What a dead
     slot holds, NaN included, has no effect. A query that sees nothing gets 0.
     """
-    t, h, heads, block = q.shape[1], q.shape[3], slots.k.shape[1], block or BLOCK.get(target_device()[0], DEFAULT_BLOCK)
+    t, h, heads, platform = q.shape[1], q.shape[3], slots.k.shape[1], target_device()[0]
+    if block is None:
+        # A GPU asks the host whether a loop goes on: a decode step's few scores are computed for all slots at once there.
+        block = slots.capacity if t == 1 and platform == "gpu" else BLOCK.get(platform, DEFAULT_BLOCK)
     rows = fold_queries(q, heads)
     group = rows.shape[2] // t
 
@@ -141,13 +144,15 @@ def slot_attention(
             visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
             return attend(carry, part(keys), part(values), visible if read is None else visible & part(read, 3))
 
+        if size == keys.shape[2]:
+            return one(0, carry)
         return lax.fori_loop(0, (used + size - 1) // size, one, carry)
 
     carry = nothing_seen(rows.shape[:3], h)
     if chunk is not None:
         k, v, expiry = chunk
         k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
-        carry = attend(carry, k, v, _is_visible(position, k_pos, expiry)) if t <= block else over_blocks(carry, k, v, k_pos, expiry, t)
+        carry = over_blocks(carry, k, v, k_pos, expiry, t)
     used = jnp.max(slots_in_use(slots, position))
     carry = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
     return unfold_queries(carry.divided().astype(q.dtype), t)

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from dms_jax.config import ModelConfig
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import EvictParam
 from dms_jax.sharding import named_sharding
@@ -43,13 +45,23 @@ class Template:
         found = {}
         for name in names:
             variable = self.variables[name][1]
-            found[name] = named_sharding(variable.axes, variable[...].shape, mesh)
+            found[name] = named_sharding(variable.axes, variable.get_value().shape, mesh)
         return found
+
+
+def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
+    """A model of shapes without numbers, to compile for hardware that is not here."""
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
+
+
+def placed(shapes: Params, shardings: Mapping[str, NamedSharding]) -> Params:
+    """Shapes that also say where on a mesh they lie."""
+    return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in shapes.items()}
 
 
 def params_of(model: Decoder) -> Params:
     """Every parameter of a model by name."""
-    return {_name(path): variable[...] for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 def _name(path: tuple) -> str:

@@ -19,6 +19,7 @@ from dms_jax.core.compact_cache import CompactCache
 from dms_jax.models.attention_layer import Chunk, channel_scale
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import rms_norm, rope_frequencies
+from dms_jax.sharding import target_device
 
 _separated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> (its weights, the same as UnrolledDecoder)
 
@@ -58,19 +59,24 @@ class UnrolledDecoder:
         return self.layers[index] if isinstance(self.layers, tuple) else jax.tree.map(lambda w: w[index], self.layers)
 
 
+def stacked(model: Decoder) -> UnrolledDecoder:
+    """The model with its layers in one array each."""
+    graph, layers = nnx.split(model.layers)
+    return UnrolledDecoder(layers, model.embed[...], model.final_norm[...], model.output_embedding(), graph, model.config)
+
+
 def unrolled(model: Decoder) -> UnrolledDecoder:
     """The model as it is now: weights that were replaced since the last call are noticed."""
-    graph, stacked = nnx.split(model.layers)
-    whole = UnrolledDecoder(stacked, model.embed[...], model.final_norm[...], model.output_embedding(), graph, model.config)
-    if jax.default_backend() != "cpu":
+    whole = stacked(model)
+    if target_device()[0] != "cpu":
         return whole
     weights = jax.tree.leaves(whole)
     held = _separated.get(model)
     if held is None or held[1].config != whole.config or any(a is not b for a, b in zip(held[0], weights, strict=True)):
-        _separated[model] = held = weights, replace(whole, layers=tuple(_take(stacked, index) for index in range(model.config.num_layers)))
+        _separated[model] = held = weights, replace(whole, layers=tuple(_take(whole.layers, index) for index in range(model.config.num_layers)))
     return held[1]
 
 
 @jax.jit
-def _take(stacked: nnx.State, index: int) -> nnx.State:
-    return jax.tree.map(lambda w: w[index], stacked)
+def _take(layers: nnx.State, index: int) -> nnx.State:
+    return jax.tree.map(lambda w: w[index], layers)
