@@ -62,6 +62,31 @@ def gated_attention(
     return chunked_attention.with_heads_folded(run, multiple_of(blocks), q, k, v, log_keep, segment_ids)
 
 
+def extend_layer(
+    layer: LayerCache,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    verdict: Verdict,
+    position: Int[Array, "B T"],
+    count: Int[Array, "B"],
+    window_size: int,
+    implementation: str = AUTO,
+) -> tuple[Float[Array, "B T N H"], LayerCache]:
+    """`core.slot_attention.extend_layer` for a policy that decides about each head by itself: no device waits for another."""
+    own = partial(
+        slot_attention.extend_layer, window_size=window_size,
+        attend=partial(attend_to_slots, implementation=implementation), place=partial(place, implementation=implementation),
+    )  # fmt: skip
+    cache = LayerCache(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
+    last = None if verdict.last_expiry is None else "batch kv_heads"
+    run = _per_device(
+        own, *k.shape[:2], [cache, "batch . kv_heads .", VECTORS, VECTORS, Verdict(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        ("batch . kv_heads .", cache),
+    )  # fmt: skip
+    return run(layer, q, k, v, verdict, position, count)
+
+
 @typed
 def attend_to_slots(
     q: Float[Array, "B T N H"],
@@ -195,7 +220,7 @@ def _per_device(f: Callable, batch: int, kv_heads: int, axes_in: list[str], axes
     Axes are words, "." for one that is never split; those of the results in the form in which `f` returns them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.axis_sizes) == 1:
+    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:  # manual: each device runs this for itself already
         return f
     sizes = {"batch": batch, "kv_heads": kv_heads}
 
@@ -204,7 +229,7 @@ def _per_device(f: Callable, batch: int, kv_heads: int, axes_in: list[str], axes
         return spec(names, tuple(sizes.get(name, 0) for name in names), mesh)
 
     def run(*args):
-        specs = tuple(None if x is None else of(axes) for axes, x in zip(axes_in, args, strict=True))
+        specs = tuple(None if x is None else jax.tree.map(of, axes) for axes, x in zip(axes_in, args, strict=True))
         return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(of, axes_out), check_vma=False)(*args)
 
     return run

@@ -10,11 +10,10 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.core import eviction
+from dms_jax.core import eviction, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, turns
-from dms_jax.core.slot_attention import extend_layer
-from dms_jax.kernels.attention_api import attend_to_slots, decode_update, gated_attention, place
+from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, place
 from dms_jax.kernels.dispatch import XLA, Facts, choose
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
@@ -110,13 +109,16 @@ class AttentionLayer(nnx.Module):
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out, cache = extend_layer(
-            cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size,
-            read=lambda settled: policy.read(q, settled, chunk.position),
-            choose=lambda settled: policy.choose(q, k, verdict, settled, chunk.position, chunk.count),
-            attend=partial(attend_to_slots, implementation=self.config.implementation),
-            place=partial(place, implementation=self.config.implementation),
-        )  # fmt: skip
+        implementation = self.config.implementation
+        if type(policy).read is CachePolicy.read and type(policy).choose is CachePolicy.choose:
+            out, cache = extend_layer(cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size, implementation)
+        else:
+            out, cache = slot_attention.extend_layer(
+                cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size,
+                read=lambda settled: policy.read(q, settled, chunk.position),
+                choose=lambda settled: policy.choose(q, k, verdict, settled, chunk.position, chunk.count),
+                attend=partial(attend_to_slots, implementation=implementation), place=partial(place, implementation=implementation),
+            )  # fmt: skip
         return self.output(out), cache
 
     def _updates_in_one_kernel(self, cache: LayerCache, policy: CachePolicy, dtype: jnp.dtype) -> bool:
