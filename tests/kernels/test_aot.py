@@ -1,0 +1,192 @@
+"""The compile gate: every kernel and the whole retrofit, decode and prefill steps, by the real compilers of hardware that is not here.
+
+Skipped where the plugins are not installed: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for GPUs (about 5 GB).
+"""
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.core.compact_cache import empty_layer
+from dms_jax.kernels import attention_api
+from dms_jax.kernels.dispatch import GPU, TPU
+from dms_jax.lowering import abstract_cache, lower_extend
+from dms_jax.models.parameters import abstract_model
+from dms_jax.target_hardware import missing_compiler, parse_hardware, target_mesh
+
+pytestmark = pytest.mark.aot
+TARGETS = ["v5e-1", "v6e-1", "v5p-1", "h100x1", "h200x1"]
+SLICES = ["v5e-8", "v6e-8", "v5p-8", "h100x8", "h200x8"]
+BF16, FP8 = jnp.bfloat16, jnp.float8_e4m3fn
+
+
+def kernel_of(target: str) -> str:
+    return GPU if parse_hardware(target)[2] is None else TPU
+
+
+def mesh_of(target: str, data: int = 1, model: int = 1):
+    if (why := missing_compiler(target)) is not None:
+        pytest.skip(f"{target}: {why}")
+    return target_mesh(target, (data, model))
+
+
+def compiled(mesh, f, *shapes, donate=()):
+    with jax.set_mesh(mesh):
+        return jax.jit(f, donate_argnums=donate).lower(*on(mesh, shapes)).compile()
+
+
+def on(mesh, tree):
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)
+
+
+def shape(*dims, dtype=BF16):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def bytes_of(tree) -> int:
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
+
+
+def collectives(program) -> dict[str, int]:
+    text = program.as_text()
+    kinds = "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"
+    return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
+
+
+# --- kernels ---
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("head_dim", "group", "segments"), [(128, 4, False), (64, 4, True), (128, 1, True), (64, 8, False)])
+def test_training_attention_compiles_and_its_memory_is_linear(target, head_dim, group, segments):
+    mesh, kv_heads = mesh_of(target), 2
+
+    def step(q, k, v, log_keep, ids):
+        def loss(q, k, v, log_keep):
+            out = attention_api.gated_attention(q, k, v, log_keep, window_size=256, segment_ids=ids, implementation=kernel_of(target))
+            return jnp.sum(out.astype(jnp.float32))
+
+        return jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, log_keep)
+
+    temporary = {}
+    for length in (4096, 8192, 32768):
+        args = (shape(1, length, kv_heads * group, head_dim), shape(1, length, kv_heads, head_dim), shape(1, length, kv_heads, head_dim),
+                shape(1, kv_heads, length, dtype=jnp.float32), shape(1, length, dtype=jnp.int32) if segments else None)  # fmt: skip
+        temporary[length] = compiled(mesh, step, *args).memory_analysis().temp_size_in_bytes / bytes_of(args)
+    # A quadratic program would need 4 T^2 bytes a head: 8192 times its arguments at the longest.
+    assert max(temporary.values()) < 12, temporary
+    assert temporary[32768] < 1.2 * temporary[4096] + 0.2, temporary
+
+
+def layer_shapes(batch, kv_heads, capacity, head_dim, dtype):
+    return jax.eval_shape(functools.partial(empty_layer, batch, kv_heads, capacity, head_dim, dtype))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 4), (1, 8), (16, 4), (1024, 4)])
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, queries, group, dtype):
+    mesh, batch, kv_heads = mesh_of(target), 2, 8
+    for capacity in (1024, 32768):
+        layer = layer_shapes(batch, kv_heads, capacity, head_dim, dtype)
+        pair = shape(batch, kv_heads, queries, head_dim)
+        chunk = None if queries == 1 else (pair, pair, shape(batch, kv_heads, queries, dtype=jnp.int32))
+        attend = functools.partial(attention_api.attend_to_slots, implementation=kernel_of(target))
+        program = compiled(mesh, attend, shape(batch, queries, kv_heads * group, head_dim), layer, shape(batch, queries, dtype=jnp.int32), chunk)
+        own = bytes_of(pair) * group * 8 + 16 * bytes_of(layer.position)  # partial results, and book-keeping
+        assert program.memory_analysis().temp_size_in_bytes < own + 2**22, (capacity, program.memory_analysis())
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, dtype):
+    mesh, batch, kv_heads, group = mesh_of(target), 4, 8, 4
+    for capacity, pairs in ((1024, 256), (32768, 1024)):
+        layer = layer_shapes(batch, kv_heads, capacity, head_dim, dtype)
+        pair, whole = shape(batch, kv_heads, pairs, head_dim), shape(batch, kv_heads, pairs, dtype=jnp.int32)
+        flags = shape(batch, kv_heads, capacity, dtype=bool), shape(batch, kv_heads, pairs, dtype=bool)
+        place = functools.partial(attention_api.place, implementation=kernel_of(target))
+        program = compiled(mesh, place, layer, pair, pair, whole, whole, shape(*whole.shape, dtype=jnp.float32), *flags, donate=0)
+        in_place(program, layer)
+        heads, row = shape(batch, kv_heads, head_dim), shape(batch, dtype=jnp.int32)
+        turn = shape(batch, head_dim // 2, dtype=jnp.float32)
+        update = functools.partial(attention_api.decode_update, window_size=256, decision_shift=1, implementation=kernel_of(target))
+        program = compiled(mesh, update, shape(batch, kv_heads * group, head_dim), heads, heads, turn, turn,
+                           shape(batch, kv_heads, dtype=jnp.float32), layer, row, row, shape(dtype=jnp.float32), donate=6)  # fmt: skip
+        in_place(program, layer)
+
+
+def in_place(program, layer):
+    """Keys and values are given back in the memory they came in, and are not copied in between."""
+    memory, large = program.memory_analysis(), bytes_of((layer.k, layer.v))
+    assert memory.alias_size_in_bytes >= large, memory
+    assert memory.temp_size_in_bytes < max(large // 4, 2**23), memory
+
+
+# --- whole steps ---
+
+SMALL = ModelConfig("qwen3", 32768, 1024, 2048, 2, 16, 8, 128, qk_norm=True, max_position_embeddings=1 << 20, dms=DMSConfig(window_size=256))
+
+
+@pytest.mark.parametrize("target", SLICES)
+@pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
+def test_a_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels):
+    mesh = mesh_of(target, 1, 8)
+    config = with_kernels(SMALL, target, kernels)
+    cache = abstract_cache(config, 8, 4096, mesh)
+    config_bytes = config.num_layers * 8 * config.num_kv_heads * 4096 * (2 * 2 * config.head_dim + 12)
+    assert abs(cache.bytes - config_bytes) < 2**16
+    program = lower_extend(config, cache, mesh).compile()
+    # One all-reduce for each of attention and MLP of a layer, and one for the embedding, whose vocabulary is split.
+    assert collectives(program) == {
+        "all-gather": 0,
+        "all-reduce": 2 * config.num_layers + 1,
+        "reduce-scatter": 0,
+        "collective-permute": 0,
+        "all-to-all": 0,
+    }
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= 0.99 * cache.bytes / 8, memory
+    assert memory.temp_size_in_bytes < cache.bytes / 8, memory
+
+
+@pytest.mark.parametrize("target", SLICES)
+@pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
+def test_a_prefill_chunk_compiles(target, kernels):
+    mesh = mesh_of(target, 1, 8)
+    config = with_kernels(SMALL, target, kernels)
+    cache = abstract_cache(config, 8, 4096, mesh)
+    program = lower_extend(config, cache, mesh, length=1024).compile()
+    assert collectives(program)["all-gather"] == 0
+    assert program.memory_analysis().alias_size_in_bytes >= 0.99 * cache.bytes / 8
+
+
+@pytest.mark.parametrize("target", SLICES)
+@pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
+def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
+    from train.retrofit_config import LossConfig, OptimizerConfig
+    from train.step import Retrofit, StepConfig
+
+    mesh = mesh_of(target, 4, 2)
+    config = with_kernels(SMALL, target, kernels)
+    temporary = {}
+    for length in (4096, 16384):
+        step = StepConfig(mode="adapter", seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
+                          loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
+        program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
+        temporary[length] = program.memory_analysis().temp_size_in_bytes
+    assert temporary[16384] < 4.4 * temporary[4096], temporary
+
+
+def with_kernels(config, target, kernels):
+    import dataclasses
+
+    return dataclasses.replace(config, implementation=kernel_of(target) if kernels else "xla")
