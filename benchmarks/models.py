@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.kernels.dispatch import Facts, choose
 from dms_jax.models.decoder import Decoder
 from dms_jax.provenance import versions
 
@@ -36,6 +37,7 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
         model = dms_jax.load(name, **kinds)
         return (model if model.config.dms else dms_jax.load(name, **kinds, dms=policy)), name
     shape = SHAPES[name] | ({"num_layers": layers} if layers else {})
+    choose("train_attention", Facts(shape["head_dim"], jnp.bfloat16), implementation)  # refuses what cannot run
     config = ModelConfig(**shape, max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype), "random"
 

@@ -194,14 +194,15 @@ def decode_update(
 def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift):
     """The same of the parts that `core` has: what the kernel is tested against and timed next to."""
     turn = lambda x: rotate(x, cos[:, None], sin[:, None])  # noqa: E731
-    own, last, none = jnp.zeros(logit.shape, bool), None, jnp.zeros_like(logit)
-    marked, score = logit > threshold, none
+    marked, score = (logit > threshold)[..., None], logit[..., None]
+    position, nothing = seen[:, None, None], jnp.zeros_like(score)
+    unmarked = expiry_of(jnp.zeros_like(marked), position, window_size)
     if decision_shift == 0:
-        own, score = marked, logit
+        verdict = Verdict(expiry_of(marked, position, window_size), score, None, None)
     elif decision_shift == 1:
-        last = expiry_of(marked, seen[:, None] - 1, window_size)
-    expiry = expiry_of(own, seen[:, None], window_size)
-    verdict = Verdict(expiry[..., None], score[..., None], last, None if last is None else logit)
+        verdict = Verdict(unmarked, nothing, expiry_of(marked, position - 1, window_size)[..., 0], logit)
+    else:
+        verdict = Verdict(unmarked, nothing, None, None)
     settled = compact_cache.settle(layer, verdict, seen, count)
     return turn(q), compact_cache.append(settled, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, window_size)
 

@@ -1,0 +1,173 @@
+"""The benchmarks' own arithmetic, what their lines hold, and what they refuse."""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import TINY
+
+from benchmarks import autotune, everything, kernels, models, prefill
+from benchmarks import decode as decode_benchmark
+from benchmarks.kernel_cases import compaction_case, error, filled_layer, slot_case, train_case, update_case
+from benchmarks.timing import chained, time_all
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.cost import attention_flops, matmul_parameters, step_flops
+
+FP32 = jnp.dtype(jnp.float32)
+
+
+@pytest.fixture
+def tiny_shape(monkeypatch):
+    shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_q_heads": 4,
+             "num_kv_heads": 2, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
+    monkeypatch.setitem(models.SHAPES, "tiny", shape)
+
+
+def cases():
+    return [train_case(1, 24, 4, 2, 8, 5, FP32), slot_case(2, 1, 32, 20, 4, 2, 8, FP32, FP32), slot_case(1, 8, 32, 20, 4, 2, 8, FP32, FP32),
+            compaction_case(2, 16, 32, 2, 8, FP32), update_case(2, 32, 20, 4, 2, 8, FP32, FP32)]  # fmt: skip
+
+
+def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():
+    for case in cases():
+        f = case.run("xla")
+        out, wanted = jax.jit(f)(*case.inputs), jax.jit(case.reference)(*case.inputs)
+        assert error(case, out, wanted) < 1e-5, case.kernel
+        spoiled = jax.tree.map(lambda x: x + 1, wanted)
+        assert error(case, out, spoiled) > 0.1, case.kernel
+        again = chained(f, case.feed, 3)(*case.inputs)
+        assert jax.tree.structure(again) == jax.tree.structure(case.inputs)
+        assert all(np.isfinite(np.asarray(x, np.float64)).all() for x in jax.tree.leaves(again))
+
+
+def test_costs_are_counted():
+    case = train_case(1, 16, 2, 1, 8, 4, FP32)
+    q, k = case.inputs[:2]
+    assert case.min_bytes == 4 * (5 * q.size + 6 * k.size)
+    layer, seen = filled_layer(np.random.default_rng(0), 2, 2, 64, 40, 8, FP32)
+    live = int(jnp.sum(layer.expiry >= seen[:, None, None]))
+    assert 2 * 2 * 34 <= live <= 2 * 2 * 46
+    case = slot_case(2, 1, 64, 40, 4, 2, 8, FP32, FP32)
+    counts = int(jnp.sum(case.inputs[1].expiry >= 64))
+    assert case.flops == 4 * 8 * 2 * counts and case.min_bytes == counts * (2 * 8 * 4 + 8) + 2 * 4 * case.inputs[0].size
+
+
+def test_flops_of_a_step_equal_those_of_its_products():
+    config = TINY
+    d, h, f = config.hidden_size, config.head_dim, config.intermediate_size
+    layer = d * h * (2 * config.num_q_heads + 2 * config.num_kv_heads) + 3 * d * f
+    assert matmul_parameters(config) == config.num_layers * layer + config.vocab_size * d
+    length = 64  # causal: half of the T x T scores, two products of 2 H flops each
+    assert attention_flops(config, length) * length == config.num_layers * config.num_q_heads * length**2 / 2 * 2 * 2 * h
+    forward = 2 * matmul_parameters(config) + attention_flops(config, length)
+    full, adapter = step_flops(config, length, "full"), step_flops(config, length, "adapter")
+    assert full - adapter == 2 * matmul_parameters(config) and adapter == pytest.approx(2 * forward + forward + 1.5 * attention_flops(config, length))
+
+
+def test_timing_takes_medians_and_leaves_the_first_call_out():
+    calls = []
+    timing = time_all({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3, per_repeat=2)
+    assert calls == ["a", "a", "b", "b"] * 4 and len(timing["a"].all) == 3 and timing["a"].median == sorted(timing["a"].all)[1]
+
+
+def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, capsys):
+    monkeypatch.setattr(kernels, "cases", lambda quick, chosen, dtype: (lambda case=case: case for case in cases()))
+    monkeypatch.setattr("dms_jax.kernels.dispatch.IMPLEMENTATIONS", {"xla": kernels_xla()})
+    with pytest.raises(SystemExit) as stop:
+        kernels.run_command(kernels.NAME, lambda: kernels.main(["--quick", "--json", "--repeats", "1"]))
+    assert stop.value.code == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["kernel"] for line in lines[:2]] == ["copy", "matmul"] and all(line["provenance"]["device"] for line in lines)
+    xla = [line for line in lines[2:] if line["implementation"] == "xla"]
+    assert [line["kernel"] for line in xla] == ["train_attention", "slot_attention", "slot_attention", "compaction", "decode_update"]
+    assert all(line["max_error"] < 1e-5 and line["ratio_to_xla"] == 1 for line in xla)
+    dense = [line for line in lines if line["implementation"] == "dense_xla"]
+    assert len(dense) == 2 and all(line["max_error"] < 1e-5 and line["dense"] for line in dense)
+    assert "fraction_of_copy_bandwidth" not in lines[2]
+    assert "no time left" in json.dumps(list(kernels.run(True, kernels.KERNELS, 1, 0.0)))
+
+
+def kernels_xla():
+    from dms_jax.kernels.dispatch import IMPLEMENTATIONS
+
+    return IMPLEMENTATIONS["xla"]
+
+
+def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
+    decode_benchmark.main(["--model", "tiny", "--batch", "2", "--context", "64", "--cr", "1,4", "--steps", "1", "--repeats", "1", "--equal-memory"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    arms = {row["arm"]: row for row in result["decode"]}
+    assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, 4x rows"] and arms["cr 4, 4x rows"]["batch"] == 8
+    pair, heads = 2 * 8 * 4 + 8, 2 * 2
+    assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (64 - 16) * pair
+    assert arms["cr 4, 4x rows"]["step_bytes"] == arms["dense"]["step_bytes"] and arms["cr 4, 4x rows"]["roofline_speed_to_dense"] == 4
+    assert arms["cr 4"]["fraction_of_roofline"] == pytest.approx(arms["cr 4"]["speed_to_dense"] / arms["cr 4"]["roofline_speed_to_dense"])
+
+
+def test_an_arm_that_does_not_fit_is_left_out_and_says_so(tiny_shape, monkeypatch, capsys):
+    monkeypatch.setattr(decode_benchmark, "free_bytes", lambda: 2**15)
+    decode_benchmark.main(["--model", "tiny", "--context", "128", "--cr", "8", "--steps", "1", "--repeats", "1", "--json"])
+    rows = json.loads(capsys.readouterr().out)["decode"]
+    assert [row["arm"] for row in rows] == ["cr 8", "dense"] and "are free" in rows[1]["skipped"] and "speed_to_dense" not in rows[0]
+
+
+def test_prefill_reports_the_ratio_it_really_had(tiny_shape, capsys):
+    prefill.main(["--model", "tiny", "--context", "128", "--cr", "2", "--repeats", "1", "--json"])
+    dense, half = json.loads(capsys.readouterr().out)["prefill"]
+    assert dense["realised_cr"] == 1 and 1.2 < half["realised_cr"] < 2.2
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (lambda: autotune.main([]), "nothing to tune on a CPU"),
+        (lambda: autotune.main(["--repeats", "0"]), "at least 1"),
+        (lambda: kernels.main(["--minutes", "0"]), "above 0"),
+        (lambda: everything.main(["--output", "nowhere/at/all.jsonl"]), "there is no folder nowhere/at"),
+        (lambda: prefill.main(["--context", "1"]), "--context must be at least 16"),
+        (lambda: models.load("smollm2-135m", 1, 64, "mosaic"), "mosaic"),
+    ],
+)
+def test_refusals(run, said):
+    with pytest.raises(ConfigError, match=said):
+        run()
+
+
+def test_everything_appends_what_its_commands_print_and_reports_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(everything, "commands", lambda part, on_cpu, which: [["json.tool", "--help"], ["no_such_module"]])
+    output = tmp_path / "out.jsonl"
+    output.write_text('{"kept": true}\n')
+    assert everything.main(["--part", "decode", "--output", str(output)]) == 1
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines[0] == {"kept": True} and lines[1]["command"] == "python -m json.tool --help" and "problem" not in lines[1]
+    assert lines[2]["problem"] == "exit code 1"
+
+
+def test_commands_of_everything_parse():
+    from benchmarks import retrofit_step
+
+    parsers = {module.NAME: module.parse for module in (kernels, decode_benchmark, prefill, retrofit_step)}
+    for on_cpu in (True, False):
+        for part in everything.PARTS:
+            for name, *arguments in everything.commands(part, on_cpu, "auto"):
+                assert parsers[name](arguments)
+
+
+def test_benchmarks_import_without_the_shape_checkers():
+    import subprocess
+
+    program = ("import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
+               "import importlib.util as u; found = u.find_spec\n"
+               "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
+               "import benchmarks, benchmarks.kernel_cases\n"
+               "print(benchmarks.kernel_cases.Case)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "Case" in done.stdout, done.stderr
+
+
+def test_a_random_model_has_a_policy_whose_window_fits_the_context():
+    model, weights = models.load("smollm2-135m", 1, 64)
+    assert weights == "random" and model.config.dms == DMSConfig(window_size=8) and model.config.num_layers == 1
