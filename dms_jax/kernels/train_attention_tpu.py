@@ -9,6 +9,7 @@ A step whose block is not needed computes nothing and names a block that is ther
 nothing is fetched for it: blocks of the future, and blocks outside the window all of whose keys are gone.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from dms_jax.axes import Array
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 
+LOG2_E = math.log2(math.e)  # scores are kept in powers of 2 inside the kernels: exp2 is what the hardware has
 LANES = 128  # of a vector register; a column is held with its values repeated over all of them
 INSIDE, OUTSIDE, MIXED = range(3)  # where a block of scores lies: no gate, gate everywhere, or cut by the window or by causality
 
@@ -123,7 +125,7 @@ def _spread(column, width):
 
 
 def _masked_scores(s, keep, same_segment, place, distance, window):
-    """Scores of a block after gate and mask. `keep` broadcasts against `s`, and so does `distance`, which only MIXED blocks have."""
+    """Scores of a block after gate and mask, in powers of 2. `keep` broadcasts against `s`, and so does `distance`, which only MIXED blocks have."""
     if place == OUTSIDE:
         s = s + keep
     if place == MIXED:
@@ -143,7 +145,7 @@ def _forward_kernel(
     out_ref,  # [q, H]
     log_total_ref,  # [1, q]
     high_ref,  # scratch [q, LANES]: highest score so far
-    total_ref,  # scratch [q, LANES]: sum of exp(score - high)
+    total_ref,  # scratch [q, LANES]: sum of 2 ** (score - high)
     acc_ref,  # scratch [q, H]
     segment_ref,  # scratch [q, LANES] or None
     *,
@@ -163,13 +165,13 @@ def _forward_kernel(
     def meet(place):
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.k) == k_segment_ref[...]
         distance = walk.distance(i, j, 0) if place == MIXED else None
-        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * scale, keep_ref[...], same_segment, place, distance, walk.window)
+        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E), keep_ref[...] * LOG2_E, same_segment, place, distance, walk.window)
         # A row that has met only MASKED scores holds finite rubbish, which the first real score, of its own pair at the latest,
-        # multiplies by exp(MASKED - score) = 0.
+        # multiplies by 2 ** (MASKED - score) = 0.
         high = high_ref[...]
         new_high = jnp.maximum(high, s.max(1, keepdims=True))
-        p = jnp.exp(s - _spread(new_high, walk.k))
-        shrink = jnp.exp(high - new_high)
+        p = jnp.exp2(s - _spread(new_high, walk.k))
+        shrink = jnp.exp2(high - new_high)
         high_ref[...] = new_high
         total_ref[...] = total_ref[...] * shrink + p.sum(1, keepdims=True)
         acc_ref[...] = acc_ref[...] * _spread(shrink, acc_ref.shape[1]) + _dot(p.astype(v_ref.dtype), v_ref[...], 0)
@@ -181,7 +183,7 @@ def _forward_kernel(
     @pl.when(j == walk.num_k - 1)
     def _finish():
         out_ref[...] = (acc_ref[...] / _spread(total_ref[...], acc_ref.shape[1])).astype(out_ref.dtype)
-        log_total_ref[...] = _row(high_ref[...] + jnp.log(total_ref[...]))
+        log_total_ref[...] = _row(high_ref[...] / LOG2_E + jnp.log(total_ref[...]))
 
 
 # Grid (B, K, G, num_q, num_k), as the forward kernel.
@@ -210,7 +212,7 @@ def _dq_kernel(
     @pl.when(j == 0)
     def _start():
         acc_ref[...] = jnp.zeros_like(acc_ref)
-        log_total_column_ref[...] = _column(log_total_ref[...])
+        log_total_column_ref[...] = _column(log_total_ref[...] * LOG2_E)
         delta_column_ref[...] = _column(delta_ref[...])
         if segment_ref is not None:
             segment_ref[...] = _column(q_segment_ref[...])
@@ -218,8 +220,8 @@ def _dq_kernel(
     def meet(place):
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.k) == k_segment_ref[...]
         distance = walk.distance(i, j, 0) if place == MIXED else None
-        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * scale, keep_ref[...], same_segment, place, distance, walk.window)
-        p = jnp.exp(s - _spread(log_total_column_ref[...], walk.k))
+        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E), keep_ref[...] * LOG2_E, same_segment, place, distance, walk.window)
+        p = jnp.exp2(s - _spread(log_total_column_ref[...], walk.k))
         ds = p * (_dot(d_out_ref[...], v_ref[...], 1) - _spread(delta_column_ref[...], walk.k))
         acc_ref[...] += _dot(ds.astype(k_ref.dtype), k_ref[...], 0)
 
@@ -263,7 +265,7 @@ def _dkv_kernel(
     def _start():
         for ref in (dk_acc_ref, dv_acc_ref, dkeep_acc_ref):
             ref[...] = jnp.zeros_like(ref)
-        keep_column_ref[...] = _column(keep_ref[...])
+        keep_column_ref[...] = _column(keep_ref[...] * LOG2_E)
         if segment_ref is not None:
             segment_ref[...] = _column(k_segment_ref[...])
 
@@ -271,8 +273,8 @@ def _dkv_kernel(
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.q) == q_segment_ref[...]
         distance = walk.distance(i, j, 1) if place == MIXED else None
         keep = None if place == INSIDE else _spread(keep_column_ref[...], walk.q)
-        s = _masked_scores(_dot(k_ref[...], q_ref[...], 1) * scale, keep, same_segment, place, distance, walk.window)
-        p = jnp.exp(s - log_total_ref[...])
+        s = _masked_scores(_dot(k_ref[...], q_ref[...], 1) * (scale * LOG2_E), keep, same_segment, place, distance, walk.window)
+        p = jnp.exp2(s - log_total_ref[...] * LOG2_E)
         ds = p * (_dot(v_ref[...], d_out_ref[...], 1) - delta_ref[...])
         dv_acc_ref[...] += _dot(p.astype(d_out_ref.dtype), d_out_ref[...], 0)
         dk_acc_ref[...] += _dot(ds.astype(q_ref.dtype), q_ref[...], 0)
