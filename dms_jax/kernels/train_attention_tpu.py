@@ -279,7 +279,7 @@ def _dkv_kernel(
         dv_acc_ref[...] += _dot(p.astype(d_out_ref.dtype), d_out_ref[...], 0)
         dk_acc_ref[...] += _dot(ds.astype(q_ref.dtype), q_ref[...], 0)
         if place != INSIDE:
-            gated = ds if place == OUTSIDE else jnp.where(distance > walk.window, ds, 0.0)
+            gated = ds if distance is None else jnp.where(distance > walk.window, ds, 0.0)
             lanes = dkeep_acc_ref.shape[1]
             dkeep_acc_ref[...] += sum(gated[:, start : start + lanes] for start in range(0, walk.q, lanes))
 

@@ -125,17 +125,17 @@ def test_needed_blocks_and_where_they_lie(window, q, k):
     is open; a step that is not needed asks for a block that is."""
     length, gone = 64, np.random.default_rng(window + q).random(64 // k) < 0.6
     walk = Walk(window, q, k, length // q, length // k)
-    alive = np.where(gone, walk.num_k, np.arange(walk.num_k))
-    next_alive = np.minimum.accumulate(alive[::-1])[::-1]
+    next_alive = np.minimum.accumulate(np.where(gone, walk.num_k, np.arange(walk.num_k))[::-1])[::-1]
     distance = (np.arange(length)[:, None] - np.arange(length)).reshape(walk.num_q, q, walk.num_k, k).swapaxes(1, 2)
     needed = ((distance >= 0) & ((distance <= window) | ~gone[None, :, None, None])).any((2, 3))
-    for i in range(walk.num_q):
-        for j in range(walk.num_k):
-            key_block, query_block = (int(choose(i, j, int(next_alive[j]))) for choose in (walk.key_block, walk.query_block))
-            assert needed[i, key_block] and needed[query_block, j]
-            assert (key_block == j) == (query_block == i) == needed[i, j]
-            block = distance[i, j]
-            inside, outside = (block >= 0).all() and (block <= window).all(), (block > window).all()
-            assert [bool(condition) for condition, _ in walk.cases(i, j, needed[i, j])] == [
-                bool(needed[i, j] and lies) for lies in (inside, outside, not inside and not outside)
-            ]
+
+    i, j, following = np.broadcast_arrays(np.arange(walk.num_q)[:, None], np.arange(walk.num_k), next_alive)
+    i, j, following = (jnp.asarray(x, jnp.int32) for x in (i, j, following))
+    key_block, query_block = np.asarray(walk.key_block(i, j, following)), np.asarray(walk.query_block(i, j, following))
+    assert needed[i, key_block].all() and needed[query_block, j].all()
+    np.testing.assert_array_equal(key_block == j, needed)
+    np.testing.assert_array_equal(query_block == i, needed)
+
+    inside, outside = ((distance >= 0) & (distance <= window)).all((2, 3)), (distance > window).all((2, 3))
+    for (condition, _), lies in zip(walk.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
+        np.testing.assert_array_equal(condition, needed & lies)
