@@ -1,7 +1,7 @@
 """Attention of query rows over the slots of a compact cache, on TPU: one pass over the slots in use, for decode and for chunks.
 
 Grid (B K, blocks of rows, blocks of slots); the last axis is sequential, as long as the longest head needs and no longer. A step
-owns [keys, H] of keys and values and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
+owns [keys, H] of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
 """
 
 from functools import partial
@@ -21,6 +21,12 @@ from dms_jax.kernels.block_sizes import SlotBlocks
 LANES = 128
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 VMEM_LIMIT = 64 * 2**20  # of at least 95 MiB; the compiler's own limit of 16 MiB is meant for programs that share it
+
+
+def slots_in_lanes(head_dim: int) -> bool:
+    """Whether keys and values lie in memory as [B K H S]. The TPU compiler orders them so where a row of H numbers would leave
+    lanes empty; a kernel that asks for rows then costs a copy of the cache."""
+    return head_dim % LANES != 0
 
 
 def attend_slots(
@@ -62,10 +68,15 @@ def attend_slots(
         following = jnp.where(more_rows, head, jnp.minimum(head + 1, b * heads - 1))
         return jnp.where(here, head, following), jnp.where(here, j, 0)
 
-    slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slot_block(*at), 0))
+    lanes = slots_in_lanes(h)
+    if lanes:
+        keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
+        slot_spec = pl.BlockSpec((None, h, block_s), lambda *at: (slot_block(*at)[0], 0, slot_block(*at)[1]))
+    else:
+        slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slot_block(*at), 0))
     steps = jnp.maximum(lax.div(jnp.max(used) + block_s - 1, block_s), 1)
     acc, statistics = pl.pallas_call(
-        partial(_kernel, heads=heads, row_blocks=row_blocks, scale=h**-0.5),
+        partial(_kernel, heads=heads, row_blocks=row_blocks, lanes=lanes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(b * heads, row_blocks, steps),
@@ -98,15 +109,15 @@ def _kernel(
     used_ref, low_ref, high_ref,  # [B K], [B row blocks] x2: slots in use, first and last position of each block of rows
     q_position_ref,               # [1, rows]
     rows_ref,                     # [rows, H]
-    keys_ref, values_ref,         # [keys, H] x2; dead slots may hold anything
+    keys_ref, values_ref,         # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
     slots_ref,                    # [2, keys]: position, expiry
     acc_ref, statistics_ref,      # [rows, H], [2, rows]: max, sum
     column_ref, max_ref, sum_ref, # [rows, 128] x3, all lanes equal: position of each row, online softmax
-    *, heads, row_blocks, scale,
+    *, heads, row_blocks, lanes,
 ):  # fmt: skip
     head, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block_s = keys_ref.shape[0]
-    dtype = rows_ref.dtype
+    block_s = slots_ref.shape[1]
+    dtype, scale = rows_ref.dtype, rows_ref.shape[1] ** -0.5
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     @pl.when(j == 0)
@@ -119,14 +130,14 @@ def _kernel(
     def attend(visible):
         """`visible` [rows, keys], or None where every row sees every slot."""
         s = lax.dot_general(
-            rows_ref[...], keys_ref[...].astype(dtype), (((1,), (1,)), ((), ())),
+            rows_ref[...], keys_ref[...].astype(dtype), (((1,), (0 if lanes else 1,)), ((), ())),
             precision=precision, preferred_element_type=jnp.float32,
         ) * scale  # fmt: skip
         values = values_ref[...].astype(dtype)
         if visible is not None:
             s = jnp.where(visible, s, MASKED)
             seen = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)
-            values = jnp.where(_column(seen) > 0, values, 0)  # 0 * NaN is NaN
+            values = jnp.where((seen if lanes else _column(seen)) > 0, values, 0)  # 0 * NaN is NaN
         old_max = max_ref[:, :1]
         new_max = jnp.maximum(old_max, s.max(axis=1, keepdims=True))
         p = jnp.exp(s - new_max)
@@ -135,8 +146,10 @@ def _kernel(
         shrink = jnp.exp(old_max - new_max)
         max_ref[...] = jnp.broadcast_to(new_max, max_ref.shape)
         sum_ref[...] = sum_ref[...] * shrink + p.sum(axis=1, keepdims=True)
-        out = jnp.dot(p.astype(dtype), values, precision=precision, preferred_element_type=jnp.float32)
-        acc_ref[...] = acc_ref[...] * shrink + out
+        acc_ref[...] = acc_ref[...] * shrink + lax.dot_general(
+            p.astype(dtype), values, (((1,), (1 if lanes else 0,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
 
     used, start = used_ref[head], j * block_s
 
