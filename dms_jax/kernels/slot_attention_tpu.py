@@ -20,7 +20,7 @@ from dms_jax.kernels.block_sizes import SlotBlocks
 
 LANES = 128
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-VMEM_LIMIT = 64 * 2**20  # of at least 95 MiB; the compiler's own limit of 16 MiB is meant for programs that share it
+VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p, 128 MiB on v5e and v6e; the compiler by itself allows 16 MiB
 
 
 def slots_in_lanes(head_dim: int) -> bool:
@@ -137,7 +137,7 @@ def _kernel(
         if visible is not None:
             s = jnp.where(visible, s, MASKED)
             seen = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)
-            values = jnp.where((seen if lanes else _column(seen)) > 0, values, 0)  # 0 * NaN is NaN
+            values = jnp.where((seen if lanes else column(seen)) > 0, values, 0)  # 0 * NaN is NaN
         old_max = max_ref[:, :1]
         new_max = jnp.maximum(old_max, s.max(axis=1, keepdims=True))
         p = jnp.exp(s - new_max)
@@ -178,5 +178,6 @@ def _kernel(
         statistics_ref[1:2] = sum_ref[...].T[0:1]
 
 
-def _column(row: Float[Array, "1 S"]) -> Float[Array, "S 1"]:
+def column(row: Float[Array, "1 S"]) -> Float[Array, "S 1"]:
+    """Numbers from lanes to sublanes, inside a kernel."""
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]
