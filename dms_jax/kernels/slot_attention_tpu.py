@@ -1,0 +1,183 @@
+"""Attention of query rows over the slots of a compact cache, on TPU: one pass over the slots in use, for decode and for chunks.
+
+Grid (B K, blocks of rows, blocks of slots); the last axis is sequential, as long as the longest head needs and no longer. A step
+owns [keys, H] of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.slot_attention import Partial
+from dms_jax.core.visibility import MASKED
+from dms_jax.kernels.block_sizes import SlotBlocks
+
+LANES = 128
+FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p, 128 MiB on v5e and v6e; the compiler by itself allows 16 MiB
+
+
+def slots_in_lanes(head_dim: int) -> bool:
+    """Whether keys and values lie in memory as [B K H S]. The TPU compiler orders them so where a row of H numbers would leave
+    lanes empty; a kernel that asks for rows then costs a copy of the cache."""
+    return head_dim % LANES != 0
+
+
+def attend_slots(
+    rows: Float[Array, "B K R H"],
+    q_position: Int[Array, "B R"],
+    keys: Float[Array, "B K S H"],
+    values: Float[Array, "B K S H"],
+    k_position: Int[Array, "B K S"],
+    expiry: Int[Array, "B K S"],
+    used: Int[Array, "B K"],
+    *,
+    blocks: SlotBlocks,
+    interpret: bool = False,
+) -> Partial:
+    """The softmax of each row over the slots that it sees, as one part [1 B K R]; see `core.slot_attention`.
+
+    Of each head the slots from `used` on are neither fetched nor looked at, but for the rest of a block.
+    """
+    b, heads, num_rows, h = rows.shape
+    slots = keys.shape[2]
+    block_r, block_s = min(blocks.rows, num_rows), min(blocks.keys, slots)
+    row_blocks, pad = pl.cdiv(num_rows, block_r), -num_rows % block_r
+    folded = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
+    rows = folded(jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0))))
+    # Padding before the first position sees nothing, and does not widen the range of positions of its block.
+    low, high = (
+        limit(jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=fill).reshape(b, row_blocks, block_r), axis=-1).reshape(-1)
+        for limit, fill in ((jnp.min, LAST), (jnp.max, FIRST))
+    )
+    q_position = jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=FIRST)[:, None]
+    used = used.reshape(-1)
+
+    def row_block(head, i, j, used, low, high):
+        return head, i, 0
+
+    def slot_block(head, i, j, used, low, high):
+        # Steps after the last block in use already name the first block of what comes next, which is thus fetched meanwhile.
+        here, more_rows = j * block_s < used[head], i + 1 < row_blocks
+        following = jnp.where(more_rows, head, jnp.minimum(head + 1, b * heads - 1))
+        return jnp.where(here, head, following), jnp.where(here, j, 0)
+
+    lanes = slots_in_lanes(h)
+    if lanes:
+        keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
+        slot_spec = pl.BlockSpec((None, h, block_s), lambda *at: (slot_block(*at)[0], 0, slot_block(*at)[1]))
+    else:
+        slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slot_block(*at), 0))
+    steps = jnp.maximum(lax.div(jnp.max(used) + block_s - 1, block_s), 1)
+    acc, statistics = pl.pallas_call(
+        partial(_kernel, heads=heads, row_blocks=row_blocks, lanes=lanes),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(b * heads, row_blocks, steps),
+            in_specs=[
+                pl.BlockSpec((None, 1, block_r), lambda head, i, j, *_: (lax.div(head, heads), 0, i)),
+                pl.BlockSpec((None, block_r, h), row_block),
+                slot_spec,
+                slot_spec,
+                pl.BlockSpec((None, 2, block_s), lambda *at: (slot_block(*at)[0], 0, slot_block(*at)[1])),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, block_r, h), row_block),
+                pl.BlockSpec((None, 2, block_r), lambda head, i, j, *_: (head, 0, i)),
+            ],
+            scratch_shapes=[pltpu.VMEM((block_r, LANES), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+            jax.ShapeDtypeStruct((b * heads, 2, rows.shape[1]), jnp.float32),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        interpret=interpret,
+        name="attend_slots",
+    )(used, low, high, q_position, rows, folded(keys), folded(values), jnp.stack([folded(k_position), folded(expiry)], axis=1))
+    part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])  # noqa: E731
+    return Partial(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
+
+
+def _kernel(
+    used_ref, low_ref, high_ref,  # [B K], [B row blocks] x2: slots in use, first and last position of each block of rows
+    q_position_ref,               # [1, rows]
+    rows_ref,                     # [rows, H]
+    keys_ref, values_ref,         # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
+    slots_ref,                    # [2, keys]: position, expiry
+    acc_ref, statistics_ref,      # [rows, H], [2, rows]: max, sum
+    column_ref, max_ref, sum_ref, # [rows, 128] x3, all lanes equal: position of each row, online softmax
+    *, heads, row_blocks, lanes,
+):  # fmt: skip
+    head, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    block_s = slots_ref.shape[1]
+    dtype, scale = rows_ref.dtype, rows_ref.shape[1] ** -0.5
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+    @pl.when(j == 0)
+    def _():
+        column_ref[...] = jnp.broadcast_to(q_position_ref[...], (LANES, rows_ref.shape[0])).T
+        max_ref[...] = jnp.full(max_ref.shape, MASKED, jnp.float32)
+        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+
+    def attend(visible):
+        """`visible` [rows, keys], or None where every row sees every slot."""
+        s = lax.dot_general(
+            rows_ref[...], keys_ref[...].astype(dtype), (((1,), (0 if lanes else 1,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        ) * scale  # fmt: skip
+        values = values_ref[...].astype(dtype)
+        if visible is not None:
+            s = jnp.where(visible, s, MASKED)
+            seen = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)
+            values = jnp.where((seen if lanes else column(seen)) > 0, values, 0)  # 0 * NaN is NaN
+        old_max = max_ref[:, :1]
+        new_max = jnp.maximum(old_max, s.max(axis=1, keepdims=True))
+        p = jnp.exp(s - new_max)
+        if visible is not None:
+            p = jnp.where(visible, p, 0.0)
+        shrink = jnp.exp(old_max - new_max)
+        max_ref[...] = jnp.broadcast_to(new_max, max_ref.shape)
+        sum_ref[...] = sum_ref[...] * shrink + p.sum(axis=1, keepdims=True)
+        acc_ref[...] = acc_ref[...] * shrink + lax.dot_general(
+            p.astype(dtype), values, (((1,), (1 if lanes else 0,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    used, start = used_ref[head], j * block_s
+
+    @pl.when(start < used)
+    def _():
+        block = lax.div(head, heads) * row_blocks + i
+        low, high = low_ref[block], high_ref[block]
+        position, expiry = slots_ref[:1], slots_ref[1:]
+        fresh = start + lax.broadcasted_iota(jnp.int32, (1, block_s), 1) < used
+        some_see = fresh & (position <= high) & (low <= expiry)
+        all_see = fresh & (position <= low) & (high <= expiry)
+        every_slot = jnp.min(jnp.where(all_see, 1.0, 0.0)) > 0
+
+        @pl.when(every_slot)
+        def _():
+            attend(None)
+
+        @pl.when(jnp.logical_not(every_slot) & (jnp.max(jnp.where(some_see, 1.0, 0.0)) > 0))
+        def _():
+            at = column_ref[:, :1]
+            attend(fresh & (position <= at) & (at <= expiry))
+
+    @pl.when(j == pl.num_programs(2) - 1)
+    def _():
+        statistics_ref[0:1] = max_ref[...].T[0:1]
+        statistics_ref[1:2] = sum_ref[...].T[0:1]
+
+
+def column(row: Float[Array, "1 S"]) -> Float[Array, "S 1"]:
+    """Numbers from lanes to sublanes, inside a kernel."""
+    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]

@@ -1,0 +1,76 @@
+"""Compaction on TPU, interpreted, against `core.compact_cache.place`: bit for bit, whatever dead slots and staying pairs hold."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_jax.core import compact_cache
+from dms_jax.core.compact_cache import LayerCache
+from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.compaction_tpu import _staircase, place
+
+B, K = 2, 3
+FIELDS = ("k", "v", "position", "expiry", "score")
+
+
+def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come: float):
+    """A layer, a chunk, who stays and who comes; one head in which all stay, one in which none does, one where nobody comes."""
+    numbers = lambda n: (jnp.asarray(rng.integers(-(2**31), 2**31 - 1, (B, K, n), np.int64).astype(np.int32)) for _ in range(2))  # noqa: E731
+    score = lambda n: jnp.asarray(rng.normal(size=(B, K, n)), jnp.float32)  # noqa: E731
+    rows = lambda n, kind: (jnp.asarray(rng.normal(size=(B, K, n, head_dim)), kind) for _ in range(2))  # noqa: E731
+    layer = LayerCache(*rows(capacity, cache_dtype), *numbers(capacity), score(capacity), jnp.zeros((B, K), jnp.int32))
+    chunk = (*rows(length, dtype), *numbers(length), score(length))
+    stays = rng.random((B, K, capacity)) < full
+    comes = rng.random((B, K, length)) < come
+    stays[0, 0], stays[0, 1], comes[0, 2] = True, False, False
+    room = (~stays).sum(-1, keepdims=True)
+    return layer, chunk, stays, comes & (np.cumsum(comes, -1) <= room)
+
+
+def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dtype=None, full=0.6, come=0.7):
+    rng = np.random.default_rng(seed)
+    layer, chunk, stays, comes = case(rng, capacity, length, head_dim, dtype, cache_dtype or dtype, full, come)
+    k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])  # what does not come may hold anything
+    actual = jax.jit(lambda *arrays: place(*arrays, blocks=blocks, interpret=True))(
+        *(getattr(layer, name) for name in FIELDS), k, v, *chunk[2:], stays, comes
+    )
+    expected = compact_cache.place(layer, *chunk, stays, comes)
+    for name, array in zip(FIELDS, actual, strict=True):
+        want = getattr(expected, name)
+        assert array.dtype == want.dtype
+        np.testing.assert_array_equal(np.asarray(array, np.float64), np.asarray(want, np.float64), err_msg=name)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=st.integers(0, 999), sizes=st.sampled_from([(1, 1), (40, 1), (40, 13), (24, 40)]), blocks=st.sampled_from([(4, 8), (5, 16), (64, 64)]),
+    full=st.sampled_from([0.0, 0.6, 0.95]), come=st.sampled_from([0.5, 1.0]),
+)  # fmt: skip
+def test_place_is_that_of_core(seed, sizes, blocks, full, come):
+    check(seed, *sizes, 8, SlotBlocks(*blocks, 1), full=full, come=come)
+
+
+@pytest.mark.parametrize(
+    "dtype, cache_dtype", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")]
+)
+def test_rows_of_all_lanes_and_small_types(dtype, cache_dtype):
+    check(1, 40, 13, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
+
+
+def test_small_types_with_slots_in_lanes():
+    check(2, 40, 13, 16, SlotBlocks(8, 16, 1), jnp.bfloat16, jnp.float8_e4m3fn)
+
+
+def test_steps_are_the_blocks_that_meet(rng):
+    """Of each block of slots that receives, the pairs' blocks from the first to the last that gives; no other block of slots."""
+    stays, comes = rng.random((20, 64)) < np.linspace(0, 1, 20)[:, None], rng.random((20, 24)) < rng.random((20, 1))
+    comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
+    slot_block, pair_block, count = _staircase(jnp.cumsum(~stays, -1, dtype=jnp.int32), jnp.cumsum(comes, -1, dtype=jnp.int32), 8, 4)
+    for a in range(20):
+        met = [(slot // 8, pair // 4) for slot, pair in zip(np.flatnonzero(~stays[a]), np.flatnonzero(comes[a]), strict=False)]
+        gives = {block: [pair for slot, pair in met if slot == block] for block, _ in met}
+        steps = [(block, pair) for block, pairs in gives.items() for pair in range(pairs[0], pairs[-1] + 1)]
+        assert [*zip(slot_block[a, : count[a]].tolist(), pair_block[a, : count[a]].tolist(), strict=True)] == steps

@@ -1,0 +1,111 @@
+"""The TPU kernel over slots, interpreted, against `core.slot_attention`: ragged heads, dead slots poisoned, sizes no block divides."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache
+from dms_jax.core.slot_attention import fold_queries, merge, slot_attention, slots_in_use, unfold_queries
+from dms_jax.core.visibility import MASKED, NEVER
+from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.slot_attention_tpu import attend_slots
+
+B, K = 2, 2
+TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.float32, live: float = 0.7) -> LayerCache:
+    """Pairs of random positions up to the last query; of each head another number of slots was ever written, the last head none."""
+    written = np.arange(capacity) < rng.integers(0, capacity + 1, (B, K))[..., None]
+    written[0, 0], written[-1, -1] = True, False
+    position = np.where(written, rng.integers(0, now + length, (B, K, capacity)), EMPTY).astype(np.int32)
+    expiry = np.where(rng.random(position.shape) < live, NEVER, rng.integers(0, now + length, position.shape))
+    expiry = np.where(written, expiry, GONE).astype(np.int32)
+    k, v = (jnp.asarray(rng.normal(size=(B, K, capacity, head_dim)), dtype) for _ in range(2))
+    zero = jnp.zeros((B, K), jnp.int32)
+    return LayerCache(k, v, jnp.asarray(position), jnp.asarray(expiry), jnp.zeros(position.shape, jnp.float32), zero)
+
+
+def poisoned(layer: LayerCache, position) -> tuple[jax.Array, jax.Array]:
+    """Keys and values with NaN and inf in every slot that no query sees."""
+    q = np.asarray(position)[:, None, :, None]
+    seen = ((layer.position[:, :, None] <= q) & (q <= layer.expiry[:, :, None])).any(2)[..., None]
+    return jnp.where(seen, layer.k, jnp.asarray(jnp.inf, layer.k.dtype)), jnp.where(seen, layer.v, jnp.asarray(jnp.nan, layer.v.dtype))
+
+
+@partial(jax.jit, static_argnames=("heads", "blocks"))
+def by_kernel(q, position, keys, values, layer, heads, blocks):
+    rows = fold_queries(q, heads)
+    row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
+    part = attend_slots(rows, row_position, keys, values, layer.position, layer.expiry, slots_in_use(layer, position), blocks=blocks, interpret=True)
+    return unfold_queries(merge(part).divided().astype(q.dtype), q.shape[1]), part
+
+
+def check(seed, length, group, capacity, head_dim, blocks, dtype=jnp.float32, cache_dtype=None, live=0.7, now=9):
+    rng = np.random.default_rng(seed)
+    layer = slots(rng, now, length, capacity, head_dim, cache_dtype or dtype, live)
+    position = jnp.asarray(np.array([now, now + 3])[:, None] + np.arange(length), jnp.int32)
+    q = jnp.asarray(rng.normal(size=(B, length, K * group, head_dim)), dtype)
+    out, part = by_kernel(q, position, *poisoned(layer, position), layer, K, blocks)
+    expected = slot_attention(q, layer, position, None, 7)
+    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance)
+    return part
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 999), length=st.sampled_from([1, 5]), group=st.sampled_from([1, 3]), capacity=st.sampled_from([1, 20, 33]),
+    rows=st.sampled_from([4, 64]), keys=st.sampled_from([8, 16, 64]), live=st.sampled_from([0.0, 0.7, 1.0]),
+)  # fmt: skip
+def test_kernel_is_attention_over_slots(seed, length, group, capacity, rows, keys, live):
+    check(seed, length, group, capacity, 8, SlotBlocks(rows, keys, 1), live=live)
+
+
+@pytest.mark.parametrize(
+    "length, dtype, cache_dtype",
+    [(1, "float32", "float32"), (5, "bfloat16", "bfloat16"), (5, "bfloat16", "float8_e4m3fn"), (1, "bfloat16", "float8_e5m2")],
+)
+def test_head_size_of_all_lanes_and_small_types(length, dtype, cache_dtype):
+    check(3, length, 2, 40, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
+
+
+def test_small_types_with_slots_in_lanes():
+    check(4, 3, 2, 40, 16, SlotBlocks(8, 16, 1), jnp.bfloat16, jnp.float8_e4m3fn)
+
+
+def test_head_without_slots_is_an_empty_part():
+    part = check(5, 1, 2, 16, 8, SlotBlocks(8, 8, 1))
+    assert part.high.shape == (1, B, K, 2) and part.acc.shape == (1, B, K, 2, 8)
+    np.testing.assert_array_equal(part.high[0, -1, -1], np.float32(MASKED))
+    np.testing.assert_array_equal(part.total[0, -1, -1], 0)
+    np.testing.assert_array_equal(part.acc[0, -1, -1], 0)
+
+
+def test_statistics_are_those_of_the_definition(rng):
+    layer = slots(rng, 9, 1, 24, 8)
+    q, position = jnp.asarray(rng.normal(size=(B, 1, K * 2, 8)), jnp.float32), jnp.full((B, 1), 9, jnp.int32)
+    _, part = by_kernel(q, position, *poisoned(layer, position), layer, K, SlotBlocks(8, 8, 1))
+    s = np.einsum("bkrh,bksh->bkrs", fold_queries(q, K), layer.k) * 8**-0.5
+    visible = np.asarray((layer.position <= 9) & (layer.expiry >= 9))[:, :, None]
+    high = np.where(visible, s, MASKED).max(-1)
+    np.testing.assert_allclose(part.high[0], high, rtol=1e-5)
+    np.testing.assert_allclose(part.total[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5)
+
+
+def test_slots_from_used_on_are_not_looked_at(rng):
+    """They would be visible: a caller that gives fewer slots gets attention over fewer."""
+    layer = slots(rng, 9, 1, 24, 8, live=1.0)
+    q, position = jnp.asarray(rng.normal(size=(B, 1, K, 8)), jnp.float32), jnp.full((B, 1), 50, jnp.int32)
+    used = jnp.asarray([[11, 0], [24, 5]])
+    rows = fold_queries(q, K)
+    attend = partial(attend_slots, rows, position, blocks=SlotBlocks(8, 8, 1), interpret=True)
+    hidden = (jnp.arange(24) >= used[..., None])[..., None]
+    actual = attend(jnp.where(hidden, jnp.nan, layer.k), jnp.where(hidden, jnp.nan, layer.v), layer.position, layer.expiry, used)
+    expected = attend(layer.k, layer.v, layer.position, jnp.where(hidden[..., 0], GONE, layer.expiry), jnp.full_like(used, 24))
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
