@@ -21,6 +21,7 @@ from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.key_blocks_gpu import COMPUTE, KeySections, Tile, copy_key_blocks, exponent, gated_scores, live_blocks, raw_gate, transforms
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, interpreter
+from dms_jax.kernels.train_attention_gpu_backward import dkv_blocks, gradient_of_queries, gradients_of_keys
 
 
 def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool) -> tuple[Array, Array]:
@@ -117,3 +118,45 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
         interpret=interpreter() if interpret else None,
     )
     return tuple(run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, block), *([segments] if has_segments else [])))
+
+
+@typed
+def attend(
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    log_keep: Float[Array, "B K T"],
+    segments: Int[Array, "B T"] | None,
+    *,
+    window_size: int,
+    blocks: TrainBlocks,
+    interpret: bool = False,
+) -> Float[Array, "B K G T H"]:
+    """See `core.chunked_attention.with_heads_folded`; gradients reach q, k, v and log_keep. T is a multiple of both blocks."""
+    length = q.shape[3]
+    assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
+    # Position differences reach T - 1, so a longer window is the same window; capped, sums with it stay within int32.
+    return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q, k, v, log_keep, segments, window_size, blocks, interpret):
+    return _forward(q, k, v, log_keep, segments, window_size, blocks, interpret)[0]
+
+
+def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
+    out, log_total = _forward(q, k, v, log_keep, segments, window_size, blocks, interpret)
+    # Named, so that a rematerialisation policy can keep them: with both at hand the backward pass need not run this one again.
+    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+    return out, (q, k, v, log_keep, segments, out, log_total)
+
+
+def _attend_bwd(window_size, blocks, interpret, saved, d_out):
+    q, k, v, log_keep, segments, out, log_total = saved
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    args = q, k, v, log_keep, segments, log_total, delta, d_out, window_size
+    dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks, q.shape[-1]), interpret)
+    return gradient_of_queries(*args, blocks, interpret), dk, dv, dkeep, None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
