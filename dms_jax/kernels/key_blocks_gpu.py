@@ -101,13 +101,13 @@ class Tile(NamedTuple):
 def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, gate: str | None, causal: bool) -> Array:
     """Raw scores with the gate's part and the mask; `keep_s` and `segments_s` are those of the keys."""
     over_rows = lambda x: lax.broadcast_in_dim(x, tile.shape, [1])  # noqa: E731
-    if causal or gate == "outside":
-        age = (ops.iota(tile.shape, 0) - ops.iota(tile.shape, 1)) + (tile.q_first - tile.k_first)
+    # Few distinct numbers a thread: its two rows on one side, its columns on the other.
+    later_than = lambda shift: ops.iota(tile.shape, 0) + (tile.q_first - tile.k_first - shift) >= ops.iota(tile.shape, 1)  # noqa: E731
     if gate is not None:
-        keep = over_rows(ops.load(keep_s, ROW))
-        s = s + (keep if gate == "all" else jnp.where(age > tile.window_size, keep, 0.0))
+        gated = s + over_rows(ops.load(keep_s, ROW))
+        s = gated if gate == "all" else jnp.where(later_than(tile.window_size + 1), gated, s)
     if causal:
-        s = jnp.where(age >= 0, s, MASKED)
+        s = jnp.where(later_than(0), s, MASKED)
     if tile.q_segments is not None:
         same = lax.broadcast_in_dim(tile.q_segments, tile.shape, [0]) == over_rows(ops.load(segments_s, ROW))
         s = jnp.where(same, s, MASKED)

@@ -6,7 +6,7 @@ operation, and a product is `jnp.dot` of what the operands hold. All else of a k
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,18 +59,31 @@ class Ops:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=ROWS)
 
-    def dot(self, a: Any, b: Any, shape: tuple[int, int], transpose_a: bool = False, transpose_b: bool = False) -> Array:
-        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory."""
-        return self.dots([(a, b, transpose_a, transpose_b)], shape)[0]
+    def dot(
+        self,
+        a: Any,
+        b: Any,
+        shape: tuple[int, int],
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory. `meanwhile` runs between start and result."""
+        return self.dots([(a, b, transpose_a, transpose_b)], shape, meanwhile)[0]
 
-    def dots(self, products: Sequence[tuple[Any, Any, bool, bool]], shape: tuple[int, int]) -> list[Array]:
+    def dots(
+        self, products: Sequence[tuple[Any, Any, bool, bool]], shape: tuple[int, int], meanwhile: Callable[[], None] | None = None
+    ) -> list[Array]:
         """Several `dot`s (a, b, transpose_a, transpose_b) of one shape, all in flight before the first is waited for."""
+        meanwhile = meanwhile or (lambda: None)
         if self.interpret:
+            meanwhile()
             return [self._product(*product) for product in products]
 
         def run(*accumulators):
             for accumulator, product in zip(accumulators, products, strict=True):
                 self._wgmma(accumulator, *product)
+            meanwhile()
             return [accumulator[...] for accumulator in accumulators]
 
         return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for _ in products])

@@ -31,7 +31,7 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
 
-    def train_attention_forward(*refs, q_s, k_s, v_s, keep_s, total_s, q_ready, k_ready, v_ready, k_free, v_free, q_seg_s=None, k_seg_s=None):
+    def train_attention_forward(*refs, q_s, k_s, v_s, keep_s, total_s, q_ready, k_ready, v_ready, k_free, v_free, turn, q_seg_s=None, k_seg_s=None):
         q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, *maybe_segments, out_ref, total_ref = refs
         segments_ref = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
@@ -41,7 +41,7 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
 
         @pl.when(wg < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             own = first + wg * rows
             q_w = q_s.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[batch, head, g, pl.ds(own, rows)], q_w, q_ready.at[wg])
@@ -50,11 +50,15 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
             plgpu.barrier_wait(q_ready.at[wg])
             q_segments = ops.load(q_seg_s.at[wg], COLUMN) if has_segments else None
 
+            def change_turns():
+                plgpu.barrier_arrive(turn)
+                plgpu.barrier_wait(turn)
+
             def step(n, carry, gate, causal):
                 high, total, acc = carry
                 slot = lax.rem(n, jnp.int32(steps))
                 plgpu.barrier_wait(k_ready.at[slot])
-                s = ops.dot(q_w, k_s.at[slot], (rows, block), transpose_b=True)
+                s = ops.dot(q_w, k_s.at[slot], (rows, block), transpose_b=True, meanwhile=change_turns)
                 tile = Tile(own, sections.block_of(n) * block, (rows, block), window_size, q_segments)
                 s = gated_scores(ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal)
                 plgpu.barrier_arrive(k_free.at[slot])
@@ -63,13 +67,19 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
                 shrink = jnp.exp2(high - new_high)
                 total = total * shrink + p.sum(axis=1)
                 acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
+                new_high, total, acc, p = lax.optimization_barrier((new_high, total, acc, p.astype(dtype)))
+                plgpu.barrier_arrive(turn)
                 plgpu.barrier_wait(v_ready.at[slot])
-                acc = ops.add_dot(acc, p.astype(dtype), v_s.at[slot])
+                plgpu.barrier_wait(turn)
+                acc = ops.add_dot(acc, p, v_s.at[slot])
                 plgpu.barrier_arrive(v_free.at[slot])
                 return new_high, total, acc
 
+            # One warpgroup's exponentials run beside the other's matrix products: the second is half a step behind.
+            pl.when(wg == 1)(change_turns)
             start = ops.full((rows,), MASKED, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
             high, total, acc = sections.fold(step, num_live, block, blocks.q, window_size, start)
+            pl.when(wg == 0)(change_turns)
             q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
             total_s.at[wg][...] = high + jnp.log2(total)
             plgpu.commit_smem()
@@ -79,7 +89,7 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
 
         @pl.when(wg == COMPUTE)
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             rows_of = lambda ref, j: ref.at[batch, head, pl.ds(j * block, block)]  # noqa: E731
 
             def with_keys(j, slot):
@@ -102,6 +112,7 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
         "k_ready": plgpu.Barrier(num_arrivals=2 + has_segments, num_barriers=steps),
         "v_ready": plgpu.Barrier(num_barriers=steps),
         "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
         "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
     }
     if has_segments:
@@ -135,6 +146,7 @@ def attend(
     """See `core.chunked_attention.with_heads_folded`; gradients reach q, k, v and log_keep. T is a multiple of both blocks."""
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
+    assert interpret or (blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16), (blocks, q)
     # Position differences reach T - 1, so a longer window is the same window; capped, sums with it stay within int32.
     return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
 
@@ -155,7 +167,7 @@ def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
     args = q, k, v, log_keep, segments, log_total, delta, d_out, window_size
-    dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks, q.shape[-1]), interpret)
+    dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks), interpret)
     return gradient_of_queries(*args, blocks, interpret), dk, dv, dkeep, None
 
 

@@ -32,9 +32,9 @@ from dms_jax.kernels.key_blocks_gpu import (
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
 
 
-def dkv_blocks(blocks: TrainBlocks, head_dim: int) -> TrainBlocks:
-    """A CTA owns as many keys as one of the forward pass owns queries; a step's queries leave registers for two gradients of keys."""
-    return TrainBlocks(q=min(blocks.k, 64 if head_dim > 64 else 128), k=blocks.q, steps=blocks.steps)
+def dkv_blocks(blocks: TrainBlocks) -> TrainBlocks:
+    """A CTA owns as many keys as one of the forward pass owns queries. The steps are short: two gradients fill the registers."""
+    return TrainBlocks(q=min(blocks.k, 64), k=blocks.q, steps=blocks.steps)
 
 
 def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool) -> Array:
@@ -54,7 +54,7 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
 
         @pl.when(wg < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             own = first + wg * rows
             mine = (batch, head, g, pl.ds(own, rows))
             for ref, buffer in ((q_ref, q_s), (do_ref, do_s), (total_ref, total_s), (delta_ref, delta_s)):
@@ -86,7 +86,7 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
 
         @pl.when(wg == COMPUTE)
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
             def with_keys_and_values(j, slot):
                 for ref, buffer in ((k_ref, k_s), (v_ref, v_s), (keep_ref, keep_s)):
@@ -149,7 +149,7 @@ def gradients_of_keys(
 
         @pl.when(wg < COMPUTE)
         def compute():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
             own = first + wg * rows
             mine = (batch, head, pl.ds(own, rows))
             for ref, buffer in ((k_ref, k_s), (v_ref, v_s), (keep_ref, keep_s)):
@@ -168,18 +168,18 @@ def gradients_of_keys(
                 slot = lax.rem(g * (end - start) + (i - start), jnp.int32(steps))
                 plgpu.barrier_wait(ready.at[slot])
                 s, dp = ops.dots([(k_s.at[wg], q_s.at[slot], False, True), (v_s.at[wg], do_s.at[slot], False, True)], shape)
-                if causal or gate == "outside":
-                    age = (ops.iota(shape, 1) - ops.iota(shape, 0)) + (i * block - own)
+                later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (own - i * block + shift)  # noqa: E731
+                gated = later_than(window_size + 1) if gate == "outside" else None
                 if gate is not None:
-                    s = s + (over_queries(keep) if gate == "all" else jnp.where(age > window_size, over_queries(keep), 0.0))
+                    s = s + over_queries(keep) if gated is None else jnp.where(gated, s + over_queries(keep), s)
                 if causal:
-                    s = jnp.where(age >= 0, s, MASKED)
+                    s = jnp.where(later_than(0), s, MASKED)
                 if has_segments:
                     s = jnp.where(over_queries(k_segments) == over_keys(ops.load(q_seg_s.at[slot], ROW)), s, MASKED)
                 p = jnp.exp2(s * factor - over_keys(ops.load(total_s.at[slot], ROW)))
                 ds = p * (dp - over_keys(ops.load(delta_s.at[slot], ROW)))
                 if gate is not None:
-                    dkeep = dkeep + (ds if gate == "all" else jnp.where(age > window_size, ds, 0.0)).sum(axis=1)
+                    dkeep = dkeep + (ds if gated is None else jnp.where(gated, ds, 0.0)).sum(axis=1)
                 products = [(p.astype(dtype), do_s.at[slot], False, False), (ds.astype(dtype), q_s.at[slot], False, False)]
                 dv, dk = ops.add_dots([dv, dk], products)
                 plgpu.barrier_arrive(free.at[slot])
@@ -205,7 +205,7 @@ def gradients_of_keys(
 
         @pl.when(wg == COMPUTE)
         def copy():
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
             per_head = end - start
             total = group * per_head
 
