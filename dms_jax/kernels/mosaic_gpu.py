@@ -6,6 +6,7 @@ operation, and a product is `jnp.dot` of what the operands hold. All else of a k
 """
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,23 +59,49 @@ class Ops:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=ROWS)
 
-    def dot(self, a: Any, b: Any, shape: tuple[int, int], transpose_a: bool = False, transpose_b: bool = False) -> Array:
-        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory."""
+    def dot(
+        self,
+        a: Any,
+        b: Any,
+        shape: tuple[int, int],
+        transpose_a: bool = False,
+        transpose_b: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Array:
+        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory. `meanwhile` runs between start and result."""
+        return self.dots([(a, b, transpose_a, transpose_b)], shape, meanwhile)[0]
+
+    def dots(
+        self, products: Sequence[tuple[Any, Any, bool, bool]], shape: tuple[int, int], meanwhile: Callable[[], None] | None = None
+    ) -> list[Array]:
+        """Several `dot`s (a, b, transpose_a, transpose_b) of one shape, all in flight before the first is waited for."""
+        meanwhile = meanwhile or (lambda: None)
         if self.interpret:
-            return self._product(a, b, transpose_a, transpose_b)
+            meanwhile()
+            return [self._product(*product) for product in products]
 
-        def product(accumulator):
-            self._wgmma(accumulator, a, b, transpose_a, transpose_b)
-            return accumulator[...]
+        def run(*accumulators):
+            for accumulator, product in zip(accumulators, products, strict=True):
+                self._wgmma(accumulator, *product)
+            meanwhile()
+            return [accumulator[...] for accumulator in accumulators]
 
-        return pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(run, *[plgpu.ACC(shape, jnp.float32) for _ in products])
 
     def add_dot(self, total: Array, a: Any, b: Any, transpose_a: bool = False, transpose_b: bool = False) -> Array:
         """total + a @ b."""
+        return self.add_dots([total], [(a, b, transpose_a, transpose_b)])[0]
+
+    def add_dots(self, totals: Sequence[Array], products: Sequence[tuple[Any, Any, bool, bool]]) -> list[Array]:
+        """Several `add_dot`s, all in flight before the first is waited for."""
         if self.interpret:
-            return total + self._product(a, b, transpose_a, transpose_b)
-        product = lambda accumulator: self._wgmma(accumulator, a, b, transpose_a, transpose_b)  # noqa: E731
-        return pl.run_state(product)(plgpu.ACC.init(total))
+            return [total + self._product(*product) for total, product in zip(totals, products, strict=True)]
+
+        def run(accumulators):
+            for accumulator, product in zip(accumulators, products, strict=True):
+                self._wgmma(accumulator, *product)
+
+        return pl.run_state(run)([plgpu.ACC.init(total) for total in totals])
 
     @staticmethod
     def _wgmma(accumulator, a, b, transpose_a, transpose_b):

@@ -1,0 +1,138 @@
+"""The blocks of keys that a block of queries meets on a Hopper GPU: which, in which order, and how they come into shared memory.
+
+Shared by the kernels that walk over keys (the forward pass and the gradient of the queries). Two warpgroups compute, each half
+of a block of queries; a third one copies. All three take the same number of steps, so that every barrier is met by all.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.visibility import MASKED
+from dms_jax.kernels.mosaic_gpu import ROW, Ops
+
+COMPUTE = 2  # warpgroups
+LOG2E = math.log2(math.e)  # the hardware's exponential is that of base 2: scores are taken to it by their factor
+
+
+def exponent(head_dim: int) -> float:
+    """What takes a raw score q.k to an exponent of 2."""
+    return head_dim**-0.5 * LOG2E
+
+
+def raw_gate(log_keep: Array, head_dim: int) -> Array:
+    """What the gate adds to a raw score."""
+    return log_keep * head_dim**0.5
+
+
+def transforms(interpret: bool) -> tuple[Any, ...]:
+    """How an operand of a matrix product lies in shared memory."""
+    return () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+
+def is_live(log_keep: Float[Array, "B K T"], block: int) -> Array:
+    """bool [B K T/block]: does any key of the block still count outside the window?"""
+    b, heads, length = log_keep.shape
+    return log_keep.reshape(b, heads, length // block, block).max(-1) > MASKED / 2
+
+
+def live_blocks(log_keep: Float[Array, "B K T"], block: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
+    """The blocks that are live, in ascending order (and the others after them), and how many lie below each block."""
+    live = is_live(log_keep, block)
+    before = jnp.cumsum(live, -1, dtype=jnp.int32) - live
+    return jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32), before.astype(jnp.int32)
+
+
+class KeySections(NamedTuple):
+    """Blocks of keys by what their scores need. From the latest on: [past, end) holds the diagonal; [inside, past) lies within the
+    window of every query; [outside, inside) straddles its edge; [0, outside) lies beyond it, where only live blocks count."""
+
+    outside: Array
+    inside: Array
+    past: Array
+    end: Array
+
+    @classmethod
+    def of(cls, first: Array, rows: int, block: int, window_size: int) -> "KeySections":
+        """Of the queries [first, first + rows)."""
+        count = lambda length: lax.div(jnp.maximum(length, 0), jnp.int32(block))  # noqa: E731
+        outside, past = count(first - window_size), count(first)
+        inside = jnp.minimum(jnp.maximum(count(first + rows - 1 - window_size + block - 1), outside), past)
+        return cls(outside, inside, past, count(first + rows - 1) + 1)
+
+    def fold(self, step: Any, num_live: Array, block: int, rows: int, window_size: int, carry: Any) -> Any:
+        """step(n, carry, gate, causal) over all blocks; `gate` is None, "all" or "outside"."""
+        # Own block first: each row has met a real score, its own, before any block in which it sees nothing.
+        near = "outside" if window_size < rows + block else None
+        sections = [
+            (self.end - self.past, {"gate": near, "causal": True}),
+            (self.end - self.inside, {"gate": None, "causal": False}),
+            (self.end - self.outside, {"gate": "outside", "causal": False}),
+            (self.end - self.outside + num_live, {"gate": "all", "causal": False}),
+        ]
+        start = jnp.int32(0)
+        for stop, how in sections:
+            carry = lax.fori_loop(start, stop, lambda n, carry, how=how: step(n, carry, **how), carry)
+            start = stop
+        return carry
+
+    def block_of(self, n: Array) -> Array:
+        """The block of step n, of those that are not taken from the list of live ones."""
+        return self.end - 1 - n
+
+
+class Tile(NamedTuple):
+    """Where a block of scores lies, and what it may need: [queries, keys]."""
+
+    q_first: Array
+    k_first: Array
+    shape: tuple[int, int]
+    window_size: int
+    q_segments: Array | None  # [queries], COLUMN
+
+
+def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, gate: str | None, causal: bool) -> Array:
+    """Raw scores with the gate's part and the mask; `keep_s` and `segments_s` are those of the keys."""
+    over_rows = lambda x: lax.broadcast_in_dim(x, tile.shape, [1])  # noqa: E731
+    # Few distinct numbers a thread: its two rows on one side, its columns on the other.
+    later_than = lambda shift: ops.iota(tile.shape, 0) + (tile.q_first - tile.k_first - shift) >= ops.iota(tile.shape, 1)  # noqa: E731
+    if gate is not None:
+        gated = s + over_rows(ops.load(keep_s, ROW))
+        s = gated if gate == "all" else jnp.where(later_than(tile.window_size + 1), gated, s)
+    if causal:
+        s = jnp.where(later_than(0), s, MASKED)
+    if tile.q_segments is not None:
+        same = lax.broadcast_in_dim(tile.q_segments, tile.shape, [0]) == over_rows(ops.load(segments_s, ROW))
+        s = jnp.where(same, s, MASKED)
+    return s
+
+
+def copy_key_blocks(sections: KeySections, num_live: Array, live_ref: Any, steps: int, parts: Sequence[tuple[Any, Callable[..., None]]]) -> None:
+    """The copying warpgroup's walk. Each of `parts` is the barrier that says a slot is free again, and copy(block, slot)."""
+    near = sections.end - sections.outside
+    total = near + num_live
+
+    def copy(n, _):
+        slot = lax.rem(n, jnp.int32(steps))
+        j = jnp.where(n < near, sections.block_of(n), live_ref[jnp.maximum(n - near, 0)])
+        for free, copy_part in parts:
+
+            @pl.when(n >= steps)
+            def _():
+                plgpu.barrier_wait(free.at[slot])  # noqa: B023
+
+            copy_part(j, slot)
+
+    def drain(n, _):
+        for free, _ in parts:
+            plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(steps))])
+
+    lax.fori_loop(0, total, copy, None)
+    lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)
