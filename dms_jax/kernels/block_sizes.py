@@ -10,3 +10,9 @@ class SlotBlocks(NamedTuple):
     keys: int
     parts: int  # splits of the slots in use, worked on in parallel and merged afterwards
     steps: int = 4  # blocks of keys in flight
+
+
+class PlaceBlocks(NamedTuple):
+    """Stream compaction."""
+
+    pairs: int  # pairs of the chunk that one program looks at
