@@ -48,7 +48,7 @@ def test_random(seed, stays, comes):
 
 def test_full_and_empty_heads():
     """All slots freed and all pairs come; nothing comes; a full head, where nothing can."""
-    check(0, 1, 3, 8, 8, [0.0, 0.5, 1.0], [1.0, 0.0, 1.0], 8)
+    check(0, 1, 3, 12, 11, [0.0, 0.5, 1.0], [1.0, 0.0, 1.0], 8)
 
 
 def test_one_pair_of_each_row():
