@@ -50,16 +50,16 @@ def gated_attention(
     if name == XLA:
         return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
     if name == GPU:
-        from dms_jax.kernels.train_attention_gpu import attend, multiple_of
+        from dms_jax.kernels.train_attention_gpu import attend
     else:
-        from dms_jax.kernels.train_attention_tpu import attend, multiple_of
+        from dms_jax.kernels.train_attention_tpu import attend
     blocks = blocks.fit(q.shape[1])
     rows = "batch kv_heads . . ."
     run = _per_device(
         partial(attend, window_size=window_size, blocks=blocks, interpret=interpret),
         q.shape[0], k.shape[2], [rows, VECTORS, VECTORS, SLOTS, "batch ."], rows,
     )  # fmt: skip
-    return chunked_attention.with_heads_folded(run, multiple_of(blocks), q, k, v, log_keep, segment_ids)
+    return chunked_attention.with_heads_folded(run, math.lcm(blocks.q, blocks.k), q, k, v, log_keep, segment_ids)
 
 
 def extend_layer(

@@ -29,14 +29,14 @@ class SlotBlocks(NamedTuple):
     rows: int
     keys: int
     parts: int = 1
-    steps: int = 3  # blocks in flight (GPU)
+    steps: int = 4  # blocks in flight (GPU)
 
 
 class PlaceBlocks(NamedTuple):
-    """Compaction: slots and chunk pairs of a block."""
+    """Compaction: pairs of the chunk and slots of a block."""
 
-    slots: int
     pairs: int
+    slots: int = 512  # (TPU; a GPU touches only the rows that come)
 
 
 Blocks = TrainBlocks | SlotBlocks | PlaceBlocks

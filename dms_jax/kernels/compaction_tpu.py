@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import EXACT, Array
-from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, slots_in_lanes
 
 NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
@@ -36,13 +36,13 @@ def place(
     stays: Bool[Array, "B K C"],
     comes: Bool[Array, "B K T"],
     *,
-    blocks: SlotBlocks,
+    blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
     """The five arrays of the layer after `core.compact_cache.place`. Keys and values are updated in place where they are donated."""
     b, heads, capacity, h = k.shape
     length = new_k.shape[2]
-    block_s, block_t = min(blocks.keys, capacity), min(blocks.rows, length)
+    block_s, block_t = min(blocks.slots, capacity), min(blocks.pairs, length)
     folded = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
 
     freed, came = (jnp.cumsum(folded(x), axis=-1, dtype=jnp.int32) for x in (~stays, comes))

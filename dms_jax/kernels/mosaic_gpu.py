@@ -7,6 +7,7 @@ operation, and a product is `jnp.dot` of what the operands hold. All else of a k
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,3 +114,26 @@ class Ops:
         a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
         a, b = (x.T if wanted else x for x, wanted in ((a, transpose_a), (b, transpose_b)))
         return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def update_in_place(
+    kernel: Callable[..., None],
+    updated: Sequence[Array],
+    inputs: Sequence[Array],
+    out_type: Sequence[Any] = (),
+    *,
+    grid: dict[str, int],
+    scratch: dict[str, Any],
+    interpret: bool = False,
+) -> list[Array]:
+    """Run `kernel(*updated, *inputs, *outputs, **scratch)` on references, where it may write to `updated`; return those and the
+    outputs. Within a jitted function whose caller donates them, no copy of `updated` is made.
+
+    The kernel has one warpgroup. (`plgpu.kernel` is this but for the vmap rule, which in jax 0.10 rejects references.)
+    """
+    refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in updated]
+    body = lambda *refs: pl.run_scoped(partial(kernel, *refs), collective_axes=(), **scratch)  # noqa: E731
+    body.__name__ = kernel.__name__
+    mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
+    outputs = pl.kernel(body, tuple(out_type), mesh=mesh, interpret=interpreter() if interpret else None)(*refs, *inputs)
+    return [*(jax.freeze(ref) for ref in refs), *outputs]

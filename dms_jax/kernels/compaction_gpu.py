@@ -1,0 +1,97 @@
+"""Stream compaction on Hopper: the pairs of a chunk that stay go where slots are free, in place.
+
+XLA computes the slot of each pair, from integers that are a few percent of the bytes. The kernel then only moves rows: grid
+(batch x KV head, tile of the chunk), a CTA fetches its tile of keys and values at once and sends each row that comes to its
+slot, one copy a row. Bound by the latency of copies and by the bytes of the chunk; slots that are not written are not touched.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.kernels.block_sizes import PlaceBlocks
+from dms_jax.kernels.mosaic_gpu import update_in_place
+
+ROW_BYTES = 128  # copies want their end in shared memory aligned to this
+
+
+def place(
+    k: Float[Array, "B K C H"],
+    v: Float[Array, "B K C H"],
+    position: Int[Array, "B K C"],
+    expiry: Int[Array, "B K C"],
+    score: Float[Array, "B K C"],
+    new_k: Float[Array, "B K T H"],
+    new_v: Float[Array, "B K T H"],
+    new_position: Int[Array, "B K T"],
+    new_expiry: Int[Array, "B K T"],
+    new_score: Float[Array, "B K T"],
+    stays: Bool[Array, "B K C"],
+    comes: Bool[Array, "B K T"],
+    *,
+    blocks: PlaceBlocks,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array, Array, Array]:
+    """`core.compact_cache.place` on the five arrays of a layer; in place where the caller donates them."""
+    b, heads, capacity, h = k.shape
+    pairs = min(blocks.pairs, -(-comes.shape[2] // 32) * 32)  # a copy on hardware is a multiple of 128 bytes
+    pad, least = -comes.shape[2] % pairs, ROW_BYTES // k.dtype.itemsize
+
+    def tile(x, dtype, fill=0):  # [B K T ...] -> [B K, T', ...], rows of keys and values at least ROW_BYTES long
+        widths = [(0, 0), (0, 0), (0, pad)] + [(0, max(0, least - h))] * (x.ndim - 3)
+        x = jnp.pad(x.astype(dtype), widths, constant_values=fill)
+        return x.reshape(b * heads, *x.shape[2:])
+
+    new = tile(new_k, k.dtype), tile(new_v, v.dtype), tile(new_position, jnp.int32), tile(new_expiry, jnp.int32), tile(new_score, jnp.float32)
+    slot = tile(_slots(stays, comes), jnp.int32, capacity)
+    flat = [x.reshape(b * heads, *x.shape[2:]) for x in (k, v, position, expiry, score)]
+    moved = _send(flat, new, slot, pairs, interpret)
+    return tuple(x.reshape(b, heads, *x.shape[1:]) for x in moved)
+
+
+def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
+    """Where each pair goes; no slot, `C`, for one that does not come. Both orders ascend, so ranks are enough and nothing is sorted."""
+    capacity, length = stays.shape[-1], comes.shape[-1]
+    rank_of_free = jnp.where(stays, length, jnp.cumsum(~stays, axis=-1, dtype=jnp.int32) - 1)
+    batch, head, slot = (lax.broadcasted_iota(jnp.int32, stays.shape, axis) for axis in range(3))
+    free = jnp.full(comes.shape, capacity, jnp.int32).at[batch, head, rank_of_free].set(slot, mode="drop")
+    rank = jnp.maximum(jnp.cumsum(comes, axis=-1, dtype=jnp.int32) - 1, 0)
+    return jnp.where(comes, jnp.take_along_axis(free, rank, axis=-1), capacity)
+
+
+def _send(layer, new, slot, pairs, interpret):
+    flat_heads, capacity, h = layer[0].shape
+
+    def send_rows(
+        k_ref, v_ref, position_ref, expiry_ref, score_ref, new_k_ref, new_v_ref, new_position_ref, new_expiry_ref, new_score_ref, slot_ref,
+        *, k_s, v_s, position_s, expiry_s, score_s, slot_s, arrived,
+    ):  # fmt: skip
+        head, of_tile = lax.axis_index("head"), pl.ds(lax.axis_index("tile") * pairs, pairs)
+        sources = new_k_ref, new_v_ref, new_position_ref, new_expiry_ref, new_score_ref, slot_ref
+        for source, target in zip(sources, (k_s, v_s, position_s, expiry_s, score_s, slot_s), strict=True):
+            plgpu.copy_gmem_to_smem(source.at[head, of_tile], target, arrived)
+        plgpu.barrier_wait(arrived)
+
+        def one_pair(pair, _):
+            slot = slot_s[pair]
+
+            @pl.when(slot < capacity)
+            def _():
+                plgpu.copy_smem_to_gmem(k_s.at[pair, pl.ds(0, h)], k_ref.at[head, slot])
+                plgpu.copy_smem_to_gmem(v_s.at[pair, pl.ds(0, h)], v_ref.at[head, slot])
+                position_ref[head, slot] = position_s[pair]
+                expiry_ref[head, slot] = expiry_s[pair]
+                score_ref[head, slot] = score_s[pair]
+
+        lax.fori_loop(0, pairs, one_pair, None)
+        plgpu.wait_smem_to_gmem(0)
+
+    smem = [plgpu.SMEM((pairs, *x.shape[2:]), x.dtype) for x in (*new, slot)]
+    names = "k_s", "v_s", "position_s", "expiry_s", "score_s", "slot_s"
+    return update_in_place(
+        send_rows, layer, [*new, slot], grid={"head": flat_heads, "tile": slot.shape[1] // pairs},
+        scratch={**dict(zip(names, smem, strict=True)), "arrived": plgpu.Barrier(num_arrivals=len(names))}, interpret=interpret,
+    )  # fmt: skip

@@ -1,0 +1,112 @@
+"""The fused decode update for Hopper, interpreted, against RoPE, a policy's verdict, `settle` and `append`."""
+
+from dataclasses import replace
+from functools import partial
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from dms_jax.config import DMSConfig
+from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, settle
+from dms_jax.core.visibility import NEVER
+from dms_jax.kernels.decode_update_gpu import decode_update
+from dms_jax.models.layers import rope
+from dms_jax.policies.keep_all import KeepAll
+from dms_jax.policies.learned_eviction import LearnedEviction
+
+RUN = jax.jit(partial(decode_update, interpret=True), static_argnames=("window_size", "decision_shift"))
+
+
+def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8, dtype=jnp.float32):
+    """Rows of `seen` tokens: `filled` of the slots hold distinct positions, the last token's among them, in any order, of which
+    the share `marked` leaves after the window. Scores are few, so that some are equal."""
+    shape = (len(seen), heads, capacity)
+    position, expiry = np.full(shape, EMPTY, np.int64), np.full(shape, GONE, np.int64)
+    for row, tokens in enumerate(seen):
+        for head in range(heads):
+            number = min(int(filled * capacity), tokens)
+            held = np.append(rng.choice(tokens - 1, number - 1, replace=False), tokens - 1) if number else np.zeros(0, int)
+            at = rng.choice(capacity, number, replace=False)
+            position[row, head, at] = held
+            leaves = (rng.random(number) < marked) & (held < tokens - 1)
+            expiry[row, head, at] = np.where(leaves, held + window, NEVER)
+    k, v = (jnp.asarray(rng.normal(size=(*shape, head_dim)), dtype) for _ in range(2))
+    score = jnp.asarray(rng.integers(0, 3, shape), jnp.float32)
+    return LayerCache(k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros(shape[:2], jnp.int32))
+
+
+def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    batch, heads, _, head_dim = layer.k.shape
+    seen, count = jnp.asarray(seen, jnp.int32), jnp.asarray(count, jnp.int32)
+    q, k, v = (jnp.asarray(rng.normal(size=(batch, n, head_dim)), dtype) for n in (heads * group, heads, heads))
+    logit = jnp.asarray(rng.normal(size=(batch, heads)), jnp.float32)
+    frequency = 10.0 ** (-jnp.arange(head_dim // 2, dtype=jnp.float32))
+    angle = seen[:, None].astype(jnp.float32) * frequency
+    policy = KeepAll() if shift is None else LearnedEviction(DMSConfig(window_size=window, decision_shift=shift))
+
+    threshold = jnp.float32(threshold)
+    verdict = policy.judge(logit[..., None], seen[:, None], count, threshold)
+    turn = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]  # noqa: E731
+    expected = settle(layer, verdict, seen, count)
+    expected = append(expected, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, policy.window_size)
+
+    arrays = layer.k, layer.v, layer.position, layer.expiry, layer.score
+    turned, *updated, forced = RUN(
+        q, k, v, jnp.cos(angle), jnp.sin(angle), logit, *arrays, seen, count, threshold, window_size=policy.window_size, decision_shift=shift
+    )
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    as_float = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    np.testing.assert_allclose(as_float(turned), as_float(turn(q)), **tolerance)
+    np.testing.assert_array_equal(forced, expected.forced_evictions)
+    for got, name in zip(updated, ("k", "v", "position", "expiry", "score"), strict=True):
+        np.testing.assert_allclose(as_float(got), as_float(getattr(expected, name)), err_msg=name, **(tolerance if name in "kv" else {"rtol": 0}))
+    return forced
+
+
+@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.given(seed=st.integers(0, 1000), filled=st.sampled_from([0.5, 1.0]), window=st.sampled_from([0, 4]))
+def test_decisions_one_token_late(seed, filled, window):
+    seen = [30, 25]
+    layer = random_layer(np.random.default_rng(seed), 1, 8, seen, window, filled, marked=0.4)
+    check(seed, layer, seen, [1, 1], 3, window, 1)
+
+
+@pytest.mark.parametrize("shift", [0, None])
+def test_decisions_at_once_and_never(shift):
+    seen = [9, 12, 20]
+    layer = random_layer(np.random.default_rng(2), 1, 16, seen, 4, 0.8, marked=0.5)
+    check(2, layer, seen, [1, 0, 1], 1, 4, shift)
+
+
+@pytest.mark.parametrize("window, shift", [(4, 1), (0, 1), (100, 0), (0, None)])
+def test_overflow(window, shift):
+    """All slots are alive: some pairs are outside the window, equal scores among them; or all inside, and the oldest goes."""
+    seen = [40, 50]
+    layer = random_layer(np.random.default_rng(7), 1, 8, seen, window, 1.0, marked=0.0)
+    assert check(7, layer, seen, [1, 1], 2, window, shift, threshold=10.0).all()
+
+
+def test_a_row_without_a_token_and_an_empty_one():
+    layer = random_layer(np.random.default_rng(3), 1, 8, [20, 1], 4, 1.0, marked=0.0)
+    layer = replace(layer, **{name: getattr(layer, name).at[1].set(value) for name, value in (("position", EMPTY), ("expiry", GONE))})
+    check(3, layer, [20, 0], [0, 1], 1, 4, 1)
+
+
+def test_slots_in_several_tiles_that_overlap():
+    """130 slots are 65 rows of 2; the only free one and the pending one are in the last row, then in the first."""
+    seen = [300]
+    layer = random_layer(np.random.default_rng(4), 1, 130, seen, 4, 1.0, marked=0.0)
+    for free, pending in ((129, 128), (0, 1)):
+        position = jnp.where(layer.position == 299, layer.position[..., pending : pending + 1], layer.position).at[..., pending].set(299)
+        moved = replace(layer, position=position, expiry=jnp.full_like(layer.expiry, NEVER).at[..., free].set(10))
+        assert not check(4, moved, seen, [1], 1, 4, 1).any()
+
+
+def test_cache_of_eight_bits_and_bfloat16():
+    layer = random_layer(np.random.default_rng(5), 1, 8, [20], 4, 0.5, 0.5, dtype=jnp.float8_e4m3fn)
+    check(5, layer, [20], [1], 1, 4, 1, dtype=jnp.bfloat16)
