@@ -1,7 +1,7 @@
 """Find block sizes on the accelerator at hand, and make what is right and faster than XLA the default there.
 
     python -m benchmarks.autotune                          # all kernels, head sizes 64 and 128, bf16 (and fp8 caches)
-    python -m benchmarks.autotune --kernel slot_attention --head-dim 128
+    python -m benchmarks.autotune --kernel decode_attention --head-dim 128
 
 Each candidate must first agree with the reference in fp32 (2e-2, bf16); then it is timed in turn with the XLA path. The best one of each
 kernel, head size and cache dtype goes into dms_jax/kernels/tuned.json with the device, the date, its error and its speed relative to XLA,
@@ -17,7 +17,7 @@ from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError
 
 NAME = "benchmarks.autotune"
-KERNELS = ("train_attention", "slot_attention", "compaction", "decode_update")
+KERNELS = ("train_attention", "decode_attention", "chunk_attention", "compaction", "decode_update")
 TOLERANCE = 2e-2  # of bf16
 
 
@@ -66,7 +66,8 @@ def cases(kernels, head_dims) -> Iterator:
     for h in head_dims:
         found = {
             "train_attention": [partial(train_case, 1, 8192, 16, 4, h, 256, bf16)],
-            "slot_attention": [partial(slot_case, 16, 1, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
+            "decode_attention": [partial(slot_case, 16, 1, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
+            "chunk_attention": [partial(slot_case, 2, 1024, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
             "compaction": [partial(compaction_case, 8, 1024, 8192, 8, h, bf16)],
             "decode_update": [partial(update_case, 32, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
         }

@@ -1,7 +1,7 @@
 """Each kernel in each implementation that runs on the device at hand: is it right, and how fast is it next to what could be?
 
     python -m benchmarks.kernels --quick --json
-    python -m benchmarks.kernels --kernel slot_attention --minutes 5
+    python -m benchmarks.kernels --kernel decode_attention --minutes 5
 
 First the ceilings of the device, measured: a copy (bytes read plus written) and a matrix product. Then a line for each kernel, shape and
 implementation: `max_error` against the reference in fp32 on the same numbers, relative to its largest entry; `ratio_to_xla`, how many times
@@ -21,7 +21,7 @@ from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError
 
 NAME = "benchmarks.kernels"
-KERNELS = ("train_attention", "slot_attention", "compaction", "decode_update")
+KERNELS = ("train_attention", "decode_attention", "chunk_attention", "compaction", "decode_update")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -93,8 +93,8 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
         found += [partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype), partial(compaction_case, 8, 1024, 8192, 8, 128, dtype),
                   partial(compaction_case, 64, 1024, 8192, 8, 128, dtype), partial(update_case, 8, 8192, 4096, 32, 8, 128, dtype, dtype),
                   partial(update_case, 64, 8192, 4096, 32, 8, 128, dtype, dtype)]  # fmt: skip
-    names = {train_case: KERNELS[0], slot_case: KERNELS[1], compaction_case: KERNELS[2], update_case: KERNELS[3]}
-    return (case for case in found if names[case.func] in kernels)
+    names = {train_case: KERNELS[0], compaction_case: KERNELS[3], update_case: KERNELS[4]}
+    return (case for case in found if names.get(case.func, KERNELS[1 if case.args[1] == 1 else 2]) in kernels)
 
 
 def measured(case, ceilings, repeats: int) -> Iterator[dict]:

@@ -82,7 +82,7 @@ def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, ca
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["kernel"] for line in lines[:2]] == ["copy", "matmul"] and all(line["provenance"]["device"] for line in lines)
     xla = [line for line in lines[2:] if line["implementation"] == "xla"]
-    assert [line["kernel"] for line in xla] == ["train_attention", "slot_attention", "slot_attention", "compaction", "decode_update"]
+    assert [line["kernel"] for line in xla] == ["train_attention", "decode_attention", "chunk_attention", "compaction", "decode_update"]
     assert all(line["max_error"] < 1e-5 and line["ratio_to_xla"] == 1 for line in xla)
     dense = [line for line in lines if line["implementation"] == "dense_xla"]
     assert len(dense) == 2 and all(line["max_error"] < 1e-5 and line["dense"] for line in dense)

@@ -100,7 +100,8 @@ def attend_to_slots(
 ) -> Float[Array, "B T N H"]:
     """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
     why = None if read is None else "cannot leave out slots that a policy does not want to read"
-    name, blocks = choose("slot_attention", Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret, blocks)
+    kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
+    name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
     if name == GPU:

@@ -40,7 +40,7 @@ class PlaceBlocks(NamedTuple):
 
 
 Blocks = TrainBlocks | SlotBlocks | PlaceBlocks
-KINDS: dict[str, type] = {"train_attention": TrainBlocks, "slot_attention": SlotBlocks, "compaction": PlaceBlocks}
+KINDS: dict[str, type] = {"train_attention": TrainBlocks, "decode_attention": SlotBlocks, "chunk_attention": SlotBlocks, "compaction": PlaceBlocks}
 
 
 class TunedEntry(NamedTuple):

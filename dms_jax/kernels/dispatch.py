@@ -64,7 +64,8 @@ def _refuses(facts: Facts, dtypes: set[str]) -> str | None:
 IMPLEMENTATIONS = {GPU: Implementation("gpu", _gpu_refuses), TPU: Implementation("tpu", _tpu_refuses), XLA: Implementation(None, _takes_all)}
 KERNELS = {
     "train_attention": "attention with the eviction gate, value and gradient",
-    "slot_attention": "decode and chunk attention over the slots of a compact cache",
+    "decode_attention": "one query a row over the slots of a compact cache",
+    "chunk_attention": "a prefill chunk over the slots and over itself",
     "compaction": "survivors of a prefill chunk into free slots",
     "decode_update": "rotary embedding, eviction decision, slot choice and write of one token",
 }

@@ -28,46 +28,46 @@ def on(monkeypatch, tmp_path):
 
 
 def entry(**fields):
-    base = TunedEntry("slot_attention", "mosaic_gpu", H100, 128, "bfloat16", SlotBlocks(64, 128, 4, 3), 2.5, 1e-3, "2026-11-26", "0.11.2")
+    base = TunedEntry("decode_attention", "mosaic_gpu", H100, 128, "bfloat16", SlotBlocks(64, 128, 4, 3), 2.5, 1e-3, "2026-11-26", "0.11.2")
     return base._replace(**fields)
 
 
 def test_a_kernel_is_the_default_once_it_was_measured_to_be_faster(on):
     path = on("gpu", H100)
-    assert choose("slot_attention", FACTS).name == "xla"
-    assert "not measured" in reasons("slot_attention", FACTS)["mosaic_gpu"]
+    assert choose("decode_attention", FACTS).name == "xla"
+    assert "not measured" in reasons("decode_attention", FACTS)["mosaic_gpu"]
     write_tuned(path, (entry(),))
-    assert choose("slot_attention", FACTS) == ("mosaic_gpu", SlotBlocks(64, 128, 4, 3))
+    assert choose("decode_attention", FACTS) == ("mosaic_gpu", SlotBlocks(64, 128, 4, 3))
     assert choose("train_attention", FACTS).name == "xla"
-    assert choose("slot_attention", Facts(64, jnp.bfloat16)).name == "xla"
-    assert choose("slot_attention", FACTS._replace(cache_dtype=jnp.float8_e4m3fn)).name == "xla"
+    assert choose("decode_attention", Facts(64, jnp.bfloat16)).name == "xla"
+    assert choose("decode_attention", FACTS._replace(cache_dtype=jnp.float8_e4m3fn)).name == "xla"
     write_tuned(path, (entry(speed_to_xla=0.8),))
-    assert choose("slot_attention", FACTS).name == "xla"
-    assert "0.80x, measured 2026-11-26" in reasons("slot_attention", FACTS)["mosaic_gpu"]
+    assert choose("decode_attention", FACTS).name == "xla"
+    assert "0.80x, measured 2026-11-26" in reasons("decode_attention", FACTS)["mosaic_gpu"]
 
 
 def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on):
     on("gpu", H100)
-    chosen = choose("slot_attention", FACTS, "mosaic_gpu")
+    chosen = choose("decode_attention", FACTS, "mosaic_gpu")
     assert chosen.name == "mosaic_gpu" and isinstance(chosen.blocks, SlotBlocks)
-    assert choose("slot_attention", FACTS, "mosaic_gpu", blocks=SlotBlocks(64, 64)).blocks == SlotBlocks(64, 64)
+    assert choose("decode_attention", FACTS, "mosaic_gpu", blocks=SlotBlocks(64, 64)).blocks == SlotBlocks(64, 64)
     with pytest.raises(ConfigError, match="runs on a TPU, this is a GPU"):
-        choose("slot_attention", FACTS, "pallas_tpu")
+        choose("decode_attention", FACTS, "pallas_tpu")
     with pytest.raises(ConfigError, match="head sizes 64 and 128, this model has 80"):
-        choose("slot_attention", Facts(80, jnp.bfloat16), "mosaic_gpu")
+        choose("decode_attention", Facts(80, jnp.bfloat16), "mosaic_gpu")
     with pytest.raises(ConfigError, match="bfloat16, not in float32"):
-        choose("slot_attention", Facts(128, jnp.float32), "mosaic_gpu")
+        choose("decode_attention", Facts(128, jnp.float32), "mosaic_gpu")
     with pytest.raises(ConfigError, match="fp8, not of float16"):
-        choose("slot_attention", FACTS._replace(cache_dtype=jnp.float16), "mosaic_gpu")
+        choose("decode_attention", FACTS._replace(cache_dtype=jnp.float16), "mosaic_gpu")
     with pytest.raises(ConfigError, match="reads a part"):
-        choose("slot_attention", FACTS._replace(only_xla="reads a part"), "mosaic_gpu")
+        choose("decode_attention", FACTS._replace(only_xla="reads a part"), "mosaic_gpu")
     with pytest.raises(ConfigError, match="did you mean pallas_tpu"):
-        choose("slot_attention", FACTS, "palas_tpu")
+        choose("decode_attention", FACTS, "palas_tpu")
     on("gpu", "NVIDIA A100")
     with pytest.raises(ConfigError, match="needs a Hopper GPU"):
-        choose("slot_attention", FACTS, "mosaic_gpu")
+        choose("decode_attention", FACTS, "mosaic_gpu")
     on("cpu", "cpu")
-    assert why_not("slot_attention", "mosaic_gpu", FACTS) is not None and why_not("slot_attention", "mosaic_gpu", FACTS, interpret=True) is None
+    assert why_not("decode_attention", "mosaic_gpu", FACTS) is not None and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
 
 
 def test_what_was_measured_survives_the_file(tmp_path):
@@ -75,7 +75,7 @@ def test_what_was_measured_survives_the_file(tmp_path):
     entries = entry(), entry(kernel="decode_update", blocks=None)
     write_tuned(path, entries)
     assert read_tuned(path) == entries
-    for damaged in ("[{]", '[{"kernel": "slot_attention"}]', "{}x", '[{"blocks": {"keys": 3}, "kernel": "slot_attention"}]'):
+    for damaged in ("[{]", '[{"kernel": "decode_attention"}]', "{}x", '[{"blocks": {"keys": 3}, "kernel": "decode_attention"}]'):
         path.write_text(damaged)
         with pytest.raises(ConfigError, match="holds no tuned block sizes"):
             read_tuned(path)
