@@ -104,9 +104,9 @@ def slot_case(
 
     size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     pairs = heads // kv_heads * queries * counts + batch * heads * queries * (queries + 1) // 2 * (queries > 1)
+    sizes = {"batch": batch, "queries": queries, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     return Case(
-        "slot_attention", {"batch": batch, "queries": queries, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads,
-                           "head_dim": head_dim}, dtype, cache_dtype, (q, layer, position, k, v, expiry),
+        "decode_attention" if queries == 1 else "chunk_attention", sizes, dtype, cache_dtype, (q, layer, position, k, v, expiry),
         lambda *which: of(_with(attention_api.attend_to_slots, *which)), of(slot_attention.slot_attention),
         lambda inputs, out: (inputs[0] + (1e-6 * out[0]).astype(dtype), *inputs[1:]),
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
