@@ -54,7 +54,7 @@ def inputs(case, seed, gates):
         "open": np.zeros(shape),
         "soft": -np.logaddexp(0, rng.normal(size=shape) * 5),
         "hard": np.where(rng.random(shape) < 0.7, MASKED, 0.0),
-        "gone": np.where(np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -rng.random(shape)),
+        "gone": np.where(np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -2 - rng.random(shape)),  # closed is not gone
     }[gates]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (batch, length)), axis=1), jnp.int32) if case.segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
