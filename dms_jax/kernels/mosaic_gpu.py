@@ -21,7 +21,8 @@ ROWS = plgpu.Layout.WGMMA  # [M N] accumulators of a warpgroup
 COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each of M rows
 ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each of N columns
 
-_LOAD_WANTS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.11
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty  # until jax 0.11
 
 
 def interpreter() -> Any:
