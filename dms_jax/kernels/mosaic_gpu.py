@@ -102,7 +102,8 @@ class Ops:
             for accumulator, product in zip(accumulators, products, strict=True):
                 self._wgmma(accumulator, *product)
 
-        return pl.run_state(run)([plgpu.ACC.init(total) for total in totals])
+        accumulators: Any = [plgpu.ACC.init(total) for total in totals]
+        return pl.run_state(run)(accumulators)
 
     @staticmethod
     def _wgmma(accumulator, a, b, transpose_a, transpose_b):
