@@ -79,7 +79,9 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
 
             # One warpgroup's exponentials run beside the other's matrix products: the second is half a step behind.
             pl.when(wg == 1)(change_turns)
-            start = ops.full((rows,), MASKED, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
+            # Higher than any masked score: a row that has met nothing else holds zeros. (Against a maximum that is itself MASKED the
+            # fused multiply-add below would leave the product's rounding error, 1e21 and of either sign, to the exponential.)
+            start = ops.full((rows,), MASKED * factor / 2, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
             high, total, acc = sections.fold(step, num_live, block, blocks.q, window_size, start)
             pl.when(wg == 0)(change_turns)
             q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
