@@ -68,8 +68,7 @@ class KeySections(NamedTuple):
         return cls(outside, inside, past, count(first + rows - 1) + 1)
 
     def fold(self, step: Any, num_live: Array, block: int, rows: int, window_size: int, carry: Any) -> Any:
-        """step(n, carry, gate, causal) over all blocks; `gate` is None, "all" or "outside"."""
-        # Own block first: each row has met a real score, its own, before any block in which it sees nothing.
+        """step(n, carry, gate, causal) over all blocks, the diagonal first; `gate` is None, "all" or "outside"."""
         near = "outside" if window_size < rows + block else None
         sections = [
             (self.end - self.past, {"gate": near, "causal": True}),

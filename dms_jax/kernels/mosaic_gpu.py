@@ -22,7 +22,8 @@ ROWS = plgpu.Layout.WGMMA  # [M N] accumulators of a warpgroup
 COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each of M rows
 ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each of N columns
 
-_LOAD_WANTS_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # until jax 0.11
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty  # until jax 0.11
 
 
 def interpreter() -> Any:
@@ -102,7 +103,8 @@ class Ops:
             for accumulator, product in zip(accumulators, products, strict=True):
                 self._wgmma(accumulator, *product)
 
-        return pl.run_state(run)([plgpu.ACC.init(total) for total in totals])
+        accumulators: Any = [plgpu.ACC.init(total) for total in totals]
+        return pl.run_state(run)(accumulators)
 
     @staticmethod
     def _wgmma(accumulator, a, b, transpose_a, transpose_b):

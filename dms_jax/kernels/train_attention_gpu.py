@@ -31,9 +31,11 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
 
-    def train_attention_forward(*refs, q_s, k_s, v_s, keep_s, total_s, q_ready, k_ready, v_ready, k_free, v_free, turn, q_seg_s=None, k_seg_s=None):
+    def train_attention_forward(
+        *refs, q_s, k_s, v_s, keep_s, total_s, q_ready, k_ready, v_ready, k_free, v_free, turn, q_seg_s: Any = None, k_seg_s: Any = None
+    ):
         q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, *maybe_segments, out_ref, total_ref = refs
-        segments_ref = maybe_segments[0] if has_segments else None
+        segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
         first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
         sections = KeySections.of(first, blocks.q, block, window_size)
@@ -77,7 +79,9 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
 
             # One warpgroup's exponentials run beside the other's matrix products: the second is half a step behind.
             pl.when(wg == 1)(change_turns)
-            start = ops.full((rows,), MASKED, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
+            # Higher than any masked score: a row that has met nothing else holds zeros. (Against a maximum that is itself MASKED the
+            # fused multiply-add below would leave the product's rounding error, 1e21 and of either sign, to the exponential.)
+            start = ops.full((rows,), MASKED * factor / 2, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
             high, total, acc = sections.fold(step, num_live, block, blocks.q, window_size, start)
             pl.when(wg == 0)(change_turns)
             q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)

@@ -44,9 +44,9 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
 
-    def train_attention_dq(*refs, q_s, do_s, k_s, v_s, keep_s, total_s, delta_s, q_ready, ready, free, q_seg_s=None, k_seg_s=None):
+    def train_attention_dq(*refs, q_s, do_s, k_s, v_s, keep_s, total_s, delta_s, q_ready, ready, free, q_seg_s: Any = None, k_seg_s: Any = None):
         q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, total_ref, delta_ref, do_ref, *maybe_segments, dq_ref = refs
-        segments_ref = maybe_segments[0] if has_segments else None
+        segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
         first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
         sections = KeySections.of(first, blocks.q, block, window_size)
@@ -134,9 +134,11 @@ def gradients_of_keys(
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
 
-    def train_attention_dkv(*refs, k_s, v_s, keep_s, dkeep_s, q_s, do_s, total_s, delta_s, k_ready, ready, free, k_seg_s=None, q_seg_s=None):
+    def train_attention_dkv(
+        *refs, k_s, v_s, keep_s, dkeep_s, q_s, do_s, total_s, delta_s, k_ready, ready, free, k_seg_s: Any = None, q_seg_s: Any = None
+    ):
         q_ref, k_ref, v_ref, keep_ref, live_ref, total_ref, delta_ref, do_ref, *maybe_segments, dk_ref, dv_ref, dkeep_ref = refs
-        segments_ref = maybe_segments[0] if has_segments else None
+        segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, owned, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
         first = owned * blocks.k
         # Blocks of queries: [start, past) hold the diagonal, [past, inside) lie within the window of all keys,
