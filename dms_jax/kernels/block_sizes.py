@@ -58,9 +58,25 @@ class TunedEntry(NamedTuple):
     jax: str
 
 
+# Sizes that fit into the fast memory of every target: the compile gate compiles them, `benchmarks.autotune` looks around them.
+DEFAULTS: dict[tuple[str, str], Blocks] = {
+    ("train_attention", "mosaic_gpu"): TrainBlocks(128, 128, 2),
+    ("train_attention", "pallas_tpu"): TrainBlocks(1024, 512),
+    ("decode_attention", "mosaic_gpu"): SlotBlocks(64, 128, 0, 4),
+    ("decode_attention", "pallas_tpu"): SlotBlocks(64, 1024),
+    ("chunk_attention", "mosaic_gpu"): SlotBlocks(128, 128, 1, 2),
+    ("chunk_attention", "pallas_tpu"): SlotBlocks(512, 512),
+    ("compaction", "mosaic_gpu"): PlaceBlocks(64),
+    ("compaction", "pallas_tpu"): PlaceBlocks(256, 512),
+}
+
+
 def default_blocks(kernel: str, implementation: str, head_dim: int, dtype: str) -> Blocks | None:
-    """Sizes that fit into the fast memory of every target; None for a kernel without any."""
-    raise NotImplementedError
+    """None for a kernel without any."""
+    blocks = DEFAULTS.get((kernel, implementation))
+    if blocks == DEFAULTS["train_attention", "pallas_tpu"] and dtype == "float32":
+        return TrainBlocks(512, 512)
+    return blocks
 
 
 @functools.cache
