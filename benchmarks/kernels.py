@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.repeats < 1 or not options.minutes > 0:
         raise ConfigError(f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}")
-    start_devices(1)
+    start_devices(8)  # of a CPU: its interpreter of GPU kernels runs each warpgroup on a thread of its own
     for record in run(options.quick, options.kernel or KERNELS, options.repeats, time.monotonic() + 60 * options.minutes):
         print(json.dumps(record) if options.json else described(record), flush=True)
 

@@ -90,5 +90,6 @@ def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("dat
         devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}").devices
     else:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a metadata server which TPU this machine has
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no TPU away from another process
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{slice_shape}").devices
     return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))

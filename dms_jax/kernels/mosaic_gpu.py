@@ -27,12 +27,26 @@ _LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.e
 
 
 def interpreter() -> Any:
-    """What `plgpu.kernel(interpret=...)` wants to run on a CPU."""
+    """What `plgpu.kernel(interpret=...)` wants to run on a CPU. Needs several CPU devices (`jax_num_cpu_devices`): the warpgroups are
+    threads that wait for each other, and of one device there are no more than the machine has cores."""
     try:
         from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
     except ImportError:  # jax 0.10
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+        _compile_once()
     return InterpretGPUParams()
+
+
+def _compile_once() -> None:
+    """jax 0.10 compiles an interpreted kernel anew for every warpgroup of every CTA: minutes for a small one. Later versions have
+    one function that is compiled for all; this gives it to the earlier one."""
+    from jax._src.pallas.mosaic.interpret import thread_map
+
+    run = jax.jit(lambda jaxpr, consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None, static_argnums=0)
+    if not hasattr(thread_map, "_run"):
+        thread_map._run = run
+        thread_map._run_jaxpr = lambda jaxpr, consts, *args: run.trace(jaxpr, consts, *args).lower().compile()(consts, *args)
 
 
 class Ops:
