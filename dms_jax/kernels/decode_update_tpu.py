@@ -103,11 +103,11 @@ def _rotated(x, cos, sin):
 
 def _settled(numbers, position, expiry, score, window_size, decision_shift):
     """Expiry and score of the slots once this token has decided, which slot it decided about (C: none), expiry and score of its pair."""
-    seen, count, marked = numbers[..., 0:1], numbers[..., 1:2], numbers[..., 3:4] > 0
+    seen, marked = numbers[..., 0:1], numbers[..., 3:4] > 0
     logit = lax.bitcast_convert_type(numbers[..., 2:3], jnp.float32)
     decided = jnp.full(seen.shape, position.shape[2], jnp.int32)
     if decision_shift == 1:
-        pending = (position == seen - 1) & (count > 0)
+        pending = position == seen - 1
         expiry = jnp.where(pending, jnp.where(marked, seen - 1 + window_size, NEVER), expiry)
         score = jnp.where(pending, logit, score)
         decided = _lowest(pending)
