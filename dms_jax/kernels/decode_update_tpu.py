@@ -6,6 +6,7 @@ reading the book-keeping, and by the latency of those copies, which all heads of
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -188,7 +189,7 @@ def _kernel(
         """The copies out of a head, each with whether it is needed: a tile is written once."""
         size = LANES if capacity % LANES == 0 else capacity
         start, other = (start_of(target_smem[b, h, i], size) for i in range(2))
-        copies = [(True, here, there) for there, here in tiles(b, h)]
+        copies: list[tuple[Any, Any, Any]] = [(True, here, there) for there, here in tiles(b, h)]
         for there, here in ((position_hbm, position_ref), (expiry_hbm, expiry_ref), (score_hbm, score_ref)):
             part = pl.ds(start, size)
             copies.append((True, here.at[b, h, part], there.at[first_b + b, first_h + h, part]))
