@@ -6,6 +6,7 @@ reading the book-keeping, and by the latency of those copies, which all heads of
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,11 +104,11 @@ def _rotated(x, cos, sin):
 
 def _settled(numbers, position, expiry, score, window_size, decision_shift):
     """Expiry and score of the slots once this token has decided, which slot it decided about (C: none), expiry and score of its pair."""
-    seen, count, marked = numbers[..., 0:1], numbers[..., 1:2], numbers[..., 3:4] > 0
+    seen, marked = numbers[..., 0:1], numbers[..., 3:4] > 0
     logit = lax.bitcast_convert_type(numbers[..., 2:3], jnp.float32)
     decided = jnp.full(seen.shape, position.shape[2], jnp.int32)
     if decision_shift == 1:
-        pending = (position == seen - 1) & (count > 0)
+        pending = position == seen - 1
         expiry = jnp.where(pending, jnp.where(marked, seen - 1 + window_size, NEVER), expiry)
         score = jnp.where(pending, logit, score)
         decided = _lowest(pending)
@@ -188,7 +189,7 @@ def _kernel(
         """The copies out of a head, each with whether it is needed: a tile is written once."""
         size = LANES if capacity % LANES == 0 else capacity
         start, other = (start_of(target_smem[b, h, i], size) for i in range(2))
-        copies = [(True, here, there) for there, here in tiles(b, h)]
+        copies: list[tuple[Any, Any, Any]] = [(True, here, there) for there, here in tiles(b, h)]
         for there, here in ((position_hbm, position_ref), (expiry_hbm, expiry_ref), (score_hbm, score_ref)):
             part = pl.ds(start, size)
             copies.append((True, here.at[b, h, part], there.at[first_b + b, first_h + h, part]))

@@ -1,6 +1,6 @@
 """Attention of query rows over the slots of a compact cache, on TPU: one pass over the slots in use, for decode and for chunks.
 
-Grid (B K, blocks of rows, blocks of slots); the last axis is sequential, as long as the longest head needs and no longer. A step
+Grid (cores, B K / cores, blocks of rows, blocks of slots); the last axis is as long as the longest head needs and no longer. A step
 owns [keys, H] of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
 """
 
@@ -20,6 +20,7 @@ from dms_jax.kernels.block_sizes import SlotBlocks
 
 LANES = 128
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+CORES = 2  # of a v5p chip, which share a grid; others walk through both halves
 VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p, 128 MiB on v5e and v6e; the compiler by itself allows 16 MiB
 
 
@@ -58,49 +59,60 @@ def attend_slots(
     )
     q_position = jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=FIRST)[:, None]
     used = used.reshape(-1)
+    cores = CORES if b * heads % CORES == 0 else 1
+    heads_per_core = b * heads // cores
 
-    def row_block(head, i, j, used, low, high):
-        return head, i, 0
+    def rows_of(core, head, i, j, used, low, high):
+        return core * heads_per_core + head, i, 0
 
-    def slot_block(head, i, j, used, low, high):
+    def slots_of(core, head, i, j, used, low, high):
         # Steps after the last block in use already name the first block of what comes next, which is thus fetched meanwhile.
+        head = core * heads_per_core + head
         here, more_rows = j * block_s < used[head], i + 1 < row_blocks
         following = jnp.where(more_rows, head, jnp.minimum(head + 1, b * heads - 1))
         return jnp.where(here, head, following), jnp.where(here, j, 0)
 
+    # Rows of numbers are copied in whole lanes. Only these small arrays are padded, and only where blocks do not divide the slots.
+    block_n = block_s if block_s < slots else pl.cdiv(slots, LANES) * LANES
+    k_position, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, -slots % block_n))) for x in (k_position, expiry))
     lanes = slots_in_lanes(h)
     if lanes:
         keys, values = keys.swapaxes(2, 3), values.swapaxes(2, 3)
-        slot_spec = pl.BlockSpec((None, h, block_s), lambda *at: (slot_block(*at)[0], 0, slot_block(*at)[1]))
+        slot_spec = pl.BlockSpec((None, h, block_s), lambda *at: (slots_of(*at)[0], 0, slots_of(*at)[1]))
     else:
-        slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slot_block(*at), 0))
+        slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slots_of(*at), 0))
     steps = jnp.maximum(lax.div(jnp.max(used) + block_s - 1, block_s), 1)
     acc, statistics = pl.pallas_call(
-        partial(_kernel, heads=heads, row_blocks=row_blocks, lanes=lanes),
+        partial(_kernel, heads=heads, lanes=lanes),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(b * heads, row_blocks, steps),
+            grid=(cores, heads_per_core, row_blocks, steps),
             in_specs=[
-                pl.BlockSpec((None, 1, block_r), lambda head, i, j, *_: (lax.div(head, heads), 0, i)),
-                pl.BlockSpec((None, block_r, h), row_block),
+                pl.BlockSpec((None, 1, block_r), lambda core, head, i, j, *_: (lax.div(core * heads_per_core + head, heads), 0, i)),
+                pl.BlockSpec((None, block_r, h), rows_of),
                 slot_spec,
                 slot_spec,
-                pl.BlockSpec((None, 2, block_s), lambda *at: (slot_block(*at)[0], 0, slot_block(*at)[1])),
+                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=[
-                pl.BlockSpec((None, block_r, h), row_block),
-                pl.BlockSpec((None, 2, block_r), lambda head, i, j, *_: (head, 0, i)),
+                pl.BlockSpec((None, block_r, h), rows_of),
+                pl.BlockSpec((None, 2, block_r), lambda core, head, i, j, *_: (core * heads_per_core + head, 0, i)),
             ],
-            scratch_shapes=[pltpu.VMEM((block_r, LANES), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)],
+            scratch_shapes=[
+                *[pltpu.VMEM((block_r, LANES), dtype) for dtype in (jnp.int32, jnp.float32, jnp.float32)],
+                pltpu.VMEM((2, 2, 1, block_n), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
         ),
         out_shape=[
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
             jax.ShapeDtypeStruct((b * heads, 2, rows.shape[1]), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="attend_slots",
-    )(used, low, high, q_position, rows, folded(keys), folded(values), jnp.stack([folded(k_position), folded(expiry)], axis=1))
+    )(used, low, high, q_position, rows, folded(keys), folded(values), k_position, expiry)
     part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])  # noqa: E731
     return Partial(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
 
@@ -110,15 +122,40 @@ def _kernel(
     q_position_ref,               # [1, rows]
     rows_ref,                     # [rows, H]
     keys_ref, values_ref,         # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
-    slots_ref,                    # [2, keys]: position, expiry
+    k_position_hbm, expiry_hbm,   # [B, K, S] x2
     acc_ref, statistics_ref,      # [rows, H], [2, rows]: max, sum
     column_ref, max_ref, sum_ref, # [rows, 128] x3, all lanes equal: position of each row, online softmax
-    *, heads, row_blocks, lanes,
+    slots_ref, ready,             # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
+    *, heads, lanes,
 ):  # fmt: skip
-    head, i, j = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    block_s = slots_ref.shape[1]
+    core, local, i, j = (pl.program_id(axis) for axis in range(4))
+    heads_per_core, row_blocks, steps = (pl.num_programs(axis) for axis in (1, 2, 3))
+    head = core * heads_per_core + local
+    block_s = keys_ref.shape[1 if lanes else 0]
     dtype, scale = rows_ref.dtype, rows_ref.shape[1] ** -0.5
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    used, start = used_ref[head], j * block_s
+
+    # A block of one row would not be a tile, so position and expiry are copied by hand, one step ahead.
+    parity = lax.rem((local * row_blocks + i) * steps + j, 2)
+
+    def copied(head, j, parity, do):
+        size = slots_ref.shape[3]
+        for which, hbm in enumerate((k_position_hbm, expiry_hbm)):
+            source = hbm.at[lax.div(head, heads), lax.rem(head, heads), pl.ds(pl.multiple_of(j * size, size), size)]
+            do(pltpu.make_async_copy(source, slots_ref.at[parity, which, 0], ready.at[parity]))
+
+    @pl.when((local == 0) & (i == 0) & (j == 0) & (start < used))
+    def _():
+        copied(head, j, parity, lambda copy: copy.start())
+
+    same_rows, same_head = j + 1 < steps, i + 1 < row_blocks
+    next_local = jnp.where(same_rows | same_head, local, local + 1)
+    next_head, next_j = core * heads_per_core + jnp.minimum(next_local, heads_per_core - 1), jnp.where(same_rows, j + 1, 0)
+
+    @pl.when((next_local < heads_per_core) & (next_j * block_s < used_ref[next_head]))
+    def _():
+        copied(next_head, next_j, 1 - parity, lambda copy: copy.start())
 
     @pl.when(j == 0)
     def _():
@@ -151,13 +188,12 @@ def _kernel(
             precision=precision, preferred_element_type=jnp.float32,
         )  # fmt: skip
 
-    used, start = used_ref[head], j * block_s
-
     @pl.when(start < used)
     def _():
+        copied(head, j, parity, lambda copy: copy.wait())
         block = lax.div(head, heads) * row_blocks + i
         low, high = low_ref[block], high_ref[block]
-        position, expiry = slots_ref[:1], slots_ref[1:]
+        position, expiry = slots_ref[parity, 0][:, :block_s], slots_ref[parity, 1][:, :block_s]
         fresh = start + lax.broadcasted_iota(jnp.int32, (1, block_s), 1) < used
         some_see = fresh & (position <= high) & (low <= expiry)
         all_see = fresh & (position <= low) & (high <= expiry)
@@ -172,7 +208,7 @@ def _kernel(
             at = column_ref[:, :1]
             attend(fresh & (position <= at) & (at <= expiry))
 
-    @pl.when(j == pl.num_programs(2) - 1)
+    @pl.when(j == steps - 1)
     def _():
         statistics_ref[0:1] = max_ref[...].T[0:1]
         statistics_ref[1:2] = sum_ref[...].T[0:1]
