@@ -34,7 +34,7 @@ def place(
     *,
     blocks: PlaceBlocks,
     interpret: bool = False,
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """`core.compact_cache.place` on the five arrays of a layer; in place where the caller donates them."""
     b, heads, capacity, h = k.shape
     pairs = min(blocks.pairs, -(-comes.shape[2] // 32) * 32)  # a copy on hardware is a multiple of 128 bytes

@@ -45,7 +45,7 @@ def decode_update(
     window_size: int,
     decision_shift: int | None,
     interpret: bool = False,
-) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """(q rotated [B N H], the five arrays, forced [B K] 0/1): `settle` and `append` of `core.compact_cache` under
     `LearnedEviction.judge` for one token, which `count` 0 leaves out. `decision_shift` None: nothing is ever marked."""
     b, heads, capacity, h = k_cache.shape

@@ -151,5 +151,5 @@ def update_in_place(
     body = lambda *refs: pl.run_scoped(partial(kernel, *refs), collective_axes=(), **scratch)  # noqa: E731
     body.__name__ = kernel.__name__
     mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
-    outputs = pl.kernel(body, tuple(out_type), mesh=mesh, interpret=interpreter() if interpret else None)(*refs, *inputs)
+    outputs: Any = pl.kernel(body, tuple(out_type), mesh=mesh, interpret=interpreter() if interpret else None)(*refs, *inputs)
     return [*(jax.freeze(ref) for ref in refs), *outputs]

@@ -8,7 +8,6 @@ cores pay for 64 rows where there are G, which they have to spare.
 """
 
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -96,7 +95,7 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
         rows_ref, q_position_ref, bounds_ref, keys_ref, values_ref, k_position_ref, expiry_ref, used_ref,
         high_ref, total_ref, acc_ref,
         *, rows_s, q_position_s, k_s, v_s, k_position_s, expiry_s, high_s, total_s, acc_s, rows_full, full, empty,
-        k_wide_s=None, v_wide_s=None, buried=None,
+        k_wide_s: Any = None, v_wide_s: Any = None, buried: Any = None,
     ):  # fmt: skip
         head, row_block, part, thread = (lax.axis_index(name) for name in ("head", "rows", "part", "thread"))
         batch = lax.div(head, jnp.int32(heads))
@@ -207,12 +206,12 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
             lax.fori_loop(jnp.maximum(number - steps, 0), number, drain, None)
 
     matrix = lambda shape, dtype: plgpu.SMEM((*shape, h), dtype, transforms=() if interpret else _tiles(h, dtype))  # noqa: E731
-    ints, floats = (partial(plgpu.SMEM, dtype=dtype) for dtype in (jnp.int32, jnp.float32))
+    ints, floats = lambda *shape: plgpu.SMEM(shape, jnp.int32), lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch = {
-        "rows_s": matrix((own_groups, GROUP), dtype), "q_position_s": ints((own_groups, GROUP)),
+        "rows_s": matrix((own_groups, GROUP), dtype), "q_position_s": ints(own_groups, GROUP),
         "k_s": matrix((steps, block), keys.dtype), "v_s": matrix((steps, block), values.dtype),
-        "k_position_s": ints((steps, block)), "expiry_s": ints((steps, block)),
-        "high_s": floats((2, GROUP)), "total_s": floats((2, GROUP)), "acc_s": matrix((2, GROUP), jnp.float32),
+        "k_position_s": ints(steps, block), "expiry_s": ints(steps, block),
+        "high_s": floats(2, GROUP), "total_s": floats(2, GROUP), "acc_s": matrix((2, GROUP), jnp.float32),
         "rows_full": plgpu.Barrier(num_arrivals=2 * own_groups),
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=steps),
         "empty": plgpu.Barrier(num_arrivals=1 if alternate else 2, num_barriers=steps),
