@@ -39,12 +39,19 @@ def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8,
     return LayerCache(k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros(shape[:2], jnp.int32))
 
 
-def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=jnp.float32):
+def layer_of(position, expiry, score):
+    """One head whose slots are given."""
+    layer = random_layer(np.random.default_rng(0), 1, len(position), [1], 0, 0.0, 0.0)
+    given = (jnp.asarray(x)[None, None] for x in (position, expiry, score))
+    return replace(layer, **{name: x.astype(getattr(layer, name).dtype) for name, x in zip(("position", "expiry", "score"), given, strict=True)})
+
+
+def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=jnp.float32, logit=None):
     rng = np.random.default_rng(seed)
     batch, heads, _, head_dim = layer.k.shape
     seen, count = jnp.asarray(seen, jnp.int32), jnp.asarray(count, jnp.int32)
     q, k, v = (jnp.asarray(rng.normal(size=(batch, n, head_dim)), dtype) for n in (heads * group, heads, heads))
-    logit = jnp.asarray(rng.normal(size=(batch, heads)), jnp.float32)
+    logit = jnp.asarray(rng.normal(size=(batch, heads)) if logit is None else logit, jnp.float32)
     frequency = 10.0 ** (-jnp.arange(head_dim // 2, dtype=jnp.float32))
     angle = seen[:, None].astype(jnp.float32) * frequency
     policy = KeepAll() if shift is None else LearnedEviction(DMSConfig(window_size=window, decision_shift=shift))
@@ -65,10 +72,10 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     np.testing.assert_array_equal(forced, expected.forced_evictions)
     for got, name in zip(updated, ("k", "v", "position", "expiry", "score"), strict=True):
         np.testing.assert_allclose(as_float(got), as_float(getattr(expected, name)), err_msg=name, **(tolerance if name in "kv" else {"rtol": 0}))
-    return forced
+    return forced, updated[2]
 
 
-@hypothesis.settings(max_examples=3, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(seed=st.integers(0, 1000), filled=st.sampled_from([0.5, 1.0]), window=st.sampled_from([0, 4]))
 def test_decisions_one_token_late(seed, filled, window):
     seen = [30, 25]
@@ -76,19 +83,44 @@ def test_decisions_one_token_late(seed, filled, window):
     check(seed, layer, seen, [1, 1], 3, window, 1)
 
 
-@pytest.mark.parametrize("shift", [0, None])
-def test_decisions_at_once_and_never(shift):
+@pytest.mark.parametrize("shift, threshold", [(0, -10.0), (None, 0.25)])
+def test_decisions_at_once_and_never(shift, threshold):
     seen = [9, 12, 20]
     layer = random_layer(np.random.default_rng(2), 1, 16, seen, 4, 0.8, marked=0.5)
-    check(2, layer, seen, [1, 0, 1], 1, 4, shift)
+    check(2, layer, seen, [1, 0, 1], 1, 4, shift, threshold)
 
 
-@pytest.mark.parametrize("window, shift", [(4, 1), (0, 1), (100, 0), (0, None)])
-def test_overflow(window, shift):
-    """All slots are alive: some pairs are outside the window, equal scores among them; or all inside, and the oldest goes."""
+@pytest.mark.parametrize("window, shift", [(100, 0), (0, None)])
+def test_overflow_inside_the_window(window, shift):
+    """The oldest goes."""
     seen = [40, 50]
     layer = random_layer(np.random.default_rng(7), 1, 8, seen, window, 1.0, marked=0.0)
-    assert check(7, layer, seen, [1, 1], 2, window, shift, threshold=10.0).all()
+    assert check(7, layer, seen, [1, 1], 2, window, shift, threshold=10.0)[0].all()
+
+
+def test_overflow_outside_the_window():
+    """The highest score, the older of two; the slot before them is still inside, by one position."""
+    layer = layer_of([36, 39, 20, 10, 12, 5, 6, 7], [NEVER] * 8, [9, 0, 1, 1, 0, 0, 0, 0])
+    forced, position = check(7, layer, [40], [1], 1, 4, 1, threshold=10.0)
+    assert forced.all() and position[0, 0, 3] == 40
+
+
+def test_overflow_by_the_decision_just_made():
+    """Without a window the pair before this token can go at once, for the score that the token gave it."""
+    layer = layer_of([36, 39, 20, 10], [NEVER] * 4, [2, 0, 1, 1])
+    forced, position = check(7, layer, [40], [1], 1, 0, 1, threshold=10.0, logit=[[5.0]])
+    assert forced.all() and position[0, 0, 1] == 40
+
+
+def test_marked_without_a_window_gives_way_at_once():
+    layer = layer_of([36, 20, 39, 10], [NEVER] * 4, [0, 0, 0, 0])
+    forced, position = check(7, layer, [40], [1], 1, 0, 1, threshold=-10.0)
+    assert not forced.any() and position[0, 0, 2] == 40
+
+
+def test_the_lowest_slot_that_this_token_no_longer_sees():
+    layer = layer_of([36, 20, 39, 10], [40, NEVER, NEVER, 39], [0, 0, 0, 0])
+    assert check(7, layer, [40], [1], 1, 4, 1)[1][0, 0, 3] == 40
 
 
 def test_a_row_without_a_token_and_an_empty_one():
@@ -104,7 +136,7 @@ def test_slots_in_several_tiles_that_overlap():
     for free, pending in ((129, 128), (0, 1)):
         position = jnp.where(layer.position == 299, layer.position[..., pending : pending + 1], layer.position).at[..., pending].set(299)
         moved = replace(layer, position=position, expiry=jnp.full_like(layer.expiry, NEVER).at[..., free].set(10))
-        assert not check(4, moved, seen, [1], 1, 4, 1).any()
+        assert not check(4, moved, seen, [1], 1, 4, 1)[0].any()
 
 
 def test_cache_of_eight_bits_and_bfloat16():
