@@ -88,7 +88,7 @@ def tuned(case, implementation: str, repeats: int, deadline: float):
         wanted = jax.block_until_ready(jax.jit(case.reference)(*in_fp32(case.inputs)))
     times, best = 10, None
     xla = chained(case.run(XLA), case.feed, times)
-    for blocks in candidates(case.kernel, implementation):
+    for blocks in candidates(case.kernel, implementation, case.shape["head_dim"], case.cache_dtype.name):
         if time.monotonic() > deadline:
             print(f"{label}: no time for {blocks}; give more --minutes, or one --kernel")
             break

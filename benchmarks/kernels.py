@@ -120,7 +120,8 @@ def measured(case, ceilings, repeats: int) -> Iterator[dict]:
             continue
         f = case.run(name, interpret)
         try:
-            out = jax.block_until_ready((f if interpret else jax.jit(f))(*case.inputs))
+            f = jax.jit(f)
+            out = jax.block_until_ready(f(*case.inputs))
         except Exception as why:  # a compiler's or driver's: said, and the others go on
             yield base | {"implementation": name, "max_error": None, "ratio_to_xla": None, "failed": " ".join(str(why).split())[:500]}
             continue

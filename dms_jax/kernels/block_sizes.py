@@ -28,7 +28,7 @@ class SlotBlocks(NamedTuple):
 
     rows: int
     keys: int
-    parts: int = 1
+    parts: int = 1  # (GPU) 0: as many as keep all multiprocessors busy
     steps: int = 4  # blocks in flight (GPU)
 
 
@@ -58,25 +58,43 @@ class TunedEntry(NamedTuple):
     jax: str
 
 
-# Sizes that fit into the fast memory of every target: the compile gate compiles them, `benchmarks.autotune` looks around them.
-DEFAULTS: dict[tuple[str, str], Blocks] = {
-    ("train_attention", "mosaic_gpu"): TrainBlocks(128, 128, 2),
-    ("train_attention", "pallas_tpu"): TrainBlocks(1024, 512),
-    ("decode_attention", "mosaic_gpu"): SlotBlocks(64, 128, 0, 4),
-    ("decode_attention", "pallas_tpu"): SlotBlocks(64, 1024),
-    ("chunk_attention", "mosaic_gpu"): SlotBlocks(128, 128, 1, 2),
-    ("chunk_attention", "pallas_tpu"): SlotBlocks(512, 512),
-    ("compaction", "mosaic_gpu"): PlaceBlocks(64),
-    ("compaction", "pallas_tpu"): PlaceBlocks(256, 512),
-}
-
-
 def default_blocks(kernel: str, implementation: str, head_dim: int, dtype: str) -> Blocks | None:
-    """None for a kernel without any."""
-    blocks = DEFAULTS.get((kernel, implementation))
-    if blocks == DEFAULTS["train_attention", "pallas_tpu"] and dtype == "float32":
-        return TrainBlocks(512, 512)
-    return blocks
+    """Sizes that fit into the fast memory of every target (`pytest -m aot` compiles them); None for a kernel without any. `dtype` is
+    that of keys and values."""
+    keys = 8192 // head_dim  # on a GPU: four blocks of 16 KiB of bf16 keys, and as many of values, are in flight
+    return {
+        ("train_attention", "mosaic_gpu"): TrainBlocks(128, 128, 2),
+        ("train_attention", "pallas_tpu"): TrainBlocks(512 if dtype == "float32" else 1024, 512),
+        ("decode_attention", "mosaic_gpu"): SlotBlocks(64, keys, 0, 4),
+        ("decode_attention", "pallas_tpu"): SlotBlocks(64, 1024),
+        ("chunk_attention", "mosaic_gpu"): SlotBlocks(128, keys, 1, 3),
+        ("chunk_attention", "pallas_tpu"): SlotBlocks(512, 512),
+        ("compaction", "mosaic_gpu"): PlaceBlocks(64),
+        ("compaction", "pallas_tpu"): PlaceBlocks(256, 512),
+    }.get((kernel, implementation))
+
+
+def candidates(kernel: str, implementation: str, head_dim: int, dtype: str) -> list[Blocks | None]:
+    """What `benchmarks.autotune` tries: the default first, then its neighbours. Some may not fit; that is found out there."""
+    default = default_blocks(kernel, implementation, head_dim, dtype)
+    if default is None:
+        return [None]
+    others: list[Blocks] = []
+    if isinstance(default, TrainBlocks):
+        sizes = (64, 128, 256) if implementation == "mosaic_gpu" else (256, 512, 1024)
+        others = [default._replace(k=k, steps=steps) for k in sizes for steps in ((2, 3) if implementation == "mosaic_gpu" else (2,))]
+        others += [default._replace(q=q) for q in ((256,) if implementation == "mosaic_gpu" else (256, 512))]
+    elif isinstance(default, SlotBlocks):
+        keys = (default.keys // 2, default.keys, default.keys * 2)
+        if implementation == "mosaic_gpu":
+            parts = (0, 1, 2, 4, 8) if kernel == "decode_attention" else (1,)
+            others = [default._replace(keys=k, parts=p, steps=s) for k in keys for p in parts for s in ((2, 4, 6) if default.rows == 64 else (2, 3))]
+        else:
+            others = [default._replace(keys=k) for k in (*keys, default.keys * 4)]
+    else:
+        others = [default._replace(pairs=pairs) for pairs in (default.pairs // 2, default.pairs * 2)]
+        others += [default._replace(slots=slots) for slots in (256, 1024)] if implementation == "pallas_tpu" else []
+    return list(dict.fromkeys([default, *others]))
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
 
 GROUP = 64  # rows of one warpgroup: what a Hopper matrix instruction takes
+MULTIPROCESSORS = 132  # of an H100 or H200
 NOBODY = -1  # position of padding rows: before any pair
 
 
@@ -53,16 +54,22 @@ def attend_slots(
     padded = -(-r // 8) * 8 if alternate and r <= GROUP else -(-r // blocks.rows) * blocks.rows
     groups = -(-padded // GROUP)
     keys, values, k_position, expiry, block = _divisible(keys, values, k_position, expiry, blocks.keys)
+    blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2] // block))
     q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=NOBODY)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
         rows = rows.astype(jnp.float16)  # holds both 8-bit types exactly, one instruction away; bfloat16 is three
     flat = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
     high, total, acc = _parts(
         flat(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))), q_position, _bounds(q_position), flat(keys), flat(values),
-        flat(k_position), flat(expiry), flat(used), heads=heads, blocks=blocks._replace(keys=block), interpret=interpret,
+        flat(k_position), flat(expiry), flat(used), heads=heads, blocks=blocks, interpret=interpret,
     )  # fmt: skip
     split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]  # noqa: E731
     return Partial(split(high), split(total), split(acc))
+
+
+def _enough_parts(heads: int, key_blocks: int) -> int:
+    """Two CTAs for each multiprocessor, so that long heads do not leave the others idle, but at least eight blocks of keys for each."""
+    return max(1, min(-(-2 * MULTIPROCESSORS // heads), key_blocks // 8))
 
 
 def _divisible(keys, values, k_position, expiry, block):

@@ -75,13 +75,12 @@ def test_training_attention_compiles_and_its_memory_is_linear(target, head_dim, 
         return jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, log_keep)
 
     temporary = {}
-    for length in (4096, 8192, 32768):
+    for length in (8192, 32768):
         args = (shape(1, length, kv_heads * group, head_dim), shape(1, length, kv_heads, head_dim), shape(1, length, kv_heads, head_dim),
                 shape(1, kv_heads, length, dtype=jnp.float32), shape(1, length, dtype=jnp.int32) if segments else None)  # fmt: skip
         temporary[length] = compiled(mesh, step, *args).memory_analysis().temp_size_in_bytes / bytes_of(args)
-    # A quadratic program would need 4 T^2 bytes a head: 8192 times its arguments at the longest.
-    assert max(temporary.values()) < 12, temporary
-    assert temporary[32768] < 1.2 * temporary[4096] + 0.2, temporary
+    # Arguments are linear in T; a quadratic program would need hundreds of times as much. (None at all: it was kept in VMEM.)
+    assert max(temporary.values()) < 8, temporary
 
 
 def layer_shapes(batch, kv_heads, capacity, head_dim, dtype):

@@ -1,0 +1,113 @@
+"""The central test through the kernels, in interpret mode: training path, prefill in chunks and decode equal the XLA path's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import tiny_model, tokens
+
+import dms_jax
+from dms_jax.config import DMSConfig
+from dms_jax.kernels import attention_api
+from dms_jax.kernels.block_sizes import PlaceBlocks, SlotBlocks, TrainBlocks
+from dms_jax.kernels.dispatch import GPU, TPU, choose
+from dms_jax.models import attention_layer
+
+BLOCKS = {
+    TPU: {
+        "train_attention": TrainBlocks(16, 8),
+        "decode_attention": SlotBlocks(8, 8),
+        "chunk_attention": SlotBlocks(8, 8),
+        "compaction": PlaceBlocks(4, 8),
+    },
+    GPU: {"decode_attention": SlotBlocks(64, 64, 1, 2), "chunk_attention": SlotBlocks(64, 64, 1, 2), "compaction": PlaceBlocks(32)},
+}
+NO_BLOCKS = SlotBlocks(0, 0)  # of a kernel without any
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Models of this implementation run its kernels on the CPU; returns the names of the kernels that did."""
+    ran = set()
+
+    def use(implementation):
+        def interpret(name, kernel_of):
+            original = getattr(attention_api, name)
+
+            def call(*args, **kwargs):
+                kernel = kernel_of(*args)
+                ran.add(kernel)
+                return original(*args, **kwargs, interpret=True, blocks=BLOCKS[implementation].get(kernel, NO_BLOCKS))
+
+            for module in (attention_api, attention_layer):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, call)
+
+        interpret("gated_attention", lambda *_: "train_attention")
+        interpret("attend_to_slots", lambda q, *_: "decode_attention" if q.shape[1] == 1 else "chunk_attention")
+        interpret("place", lambda *_: "compaction")
+        interpret("decode_update", lambda *_: "decode_update")
+        monkeypatch.setattr(attention_layer, "choose", functools.partial(choose, interpret=True, blocks=NO_BLOCKS))
+        return ran
+
+    return use
+
+
+DMS = DMSConfig(window_size=3, evict_logit_bias=0.0)
+
+
+def cached(model, ids, capacity=16):
+    """A ragged prompt in two calls, chunked, then three tokens."""
+    cache = dms_jax.init_cache(model, len(ids), capacity)
+    lengths = np.array([len(ids[0]) - 3, 7])[: len(ids)]
+    first, cache = dms_jax.prefill(model, cache, ids[:, :-3], lengths, chunk_size=16)
+    outputs = [first]
+    for step in range(3):
+        logits, cache = dms_jax.decode_step(model, cache, ids[:, len(ids[0]) - 3 + step])
+        outputs.append(logits[:, None])
+    return jnp.concatenate(outputs, 1), cache
+
+
+@pytest.mark.parametrize("implementation", [TPU, GPU])
+@pytest.mark.parametrize("dms", [DMS, None], ids=["dms", "dense"])
+def test_prefill_and_decode(rng, interpreted, implementation, dms):
+    fields = {"num_layers": 1, "num_kv_heads": 2, "num_q_heads": 4}
+    rows, length = (2, 24) if implementation == TPU else (1, 20)
+    ids = tokens(rng, rows, length)
+    capacity = 12 if dms else 64  # too few for a head that keeps all: some are forced out
+    wanted, cache = cached(tiny_model(dms, 3, **fields), ids, capacity)
+    ran = interpreted(implementation)
+    actual, other = cached(tiny_model(dms, 3, implementation=implementation, **fields), ids, capacity)
+    assert ran == {"chunk_attention", "compaction", "decode_update", "decode_attention"}
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+    for name in ("position", "expiry", "forced_evictions"):
+        np.testing.assert_array_equal(getattr(other.layers[0], name), getattr(cache.layers[0], name))
+    np.testing.assert_array_equal(other.live_counts, cache.live_counts)
+    if dms:
+        assert dms_jax.compression_ratio(cache) > 1.2
+
+
+def test_the_training_path(rng, interpreted):
+    ids, noise = tokens(rng, 2, 29), jax.random.logistic(jax.random.key(0), (2, 2, 2, 29))
+    fields = {"num_layers": 2, "num_kv_heads": 2, "num_q_heads": 4}
+
+    def value_and_gradient(model):
+        from dms_jax.models.parameters import Template, params_of
+
+        template = Template(model)
+
+        def loss(params):
+            logits, evict = template.merge(params).relaxed(ids, noise)
+            return jnp.mean(jnp.sin(logits)) + jnp.mean(evict)
+
+        return jax.value_and_grad(loss)(params_of(model))
+
+    wanted = value_and_gradient(tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, **fields))
+    ran = interpreted(TPU)
+    model = tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, implementation=TPU, **fields)
+    actual = value_and_gradient(model)
+    assert ran == {"train_attention"}
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(float(jnp.abs(theirs).max()), 1e-3))
