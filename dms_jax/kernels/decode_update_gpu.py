@@ -97,7 +97,7 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
 
         def scan(fold, start, with_score=False):
             """Fold `fold(carry, index, position, expiry, score)`, settled, over the slots in tiles; the last may overlap the one
-            before it, and index is `capacity` where a tile is larger than all slots."""
+            before it. Where a tile is larger than all slots, index is at least `capacity` and the rest is arbitrary."""
             first_row = lambda i: jnp.minimum(i * tile, slot_rows - tile)  # noqa: E731
 
             def fetch(i):
@@ -113,7 +113,7 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
                 plgpu.barrier_wait(slots_here.at[buffer])
                 position, expiry = (ops.load(x.at[buffer], ROWS, optimized=False) for x in (position_s, expiry_s))
                 row, lane = ops.iota((LANES, lanes), 0), ops.iota((LANES, lanes), 1)
-                index = jnp.where(row < tile, (first_row(i) + row) * lanes + lane, capacity)
+                index = (first_row(i) + row) * lanes + lane
                 pending = position == seen - 1
                 if shift == 1:
                     expiry = jnp.where(pending, decided, expiry)
