@@ -101,7 +101,7 @@ def attend_to_slots(
     """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
     why = None if read is None else "cannot leave out slots that a policy does not want to read"
     kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
-    name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, why), implementation, interpret, blocks)
+    name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
     if name == GPU:
@@ -138,7 +138,7 @@ def place(
     blocks: Blocks | None = None,
 ) -> LayerCache:
     """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.place`."""
-    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype), implementation, interpret, blocks)
+    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # one pair is no stream
         return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
     if name == GPU:
@@ -174,7 +174,7 @@ def decode_update(
     `logit` is the token's own decision score: above `threshold` it evicts pair seen - 1 (`decision_shift` 1) or its own (0); None:
     nothing is ever marked. Rows of `count` 0 stay as they are.
     """
-    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype), implementation, interpret, blocks)
+    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
     threshold = jnp.asarray(threshold, jnp.float32)
     if name == XLA:
         return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)

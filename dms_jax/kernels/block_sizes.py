@@ -69,7 +69,7 @@ def default_blocks(kernel: str, implementation: str, head_dim: int, dtype: str) 
         ("decode_attention", "pallas_tpu"): SlotBlocks(64, 1024),
         ("chunk_attention", "mosaic_gpu"): SlotBlocks(128, keys, 1, 3),
         ("chunk_attention", "pallas_tpu"): SlotBlocks(512, 512),
-        ("compaction", "mosaic_gpu"): PlaceBlocks(64),
+        ("compaction", "mosaic_gpu"): PlaceBlocks(32),
         ("compaction", "pallas_tpu"): PlaceBlocks(256, 512),
     }.get((kernel, implementation))
 
@@ -92,7 +92,7 @@ def candidates(kernel: str, implementation: str, head_dim: int, dtype: str) -> l
         else:
             others = [default._replace(keys=k) for k in (*keys, default.keys * 4)]
     else:
-        others = [default._replace(pairs=pairs) for pairs in (default.pairs // 2, default.pairs * 2)]
+        others = [default._replace(pairs=pairs) for pairs in (64, 128)]
         others += [default._replace(slots=slots) for slots in (256, 1024)] if implementation == "pallas_tpu" else []
     return list(dict.fromkeys([default, *others]))
 

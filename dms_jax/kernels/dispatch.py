@@ -23,6 +23,7 @@ class Facts(NamedTuple):
     head_dim: int
     dtype: Any  # of queries
     cache_dtype: Any = None  # of cached keys and values; None: that of the queries
+    capacity: int = 64  # slots of a head
     only_xla: str | None = None  # why no kernel can do what is asked
 
 
@@ -43,7 +44,18 @@ def _takes_all(facts: Facts, device_kind: str) -> str | None:
 def _gpu_refuses(facts: Facts, device_kind: str) -> str | None:
     if not any(kind in device_kind for kind in ("H100", "H200", "H20", "GH200")):
         return f"needs a Hopper GPU (wgmma, TMA), this is {device_kind}"
+    if (version := _cuda_version()) is not None and 12080 <= version < 12091:
+        return f"is miscompiled by CUDA 12.8.0 to 12.9.0 (causal masks), this is {version // 1000}.{version % 1000 // 10}.{version % 10}; update it"
     return _refuses(facts, {"bfloat16"})
+
+
+def _cuda_version() -> int | None:
+    """12091 for 12.9.1; None where there is no CUDA, as when compiling for a GPU that is not here."""
+    try:
+        from jax._src.lib import cuda_versions
+    except ImportError:
+        return None
+    return None if cuda_versions is None else cuda_versions.cuda_runtime_get_version()
 
 
 def _tpu_refuses(facts: Facts, device_kind: str) -> str | None:
@@ -57,6 +69,8 @@ def _refuses(facts: Facts, dtypes: set[str]) -> str | None:
         return f"computes in {' or '.join(sorted(dtypes))}, not in {name}"
     if facts.cache_dtype is not None and (name := jnp.dtype(facts.cache_dtype).name) not in dtypes | {"float8_e4m3fn", "float8_e5m2"}:
         return f"reads caches of {', '.join(sorted(dtypes))} or fp8, not of {name}"
+    if facts.capacity % 64:
+        return f"wants a capacity that is a multiple of 64, this cache has {facts.capacity}"
     return None
 
 

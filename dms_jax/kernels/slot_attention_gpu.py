@@ -54,7 +54,7 @@ def attend_slots(
     padded = -(-r // 8) * 8 if alternate and r <= GROUP else -(-r // blocks.rows) * blocks.rows
     groups = -(-padded // GROUP)
     keys, values, k_position, expiry, block = _divisible(keys, values, k_position, expiry, blocks.keys)
-    blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2] // block))
+    blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2]))
     q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=NOBODY)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
         rows = rows.astype(jnp.float16)  # holds both 8-bit types exactly, one instruction away; bfloat16 is three
@@ -67,9 +67,15 @@ def attend_slots(
     return Partial(split(high), split(total), split(acc))
 
 
-def _enough_parts(heads: int, key_blocks: int) -> int:
-    """Two CTAs for each multiprocessor, so that long heads do not leave the others idle, but at least eight blocks of keys for each."""
-    return max(1, min(-(-2 * MULTIPROCESSORS // heads), key_blocks // 8))
+def _enough_parts(heads: int, slots: int) -> int:
+    """The fewest parts of at least 512 slots whose CTAs, one at a time on each multiprocessor, leave at most a twentieth of them idle;
+    if none do, those that leave the fewest."""
+
+    def busy(parts: int) -> float:
+        ctas = heads * parts
+        return ctas / (MULTIPROCESSORS * -(-ctas // MULTIPROCESSORS))
+
+    return max(range(1, max(2, min(17, slots // 512 + 1))), key=lambda parts: (min(busy(parts), 0.95), -parts))
 
 
 def _divisible(keys, values, k_position, expiry, block):

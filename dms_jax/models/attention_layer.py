@@ -125,7 +125,7 @@ class AttentionLayer(nnx.Module):
         """The kernel knows two policies; for others the step is composed of its parts."""
         if type(policy) not in (LearnedEviction, KeepAll):
             return False
-        return choose("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype), self.config.implementation).name != XLA
+        return choose("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity), self.config.implementation).name != XLA
 
     def _extend_by_one(
         self, x: Array, normed: Array, cache: LayerCache, policy: LearnedEviction | KeepAll, chunk: Chunk, channel: ChannelScale, frequency: Array

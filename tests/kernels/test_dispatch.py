@@ -46,7 +46,7 @@ def test_a_kernel_is_the_default_once_it_was_measured_to_be_faster(on):
     assert "0.80x, measured 2026-11-26" in reasons("decode_attention", FACTS)["mosaic_gpu"]
 
 
-def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on):
+def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on, monkeypatch):
     on("gpu", H100)
     chosen = choose("decode_attention", FACTS, "mosaic_gpu")
     assert chosen.name == "mosaic_gpu" and isinstance(chosen.blocks, SlotBlocks)
@@ -59,6 +59,12 @@ def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on):
         choose("decode_attention", Facts(128, jnp.float32), "mosaic_gpu")
     with pytest.raises(ConfigError, match="fp8, not of float16"):
         choose("decode_attention", FACTS._replace(cache_dtype=jnp.float16), "mosaic_gpu")
+    with pytest.raises(ConfigError, match="multiple of 64, this cache has 100"):
+        choose("decode_attention", FACTS._replace(capacity=100), "mosaic_gpu")
+    monkeypatch.setattr(dispatch, "_cuda_version", lambda: 12090)
+    with pytest.raises(ConfigError, match="miscompiled by CUDA 12.8.0 to 12.9.0 .*, this is 12.9.0"):
+        choose("decode_attention", FACTS, "mosaic_gpu")
+    monkeypatch.setattr(dispatch, "_cuda_version", lambda: 13000)
     with pytest.raises(ConfigError, match="reads a part"):
         choose("decode_attention", FACTS._replace(only_xla="reads a part"), "mosaic_gpu")
     with pytest.raises(ConfigError, match="did you mean pallas_tpu"):
