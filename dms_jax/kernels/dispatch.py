@@ -8,6 +8,7 @@ run then is an error with its reason, never another implementation.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dms_jax.config import ConfigError, nearest_name
@@ -44,13 +45,15 @@ def _takes_all(facts: Facts, device_kind: str) -> str | None:
 def _gpu_refuses(facts: Facts, device_kind: str) -> str | None:
     if not any(kind in device_kind for kind in ("H100", "H200", "H20", "GH200")):
         return f"needs a Hopper GPU (wgmma, TMA), this is {device_kind}"
-    if (version := _cuda_version()) is not None and 12080 <= version < 12091:
-        return f"is miscompiled by CUDA 12.8.0 to 12.9.0 (causal masks), this is {version // 1000}.{version % 1000 // 10}.{version % 10}; update it"
+    if _cuda_version() in (12080, 12090):
+        return "meets a miscompilation of causal masks in CUDA 12.8 and 12.9.0, which this process has; install jax[cuda13]"
     return _refuses(facts, {"bfloat16"})
 
 
 def _cuda_version() -> int | None:
-    """12091 for 12.9.1; None where there is no CUDA, as when compiling for a GPU that is not here."""
+    """12090 for all of CUDA 12.9; None where no GPU will run the program."""
+    if jax.default_backend() != "gpu":
+        return None
     try:
         from jax._src.lib import cuda_versions
     except ImportError:
