@@ -172,7 +172,9 @@ def _kernel(
 
     lane = lax.broadcasted_iota(jnp.int32, target_ref.shape, 2)
     target_ref[...] = jnp.where(lane == 0, slot, jnp.where(decided < capacity, decided, slot))
-    pltpu.sync_copy(target_ref, target_smem)  # addresses of copies are scalars
+    to_scalars = pltpu.make_async_copy(target_ref, target_smem, ready)  # the addresses of the copies that follow
+    to_scalars.start()
+    to_scalars.wait()
 
     first_b, first_h = pl.program_id(0) * block_b, pl.program_id(1) * block_h
 
