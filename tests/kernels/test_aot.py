@@ -182,7 +182,8 @@ def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
                           loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
         program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
         temporary[length] = program.memory_analysis().temp_size_in_bytes
-    assert temporary[16384] < 4.4 * temporary[4096], temporary
+    # Four times as long: 4 where memory is linear, but for what short rows keep in VMEM (4.9 on v5e); 16 where it is quadratic.
+    assert temporary[16384] < 6 * temporary[4096], temporary
 
 
 def with_kernels(config, target, kernels):
