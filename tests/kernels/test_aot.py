@@ -176,14 +176,13 @@ def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
 
     mesh = mesh_of(target, 4, 2)
     config = with_kernels(SMALL, target, kernels)
-    temporary = {}
-    for length in (4096, 16384):
-        step = StepConfig(mode="adapter", seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
-                          loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
-        program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
-        temporary[length] = program.memory_analysis().temp_size_in_bytes
-    # Four times as long: 4 where memory is linear, but for what short rows keep in VMEM (4.9 on v5e); 16 where it is quadratic.
-    assert temporary[16384] < 6 * temporary[4096], temporary
+    length = 16384
+    step = StepConfig(mode="adapter", seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
+                      loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
+    program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
+    # A row a device: about 40 KiB for each of its tokens, of any length. Scores of a single layer, [T, T] for each of 8 local heads in
+    # fp32, would be 512 KiB for each token of such a row.
+    assert program.memory_analysis().temp_size_in_bytes < length * 2**16, program.memory_analysis()
 
 
 def with_kernels(config, target, kernels):
