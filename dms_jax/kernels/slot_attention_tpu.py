@@ -32,7 +32,7 @@ def slots_in_lanes(head_dim: int) -> bool:
 
 def in_hbm(x: Array, interpret: bool) -> Array:
     """`x` as an operand that stays where it is: the compiler likes to move a small cache into VMEM, whole, before a kernel runs."""
-    return x if interpret else pltpu.with_memory_space_constraint(x, pltpu.HBM)
+    return x if interpret else pltpu.with_memory_space_constraint(jnp.asarray(x), pltpu.HBM)
 
 
 def attend_slots(
