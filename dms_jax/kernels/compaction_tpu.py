@@ -16,8 +16,13 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import EXACT, Array
+<<<<<<< HEAD
 from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, slots_in_lanes
+=======
+from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, in_hbm, slots_in_lanes
+>>>>>>> tpu-slots
 
 NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
 
@@ -67,7 +72,7 @@ def place(
     numbers_spec = lambda number, size, which: pl.BlockSpec((None, number, size), lambda *at: (at[0], 0, which(*at)))  # noqa: E731
     in_layout = lambda x: x.swapaxes(-1, -2) if lanes else x  # noqa: E731
     new_k, new_v = (in_layout(folded(x.astype(k.dtype))) for x in (new_k, new_v))
-    old_k, old_v = in_layout(folded(k)), in_layout(folded(v))
+    old_k, old_v = (in_hbm(in_layout(folded(x)), interpret) for x in (k, v))
     old_spec = rows_spec(block_s, slots_of)
     moved_k, moved_v, moved = pl.pallas_call(
         partial(_kernel, length=length, lanes=lanes),

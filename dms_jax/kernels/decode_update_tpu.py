@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import EMPTY
 from dms_jax.core.visibility import NEVER
-from dms_jax.kernels.slot_attention_tpu import LANES, VMEM_LIMIT, column, slots_in_lanes
+from dms_jax.kernels.slot_attention_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
 
 SUBLANES = {1: 32, 2: 16, 4: 8}  # rows of a tile, by the bytes of a number
 HEADS_AT_ONCE = 64  # whose copies overlap
@@ -62,10 +62,10 @@ def decode_update(
     seen, count = (jnp.broadcast_to(x[:, None], (b, heads)) for x in (seen, count))
     numbers = jnp.stack([seen, count, lax.bitcast_convert_type(logit, jnp.int32), (logit > threshold).astype(jnp.int32)], axis=-1)
     in_layout = lambda x: x.swapaxes(2, 3) if lanes else x  # noqa: E731
-    cache = in_layout(k_cache), in_layout(v_cache)
+    cache = tuple(in_hbm(in_layout(x), interpret) for x in (k_cache, v_cache))
     by_heads = lambda *shape: pl.BlockSpec((block_b, *shape), lambda i, j: (i, j, 0))  # noqa: E731
     angle_spec = pl.BlockSpec((block_b, 1, h // 2), lambda i, j: (i, 0, 0))
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    hbm_spec = pl.BlockSpec(memory_space=pltpu.HBM)
     query_heads = q.shape[1] // heads * block_h
     slots = (block_b, block_h, capacity)
     tile_shape = (h, tile) if lanes else (tile, h)
@@ -74,9 +74,9 @@ def decode_update(
         grid=(b // block_b, heads // block_h),
         in_specs=[
             by_heads(block_h, 4), angle_spec, angle_spec, by_heads(query_heads, h), by_heads(block_h, h), by_heads(block_h, h),
-            *[by_heads(block_h, capacity)] * 3, in_hbm, in_hbm,
+            *[by_heads(block_h, capacity)] * 3, hbm_spec, hbm_spec,
         ],
-        out_specs=[by_heads(query_heads, h), by_heads(block_h, 1), *[in_hbm] * 5],
+        out_specs=[by_heads(query_heads, h), by_heads(block_h, 1), *[hbm_spec] * 5],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype)
             for x in (q, jax.ShapeDtypeStruct((b, heads, 1), jnp.int32), position, expiry, score, *cache)

@@ -24,7 +24,7 @@ class Facts(NamedTuple):
     head_dim: int
     dtype: Any  # of queries
     cache_dtype: Any = None  # of cached keys and values; None: that of the queries
-    capacity: int = 64  # slots of a head
+    capacity: int = 128  # slots of a head
     only_xla: str | None = None  # why no kernel can do what is asked
 
 
@@ -47,7 +47,7 @@ def _gpu_refuses(facts: Facts, device_kind: str) -> str | None:
         return f"needs a Hopper GPU (wgmma, TMA), this is {device_kind}"
     if _cuda_version() in (12080, 12090):
         return "meets a miscompilation of causal masks in CUDA 12.8 and 12.9.0, which this process has; install jax[cuda13]"
-    return _refuses(facts, {"bfloat16"})
+    return _refuses(facts, {"bfloat16"}, 64)
 
 
 def _cuda_version() -> int | None:
@@ -62,18 +62,18 @@ def _cuda_version() -> int | None:
 
 
 def _tpu_refuses(facts: Facts, device_kind: str) -> str | None:
-    return _refuses(facts, {"bfloat16", "float32"})
+    return _refuses(facts, {"bfloat16", "float32"}, 128)
 
 
-def _refuses(facts: Facts, dtypes: set[str]) -> str | None:
+def _refuses(facts: Facts, dtypes: set[str], multiple: int) -> str | None:
     if facts.head_dim not in (64, 128):
         return f"is written for head sizes 64 and 128, this model has {facts.head_dim}"
     if (name := jnp.dtype(facts.dtype).name) not in dtypes:
         return f"computes in {' or '.join(sorted(dtypes))}, not in {name}"
     if facts.cache_dtype is not None and (name := jnp.dtype(facts.cache_dtype).name) not in dtypes | {"float8_e4m3fn", "float8_e5m2"}:
         return f"reads caches of {', '.join(sorted(dtypes))} or fp8, not of {name}"
-    if facts.capacity % 64:
-        return f"wants a capacity that is a multiple of 64, this cache has {facts.capacity}"
+    if facts.capacity % multiple:
+        return f"wants a capacity that is a multiple of {multiple}, this cache has {facts.capacity}"
     return None
 
 

@@ -30,6 +30,11 @@ def slots_in_lanes(head_dim: int) -> bool:
     return head_dim % LANES != 0
 
 
+def in_hbm(x: Array, interpret: bool) -> Array:
+    """`x` as an operand that stays where it is: the compiler likes to move a small cache into VMEM, whole, before a kernel runs."""
+    return x if interpret else pltpu.with_memory_space_constraint(jnp.asarray(x), pltpu.HBM)
+
+
 def attend_slots(
     rows: Float[Array, "B K R H"],
     q_position: Int[Array, "B R"],
@@ -92,8 +97,8 @@ def attend_slots(
                 pl.BlockSpec((None, block_r, h), rows_of),
                 slot_spec,
                 slot_spec,
-                pl.BlockSpec(memory_space=pl.ANY),
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.HBM),
+                pl.BlockSpec(memory_space=pltpu.HBM),
             ],
             out_specs=[
                 pl.BlockSpec((None, block_r, h), rows_of),
@@ -112,7 +117,7 @@ def attend_slots(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="attend_slots",
-    )(used, low, high, q_position, rows, folded(keys), folded(values), k_position, expiry)
+    )(used, low, high, q_position, rows, *(in_hbm(folded(x), interpret) for x in (keys, values)), k_position, expiry)
     part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])  # noqa: E731
     return Partial(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
 
