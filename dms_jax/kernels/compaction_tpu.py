@@ -16,13 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import EXACT, Array
-<<<<<<< HEAD
 from dms_jax.kernels.block_sizes import PlaceBlocks
-from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, slots_in_lanes
-=======
-from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, in_hbm, slots_in_lanes
->>>>>>> tpu-slots
 
 NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
 
