@@ -10,12 +10,15 @@ import numpy as np
 
 from dms_jax.config import ConfigError, ModelConfig
 from dms_jax.core.compact_cache import CompactCache, HostBounds, grown
+from dms_jax.sharding import target_device
 
-SIZE_STEP = 64  # capacities offered and grown to are multiples of it
+SIZE_STEP = {"tpu": 128}  # by platform: capacities offered and grown to are multiples of it, which the kernels want
+DEFAULT_SIZE_STEP = 64
 
 
 def round_up(number: int) -> int:
-    return -(-number // SIZE_STEP) * SIZE_STEP
+    step = SIZE_STEP.get(target_device()[0], DEFAULT_SIZE_STEP)
+    return -(-number // step) * step
 
 
 def bounds(cache: CompactCache, exact: bool = False) -> HostBounds:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
-from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.compaction_tpu import _staircase, place
 
 B, K = 2, 3
@@ -50,18 +50,18 @@ def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dty
     full=st.sampled_from([0.0, 0.6, 0.95]), come=st.sampled_from([0.5, 1.0]),
 )  # fmt: skip
 def test_place_is_that_of_core(seed, sizes, blocks, full, come):
-    check(seed, *sizes, 8, SlotBlocks(*blocks, 1), full=full, come=come)
+    check(seed, *sizes, 8, PlaceBlocks(*blocks), full=full, come=come)
 
 
 @pytest.mark.parametrize(
     "dtype, cache_dtype", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")]
 )
 def test_rows_of_all_lanes_and_small_types(dtype, cache_dtype):
-    check(1, 40, 13, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
+    check(1, 40, 13, 128, PlaceBlocks(8, 16), jnp.dtype(dtype), jnp.dtype(cache_dtype))
 
 
 def test_small_types_with_slots_in_lanes():
-    check(2, 40, 13, 16, SlotBlocks(8, 16, 1), jnp.bfloat16, jnp.float8_e4m3fn)
+    check(2, 40, 13, 16, PlaceBlocks(8, 16), jnp.bfloat16, jnp.float8_e4m3fn)
 
 
 def test_steps_are_the_blocks_that_meet(rng):

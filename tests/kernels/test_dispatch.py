@@ -72,6 +72,9 @@ def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on, monkeyp
     on("gpu", "NVIDIA A100")
     with pytest.raises(ConfigError, match="needs a Hopper GPU"):
         choose("decode_attention", FACTS, "mosaic_gpu")
+    on("tpu", "TPU v5 lite")
+    with pytest.raises(ConfigError, match="multiple of 128, this cache has 192"):
+        choose("decode_attention", FACTS._replace(capacity=192), "pallas_tpu")
     on("cpu", "cpu")
     assert why_not("decode_attention", "mosaic_gpu", FACTS) is not None and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
 
