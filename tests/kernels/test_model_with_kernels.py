@@ -70,8 +70,7 @@ def cached(model, ids, capacity=16):
     return jnp.concatenate(outputs, 1), cache
 
 
-@pytest.mark.parametrize("implementation", [TPU, GPU])
-@pytest.mark.parametrize("dms", [DMS, None], ids=["dms", "dense"])
+@pytest.mark.parametrize(("implementation", "dms"), [(TPU, DMS), (GPU, DMS), (GPU, None)])
 def test_prefill_and_decode(rng, interpreted, implementation, dms):
     fields = {"num_layers": 1, "num_kv_heads": 2, "num_q_heads": 4}
     rows, length = (2, 24) if implementation == TPU else (1, 20)
