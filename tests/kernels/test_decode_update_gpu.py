@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, settle
+from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.decode_update_gpu import decode_update
-from dms_jax.models.layers import rope
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 

@@ -10,10 +10,10 @@ import pytest
 
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, settle
+from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels import decode_update_tpu
 from dms_jax.kernels.decode_update_tpu import decode_update
-from dms_jax.models.layers import rope
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
