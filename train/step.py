@@ -217,13 +217,13 @@ class Retrofit:
     def lower(self, batch_size: int) -> jax.stages.Lowered:
         """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
 
-        def shape(dtype: Any, *dims: int) -> jax.ShapeDtypeStruct:
+        def shape(dtype: Any, *dims: int) -> Any:
             return jax.ShapeDtypeStruct(dims, dtype, sharding=named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh))
 
         rows = batch_size, self.config.length
         batch = Batch(shape(jnp.int32, *rows), shape(jnp.int32, *rows), shape(jnp.bool_, *rows), shape(jnp.int32, batch_size))
         with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.frozen, batch)
+            return self.step.lower(self.state, self.frozen, batch)  # pyrefly: ignore[missing-attribute]  # set in `_jit`
 
     def place(self, batch_of: Callable[[int, int], Batch], batch_size: int) -> Batch:
         """A global batch on the mesh; `batch_of(start, count)` gives the rows that this host's devices hold."""

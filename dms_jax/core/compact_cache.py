@@ -156,7 +156,7 @@ def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Arra
 
 def _write(old: Array, new: Array, slot: Int[Array, "B K T"]) -> Array:
     rows, heads = (lax.broadcasted_iota(jnp.int32, slot.shape, axis) for axis in (0, 1))
-    return old.at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
+    return jnp.asarray(old).at[rows, heads, slot].set(new.astype(old.dtype), mode="drop")
 
 
 def append(
@@ -190,6 +190,7 @@ def append(
     moved = place(layer, k, v, position, verdict.expiry, verdict.score, kept[..., :capacity], kept[..., capacity:])
     statistic = layer.statistic
     if choice is not None and choice.statistic is not None:
+        assert statistic is not None  # a policy that remembers something has room for it
         slot = _slots(kept[..., :capacity], kept[..., capacity:])
         statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
     return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from dms_jax.core.compact_cache import LayerCache, Verdict
 from dms_jax.core.rotary import rotate
 from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_use, unfold_queries
 from dms_jax.core.visibility import expiry_of
-from dms_jax.kernels.block_sizes import Blocks
+from dms_jax.kernels.block_sizes import Blocks, TrainBlocks
 from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
 from dms_jax.sharding import spec
 
@@ -53,11 +53,12 @@ def gated_attention(
         from dms_jax.kernels.train_attention_gpu import attend
     else:
         from dms_jax.kernels.train_attention_tpu import attend
+    assert isinstance(blocks, TrainBlocks)
     blocks = blocks.fit(q.shape[1])
     rows = "batch kv_heads . . ."
     run = _per_device(
         partial(attend, window_size=window_size, blocks=blocks, interpret=interpret),
-        q.shape[0], k.shape[2], [rows, VECTORS, VECTORS, SLOTS, "batch ."], rows,
+        (q.shape[0], k.shape[2]), [rows, VECTORS, VECTORS, SLOTS, "batch ."], rows,
     )  # fmt: skip
     return chunked_attention.with_heads_folded(run, math.lcm(blocks.q, blocks.k), q, k, v, log_keep, segment_ids)
 
@@ -78,10 +79,11 @@ def extend_layer(
         slot_attention.extend_layer, window_size=window_size,
         attend=partial(attend_to_slots, implementation=implementation), place=partial(place, implementation=implementation),
     )  # fmt: skip
-    cache = LayerCache(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
+    cache_form, verdict_form = cast(Any, LayerCache), cast(Any, Verdict)  # of axes instead of arrays
+    cache = cache_form(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
     last = None if verdict.last_expiry is None else "batch kv_heads"
     run = _per_device(
-        own, *k.shape[:2], [cache, "batch . kv_heads .", VECTORS, VECTORS, Verdict(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        own, k.shape[:2], [cache, "batch . kv_heads .", VECTORS, VECTORS, verdict_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
         ("batch . kv_heads .", cache),
     )  # fmt: skip
     return run(layer, q, k, v, verdict, position, count)
@@ -112,7 +114,8 @@ def attend_to_slots(
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
     run = _per_device(
         partial(attend_slots, blocks=blocks, interpret=interpret),
-        *rows.shape[:2], [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"], Partial(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
+        rows.shape[:2], [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"],
+        cast(Any, Partial)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
     )  # fmt: skip
     parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
     if chunk is not None:
@@ -145,7 +148,7 @@ def place(
         from dms_jax.kernels.compaction_gpu import place as kernel
     else:
         from dms_jax.kernels.compaction_tpu import place as kernel
-    run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), *k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
+    run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
     new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
     return _with_arrays(layer, new)
 
@@ -184,7 +187,7 @@ def decode_update(
         from dms_jax.kernels.decode_update_tpu import decode_update as kernel
     run = _per_device(  # the query heads of a group are with their key head
         partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
-        *k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
+        k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
         (SLOTS, *LAYER, "batch kv_heads"),
     )  # fmt: skip
     q, *new, forced = run(q, k, v, cos, sin, logit, *_arrays(layer), seen, count, threshold)
@@ -216,19 +219,20 @@ def _with_arrays(layer: LayerCache, new) -> LayerCache:
     return replace(layer, **dict(zip(("k", "v", "position", "expiry", "score"), new, strict=True)))
 
 
-def _per_device(f: Callable, batch: int, kv_heads: int, axes_in: list[str], axes_out: Any) -> Callable:
-    """`f` on each device's rows and KV heads, where a mesh is set. An axis that its mesh axis does not divide is not split.
+def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: Any) -> Callable:
+    """`f` on each device's rows and KV heads, of which there are `sizes`, where a mesh is set. An axis that its mesh axis does not divide
+    is not split.
 
     Axes are words, "." for one that is never split; those of the results in the form in which `f` returns them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:  # manual: each device runs this for itself already
         return f
-    sizes = {"batch": batch, "kv_heads": kv_heads}
+    size_of = {".": 0} | dict(zip(("batch", "kv_heads"), sizes, strict=True))
 
     def of(axes: str):
-        names = tuple(None if axis == "." else axis for axis in axes.split())
-        return spec(names, tuple(sizes.get(name, 0) for name in names), mesh)
+        names = axes.split()
+        return spec(tuple(None if name == "." else name for name in names), tuple(size_of[name] for name in names), mesh)
 
     def run(*args):
         specs = tuple(None if x is None else jax.tree.map(of, axes) for axes, x in zip(axes_in, args, strict=True))

@@ -95,7 +95,7 @@ def why_not(kernel: str, implementation: str, facts: Facts, interpret: bool = Fa
         return facts.only_xla
     if interpret:
         return None
-    if found.platform not in (None, platform):
+    if found.platform is not None and found.platform != platform:
         return f"runs on a {found.platform.upper()}, this is a {platform.upper()} ({kind})"
     return found.refuses(facts, kind)
 

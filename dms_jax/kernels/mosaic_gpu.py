@@ -30,7 +30,7 @@ def interpreter() -> Any:
     """What `plgpu.kernel(interpret=...)` wants to run on a CPU. Needs several CPU devices (`jax_num_cpu_devices`): the warpgroups are
     threads that wait for each other, and of one device there are no more than the machine has cores."""
     try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # pyrefly: ignore[missing-module-attribute]
     except ImportError:  # jax 0.10
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
@@ -45,7 +45,7 @@ def _compile_once() -> None:
 
     run = jax.jit(lambda jaxpr, consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None, static_argnums=0)
     if not hasattr(thread_map, "_run"):
-        thread_map._run = run
+        thread_map._run = run  # pyrefly: ignore[missing-attribute]  # a module takes attributes
         thread_map._run_jaxpr = lambda jaxpr, consts, *args: run.trace(jaxpr, consts, *args).lower().compile()(consts, *args)
 
 
@@ -61,7 +61,7 @@ class Ops:
             return ref[...]
         if _LOAD_WANTS_INDEX:
             return plgpu.load(ref, (), layout=layout, optimized=optimized)
-        return plgpu.load(ref, layout=layout, optimized=optimized)
+        return plgpu.load(ref, layout=layout, optimized=optimized)  # pyrefly: ignore[missing-argument]  # of jax 0.10
 
     def full(self, shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Array:
         return self.cast(jnp.full(shape, value, dtype), layout)

@@ -104,7 +104,7 @@ class AttentionLayer(nnx.Module):
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for a chunk that continues the rows of a cache, and the cache after it."""
-        if normed.shape[1] == 1 and self._updates_in_one_kernel(cache, policy, normed.dtype):
+        if normed.shape[1] == 1 and type(policy) in (LearnedEviction, KeepAll) and self._updates_in_one_kernel(cache, normed.dtype):
             return self._extend_by_one(x, normed, cache, policy, chunk, channel, frequency)
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
         verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
@@ -121,14 +121,12 @@ class AttentionLayer(nnx.Module):
             )  # fmt: skip
         return self.output(out), cache
 
-    def _updates_in_one_kernel(self, cache: LayerCache, policy: CachePolicy, dtype: jnp.dtype) -> bool:
-        """The kernel knows two policies; for others the step is composed of its parts."""
-        if type(policy) not in (LearnedEviction, KeepAll):
-            return False
+    def _updates_in_one_kernel(self, cache: LayerCache, dtype: jnp.dtype) -> bool:
+        """The kernel knows two policies; for others, and without it, a decode step is composed of its parts."""
         return choose("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity), self.config.implementation).name != XLA
 
     def _extend_by_one(
-        self, x: Array, normed: Array, cache: LayerCache, policy: LearnedEviction | KeepAll, chunk: Chunk, channel: ChannelScale, frequency: Array
+        self, x: Array, normed: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
         """A decode step whose rotation, decision, slot choice and write are one kernel."""
         q, k, v = self.project(normed, channel)

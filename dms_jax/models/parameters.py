@@ -1,6 +1,7 @@
 """A model as plain arrays and back: names to arrays, which optimizers and checkpoints understand without Flax."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +55,7 @@ def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def placed(shapes: Params, shardings: Mapping[str, NamedSharding]) -> Params:
+def placed(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Any:
     """Shapes that also say where on a mesh they lie."""
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in shapes.items()}
 
