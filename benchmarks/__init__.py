@@ -13,7 +13,7 @@ def _stand_in_for_shape_checks() -> None:
             return item[0]
 
     jaxtyping, beartype = types.ModuleType("jaxtyping"), types.ModuleType("beartype")
-    for name in ("Bool", "Float", "Int"):
+    for name in ("Bool", "Float", "Int", "Key", "Shaped"):
         setattr(jaxtyping, name, Shape)
     jaxtyping.jaxtyped = lambda typechecker: lambda f: f  # pyrefly: ignore[missing-attribute] - a module takes attributes
     beartype.beartype = lambda f: f  # pyrefly: ignore[missing-attribute]

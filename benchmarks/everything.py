@@ -4,8 +4,9 @@
     python -m benchmarks.everything --part decode --output results.jsonl
 
 Parts: kernels (each kernel next to XLA, dense attention and the ceilings), train (a retrofit step of Llama-3.2-1B's shape, and its
-model-FLOPs utilisation), decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8). Each part
-ends within --minutes; what there was no time for is not begun. Lines are appended as they come. A CPU gets small shapes.
+model-FLOPs utilisation), decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8). The
+call ends within --minutes; what there was no time for is a line that says so: give --part then. Lines are appended as each command ends. A CPU
+gets small shapes.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from dms_jax.command import Parser, run_command
-from dms_jax.config import ConfigError
+from dms_jax.config import ConfigError, ImplementationName
 
 NAME = "benchmarks.everything"
 PARTS = ("kernels", "train", "decode", "prefill")
@@ -26,28 +28,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
     parser.add_argument("--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of each part (default 9)")
-    parser.add_argument("--implementation", default="auto", help="of attention and cache in decode, prefill and train")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call (default 9)")
+    parser.add_argument(
+        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache in decode, prefill and train"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     output = Path(options.output)
-    if not output.parent.exists():
-        raise ConfigError(f"--output {output}: there is no folder {output.parent}")
-    import jax
-
-    on_cpu = jax.default_backend() == "cpu"
-    failed = 0
+    if not output.parent.is_dir() or output.is_dir():
+        raise ConfigError(f"--output {output} is no file in a folder that exists")
+    # Asked of another process: one that has touched a TPU keeps it from the commands.
+    asked = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True)
+    if asked.returncode:
+        raise ConfigError(f"JAX found no usable device: {(asked.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+    deadline, failed = time.monotonic() + 60 * options.minutes, 0
     for part in options.part or PARTS:
-        deadline = time.monotonic() + 60 * options.minutes
-        for command in commands(part, on_cpu, options.implementation):
-            left = deadline - time.monotonic()
-            if left < 20:
-                print(f"{part}: no time left for {' '.join(command)}", file=sys.stderr)
-                continue
-            failed += run(part, command, left, output)
+        for command in commands(part, asked.stdout.split()[-1] == "cpu", options.implementation):
+            failed += run(part, command, deadline - time.monotonic(), output)
     return 1 if failed else 0
 
 
@@ -78,17 +78,26 @@ def run(part: str, command: list[str], seconds: float, output: Path) -> int:
     """Append what the command prints as JSON; 1 when it failed."""
     print(f"python -m {' '.join(command)}", file=sys.stderr)
     start = time.monotonic()
+    if seconds < 20:
+        return append(output, part, command, [], "not begun: no time left")
     try:
         done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, timeout=seconds)
         text, problem = done.stdout, f"exit code {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired as why:
         text, problem = (why.stdout or b"").decode() if isinstance(why.stdout, bytes) else why.stdout or "", f"stopped after {seconds:.0f} s"
     records = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    print(f"  {len(records)} lines in {time.monotonic() - start:.0f} s", file=sys.stderr)
+    return append(output, part, command, records, problem)
+
+
+def append(output: Path, part: str, command: list[str], records: list[dict], problem: str | None) -> int:
+    """1 when there was a problem, which a line says too."""
+    extra = {} if problem is None else {"problem": problem}
     with output.open("a", encoding="utf-8") as file:
         for record in records or [{}]:
-            extra = {} if problem is None else {"problem": problem}
             file.write(json.dumps({"part": part, "command": f"python -m {' '.join(command)}", **extra, **record}) + "\n")
-    print(f"  {len(records)} lines in {time.monotonic() - start:.0f} s" + (f"; {problem}" if problem else ""), file=sys.stderr)
+    if problem is not None:
+        print(f"  {problem}", file=sys.stderr)
     return 0 if problem is None else 1
 
 

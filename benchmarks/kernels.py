@@ -4,8 +4,8 @@
     python -m benchmarks.kernels --kernel decode_attention --minutes 5
 
 First the ceilings of the device, measured: a copy (bytes read plus written) and a matrix product. Then a line for each kernel, shape and
-implementation: `max_error` against the reference in fp32 on the same numbers, relative to its largest entry; `ratio_to_xla`, how many times
-as fast as the XLA path; `fraction_of_copy_bandwidth`, the fewest bytes it must move over its time, against the copy; the same for the
+implementation: `max_error` against the reference in fp32 on the same numbers, the largest of any row relative to that row's length; `ratio_to_xla`,
+how many times as fast as the XLA path; `fraction_of_copy_bandwidth`, the fewest bytes it must move over its time, against the copy; the same for the
 matrix product. dense_xla and dense_cudnn are `jax.nn.dot_product_attention`: no gate, no lengths of each head, what a dense model pays.
 On a CPU the Pallas kernels run in interpret mode: that shows that they are right; their time says nothing. With --json there is
 nothing but JSON lines, each with its provenance.
@@ -13,15 +13,17 @@ nothing but JSON lines, each with its provenance.
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError
+from dms_jax.kernels import block_sizes
 
 NAME = "benchmarks.kernels"
-KERNELS = ("train_attention", "decode_attention", "chunk_attention", "compaction", "decode_update")
+KERNELS = tuple(block_sizes.KERNELS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -102,60 +104,60 @@ def measured(case, ceilings, repeats: int) -> Iterator[dict]:
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32
-    from benchmarks.timing import chained, time_all
+    from benchmarks.timing import Chain, long_enough, time_all
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, Facts, why_not
 
     on_cpu = jax.default_backend() == "cpu"
-    facts = Facts(case.shape["head_dim"], case.dtype, case.cache_dtype)
-    times = 1 if on_cpu else 10
-    wanted = jax.jit(case.reference)
-    with jax.default_matmul_precision("highest"):
-        wanted = jax.block_until_ready(wanted(*in_fp32(case.inputs)))
+    facts = Facts(case.shape["head_dim"], case.dtype, case.cache_dtype, case.shape.get("capacity", 128))
     base = {"kernel": case.kernel, **case.shape, "dtype": case.dtype.name, "cache_dtype": jax.numpy.dtype(case.cache_dtype).name}
-    arms, errors, notes = {}, {}, {}
+    arms, found, failed = {}, {}, {}
+
+    def precise(f):
+        with jax.default_matmul_precision("highest"):
+            return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
+
+    def attempt(name: str, f, wanted, notes: dict) -> None:
+        try:  # what a compiler or driver says is a result too, and the others go on
+            wrong = None if wanted is None else error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
+            arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times))
+            found[name] = {"max_error": wrong if wrong is None or math.isfinite(wrong) else None} | notes
+            if wrong is not None and not math.isfinite(wrong):
+                found[name]["wrong"] = True
+            jax.block_until_ready(arms[name]())
+        except Exception as why:
+            arms.pop(name, None)
+            failed[name] = " ".join(str(why).split())[:500]
+
+    wanted = precise(case.reference)
     for name in IMPLEMENTATIONS:
         interpret = on_cpu and name != XLA
         if (why := why_not(case.kernel, name, facts, interpret)) is not None:
             print(f"{case.kernel}: {name} {why}", file=sys.stderr)
-            continue
-        f = case.run(name, interpret)
-        try:
-            f = jax.jit(f)
-            out = jax.block_until_ready(f(*case.inputs))
-        except Exception as why:  # a compiler's or driver's: said, and the others go on
-            yield base | {"implementation": name, "max_error": None, "ratio_to_xla": None, "failed": " ".join(str(why).split())[:500]}
-            continue
-        errors[name] = error(case, out, wanted)
-        arms[name] = (lambda f=f: f(*case.inputs)) if interpret else program(chained(f, case.feed, times), case.inputs)
-        notes[name] = {"interpreted": True} if interpret else {}
+        else:
+            attempt(name, case.run(name, interpret), wanted, {"interpreted": True} if interpret else {})
+    dense = None
     for name, how in DENSE.items():
         f = None if how == "cudnn" and jax.default_backend() != "gpu" else case.dense(how)
         if f is None:
             continue
-        try:
-            with jax.default_matmul_precision("highest"):
-                dense = jax.jit(case.dense("xla"))(*in_fp32(case.inputs)) if case.shape.get("length", 0) <= 8192 else None
-            out = jax.block_until_ready(jax.jit(f)(*case.inputs))
-        except Exception as why:  # e.g. no memory for all scores
-            print(f"{case.kernel}: {name} failed: {' '.join(str(why).split())[:200]}", file=sys.stderr)
-            continue
-        errors[name] = None if dense is None else error(case, out, dense)
-        arms[name], notes[name] = program(chained(f, case.feed, times), case.inputs), {"dense": True}
-    slow = {name: arm for name, arm in arms.items() if notes[name].get("interpreted")}
+        if dense is None and case.shape.get("length", 0) <= 4096:  # all scores in fp32; longer ones would not fit
+            try:
+                dense = precise(case.dense("xla"))
+            except Exception as why:
+                print(f"{case.kernel}: no reference for dense attention: {' '.join(str(why).split())[:200]}", file=sys.stderr)
+        attempt(name, f, dense, {"dense": True})
+    slow = {name: arm for name, arm in arms.items() if found[name].get("interpreted")}
     timing = time_all({name: arm for name, arm in arms.items() if name not in slow}, repeats) | time_all(slow, 1)
-    seconds = {name: t.median / (1 if name in slow else times) for name, t in timing.items()}
-    for name in arms:
-        record = base | {"implementation": name, "max_error": errors[name], "ratio_to_xla": seconds[XLA] / seconds[name], "seconds": seconds[name]}
-        record |= {"seconds_all": [t / (1 if name in slow else times) for t in timing[name].all]} | notes[name]
+    seconds = {name: t.median / arms[name].times for name, t in timing.items()}
+    for name, why in failed.items():
+        yield base | {"implementation": name, "max_error": None, "ratio_to_xla": None, "failed": why}
+    for name, arm in arms.items():
+        record = base | {"implementation": name, "ratio_to_xla": seconds[XLA] / seconds[name] if XLA in seconds else None, "seconds": seconds[name]}
+        record |= {"seconds_all": [t / arm.times for t in timing[name].all]} | found[name]
         if not on_cpu:
             record |= {"fraction_of_copy_bandwidth": case.min_bytes / seconds[name] / ceilings.copy_bytes,
                        "fraction_of_matmul": case.flops / seconds[name] / ceilings.flops}  # fmt: skip
         yield record | {"min_bytes": case.min_bytes, "flops": case.flops}
-
-
-def program(f, inputs):
-    """A call of `f` that keeps no result but the last."""
-    return lambda: f(*inputs)
 
 
 def described(record: dict) -> str:
@@ -170,7 +172,8 @@ def described(record: dict) -> str:
     if "failed" in record:
         return start + f"FAILED: {record['failed']}"
     wrong = "unknown" if record["max_error"] is None else f"{record['max_error']:.1e}"
-    text = f"error {wrong}, {1e3 * record['seconds']:.3f} ms, {record['ratio_to_xla']:.2f}x xla"
+    text = f"{'WRONG' if 'wrong' in record else f'error {wrong}'}, {1e3 * record['seconds']:.3f} ms"
+    text += "" if record["ratio_to_xla"] is None else f", {record['ratio_to_xla']:.2f}x xla"
     if "fraction_of_copy_bandwidth" in record:
         text += f", {record['fraction_of_copy_bandwidth']:.0%} of copy bandwidth, {record['fraction_of_matmul']:.0%} of matmul"
     return start + text + (" (interpreted)" if record.get("interpreted") else "")

@@ -11,6 +11,7 @@ from flax import nnx
 from dms_jax.config import ConfigError, DMSConfig, ModelConfig
 from dms_jax.kernels.dispatch import Facts, choose
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import Template, params_of
 from dms_jax.provenance import versions
 
 WINDOW = 128  # of the policy that is added to a model without one
@@ -39,7 +40,11 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     shape = SHAPES[name] | ({"num_layers": layers} if layers else {})
     choose("train_attention", Facts(shape["head_dim"], jnp.bfloat16), implementation)  # refuses what cannot run
     config = ModelConfig(**shape, max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
-    return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype), "random"
+    model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+    if mesh is not None:
+        template, params = Template(model), params_of(model)
+        model = template.merge(jax.device_put(params, template.shardings(list(params), mesh)))
+    return model, "random"
 
 
 def provenance() -> dict:

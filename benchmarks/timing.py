@@ -1,9 +1,10 @@
 """How everything here is timed, and the two ceilings of a device: what a copy and what a matrix product reach."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +17,52 @@ class Timing(NamedTuple):
     all: list[float]
 
 
-def time_all(calls: dict[str, Callable[[], object]], repeats: int, per_repeat: int = 1) -> dict[str, Timing]:
-    """Each call `per_repeat` times at a stretch, `repeats` such stretches after one that compiles. The calls alternate, so that
-    a busy machine hurts all. A call returns what it made; its end is waited for."""
+def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Each call `repeats` times after one that compiles. The calls alternate, so that a busy machine hurts all. A call returns what it
+    made; its end is waited for."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
             start = time.perf_counter()
-            for _ in range(per_repeat):
-                made = call()
-            jax.block_until_ready(made)
+            jax.block_until_ready(call())
             if repeat:
-                seconds[name].append((time.perf_counter() - start) / per_repeat)
+                seconds[name].append(time.perf_counter() - start)
     return {name: Timing(statistics.median(times), times) for name, times in seconds.items()}
 
 
-def chained(f: Callable[..., tuple], feed: Callable[[tuple, tuple], tuple], times: int) -> Callable[..., tuple]:
-    """A program that applies `f` `times` over, each time to what `feed(inputs, outputs)` makes of the time before, so that nothing
-    is computed once for all and no launch from the host is timed."""
+class Chain:
+    """A program that applies `f` many times over, each time to what the time before made, so that nothing is computed once for all and
+    one launch from the host is shared by all. What changes is donated and fed again, what does not is only read: nothing is copied."""
 
-    def run(*inputs):
-        def one(inputs, _):
-            return feed(inputs, f(*inputs)), None
+    def __init__(self, f: Callable[..., tuple], feed: Callable[[tuple, tuple], dict[int, Any]], inputs: tuple, times: int):
+        """`feed(inputs, outputs)` gives the inputs that change, by their index."""
+        changing = sorted(jax.eval_shape(lambda *x: feed(x, f(*x)), *inputs))
+        self.times = times
+        self._carry = {index: jax.tree.map(jnp.copy, inputs[index]) for index in changing}
+        self._rest = {index: x for index, x in enumerate(inputs) if index not in changing}
 
-        return jax.lax.scan(one, inputs, None, length=times)[0]
+        def run(carry, rest):
+            def one(carry, _):
+                held = rest | carry
+                now = tuple(held[index] for index in range(len(held)))
+                return feed(now, f(*now)), None
 
-    return jax.jit(run)
+            return jax.lax.scan(one, carry, None, length=times)[0]
+
+        self._run = jax.jit(run, donate_argnums=0)
+
+    def __call__(self) -> object:
+        self._carry = self._run(self._carry, self._rest)
+        return self._carry
+
+
+def long_enough(make: Callable[[int], Chain], seconds: float = 0.02, most: int = 400) -> Chain:
+    """A chain of so many applications that one launch more or less does not count; on a CPU one."""
+    if jax.default_backend() == "cpu":
+        return make(1)
+    chain = make(10)
+    once = time_all({"": chain}, 1)[""].median / 10
+    return chain if 10 * once >= seconds else make(min(most, math.ceil(seconds / once)))
 
 
 class Ceilings(NamedTuple):
@@ -54,20 +75,21 @@ def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceili
     on_cpu = jax.default_backend() == "cpu"
     elements = (1 << 22 if on_cpu else 1 << 28) // (2 if quick else 1)
     side = (512 if on_cpu else 8192) // (2 if quick else 1)
-    times = 4 if on_cpu else 10
     x = jax.random.normal(jax.random.key(0), (elements,), dtype)
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in (1, 2))
-    copy = chained(lambda x: (-x,), lambda _, out: out, times)
-    product = chained(lambda a, b: (a @ b,), lambda inputs, out: ((out[0] * side**-0.5).astype(dtype), inputs[1]), times)
-    timing = time_all({"copy": lambda: copy(x), "matmul": lambda: product(a, b)}, repeats)
+    chains = {
+        "copy": long_enough(lambda times: Chain(lambda x: (-x,), lambda _, out: {0: out[0]}, (x,), times)),
+        "matmul": long_enough(lambda times: Chain(lambda a, b: (a @ b,), lambda _, out: {0: (out[0] * side**-0.5).astype(dtype)}, (a, b), times)),
+    }
+    timing = time_all(chains, repeats)
     close = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
     wrong = float(jnp.abs((a @ b).astype(jnp.float32) - close).max() / jnp.abs(close).max())
-    per = {name: t.median / times for name, t in timing.items()}
+    per = {name: t.median / chains[name].times for name, t in timing.items()}
     ceilings = Ceilings(2 * elements * jnp.dtype(dtype).itemsize / per["copy"], 2 * side**3 / per["matmul"])
     lines = [
         {"kernel": "copy", "implementation": "xla", "max_error": 0.0, "ratio_to_xla": 1.0, "bytes_per_s": ceilings.copy_bytes, "elements": elements,
-         "dtype": jnp.dtype(dtype).name, "seconds": per["copy"], "seconds_all": [t / times for t in timing["copy"].all]},
+         "dtype": jnp.dtype(dtype).name, "seconds": per["copy"], "seconds_all": [t / chains["copy"].times for t in timing["copy"].all]},
         {"kernel": "matmul", "implementation": "xla", "max_error": wrong, "ratio_to_xla": 1.0, "flops_per_s": ceilings.flops, "side": side,
-         "dtype": jnp.dtype(dtype).name, "seconds": per["matmul"], "seconds_all": [t / times for t in timing["matmul"].all]},
+         "dtype": jnp.dtype(dtype).name, "seconds": per["matmul"], "seconds_all": [t / chains["matmul"].times for t in timing["matmul"].all]},
     ]  # fmt: skip
     return ceilings, lines

@@ -1,8 +1,10 @@
 """Names of hardware, their refusals, and data sheets by what JAX calls a device."""
 
+import jax
 import pytest
 
 from dms_jax.config import ConfigError
+from dms_jax.sharding import target_device
 from dms_jax.target_hardware import CHIPS, chip_of, missing_compiler, parse_hardware, target_mesh
 
 
@@ -31,6 +33,15 @@ def test_a_mesh_must_have_the_size_of_the_hardware(monkeypatch):
     assert "libtpu" in missing_compiler("v5e-8") and "CUDA plugin" in missing_compiler("h100x8")
     with pytest.raises(ConfigError, match="v5e-8: needs libtpu"):
         target_mesh("v5e-8", (8, 1))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("h100x1", "NVIDIA H100 80GB HBM3"), ("h200x1", "NVIDIA H200"), ("v5e-1", "TPU v5 lite")])
+def test_what_is_compiled_for_is_named_as_the_real_device(name, kind):
+    """So that block sizes measured on it are those that are compiled."""
+    if (why := missing_compiler(name)) is not None:
+        pytest.skip(why)
+    with jax.set_mesh(target_mesh(name, (1, 1))):
+        assert target_device()[1] == kind
 
 
 def test_devices_as_jax_names_them_have_a_data_sheet():

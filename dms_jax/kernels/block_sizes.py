@@ -7,6 +7,13 @@ from typing import NamedTuple
 
 from dms_jax.config import ConfigError
 
+KERNELS = {
+    "train_attention": "attention with the eviction gate, value and gradient",
+    "decode_attention": "one query a row over the slots of a compact cache",
+    "chunk_attention": "a prefill chunk over the slots and over itself",
+    "compaction": "survivors of a prefill chunk into free slots",
+    "decode_update": "rotary embedding, eviction decision, slot choice and write of one token",
+}
 TUNED = Path(__file__).parent / "tuned.json"
 
 
@@ -86,10 +93,9 @@ def candidates(kernel: str, implementation: str, head_dim: int, dtype: str) -> l
         others = [default._replace(k=k, steps=steps) for k in sizes for steps in ((2, 3) if implementation == "mosaic_gpu" else (2,))]
         others += [default._replace(q=q) for q in ((256,) if implementation == "mosaic_gpu" else (256, 512))]
     elif isinstance(default, SlotBlocks):
-        keys = (default.keys // 2, default.keys, default.keys * 2)
-        if implementation == "mosaic_gpu":
-            parts = (0, 1, 2, 4, 8) if kernel == "decode_attention" else (1,)
-            others = [default._replace(keys=k, parts=p, steps=s) for k in keys for p in parts for s in ((2, 4, 6) if default.rows == 64 else (2, 3))]
+        keys = (max(64, default.keys // 2), default.keys, default.keys * 2)
+        if implementation == "mosaic_gpu":  # `parts` is not tuned: it depends on the number of rows and heads
+            others = [default._replace(keys=k, steps=s) for k in keys for s in ((2, 4, 6) if default.rows == 64 else (2, 3))]
         else:
             others = [default._replace(keys=k) for k in (*keys, default.keys * 4)]
     else:

@@ -35,7 +35,7 @@ class Implementation(NamedTuple):
 
 class Chosen(NamedTuple):
     name: str
-    blocks: Blocks | None  # None: XLA
+    blocks: Blocks | None  # None: XLA, or a kernel without any
 
 
 def _takes_all(facts: Facts, device_kind: str) -> str | None:
@@ -77,15 +77,10 @@ def _refuses(facts: Facts, dtypes: set[str], multiple: int) -> str | None:
     return None
 
 
+# The book-keeping of all slots of eight heads must fit into VMEM.
+MOST_SLOTS = {("decode_update", TPU): 65536}
 # In order of preference.
 IMPLEMENTATIONS = {GPU: Implementation("gpu", _gpu_refuses), TPU: Implementation("tpu", _tpu_refuses), XLA: Implementation(None, _takes_all)}
-KERNELS = {
-    "train_attention": "attention with the eviction gate, value and gradient",
-    "decode_attention": "one query a row over the slots of a compact cache",
-    "chunk_attention": "a prefill chunk over the slots and over itself",
-    "compaction": "survivors of a prefill chunk into free slots",
-    "decode_update": "rotary embedding, eviction decision, slot choice and write of one token",
-}
 
 
 def why_not(kernel: str, implementation: str, facts: Facts, interpret: bool = False) -> str | None:
@@ -95,6 +90,8 @@ def why_not(kernel: str, implementation: str, facts: Facts, interpret: bool = Fa
         return facts.only_xla
     if interpret:
         return None
+    if (most := MOST_SLOTS.get((kernel, implementation), facts.capacity)) < facts.capacity:
+        return f"holds at most {most} slots of a head at once, this cache has {facts.capacity}"
     if found.platform is not None and found.platform != platform:
         return f"runs on a {found.platform.upper()}, this is a {platform.upper()} ({kind})"
     return found.refuses(facts, kind)
@@ -107,7 +104,9 @@ def not_preferred(kernel: str, implementation: str, facts: Facts) -> str | None:
     kind = target_device()[1]
     entry = tuned_entry(kernel, implementation, kind, facts.head_dim, jnp.dtype(facts.cache_dtype or facts.dtype).name)
     if entry is None:
-        return f"not measured on {kind} with head size {facts.head_dim} yet; `python -m benchmarks.autotune` does, or name it with implementation="
+        dtype = jnp.dtype(facts.cache_dtype or facts.dtype).name
+        return (f"not measured on {kind} with head size {facts.head_dim} and {dtype} yet; `python -m benchmarks.autotune` measures bfloat16 and "
+                f"float8_e4m3fn, and implementation= names it unmeasured")  # fmt: skip
     if entry.speed_to_xla < 1:
         return f"slower than xla on {kind}: {entry.speed_to_xla:.2f}x, measured {entry.date}"
     return None

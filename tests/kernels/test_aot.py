@@ -92,15 +92,17 @@ def layer_shapes(batch, kv_heads, capacity, head_dim, dtype):
 @pytest.mark.parametrize(("queries", "group"), [(1, 1), (1, 4), (1, 8), (16, 4), (1024, 4)])
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, queries, group, dtype):
-    mesh, batch, kv_heads = mesh_of(target), 2, 8
+    mesh, batch, kv_heads, temporary = mesh_of(target), 2, 8, {}
     for capacity in (1024, 32768):
         layer = layer_shapes(batch, kv_heads, capacity, head_dim, dtype)
         pair = shape(batch, kv_heads, queries, head_dim)
         chunk = None if queries == 1 else (pair, pair, shape(batch, kv_heads, queries, dtype=jnp.int32))
         attend = functools.partial(attention_api.attend_to_slots, implementation=kernel_of(target))
         program = compiled(mesh, attend, shape(batch, queries, kv_heads * group, head_dim), layer, shape(batch, queries, dtype=jnp.int32), chunk)
-        own = bytes_of(pair) * group * 8 + 16 * bytes_of(layer.position)  # partial results, and book-keeping
-        assert program.memory_analysis().temp_size_in_bytes < own + 2**22, (capacity, program.memory_analysis())
+        temporary[capacity] = program.memory_analysis().temp_size_in_bytes
+    # What depends on the capacity is book-keeping, never a copy of keys or values.
+    assert temporary[32768] - temporary[1024] < bytes_of(layer.k) // 4 + 2**20, (temporary, bytes_of(layer.k))
+    assert temporary[1024] < 64 * bytes_of(pair) * group + 2**22, temporary  # partial results in fp32
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -153,7 +155,7 @@ def test_a_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels)
         "all-to-all": 0,
     }
     memory = program.memory_analysis()
-    assert memory.alias_size_in_bytes >= 0.99 * cache.bytes / 8, memory
+    assert 0.99 * cache.bytes / 8 <= memory.alias_size_in_bytes <= 1.02 * cache.bytes / 8, memory
     assert memory.temp_size_in_bytes < cache.bytes / 8, memory
 
 
