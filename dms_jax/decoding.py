@@ -19,6 +19,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
 from dms_jax.policies import CachePolicy, policy_of
 from dms_jax.policies.keep_all import EVERYTHING
+from dms_jax.sharding import mesh_of, target_device
 
 CHUNK = {"cpu": 256}  # tokens per prefill chunk, by backend: scores of a chunk against itself are [B N chunk chunk]
 DEFAULT_CHUNK = 1024
@@ -104,7 +105,7 @@ def prefill(
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be >= 1, got {chunk_size}")
     length = tokens.shape[1]
-    size = chunk_size or CHUNK.get(jax.default_backend(), DEFAULT_CHUNK)
+    size = chunk_size or CHUNK.get(target_device()[0], DEFAULT_CHUNK)
     check_context(model.config, cache, count)
     check_room(cache, int(count.max()))
     runner, parts = unrolled(model), []
@@ -116,7 +117,8 @@ def prefill(
         cache = with_room(cache, int(counts.max()))
         before = bounds(cache)
         step = _extend_donated if donate or start > 0 else _extend  # from the second chunk on, the cache is ours alone
-        logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
+        with mesh_of(runner.embed):
+            logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
         last = logits if last_only else last
         parts.append(logits)
         cache = check_forced(cache, before, int(counts.max()))
@@ -154,8 +156,9 @@ def decode_step(
     check_context(model.config, cache, np.ones(1, np.int32))
     cache = with_room(cache, 1)
     before = bounds(cache)
-    step = _extend_donated if donate else _extend
-    logits, cache = step(unrolled(model), cache, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
+    step, runner = _extend_donated if donate else _extend, unrolled(model)
+    with mesh_of(runner.embed):
+        logits, cache = step(runner, cache, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
     return logits[:, 0], check_forced(cache, before, 1)
 
 

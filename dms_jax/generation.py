@@ -27,6 +27,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
 from dms_jax.policies import PromptCompression, policy_of
 from dms_jax.policies.prompt_compression import compress_prompt
+from dms_jax.sharding import mesh_of
 
 STRETCH = 16  # tokens between two looks of the host, when it has to look
 WATCHED_STRETCH = 4  # tokens between two calls of `watch`: a reader sees no jumps, and the loop is left rarely
@@ -173,7 +174,8 @@ class _Run:
     def _stretch(self, state: _State, until: int, limit: np.ndarray, keep: bool) -> _State:
         step = _loop if keep else _loop_donated
         numbers = SamplingNumbers(*map(jnp.asarray, self.config.numbers))
-        return step(self.model, state, np.int32(until), limit, self.stop_ids, jnp.float32(self.config.threshold), numbers, self.config.mode)
+        with mesh_of(self.model.embed):
+            return step(self.model, state, np.int32(until), limit, self.stop_ids, jnp.float32(self.config.threshold), numbers, self.config.mode)
 
     def _stop_strings(self, state: _State) -> np.ndarray:
         """How many tokens [B] complete the first stop string of each row; -1 where none has come."""

@@ -1,5 +1,7 @@
 """One mesh, one table. Code speaks in logical axes; the table says which mesh axis carries them."""
 
+import contextlib
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -29,6 +31,14 @@ def target_device() -> tuple[str, str]:
     if device is None:
         device = jax.devices()[0]
     return device.platform, device.device_kind
+
+
+def mesh_of(x: Array) -> contextlib.AbstractContextManager:
+    """The context in which to compute with a sharded `x`: its own mesh, unless one is set already or it lies on one device."""
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    if isinstance(mesh, Mesh) and mesh.size > 1 and jax.sharding.get_abstract_mesh().empty:
+        return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def parse_mesh(text: str) -> tuple[int, int]:

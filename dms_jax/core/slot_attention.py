@@ -1,8 +1,8 @@
 """Attention of a chunk of queries over the slots of a compact cache and over the chunk itself, in blocks of keys.
 
 One function serves prefill and decode (a chunk of one). Cost follows the highest slot in use, not the capacity: the loop
-over blocks of slots ends there. The online softmax and the folding of the query heads of a group into the rows of one
-matrix product are those of `chunked_attention`.
+over blocks of slots ends there (but for a decode step on a GPU, which reads all slots). The online softmax and the folding of
+the query heads of a group into the rows of one matrix product are those of `chunked_attention`.
 """
 
 from collections.abc import Callable

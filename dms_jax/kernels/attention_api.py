@@ -4,6 +4,7 @@ Layouts, sharding and merging are here; what runs where is `dispatch`. Under a m
 KV heads: no kernel communicates.
 """
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -49,10 +50,7 @@ def gated_attention(
     name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret, blocks)
     if name == XLA:
         return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
-    if name == GPU:
-        from dms_jax.kernels.train_attention_gpu import attend
-    else:
-        from dms_jax.kernels.train_attention_tpu import attend
+    attend = _file("train_attention", name).attend
     assert isinstance(blocks, TrainBlocks)
     blocks = blocks.fit(q.shape[1])
     rows = "batch kv_heads . . ."
@@ -106,10 +104,7 @@ def attend_to_slots(
     name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
-    if name == GPU:
-        from dms_jax.kernels.slot_attention_gpu import attend_slots
-    else:
-        from dms_jax.kernels.slot_attention_tpu import attend_slots
+    attend_slots = _file("slot_attention", name).attend_slots
     rows = fold_queries(q, slots.k.shape[1])
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
     run = _per_device(
@@ -144,10 +139,7 @@ def place(
     name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # one pair is no stream
         return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
-    if name == GPU:
-        from dms_jax.kernels.compaction_gpu import place as kernel
-    else:
-        from dms_jax.kernels.compaction_tpu import place as kernel
+    kernel = _file("compaction", name).place
     run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
     new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
     return _with_arrays(layer, new)
@@ -181,10 +173,7 @@ def decode_update(
     threshold = jnp.asarray(threshold, jnp.float32)
     if name == XLA:
         return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)
-    if name == GPU:
-        from dms_jax.kernels.decode_update_gpu import decode_update as kernel
-    else:
-        from dms_jax.kernels.decode_update_tpu import decode_update as kernel
+    kernel = _file("decode_update", name).decode_update
     run = _per_device(  # the query heads of a group are with their key head
         partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
         k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
@@ -209,6 +198,11 @@ def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, w
         verdict = Verdict(unmarked, nothing, None, None)
     settled = compact_cache.settle(layer, verdict, seen, count)
     return turn(q), compact_cache.append(settled, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, window_size)
+
+
+def _file(kernel: str, implementation: str) -> Any:
+    """The module of one kernel for one accelerator, which needs not load where another one runs."""
+    return importlib.import_module(f"dms_jax.kernels.{kernel}_{'gpu' if implementation == GPU else 'tpu'}")
 
 
 def _arrays(layer: LayerCache) -> tuple[Array, ...]:

@@ -133,6 +133,13 @@ def choose(kernel: str, facts: Facts, implementation: str = AUTO, interpret: boo
     return Chosen(name, entry.blocks if entry is not None else default_blocks(kernel, name, facts.head_dim, dtype))
 
 
+def runs(kernel: str, facts: Facts, implementation: str = AUTO, interpret: bool = False) -> bool:
+    """Whether a kernel does it that one can do without: where `choose` would refuse a name, the step is composed of its parts."""
+    if check_name(implementation) == AUTO:
+        return choose(kernel, facts).name != XLA
+    return implementation != XLA and why_not(kernel, implementation, facts, interpret) is None
+
+
 def check_name(implementation: str) -> str:
     """The same; ConfigError when there is no such implementation."""
     if implementation not in (AUTO, *IMPLEMENTATIONS):

@@ -14,7 +14,7 @@ from dms_jax.core import eviction, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, turns
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, place
-from dms_jax.kernels.dispatch import XLA, Facts, choose
+from dms_jax.kernels.dispatch import Facts, runs
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.keep_all import KeepAll
@@ -123,7 +123,7 @@ class AttentionLayer(nnx.Module):
 
     def _updates_in_one_kernel(self, cache: LayerCache, dtype: jnp.dtype) -> bool:
         """The kernel knows two policies; for others, and without it, a decode step is composed of its parts."""
-        return choose("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity), self.config.implementation).name != XLA
+        return runs("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity), self.config.implementation)
 
     def _extend_by_one(
         self, x: Array, normed: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array

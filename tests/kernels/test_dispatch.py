@@ -9,7 +9,7 @@ import pytest
 from dms_jax.config import ConfigError
 from dms_jax.kernels import block_sizes, dispatch
 from dms_jax.kernels.block_sizes import SlotBlocks, TunedEntry, read_tuned, write_tuned
-from dms_jax.kernels.dispatch import Facts, choose, reasons, why_not
+from dms_jax.kernels.dispatch import Facts, choose, reasons, runs, why_not
 
 H100 = "NVIDIA H100 80GB HBM3"
 FACTS = Facts(128, jnp.bfloat16)
@@ -77,6 +77,15 @@ def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on, monkeyp
         choose("decode_attention", FACTS._replace(capacity=192), "pallas_tpu")
     on("cpu", "cpu")
     assert why_not("decode_attention", "mosaic_gpu", FACTS) is not None and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
+
+
+def test_the_fused_update_is_left_out_where_it_cannot_run(on):
+    on("tpu", "TPU v5 lite")
+    assert runs("decode_update", FACTS, "pallas_tpu") and not runs("decode_update", FACTS, "xla") and not runs("decode_update", FACTS)
+    assert not runs("decode_update", FACTS._replace(capacity=1 << 17), "pallas_tpu")
+    assert choose("decode_attention", FACTS._replace(capacity=1 << 17), "pallas_tpu").name == "pallas_tpu"
+    with pytest.raises(ConfigError, match="at most 65536 slots"):
+        choose("decode_update", FACTS._replace(capacity=1 << 17), "pallas_tpu")
 
 
 def test_what_was_measured_survives_the_file(tmp_path):

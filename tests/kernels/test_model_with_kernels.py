@@ -12,7 +12,7 @@ import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.block_sizes import PlaceBlocks, SlotBlocks, TrainBlocks
-from dms_jax.kernels.dispatch import GPU, TPU, choose
+from dms_jax.kernels.dispatch import GPU, TPU, runs
 from dms_jax.models import attention_layer
 
 BLOCKS = {
@@ -49,7 +49,7 @@ def interpreted(monkeypatch):
         interpret("attend_to_slots", lambda q, *_: "decode_attention" if q.shape[1] == 1 else "chunk_attention")
         interpret("place", lambda *_: "compaction")
         interpret("decode_update", lambda *_: "decode_update")
-        monkeypatch.setattr(attention_layer, "choose", functools.partial(choose, interpret=True, blocks=NO_BLOCKS))
+        monkeypatch.setattr(attention_layer, "runs", functools.partial(runs, interpret=True))
         return ran
 
     return use
