@@ -75,28 +75,45 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
 
     from benchmarks.kernel_cases import compaction_case, slot_case, train_case, update_case
 
+    def by_kernel(train, slots, compaction, update) -> dict[str, list]:
+        slots = [partial(slot_case, *shape) for shape in slots]
+        return {
+            "train_attention": [partial(train_case, *shape, dtype) for shape in train],
+            "decode_attention": [case for case in slots if case.args[1] == 1],
+            "chunk_attention": [case for case in slots if case.args[1] > 1],
+            "compaction": [partial(compaction_case, *shape, dtype) for shape in compaction],
+            "decode_update": [partial(update_case, *shape, dtype, dtype) for shape in update],
+        }
+
+    fp8 = jnp.float8_e4m3fn
     if jax.default_backend() == "cpu":  # interpret mode: seconds for each block
-        found = [partial(train_case, 1, 128, 2, 1, 64, 40, dtype), partial(slot_case, 1, 1, 256, 150, 4, 2, 64, dtype, dtype),
-                 partial(slot_case, 1, 64, 128, 100, 2, 1, 64, dtype, dtype), partial(compaction_case, 1, 64, 128, 2, 64, dtype),
-                 partial(update_case, 2, 128, 60, 4, 2, 64, dtype, dtype)]  # fmt: skip
-        if not quick:
-            found += [partial(train_case, 2, 256, 4, 2, 128, 60, dtype), partial(slot_case, 2, 1, 512, 300, 8, 2, 128, dtype, jnp.float8_e4m3fn),
-                      partial(compaction_case, 2, 128, 512, 2, 128, dtype)]  # fmt: skip
+        found = by_kernel(
+            [(1, 128, 2, 1, 64, 40), (2, 256, 4, 2, 128, 60)],
+            [(1, 1, 256, 150, 4, 2, 64, dtype, dtype), (2, 1, 512, 300, 8, 2, 128, dtype, fp8), (1, 64, 128, 100, 2, 1, 64, dtype, dtype)],
+            [(1, 64, 128, 2, 64), (2, 128, 512, 2, 128)], [(2, 128, 60, 4, 2, 64)],
+        )  # fmt: skip
+        found = {kernel: shapes[:1] if quick else shapes for kernel, shapes in found.items()}
     elif quick:
-        found = [partial(train_case, 1, 4096, 16, 4, 128, 256, dtype), partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128, dtype, dtype),
-                 partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype), partial(compaction_case, 8, 1024, 8192, 8, 128, dtype),
-                 partial(update_case, 32, 4096, 3000, 32, 8, 128, dtype, dtype)]  # fmt: skip
+        found = by_kernel(
+            [(1, 4096, 16, 4, 128, 256)], [(8, 1, 8192, 4096, 32, 8, 128, dtype, dtype), (1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype)],
+            [(8, 1024, 8192, 8, 128)], [(32, 4096, 3000, 32, 8, 128)],
+        )  # fmt: skip
     else:
-        fp8 = jnp.float8_e4m3fn
-        found = [partial(train_case, *shape, dtype) for shape in ((2, 8192, 32, 8, 128, 256), (1, 32768, 32, 8, 128, 256), (2, 8192, 32, 8, 64, 256))]
-        found += [partial(slot_case, batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cache)
-                  for batch, live, head_dim, cache in ((8, 4096, 128, dtype), (8, 32768, 128, dtype), (32, 4096, 128, dtype), (32, 4096, 64, dtype),
-                                                       (32, 4096, 128, fp8), (1, 32768, 128, dtype))]  # fmt: skip
-        found += [partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype), partial(compaction_case, 8, 1024, 8192, 8, 128, dtype),
-                  partial(compaction_case, 64, 1024, 8192, 8, 128, dtype), partial(update_case, 8, 8192, 4096, 32, 8, 128, dtype, dtype),
-                  partial(update_case, 64, 8192, 4096, 32, 8, 128, dtype, dtype)]  # fmt: skip
-    names = {train_case: KERNELS[0], compaction_case: KERNELS[3], update_case: KERNELS[4]}
-    return (case for case in found if names.get(case.func, KERNELS[1 if case.args[1] == 1 else 2]) in kernels)
+        decode = (
+            (8, 4096, 128, dtype),
+            (8, 32768, 128, dtype),
+            (32, 4096, 128, dtype),
+            (32, 4096, 64, dtype),
+            (32, 4096, 128, fp8),
+            (1, 32768, 128, dtype),
+        )
+        found = by_kernel(
+            [(2, 8192, 32, 8, 128, 256), (1, 32768, 32, 8, 128, 256), (2, 8192, 32, 8, 64, 256)],
+            [*((batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cached) for batch, live, head_dim, cached in decode),
+             (4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype)],
+            [(8, 1024, 8192, 8, 128), (64, 1024, 8192, 8, 128)], [(8, 8192, 4096, 32, 8, 128), (64, 8192, 4096, 32, 8, 128)],
+        )  # fmt: skip
+    return (case for kernel, cases in found.items() if kernel in kernels for case in cases)
 
 
 def measured(case, ceilings, repeats: int) -> Iterator[dict]:

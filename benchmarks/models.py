@@ -31,12 +31,12 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     if name not in SHAPES:
         import dms_jax
+        from dms_jax.hf.folder import open_source, resolve
 
         if layers:
             raise ConfigError(f"--layers goes with a named shape ({', '.join(SHAPES)}); a folder brings its own")
-        kinds = {"dtype": dtype, "implementation": implementation, "mesh": mesh}
-        model = dms_jax.load(name, **kinds)
-        return (model if model.config.dms else dms_jax.load(name, **kinds, dms=policy)), name
+        has_policy = open_source(path := resolve(name))[1].dms is not None
+        return dms_jax.load(path, dtype=dtype, implementation=implementation, mesh=mesh, dms=None if has_policy else policy), name
     shape = SHAPES[name] | ({"num_layers": layers} if layers else {})
     choose("train_attention", Facts(shape["head_dim"], jnp.bfloat16), implementation)  # refuses what cannot run
     config = ModelConfig(**shape, max_position_embeddings=1 << 20, dms=policy, implementation=implementation)

@@ -135,17 +135,26 @@ def attend_in_blocks(q, k, v, log_keep, segments, window_size, block):
     return _forward(q, k, v, log_keep, segments, window_size, block)[0]
 
 
+def named(out: Array, log_total: Array) -> tuple[Array, Array]:
+    """Output and log-sum-exp under a name by which a rematerialisation policy can keep them: with both at hand the backward pass need
+    not run the forward pass again."""
+    return checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+
+
+def row_products(d_out: Array, out: Array) -> Array:
+    """What each row's gradient of the scores is relative to, fp32."""
+    return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+
+
 def _attend_fwd(q, k, v, log_keep, segments, window_size, block):
-    out, log_total = _forward(q, k, v, log_keep, segments, window_size, block)
-    # Named, so that a rematerialisation policy can keep them: with both at hand the backward pass need not run this one again.
-    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+    out, log_total = named(*_forward(q, k, v, log_keep, segments, window_size, block))
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 
 def _attend_bwd(window_size, block, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
     num_blocks = q.shape[3] // block
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    delta = row_products(d_out, out)
     scale = q.shape[-1] ** -0.5
 
     def key_block(dq, j):

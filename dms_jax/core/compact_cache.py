@@ -139,14 +139,14 @@ def place(
 ) -> LayerCache:
     """Stream compaction: of each head, the r-th pair that `comes` goes into the r-th lowest slot that does not hold one that
     `stays`. There must be enough of those."""
-    slot = _slots(stays, comes)
+    slot = slots_of(stays, comes)
     return replace(
         layer, k=_write(layer.k, k, slot), v=_write(layer.v, v, slot), position=_write(layer.position, position, slot),
         expiry=_write(layer.expiry, expiry, slot), score=_write(layer.score, score, slot),
     )  # fmt: skip
 
 
-def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
+def slots_of(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
     """Where each pair goes; no slot, `C`, for one that does not come."""
     capacity, length = stays.shape[-1], comes.shape[-1]
     free = _lowest(~stays, min(length, capacity))
@@ -191,7 +191,7 @@ def append(
     statistic = layer.statistic
     if choice is not None and choice.statistic is not None:
         assert statistic is not None  # a policy that remembers something has room for it
-        slot = _slots(kept[..., :capacity], kept[..., capacity:])
+        slot = slots_of(kept[..., :capacity], kept[..., capacity:])
         statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
     return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
 
@@ -234,7 +234,8 @@ def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]
     """The `number` lowest free slots, in order; what follows the last free one is arbitrary."""
     if number == 1:
         return jnp.argmax(free, axis=-1)[..., None]
-    return jnp.argsort(~free, axis=-1, stable=True)[..., :number]
+    count, rank = jnp.cumsum(free, axis=-1, dtype=jnp.int32), jnp.arange(1, number + 1, dtype=jnp.int32)
+    return jax.vmap(jax.vmap(lambda count: jnp.searchsorted(count, rank, method="scan_unrolled")))(count)  # cheaper than a sort
 
 
 def grown(layer: LayerCache, capacity: int) -> LayerCache:

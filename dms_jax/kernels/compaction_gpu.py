@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
+from dms_jax.core.compact_cache import slots_of
 from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.mosaic_gpu import update_in_place
 
@@ -46,20 +47,10 @@ def place(
         return x.reshape(b * heads, *x.shape[2:])
 
     new = tile(new_k, k.dtype), tile(new_v, v.dtype), tile(new_position, jnp.int32), tile(new_expiry, jnp.int32), tile(new_score, jnp.float32)
-    slot = tile(_slots(stays, comes), jnp.int32, capacity)
+    slot = tile(slots_of(stays, comes), jnp.int32, capacity)
     flat = [x.reshape(b * heads, *x.shape[2:]) for x in (k, v, position, expiry, score)]
     moved = _send(flat, new, slot, pairs, interpret)
     return tuple(x.reshape(b, heads, *x.shape[1:]) for x in moved)
-
-
-def _slots(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Where each pair goes; no slot, `C`, for one that does not come. Both orders ascend, so ranks are enough and nothing is sorted."""
-    capacity, length = stays.shape[-1], comes.shape[-1]
-    rank_of_free = jnp.where(stays, length, jnp.cumsum(~stays, axis=-1, dtype=jnp.int32) - 1)
-    batch, head, slot = (lax.broadcasted_iota(jnp.int32, stays.shape, axis) for axis in range(3))
-    free = jnp.full(comes.shape, capacity, jnp.int32).at[batch, head, rank_of_free].set(slot, mode="drop")
-    rank = jnp.maximum(jnp.cumsum(comes, axis=-1, dtype=jnp.int32) - 1, 0)
-    return jnp.where(comes, jnp.take_along_axis(free, rank, axis=-1), capacity)
 
 
 def _send(layer, new, slot, pairs, interpret):

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import EXACT, Array
 from dms_jax.kernels.block_sizes import PlaceBlocks
-from dms_jax.kernels.slot_attention_tpu import VMEM_LIMIT, column, in_hbm, slots_in_lanes
+from dms_jax.kernels.mosaic_tpu import VMEM_LIMIT, column, in_hbm, slots_in_lanes
 
 NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
 

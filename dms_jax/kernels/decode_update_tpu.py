@@ -17,8 +17,9 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import EMPTY
+from dms_jax.core.rotary import rotate
 from dms_jax.core.visibility import NEVER
-from dms_jax.kernels.slot_attention_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
+from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
 
 SUBLANES = {1: 32, 2: 16, 4: 8}  # rows of a tile, by the bytes of a number
 HEADS_AT_ONCE = 64  # whose copies overlap
@@ -97,11 +98,6 @@ def decode_update(
     return q, in_layout(k_cache), in_layout(v_cache), position, expiry, score, forced[:, :, 0]
 
 
-def _rotated(x, cos, sin):
-    low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
-
-
 def _settled(numbers, position, expiry, score, window_size, decision_shift):
     """Expiry and score of the slots once this token has decided, which slot it decided about (C: none), expiry and score of its pair."""
     seen, marked = numbers[..., 0:1], numbers[..., 3:4] > 0
@@ -149,8 +145,8 @@ def _kernel(
 ):  # fmt: skip
     block_b, block_h, capacity = position_ref.shape
     cos, sin = cos_ref[...], sin_ref[...]
-    q_out_ref[...] = _rotated(q_ref[...], cos, sin)
-    new_k_ref[...] = _rotated(k_ref[...], cos, sin).astype(jnp.float32)
+    q_out_ref[...] = rotate(q_ref[...], cos, sin)
+    new_k_ref[...] = rotate(k_ref[...], cos, sin).astype(jnp.float32)
     new_v_ref[...] = v_ref[...].astype(jnp.float32)
 
     numbers, position = numbers_ref[...], old_position_ref[...]

@@ -32,11 +32,6 @@ def raw_gate(log_keep: Array, head_dim: int) -> Array:
     return log_keep * head_dim**0.5
 
 
-def transforms(interpret: bool) -> tuple[Any, ...]:
-    """How an operand of a matrix product lies in shared memory."""
-    return () if interpret else (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-
 def is_live(log_keep: Float[Array, "B K T"], block: int) -> Array:
     """bool [B K T/block]: does any key of the block still count outside the window?"""
     b, heads, length = log_keep.shape

@@ -63,6 +63,14 @@ class Ops:
             return plgpu.load(ref, (), layout=layout, optimized=optimized)
         return plgpu.load(ref, layout=layout, optimized=optimized)  # pyrefly: ignore[missing-argument]  # of jax 0.10
 
+    def matrix(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """Shared memory for matrices [.. rows, columns], without bank conflicts and fit for the tensor cores."""
+        if self.interpret:
+            return plgpu.SMEM(shape, dtype)
+        size = jnp.dtype(dtype).itemsize
+        swizzle = min(128, shape[-1] * size)
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)))
+
     def full(self, shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Array:
         return self.cast(jnp.full(shape, value, dtype), layout)
 

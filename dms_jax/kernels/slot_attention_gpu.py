@@ -218,7 +218,7 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
             drain = lambda j, _: plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(steps))])  # noqa: E731
             lax.fori_loop(jnp.maximum(number - steps, 0), number, drain, None)
 
-    matrix = lambda shape, dtype: plgpu.SMEM((*shape, h), dtype, transforms=() if interpret else _tiles(h, dtype))  # noqa: E731
+    matrix = lambda shape, dtype: ops.matrix((*shape, h), dtype)  # noqa: E731
     ints, floats = lambda *shape: plgpu.SMEM(shape, jnp.int32), lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch = {
         "rows_s": matrix((own_groups, GROUP), dtype), "q_position_s": ints(own_groups, GROUP),
@@ -246,9 +246,3 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpreter() if interpret else None,
     )(rows, q_position, bounds, keys, values, k_position, expiry, used)
-
-
-def _tiles(h: int, dtype: Any) -> tuple[Any, ...]:
-    """How a matrix with rows of `h` lies in shared memory, without bank conflicts and fit for the tensor cores."""
-    swizzle = min(128, h * jnp.dtype(dtype).itemsize)
-    return plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle)

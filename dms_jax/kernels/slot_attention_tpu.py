@@ -17,22 +17,10 @@ from dms_jax.axes import Array
 from dms_jax.core.slot_attention import Partial
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
 
-LANES = 128
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
 CORES = 2  # of a v5p chip, which share a grid; others walk through both halves
-VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p, 128 MiB on v5e and v6e; the compiler by itself allows 16 MiB
-
-
-def slots_in_lanes(head_dim: int) -> bool:
-    """Whether keys and values lie in memory as [B K H S]. The TPU compiler orders them so where a row of H numbers would leave
-    lanes empty; a kernel that asks for rows then costs a copy of the cache."""
-    return head_dim % LANES != 0
-
-
-def in_hbm(x: Array, interpret: bool) -> Array:
-    """`x` as an operand that stays where it is: the compiler likes to move a small cache into VMEM, whole, before a kernel runs."""
-    return x if interpret else pltpu.with_memory_space_constraint(jnp.asarray(x), pltpu.HBM)
 
 
 def attend_slots(
@@ -217,8 +205,3 @@ def _kernel(
     def _():
         statistics_ref[0:1] = max_ref[...].T[0:1]
         statistics_ref[1:2] = sum_ref[...].T[0:1]
-
-
-def column(row: Float[Array, "1 S"]) -> Float[Array, "S 1"]:
-    """Numbers from lanes to sublanes, inside a kernel."""
-    return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]

@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.core.chunked_attention import named, row_products
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.key_blocks_gpu import COMPUTE, KeySections, Tile, copy_key_blocks, exponent, gated_scores, live_blocks, raw_gate, transforms
+from dms_jax.kernels.key_blocks_gpu import COMPUTE, KeySections, Tile, copy_key_blocks, exponent, gated_scores, live_blocks, raw_gate
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, interpreter
 from dms_jax.kernels.train_attention_gpu_backward import dkv_blocks, gradient_of_queries, gradients_of_keys
 
@@ -105,7 +105,7 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
             with_values = lambda j, slot: plgpu.copy_gmem_to_smem(rows_of(v_ref, j), v_s.at[slot], v_ready.at[slot])  # noqa: E731
             copy_key_blocks(sections, num_live, live_ref.at[batch, head], steps, [(k_free, with_keys), (v_free, with_values)])
 
-    operand = lambda *shape: plgpu.SMEM((*shape, h), dtype, transforms=transforms(interpret))  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
     scratch: dict[str, Any] = {
         "q_s": operand(COMPUTE, rows),
         "k_s": operand(steps, block),
@@ -161,15 +161,13 @@ def _attend(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
-    out, log_total = _forward(q, k, v, log_keep, segments, window_size, blocks, interpret)
-    # Named, so that a rematerialisation policy can keep them: with both at hand the backward pass need not run this one again.
-    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+    out, log_total = named(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    delta = row_products(d_out, out)
     args = q, k, v, log_keep, segments, log_total, delta, d_out, window_size
     dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks), interpret)
     return gradient_of_queries(*args, blocks, interpret), dk, dv, dkeep, None

@@ -27,7 +27,6 @@ from dms_jax.kernels.key_blocks_gpu import (
     is_live,
     live_blocks,
     raw_gate,
-    transforms,
 )
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
 
@@ -96,7 +95,7 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
 
             copy_key_blocks(sections, num_live, live_ref.at[batch, head], steps, [(free, with_keys_and_values)])
 
-    operand = lambda *shape: plgpu.SMEM((*shape, h), dtype, transforms=transforms(interpret))  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
     scratch: dict[str, Any] = {
         "q_s": operand(COMPUTE, rows),
         "do_s": operand(COMPUTE, rows),
@@ -230,7 +229,7 @@ def gradients_of_keys(
             lax.fori_loop(0, total, copy_queries, None)
             lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)
 
-    operand = lambda *shape: plgpu.SMEM((*shape, h), dtype, transforms=transforms(interpret))  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
     row = lambda *shape: plgpu.SMEM(shape, jnp.float32)  # noqa: E731
     scratch: dict[str, Any] = {
         "k_s": operand(COMPUTE, rows),

@@ -16,17 +16,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
+from dms_jax.core.chunked_attention import named, row_products
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
+from dms_jax.kernels.mosaic_tpu import LANES
 
 LOG2_E = math.log2(math.e)  # scores are kept in powers of 2 inside the kernels: exp2 is what the hardware has
-LANES = 128  # of a vector register; a column is held with its values repeated over all of them
 INSIDE, OUTSIDE, MIXED = range(3)  # where a block of scores lies: no gate, gate everywhere, or cut by the window or by causality
 
 
@@ -110,7 +110,7 @@ def _dot(a, b, contract):
 
 
 def _column(row):
-    """[1, n] -> [n, LANES]"""
+    """[1, n] -> [n, LANES]: a column is held with its values repeated over all lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
@@ -364,16 +364,14 @@ def _forward(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
-    out, log_total = _forward(q, k, v, log_keep, segments, window_size, blocks, interpret)
-    # Named as in core.chunked_attention, so that rematerialisation keeps both.
-    out, log_total = checkpoint_name(out, "attention"), checkpoint_name(log_total, "attention")
+    out, log_total = named(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
     h = q.shape[-1]
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
+    delta = row_products(d_out, out)
     rows = d_out, log_total[..., None, :], delta[..., None, :]
     walk = _walk(q, window_size, blocks)
 
