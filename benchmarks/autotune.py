@@ -26,6 +26,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="only this one")
+    parser.add_argument("--quick", action="store_true", help="the default block sizes only: are they right, and faster than XLA?")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no new candidate after this long (default 9)")
     parser.add_argument("--output", metavar="FILE", help="another file than dms_jax/kernels/tuned.json")
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"there is nothing to tune here: {names[0]} {why}")
     deadline, found_any = time.monotonic() + 60 * options.minutes, False
     for case in cases(options.kernel or KERNELS, options.head_dim or (128, 64)):
-        found = tuned(case(), names[0], options.repeats, deadline)
+        found = tuned(case(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
             found_any, entries[found[:5]] = True, found
             block_sizes.write_tuned(path, tuple(entries[key] for key in sorted(entries)))  # at once: the process may be stopped
@@ -75,13 +76,13 @@ def cases(kernels, head_dims) -> Iterator:
             "train_attention": [partial(train_case, 1, 8192, 16, 4, h, 256, bf16)],
             "decode_attention": [partial(slot_case, 16, 1, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
             "chunk_attention": [partial(slot_case, 2, 1024, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
-            "compaction": [partial(compaction_case, 8, 1024, 8192, 8, h, cached) for cached in (bf16, fp8)],
+            "compaction": [partial(compaction_case, 8, 1024, 8192, 8, h, bf16, cached) for cached in (bf16, fp8)],
             "decode_update": [partial(update_case, 32, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
         }
         yield from (case for kernel in kernels for case in found[kernel])
 
 
-def tuned(case, implementation: str, repeats: int, deadline: float):
+def tuned(case, implementation: str, repeats: int, deadline: float, quick: bool):
     """The best of the candidates as a `TunedEntry`; None when none was right, or there was no time."""
     import jax
 
@@ -98,8 +99,8 @@ def tuned(case, implementation: str, repeats: int, deadline: float):
         return error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
 
     tolerance = max(TOLERANCE, 1.5 * error_of(case.run(XLA)))
-    xla = long_enough(lambda times: Chain(case.run(XLA), case.feed, case.inputs, times))
-    for blocks in block_sizes.candidates(case.kernel, implementation, head_dim, cached):
+    xla = long_enough(lambda times: Chain(case.run(XLA), case.feed, case.inputs, times), case.least_seconds)
+    for blocks in block_sizes.candidates(case.kernel, implementation, head_dim, cached)[: 1 if quick else None]:
         if time.monotonic() > deadline:
             print(f"{label}: no time for {blocks}; give more --minutes, or one --kernel")
             break
@@ -109,7 +110,7 @@ def tuned(case, implementation: str, repeats: int, deadline: float):
             if not wrong <= tolerance:
                 print(f"{label}: {blocks} is WRONG, error {wrong:.1e}")
                 continue
-            kernel = long_enough(lambda times, f=f: Chain(f, case.feed, case.inputs, times))
+            kernel = long_enough(lambda times, f=f: Chain(f, case.feed, case.inputs, times), case.least_seconds)
             timing = time_all({"xla": xla, "kernel": kernel}, repeats)
         except Exception as why:  # too much fast memory, a compiler's limit: no candidate
             print(f"{label}: {blocks} failed: {' '.join(str(why).split())[:200]}")

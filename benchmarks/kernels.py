@@ -81,7 +81,7 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
             "train_attention": [partial(train_case, *shape, dtype) for shape in train],
             "decode_attention": [case for case in slots if case.args[1] == 1],
             "chunk_attention": [case for case in slots if case.args[1] > 1],
-            "compaction": [partial(compaction_case, *shape, dtype) for shape in compaction],
+            "compaction": [partial(compaction_case, *shape, dtype, dtype) for shape in compaction],
             "decode_update": [partial(update_case, *shape, dtype, dtype) for shape in update],
         }
 
@@ -136,7 +136,7 @@ def measured(case, ceilings, repeats: int) -> Iterator[dict]:
     def attempt(name: str, f, wanted, notes: dict) -> None:
         try:  # what a compiler or driver says is a result too, and the others go on
             wrong = None if wanted is None else error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
-            arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times))
+            arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times), case.least_seconds)
             found[name] = {"max_error": wrong if wrong is None or math.isfinite(wrong) else None} | notes
             if wrong is not None and not math.isfinite(wrong):
                 found[name]["wrong"] = True

@@ -56,13 +56,14 @@ class Chain:
         return self._carry
 
 
-def long_enough(make: Callable[[int], Chain], seconds: float = 0.02, most: int = 400) -> Chain:
-    """A chain of so many applications that one launch more or less does not count; on a CPU one."""
+def long_enough(make: Callable[[int], Chain], least: float, seconds: float = 0.02, most: int = 400) -> Chain:
+    """A chain of so many applications that one launch more or less does not count; on a CPU one. `least` is what one takes at the
+    fastest: the first guess is four times that, and only where it is too high another chain is compiled."""
     if jax.default_backend() == "cpu":
         return make(1)
-    chain = make(10)
-    once = time_all({"": chain}, 1)[""].median / 10
-    return chain if 10 * once >= seconds else make(min(most, math.ceil(seconds / once)))
+    chain = make(max(5, min(most, math.ceil(seconds / 4 / max(least, 1e-5)))))
+    once = time_all({"": chain}, 1)[""].median / chain.times
+    return chain if chain.times * once >= seconds / 2 else make(min(most, math.ceil(seconds / once)))
 
 
 class Ceilings(NamedTuple):
@@ -73,22 +74,24 @@ class Ceilings(NamedTuple):
 def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceilings, Sequence[dict]]:
     """Measured here and now, and the lines that say how."""
     on_cpu = jax.default_backend() == "cpu"
-    elements = (1 << 22 if on_cpu else 1 << 28) // (2 if quick else 1)
+    elements = (1 << 22 if on_cpu else 1 << 29) // (2 if quick else 1)  # far beyond any cache
     side = (512 if on_cpu else 8192) // (2 if quick else 1)
-    x = jax.random.normal(jax.random.key(0), (elements,), dtype)
+    x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)  # narrower ones are copied more slowly
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in (1, 2))
     chains = {
-        "copy": long_enough(lambda times: Chain(lambda x: (-x,), lambda _, out: {0: out[0]}, (x,), times)),
-        "matmul": long_enough(lambda times: Chain(lambda a, b: (a @ b,), lambda _, out: {0: (out[0] * side**-0.5).astype(dtype)}, (a, b), times)),
+        "copy": long_enough(lambda times: Chain(lambda x: (-x,), lambda _, out: {0: out[0]}, (x,), times), 2 * x.nbytes / 1e13),
+        "matmul": long_enough(
+            lambda times: Chain(lambda a, b: (a @ b,), lambda _, out: {0: (out[0] * side**-0.5).astype(dtype)}, (a, b), times), 2 * side**3 / 2e15
+        ),
     }
     timing = time_all(chains, repeats)
     close = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32), precision="highest")
     wrong = float(jnp.abs((a @ b).astype(jnp.float32) - close).max() / jnp.abs(close).max())
     per = {name: t.median / chains[name].times for name, t in timing.items()}
-    ceilings = Ceilings(2 * elements * jnp.dtype(dtype).itemsize / per["copy"], 2 * side**3 / per["matmul"])
+    ceilings = Ceilings(2 * x.nbytes / per["copy"], 2 * side**3 / per["matmul"])
     lines = [
         {"kernel": "copy", "implementation": "xla", "max_error": 0.0, "ratio_to_xla": 1.0, "bytes_per_s": ceilings.copy_bytes, "elements": elements,
-         "dtype": jnp.dtype(dtype).name, "seconds": per["copy"], "seconds_all": [t / chains["copy"].times for t in timing["copy"].all]},
+         "dtype": "float32", "seconds": per["copy"], "seconds_all": [t / chains["copy"].times for t in timing["copy"].all]},
         {"kernel": "matmul", "implementation": "xla", "max_error": wrong, "ratio_to_xla": 1.0, "flops_per_s": ceilings.flops, "side": side,
          "dtype": jnp.dtype(dtype).name, "seconds": per["matmul"], "seconds_all": [t / chains["matmul"].times for t in timing["matmul"].all]},
     ]  # fmt: skip

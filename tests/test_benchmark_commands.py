@@ -30,7 +30,7 @@ def tiny_shape(monkeypatch):
 
 def cases():
     return [train_case(1, 24, 4, 2, 8, 5, FP32), slot_case(2, 1, 32, 20, 4, 2, 8, FP32, FP32), slot_case(1, 8, 32, 20, 4, 2, 8, FP32, FP32),
-            compaction_case(2, 16, 32, 2, 8, FP32), update_case(2, 32, 20, 4, 2, 8, FP32, FP32)]  # fmt: skip
+            compaction_case(2, 16, 32, 2, 8, FP32, FP32), update_case(2, 32, 20, 4, 2, 8, FP32, FP32)]  # fmt: skip
 
 
 def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():

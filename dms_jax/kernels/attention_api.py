@@ -4,7 +4,9 @@ Layouts, sharding and merging are here; what runs where is `dispatch`. Under a m
 KV heads: no kernel communicates.
 """
 
+import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -50,7 +52,7 @@ def gated_attention(
     name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret, blocks)
     if name == XLA:
         return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
-    attend = _file("train_attention", name).attend
+    attend = _kernel("train_attention", "attend", name)
     assert isinstance(blocks, TrainBlocks)
     blocks = blocks.fit(q.shape[1])
     rows = "batch kv_heads . . ."
@@ -104,7 +106,7 @@ def attend_to_slots(
     name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
-    attend_slots = _file("slot_attention", name).attend_slots
+    attend_slots = _kernel("slot_attention", "attend_slots", name)
     rows = fold_queries(q, slots.k.shape[1])
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
     run = _per_device(
@@ -139,7 +141,7 @@ def place(
     name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # one pair is no stream
         return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
-    kernel = _file("compaction", name).place
+    kernel = _kernel("compaction", "place", name)
     run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
     new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
     return _with_arrays(layer, new)
@@ -173,7 +175,7 @@ def decode_update(
     threshold = jnp.asarray(threshold, jnp.float32)
     if name == XLA:
         return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)
-    kernel = _file("decode_update", name).decode_update
+    kernel = _kernel("decode_update", "decode_update", name)
     run = _per_device(  # the query heads of a group are with their key head
         partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
         k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
@@ -200,9 +202,13 @@ def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, w
     return turn(q), compact_cache.append(settled, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, window_size)
 
 
-def _file(kernel: str, implementation: str) -> Any:
-    """The module of one kernel for one accelerator, which needs not load where another one runs."""
-    return importlib.import_module(f"dms_jax.kernels.{kernel}_{'gpu' if implementation == GPU else 'tpu'}")
+@functools.cache
+def _kernel(file: str, function: str, implementation: str) -> Any:
+    """A kernel for one accelerator, whose file needs not load where another one runs. Jitted: the layers of a model that decodes are
+    unrolled, and what they all call is lowered and compiled once (minutes, for 36 layers)."""
+    found = getattr(importlib.import_module(f"dms_jax.kernels.{file}_{'gpu' if implementation == GPU else 'tpu'}"), function)
+    fixed = [name for name, parameter in inspect.signature(found).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    return jax.jit(found, static_argnames=fixed)
 
 
 def _arrays(layer: LayerCache) -> tuple[Array, ...]:

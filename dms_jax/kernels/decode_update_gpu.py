@@ -67,12 +67,10 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
     half, slot_rows = h // 2, capacity // lanes
     tile = min(LANES, slot_rows)
     tiles = -(-slot_rows // tile)
-    wide = lambda x, shape: lax.broadcast_in_dim(x, shape, [1])  # noqa: E731
 
-    def turned(ref, layout, cos, sin):
-        """Channel pairs (i, i + half) of a vector or of the rows of a matrix, rotated in fp32."""
-        channels = (np.s_[:],) * (len(ref.shape) - 1)
-        low, high = (ops.load(ref.at[*channels, pl.ds(start, half)], layout, optimized=False).astype(jnp.float32) for start in (0, half))
+    def turned(ref, cos, sin):
+        """Channel pairs (i, i + half) of a vector, rotated in fp32."""
+        low, high = (ops.load(ref.at[pl.ds(start, half)], ROW, optimized=False).astype(jnp.float32) for start in (0, half))
         return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
 
     def narrowed(x, dtype):
@@ -86,7 +84,7 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         heads_of_group = pl.ds(head * group, group)
         copies = (
-            (q_ref.at[batch, heads_of_group], q_s.at[pl.ds(0, group)]), (k_ref.at[batch, head], k_s), (v_ref.at[batch, head], v_s),
+            (q_ref.at[batch, heads_of_group], q_s), (k_ref.at[batch, head], k_s), (v_ref.at[batch, head], v_s),
             (cos_ref.at[batch], cos_s), (sin_ref.at[batch], sin_s),
         )  # fmt: skip
         for source, target in copies:
@@ -160,13 +158,15 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
 
         plgpu.barrier_wait(token_here)
         cos, sin = (ops.load(x, ROW, optimized=False) for x in (cos_s, sin_s))
-        q_halves = turned(q_s, ROWS, wide(cos, (LANES, half)), wide(sin, (LANES, half)))
-        for start, k_half, q_half in zip((0, half), turned(k_s, ROW, cos, sin), q_halves, strict=True):
-            q_s.at[:, pl.ds(start, half)][...] = q_half
+        for start, k_half in zip((0, half), turned(k_s, cos, sin), strict=True):
             k_out_s.at[pl.ds(start, half)][...] = narrowed(k_half, k_dtype)
+        # Queries one by one: as rows of one matrix, jax 0.11.2 rotates them wrongly on an H200, which no interpreter shows.
+        for query in range(group):
+            for start, q_half in zip((0, half), turned(q_s.at[query], cos, sin), strict=True):
+                q_s.at[query, pl.ds(start, half)][...] = q_half
         v_out_s[...] = narrowed(ops.load(v_s, ROW, optimized=False), v_dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s.at[pl.ds(0, group)], q_out_ref.at[batch, heads_of_group])
+        plgpu.copy_smem_to_gmem(q_s, q_out_ref.at[batch, heads_of_group])
 
         @pl.when(real & (slot < capacity))
         def _append():
@@ -190,7 +190,7 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
     out_type = jax.ShapeDtypeStruct((b, heads * group, h), dtype), jax.ShapeDtypeStruct((b, heads), jnp.int32)
     tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, lanes), dtype)  # noqa: E731
     scratch = {
-        "q_s": plgpu.SMEM((LANES, h), dtype), "k_s": plgpu.SMEM((h,), dtype), "v_s": plgpu.SMEM((h,), dtype),
+        "q_s": plgpu.SMEM((group, h), dtype), "k_s": plgpu.SMEM((h,), dtype), "v_s": plgpu.SMEM((h,), dtype),
         "cos_s": plgpu.SMEM((half,), jnp.float32), "sin_s": plgpu.SMEM((half,), jnp.float32),
         "k_out_s": plgpu.SMEM((h,), k_dtype), "v_out_s": plgpu.SMEM((h,), v_dtype),
         "position_s": tiles_of(jnp.int32), "expiry_s": tiles_of(jnp.int32), "score_s": tiles_of(jnp.float32),
