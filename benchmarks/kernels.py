@@ -30,6 +30,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="one small shape of each kernel")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
+    parser.add_argument(
+        "--arm", metavar="NAME", action="append", help="only this one: xla, mosaic_gpu, pallas_tpu, dense_xla, dense_cudnn; may be repeated"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timings of each (default 5); the median counts")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after this long (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON lines only")
@@ -40,12 +43,17 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.repeats < 1 or not options.minutes > 0:
         raise ConfigError(f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}")
+    from benchmarks.kernel_cases import DENSE
+    from dms_jax.kernels.dispatch import IMPLEMENTATIONS
+
+    if unknown := set(options.arm or ()) - {*IMPLEMENTATIONS, *DENSE}:
+        raise ConfigError(f"--arm knows {', '.join((*IMPLEMENTATIONS, *DENSE))}; got {min(unknown)!r}")
     start_devices(8)  # of a CPU: its interpreter of GPU kernels runs each warpgroup on a thread of its own
-    for record in run(options.quick, options.kernel or KERNELS, options.repeats, time.monotonic() + 60 * options.minutes):
+    for record in run(options, time.monotonic() + 60 * options.minutes):
         print(json.dumps(record) if options.json else described(record), flush=True)
 
 
-def run(quick: bool, kernels, repeats: int, deadline: float) -> Iterator[dict]:
+def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
     """One record after the other; what there was no time for is a record that says so."""
     import jax
     import jax.numpy as jnp
@@ -55,14 +63,14 @@ def run(quick: bool, kernels, repeats: int, deadline: float) -> Iterator[dict]:
 
     where = versions() | {"date": time.strftime("%Y-%m-%d", time.gmtime())}
     dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    ceilings, lines = measure_ceilings(dtype, repeats, quick)
+    ceilings, lines = measure_ceilings(dtype, options.repeats, options.quick)
     yield from (line | {"provenance": where} for line in lines)
-    for case in cases(quick, kernels, dtype):
+    for case in cases(options.quick, options.kernel or KERNELS, dtype):
         case = case()
         if time.monotonic() > deadline:
             yield {"kernel": case.kernel, **case.shape, "skipped": "no time left; give more --minutes, or one --kernel", "provenance": where}
             continue
-        for record in measured(case, ceilings, repeats):
+        for record in measured(case, ceilings, options.repeats, options.arm):
             yield record | {"provenance": where}
 
 
@@ -116,8 +124,8 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
     return (case for kernel, cases in found.items() if kernel in kernels for case in cases)
 
 
-def measured(case, ceilings, repeats: int) -> Iterator[dict]:
-    """XLA, the kernels that run here, and dense attention: one record each. Implementations alternate while they are timed."""
+def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
+    """XLA, the kernels that run here, and dense attention, or `only` those: one record each. Implementations alternate while they are timed."""
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32
@@ -146,7 +154,7 @@ def measured(case, ceilings, repeats: int) -> Iterator[dict]:
             failed[name] = " ".join(str(why).split())[:500]
 
     wanted = precise(case.reference)
-    for name in IMPLEMENTATIONS:
+    for name in (name for name in IMPLEMENTATIONS if only is None or name in only):
         interpret = on_cpu and name != XLA
         if (why := why_not(case.kernel, name, facts, interpret)) is not None:
             print(f"{case.kernel}: {name} {why}", file=sys.stderr)
@@ -154,7 +162,8 @@ def measured(case, ceilings, repeats: int) -> Iterator[dict]:
             attempt(name, case.run(name, interpret), wanted, {"interpreted": True} if interpret else {})
     dense = None
     for name, how in DENSE.items():
-        f = None if how == "cudnn" and jax.default_backend() != "gpu" else case.dense(how)
+        left_out = (only is not None and name not in only) or (how == "cudnn" and jax.default_backend() != "gpu")
+        f = None if left_out else case.dense(how)
         if f is None:
             continue
         if dense is None and case.shape.get("length", 0) <= 4096:  # all scores in fp32; longer ones would not fit

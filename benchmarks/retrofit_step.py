@@ -33,6 +33,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-mode", default="adapter", choices=["adapter", "full"])
     parser.add_argument("--mesh", default="1x1")
     parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument(
+        "--remat", default="full", choices=["full", "matmuls"], help="what the backward pass computes again: all, or no matrix product"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-lengths", default="1024,4096,16384,32768", help="row lengths to compile for; empty for none")
     return parser.parse_args(argv)
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     data, model_axis = parse_mesh(options.mesh)
     start_devices(data * model_axis)
     mesh = make_mesh(data, model_axis)
-    result = {name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation")}
+    result = {name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation", "remat")}
     from benchmarks.models import provenance
 
     result |= provenance()
@@ -73,7 +76,7 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     stored = dtype if mode == "adapter" else jnp.float32  # weights that train are fp32
     load = lambda kind: load_model(options.model, options.layers, 8 * length, options.implementation, kind, mesh)[0]  # noqa: E731
-    step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
+    step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat=options.remat,
                       loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
 
     class DenseDistillation(Retrofit):

@@ -98,7 +98,7 @@ def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, ca
     dense = [line for line in lines if line["implementation"] == "dense_xla"]
     assert len(dense) == 2 and all(line["max_error"] < 1e-5 and line["dense"] for line in dense)
     assert "fraction_of_copy_bandwidth" not in lines[2]
-    assert "no time left" in json.dumps(list(kernels.run(True, kernels.KERNELS, 1, 0.0)))
+    assert "no time left" in json.dumps(list(kernels.run(kernels.parse(["--quick", "--repeats", "1"]), 0.0)))
 
 
 def test_an_implementation_that_fails_or_is_wrong_says_so_and_the_others_go_on(monkeypatch):
