@@ -41,6 +41,34 @@ GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as
 SLICES = {2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
           3: {1: "2x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}}  # fmt: skip
 EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
+USABLE = 0.92  # of a device's memory; the rest is the driver's, the compiler's and lost between allocations
+# As JAX reports them.
+KIND_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
+
+
+class Hardware(NamedTuple):
+    """A number of devices of one kind, which need not be here."""
+
+    name: str
+    kind: str  # of CHIPS, or "cpu"
+    count: int
+
+    @property
+    def chip(self) -> Chip | None:
+        return CHIPS.get(self.kind)
+
+    @property
+    def platform(self) -> str:
+        return self.chip.platform if self.chip else "cpu"
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of each device; of a CPU the whole machine's."""
+        return USABLE * (self.chip.hbm_bytes if self.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    @property
+    def source(self) -> str:
+        return f"{USABLE:.0%} of the data sheet's memory ({self.chip.source})" if self.chip else f"{USABLE:.0%} of this machine's memory"
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -64,7 +92,15 @@ def parse_hardware(name: str) -> tuple[str, int, str | None]:
         if int(shape) not in sizes:
             raise ConfigError(f"hardware {name!r}: a {kind} slice has {', '.join(map(str, sizes))} chips")
         return kind, int(shape), sizes[int(shape)]
-    raise ConfigError(f"unknown hardware {name!r}; did you mean {nearest_name(text, EXAMPLES.split(', '))}? Known forms: {EXAMPLES}")
+    raise ConfigError(f"unknown hardware {name!r}; did you mean {nearest_name(text, EXAMPLES.split(', '))}? Known forms: {EXAMPLES}, cpu, cpux8")
+
+
+def hardware_of(name: str) -> Hardware:
+    """`parse_hardware`, or the simulated devices of this machine: `cpu`, `cpux8`. Raises ConfigError."""
+    if match := re.fullmatch(r"cpu(?:x([1-9]\d*))?", name.strip().lower()):
+        return Hardware(name, "cpu", int(match[1] or 1))
+    kind, count, _ = parse_hardware(name)
+    return Hardware(name, kind, count)
 
 
 def missing_compiler(name: str) -> str | None:

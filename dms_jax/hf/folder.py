@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -26,6 +27,7 @@ SIDE_FILES = {
     "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
     "USE_POLICY.md",
 }  # fmt: skip
+CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
 RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}  # of a trained policy; the others are part of what was trained
 
@@ -70,8 +72,8 @@ def load(
     return model
 
 
-def resolve(path: str | os.PathLike[str]) -> str:
-    """A local path as it is, absolute; a hub id as the folder it was downloaded to."""
+def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> str:
+    """A local path as it is, absolute; a hub id as the folder to which `files` of it were downloaded."""
     path = os.fspath(path)
     if os.path.exists(path):
         return os.path.abspath(path)
@@ -80,10 +82,20 @@ def resolve(path: str | os.PathLike[str]) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=HUB_FILES)
+        return snapshot_download(path, allow_patterns=list(files))
     except Exception as why:  # offline, unknown, gated, disk full: the library has dozens of types for them
         reason = str(why).strip().splitlines() or [type(why).__name__]
         raise ConfigError(f"{path} is no folder here, and fetching it from the hub failed: {reason[0]}") from why
+
+
+def read_config(path: str | os.PathLike[str]) -> ModelConfig:
+    """What `config.json` says of a model: of a folder, of such a file alone, of a .gguf file or of a hub id. No weights are read."""
+    path = resolve(path, CONFIG_FILES)
+    if os.path.isfile(path) and path.endswith(".json"):
+        return hf_config.model_config(hf_config.read_json(path))
+    if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
+        return hf_config.read_folder(path)[1]
+    return open_source(path)[1]
 
 
 def open_source(path: str) -> tuple[Tensors, ModelConfig, dict | None]:

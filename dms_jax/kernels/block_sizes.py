@@ -15,6 +15,8 @@ KERNELS = {
     "decode_update": "rotary embedding, eviction decision, slot choice and write of one token",
 }
 TUNED = Path(__file__).parent / "tuned.json"
+# What was measured on the first holds on the second until that is measured itself: the same multiprocessors, another memory.
+ALIKE = (("H200", "H100"), ("H100", "H200"), ("H200", "GH200"))
 
 
 class TrainBlocks(NamedTuple):
@@ -135,6 +137,6 @@ def _entry(fields: dict) -> TunedEntry:
 
 
 def tuned_entry(kernel: str, implementation: str, device: str, head_dim: int, dtype: str) -> TunedEntry | None:
-    """The measurement of a kernel on a kind of device; None where there is none."""
-    wanted = (kernel, implementation, device, head_dim, dtype)
-    return next((entry for entry in _tuned(TUNED) if entry[:5] == wanted), None)
+    """The measurement of a kernel on a kind of device, or on one with the same multiprocessors; None where there is none."""
+    found = {entry.device: entry for entry in _tuned(TUNED) if (*entry[:2], *entry[3:5]) == (kernel, implementation, head_dim, dtype)}
+    return found.get(device) or next((entry for other, entry in found.items() if any(t in other and o in device for t, o in ALIKE)), None)

@@ -1,0 +1,171 @@
+"""Will a retrofit fit, and how long will it take? Or a server: how many users, how fast? Needs no weights and none of the hardware.
+
+    python -m train.plan --model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8
+    python -m train.plan --model FOLDER --hardware v5e-8 --mesh 4x2 --length 4096 --batch 8 --mode full --json
+    python -m train.plan --model FOLDER --hardware h200x1 --inference --users 8 --context 32768
+
+--model is a folder with config.json, such a file alone, a .gguf file or a hub id. With the compilers of the hardware at hand (pip install
+"dms-jax[cuda]" or "[tpu]") the real step is compiled for it and its memory and collectives are the compiler's; else, and with --analytic, they
+are an estimate. Each figure says which: compiled, analytic, measured, assumed. Times are a roofline over what such hardware was seen to reach; on
+a `cpu` they are measured. Exit code 0 whether it fits or not; what would fit is said.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+
+from dms_jax.command import Parser, run_command, start_devices
+from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig
+
+NAME = "train.plan"
+STEPS_A_UNIT, TOKENS_A_STEP = 34, 262144  # of CR: Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
+RATIOS = (2, 4, 8)
+MOST_TRIES = 3  # settings nearby that are compiled
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    from typing import get_args
+
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_CONFIG")
+    parser.add_argument("--hardware", required=True, metavar="NAME", help="h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8 ...")
+    parser.add_argument("--mesh", metavar="AxB", help="data x model devices, or data x model x context; default: all data")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=0, help="rows of an optimizer step; default: one per data-parallel device")
+    parser.add_argument("--mode", choices=("adapter", "full", "borrowed"), default="adapter")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
+    parser.add_argument("--remat", choices=("auto", "full", "matmuls", "none"), default="auto", help="what backward computes again")
+    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention")
+    parser.add_argument("--window", type=int, default=512, help="of the policy, for a model without one (default %(default)s)")
+    parser.add_argument("--steps-per-cr", type=float, default=0.0, help=f"steps a unit of CR; 0: {STEPS_A_UNIT}, more where a step has fewer than "
+                        f"{TOKENS_A_STEP} tokens")  # fmt: skip
+    parser.add_argument("--analytic", action="store_true", help="do not compile")
+    serving = parser.add_argument_group("a server instead of a retrofit")
+    serving.add_argument("--inference", action="store_true")
+    serving.add_argument("--memory", default="", metavar="80GiB", help="for weights and caches of all devices; default: the hardware's")
+    serving.add_argument("--users", type=int, default=1, help="rows that are decoded together")
+    serving.add_argument("--context", type=int, default=32768, help="tokens of a row")
+    serving.add_argument("--headroom", type=float, default=1.5, help="capacity over mean live pairs: heads differ (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    for name, least in {"length": 2, "batch": 0, "accumulate": 1, "window": 0, "users": 1, "context": 2, "steps_per_cr": 0, "headroom": 1}.items():
+        if not getattr(options, name) >= least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    from dms_jax.sharding import parse_mesh
+    from dms_jax.target_hardware import hardware_of
+    from train.plan_text import inference_text, step_text
+
+    hardware = hardware_of(options.hardware)
+    mesh = parse_mesh(options.mesh) if options.mesh else (hardware.count, 1)
+    if math.prod(mesh) != hardware.count:
+        raise ConfigError(f"mesh {options.mesh} needs {math.prod(mesh)} devices, {hardware.name} has {hardware.count}; use --mesh {hardware.count}x1")
+    start_devices(hardware.count)  # what is not compiled for the hardware is laid out over as many simulated devices
+    config = dataclasses.replace(read_config(options.model, options.window, options.mode), implementation=options.implementation)
+    if options.inference:
+        from dms_jax.serving_plan import parse_bytes, serving_plan
+
+        budget = parse_bytes(options.memory) if options.memory else None
+        plan = serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
+        print(json.dumps(plan) if options.json else inference_text(plan))
+        return 0
+    plan = retrofit_plan(options, config, hardware, mesh)
+    print(json.dumps(plan) if options.json else step_text(plan))
+    return 0
+
+
+def read_config(path: str, window: int, mode: str) -> ModelConfig:
+    """Of a folder, a config file, a .gguf file or a hub id, with the policy that `mode` trains."""
+    from dms_jax.hf.folder import read_config as read
+
+    config = read(path)
+    dms = config.dms or DMSConfig(window_size=window)
+    return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
+
+
+def retrofit_plan(options: argparse.Namespace, config: ModelConfig, hardware, mesh: tuple[int, ...]) -> dict:
+    from dms_jax.target_hardware import missing_compiler
+    from train.step_plan import Setting, nearby, planned
+
+    remat = options.remat if options.remat != "auto" else "matmuls" if hardware.kind == "cpu" else "full"
+    setting = Setting(config, hardware, mesh, options.mode, options.length, options.batch or mesh[0] * options.accumulate, options.accumulate, remat)
+    why_analytic = "--analytic was given" if options.analytic else None if hardware.kind == "cpu" else missing_compiler(options.hardware)
+    devices = devices_of(setting, why_analytic is not None)
+    if (problem := setting.problem()) is not None:
+        raise ConfigError(problem)
+    say(f"{'estimating' if why_analytic else 'compiling'} a step for {hardware.name}")
+    plan = planned(setting, devices, why_analytic is not None)
+    plan = {"model": options.model, "hardware": hardware.name, "devices": hardware.count, **described(setting), **plan}
+    if why_analytic is not None:
+        plan["not_compiled"] = f"{hardware.name}: {why_analytic}"
+    plan |= hours(plan, options.steps_per_cr)
+    plan["nearest"] = None if plan["fits"] else nearest(setting, nearby, planned, why_analytic is not None)
+    plan["source"]["nearest"] = "compiled" if why_analytic is None else "analytic"
+    if not plan["fits"] and plan["nearest"] is None:
+        held = plan["bytes_per_device"]
+        plan["least_devices"] = math.ceil(hardware.count * (held["weights"] + held["optimizer"]) / plan["memory_per_device"])
+        plan["source"]["least_devices"] = "analytic: what weights and optimizer alone need, in as many shards"
+    return plan
+
+
+def described(setting) -> dict:
+    return {"mesh": "x".join(map(str, setting.mesh)), "mode": setting.mode, "length": setting.length, "batch": setting.batch,
+            "accumulate": setting.accumulate, "remat": setting.remat}  # fmt: skip
+
+
+def devices_of(setting, analytic: bool):
+    """The mesh to plan on. Raises ConfigError when it is of another size than the hardware."""
+    from dms_jax.sharding import make_mesh
+    from dms_jax.target_hardware import target_mesh
+
+    if setting.hardware.kind == "cpu" or analytic:
+        return make_mesh(*setting.mesh)
+    return target_mesh(setting.hardware.name, setting.mesh, ("data", "model", "context")[: len(setting.mesh)])
+
+
+def hours(plan: dict, steps_a_unit: float) -> dict:
+    """Steps and hours from CR 1 to each of RATIOS, validation and checkpoints left out."""
+    tokens = plan["batch"] * plan["length"]
+    unit = steps_a_unit or STEPS_A_UNIT * max(1.0, TOKENS_A_STEP / tokens)
+    found, source = {"steps_per_cr": unit}, plan["source"]
+    for ratio in RATIOS:
+        found[f"hours_to_cr{ratio}"] = (ratio - 1) * unit * plan["seconds_per_step"] / 3600
+        source[f"hours_to_cr{ratio}"] = f"analytic: (CR - 1) x steps_per_cr x seconds_per_step; seconds_per_step: {source['seconds_per_step']}"
+    recipe = f"analytic: {STEPS_A_UNIT} x max(1, {TOKENS_A_STEP} / tokens of a step), Model-Optimizer's recipe"
+    source["steps_per_cr"] = "given" if steps_a_unit else recipe
+    return found
+
+
+def nearest(setting, nearby, planned, analytic: bool) -> dict | None:
+    """The first setting nearby that fits, by the estimate and, where there is a compiler, by it too."""
+    tried = 0
+    for change, other in nearby(setting):
+        if other.problem() is not None:
+            continue
+        found = planned(other, devices_of(other, True), True) if setting.hardware.kind != "cpu" else None
+        if found is not None and not found["fits"]:
+            continue
+        if not analytic:
+            if (tried := tried + 1) > MOST_TRIES:
+                return None
+            say(f"compiling with {change}")
+            found = planned(other, devices_of(other, False), False)
+        if found is not None and found["fits"]:
+            return {"change": change, **described(other), "total_bytes_per_device": found["bytes_per_device"]["total"],
+                    "seconds_per_step": found["seconds_per_step"]}  # fmt: skip
+    return None
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan takes no accelerator away from others
+    run_command(NAME, main)

@@ -1,0 +1,249 @@
+"""What a retrofit step would need and how long it would take: the step compiled for its hardware, or estimated."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dms_jax import memory_estimate, roofline
+from dms_jax.collectives import collectives
+from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.cost import step_flops
+from dms_jax.kernels.block_sizes import tuned_entry
+from dms_jax.kernels.dispatch import AUTO, GPU, TPU, XLA, Facts, choose
+from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import abstract_model
+from dms_jax.target_hardware import KIND_NAMES, Hardware
+from train.retrofit_config import LossConfig, Mode, OptimizerConfig
+from train.step import Retrofit, StepConfig
+
+CPU_FLOPS = 4e12  # of a step that is run to time it; larger ones are estimated from the machine's rates
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a user chooses."""
+
+    config: ModelConfig  # with its policy
+    hardware: Hardware
+    mesh: tuple[int, ...]  # data, model[, context]
+    mode: Mode
+    length: int
+    batch: int  # rows of an optimizer step, all devices together
+    accumulate: int = 1
+    remat: str = "full"
+
+    @property
+    def split(self) -> memory_estimate.Split:
+        return memory_estimate.Split(*self.mesh)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch on each device."""
+        return self.batch // (self.split.data * self.accumulate)
+
+    def problem(self) -> str | None:
+        """Why this cannot be run at all; None when it can."""
+        limit = self.config.max_position_embeddings
+        if self.length > limit:
+            return f"length {self.length} exceeds the model's max_position_embeddings of {limit}; use length <= that"
+        if self.config.sliding_window is not None and self.length > self.config.sliding_window:
+            return f"length {self.length} exceeds the model's own sliding_window of {self.config.sliding_window}; use length <= that"
+        least = self.split.data * self.accumulate
+        if self.batch % least:
+            return f"batch {self.batch} must be a multiple of {least}: {self.split.data} data-parallel devices x {self.accumulate} micro-batches"
+        return None
+
+
+def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> Retrofit:
+    """The run's functions on models of shapes; with `make` that of other models, e.g. random ones."""
+    dtype = jnp.float32 if setting.hardware.platform == "cpu" else jnp.bfloat16
+    ramp = 1 if setting.mode == "borrowed" else 0
+    step = StepConfig(mode=setting.mode, seed=0, length=setting.length, steps=100, accumulate=setting.accumulate, initial_cr=1.0, ramp_steps=ramp,
+                      cr_steps=90, remat=setting.remat, loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
+    if setting.mode == "adapter":
+        return Retrofit(make(setting.config, dtype), None, step, mesh, dtype)
+    teacher = make(setting.config.with_dms(None), dtype)
+    return Retrofit(make(setting.config, jnp.float32), teacher, step, mesh, dtype)
+
+
+def planned(setting: Setting, mesh: Mesh, analytic: bool) -> dict[str, Any]:
+    """Figures of one step by name, and in `source` where each is from. `mesh` is of the target's devices; where nothing is compiled for it
+    (`analytic`), of as many of this machine."""
+    retrofit, sources = abstract_retrofit(setting, mesh), {}
+    held = estimate(setting, retrofit)
+    how = setting.mode, setting.remat
+    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how)
+    with jax.set_mesh(mesh):
+        implementation = _implementation(setting, analytic)
+    if not analytic:
+        compiled = retrofit.lower(setting.batch).compile()
+        held = _with_compiled(held, compiled.memory_analysis())
+        sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
+    else:
+        sharded = setting.split.data * setting.split.context
+        sent = {"all-gather and reduce-scatter": roofline.gathered_bytes(setting.config, sharded, setting.split.model, *how)}
+    total_from = "analytic" if analytic else "compiled"
+    sources |= dict.fromkeys(("bytes_per_device.weights", "bytes_per_device.optimizer"), total_from)
+    sources |= dict.fromkeys(("bytes_per_device.activations", "bytes_per_device.logits"), "analytic")
+    sources |= dict.fromkeys(
+        ("bytes_per_device", "bytes_per_device.temporary", "bytes_per_device.total", "fits", "collective_bytes_per_device"), total_from
+    )
+    tokens, devices = setting.batch * setting.length, mesh.size
+    work = roofline.step_work(setting.config, tokens, setting.length, *how)
+    usable = setting.hardware.usable_bytes
+    if setting.hardware.platform == "cpu":
+        usable /= devices  # simulated ones share the machine's memory
+    plan: dict[str, Any] = {
+        "fits": held.total <= usable,
+        "bytes_per_device": held._asdict() | {"total": held.total},
+        "memory_per_device": usable,
+        "flops_per_step": step_flops(setting.config, setting.length, setting.mode) * tokens,
+        "flops_executed_per_step": work.products + work.attention,
+        "bytes_per_step": work.moved + weight_bytes * devices,
+        "collective_bytes_per_device": sent,
+        "implementation": implementation,
+    }
+    sources |= dict.fromkeys(("flops_per_step", "flops_executed_per_step", "bytes_per_step"), "analytic")
+    sources["memory_per_device"] = setting.hardware.source
+    chip = setting.hardware.chip
+    if chip is None:
+        plan["seconds_per_step"], sources["seconds_per_step"] = cpu_seconds(setting, mesh)
+    else:
+        rates = roofline.rates_of(chip, implementation)
+        times = roofline.step_time(work, devices, weight_bytes, sum(sent.values()), rates)
+        plan |= {"seconds_per_step": times.total, "seconds": times._asdict(), "mfu": plan["flops_per_step"] / times.total / devices / rates.peak}
+        sources |= {"seconds_per_step": f"analytic: {roofline.FORMULA}", "mfu": "analytic: flops_per_step / seconds_per_step / dense bf16 peak"}
+        sources |= {f"seconds.{name}": text for name, text in rates.sources.items() if name != "link"}
+        sources["seconds.communication"] = f"{total_from} bytes, {rates.sources['link']}"
+    plan["tokens_per_second"] = tokens / plan["seconds_per_step"]
+    sources["tokens_per_second"] = sources["seconds_per_step"]
+    plan["source"] = sources
+    return plan
+
+
+def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
+    """Bytes of a device by kind; weights and optimizer are those of the shards."""
+    trainable = _shard_bytes(retrofit.state.trainable)
+    return memory_estimate.Held(
+        weights=trainable + _shard_bytes(retrofit.frozen),
+        optimizer=_shard_bytes(retrofit.state.opt_state),
+        activations=memory_estimate.activations(setting.config, setting.split, setting.rows, setting.length, setting.remat),
+        logits=memory_estimate.logits(setting.config, setting.split, setting.rows, setting.mode),
+        temporary=memory_estimate.temporary(setting.config, setting.split, setting.rows, setting.length, trainable),
+    )
+
+
+def _shard_bytes(shapes: Any) -> float:
+    return float(sum(_size(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return functools.reduce(lambda a, b: a * b, shape, 1)
+
+
+def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
+    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
+    if analysis is None:
+        raise ConfigError("this compiler reports no memory; use --analytic")
+    arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporary, known = analysis.temp_size_in_bytes, held.activations + held.logits
+    part = min(1.0, temporary / known)
+    weights = arguments - held.optimizer  # and the batch
+    return held._replace(weights=weights, activations=held.activations * part, logits=held.logits * part, temporary=max(0.0, temporary - known))
+
+
+def _implementation(setting: Setting, analytic: bool) -> str:
+    """Of training attention on the target: what `dispatch` takes there, told without its devices where nothing is compiled."""
+    named, head_dim, platform = setting.config.implementation, setting.config.head_dim, setting.hardware.platform
+    if not analytic or platform == "cpu":
+        return choose("train_attention", Facts(head_dim, jnp.bfloat16), named).name
+    if named != AUTO:
+        return named
+    kernel = GPU if platform == "gpu" else TPU
+    entry = tuned_entry("train_attention", kernel, KIND_NAMES[setting.hardware.kind], head_dim, "bfloat16")
+    return kernel if entry is not None and entry.speed_to_xla >= 1 else XLA
+
+
+# --- a CPU: run it ---
+
+
+def cpu_seconds(setting: Setting, mesh: Mesh) -> tuple[float, str]:
+    """Seconds of a step here: one of 1 layer and one of 2, random weights, are run, and the others added. Steps that would take minutes are
+    run with shorter rows and scaled by their FLOPs."""
+    layers = setting.config.num_layers
+    length, scale, how = setting.length, 1.0, "measured here: steps of 1 and 2 layers, random weights, the rest in proportion"
+
+    def flops(length: int) -> float:
+        two = dataclasses.replace(setting.config, num_layers=min(2, layers))
+        return sum(roofline.step_work(two, setting.batch * length, length, setting.mode, setting.remat)[:2])
+
+    while flops(length) > CPU_FLOPS and length > 128:
+        length //= 2
+    if length < setting.length:
+        scale = flops(setting.length) / flops(length)
+        how += f", rows of {length} instead of {setting.length}, in proportion to FLOPs"
+    one = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh)
+    if layers == 1:
+        return one * scale, how
+    two = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh)
+    return (one + max(two - one, 0.0) * (layers - 1)) * scale, how
+
+
+def _timed(setting: Setting, mesh: Mesh) -> float:
+    from flax import nnx
+
+    from train.rows import Batch
+
+    def make(config: ModelConfig, dtype: Any) -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+    run = abstract_retrofit(setting, mesh, make)
+
+    def rows(start: int, count: int) -> Batch:
+        tokens = jnp.zeros((count, setting.length), jnp.int32)
+        return Batch(tokens, tokens, jnp.ones(tokens.shape, bool), jnp.arange(start, start + count))
+
+    batch, seconds, state = run.place(rows, setting.batch), [], run.state
+    for repeat in range(4):
+        start = time.perf_counter()
+        state, _ = run.step(state, run.frozen, batch)
+        jax.block_until_ready(state)
+        if repeat:  # the first one compiles
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+# --- settings nearby ---
+
+
+def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """What a user would change when a setting does not fit, the least intrusive first; each alone and then together with the ones before."""
+    data, model, *context = setting.mesh
+    current, said = setting, []
+    if current.remat != "full":
+        current, said = dataclasses.replace(current, remat="full"), [*said, "remat=full"]
+        yield ", ".join(said), current
+    accumulate = current.accumulate
+    while current.batch % (data * accumulate * 2) == 0:
+        accumulate *= 2
+        current = dataclasses.replace(current, accumulate=accumulate)
+        yield ", ".join([*said, f"accumulate={accumulate}"]), current
+    if accumulate > setting.accumulate:
+        said.append(f"accumulate={accumulate}")
+    while data % 2 == 0 and model * 2 <= setting.config.num_q_heads:
+        data, model = data // 2, model * 2
+        mesh = (data, model, *context)
+        moved = dataclasses.replace(current, mesh=mesh)
+        yield ", ".join([*said, f"mesh={'x'.join(map(str, mesh))}"]), moved
+    length = current.length
+    while length > 1024:
+        length //= 2
+        yield ", ".join([*said, f"length={length}"]), dataclasses.replace(current, length=length)
