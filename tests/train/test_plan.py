@@ -55,7 +55,7 @@ def test_fewer_tokens_a_step_take_more_steps(capsys):
     assert given["hours_to_cr2"] == pytest.approx(10 * given["seconds_per_step"] / 3600)
 
 
-@pytest.mark.parametrize("mode", ["adapter", "full", "borrowed"])
+@pytest.mark.parametrize("mode", ["adapter", "full"])
 def test_on_a_cpu_the_memory_is_the_compiled_programs(mode, monkeypatch):
     if mode != "adapter":  # one measurement is enough
         monkeypatch.setattr(step_plan, "cpu_seconds", lambda setting, mesh: (1.0, "measured here"))
@@ -73,7 +73,7 @@ def test_on_a_cpu_the_memory_is_the_compiled_programs(mode, monkeypatch):
 
 def plan_config(mode: str):
     dms = DMSConfig(window_size=16, variant="borrowed" if mode == "borrowed" else "projection")
-    return dataclasses.replace(TINY.with_dms(dms), max_position_embeddings=4096)
+    return dataclasses.replace(TINY.with_dms(dms), num_layers=2)
 
 
 def test_executed_flops_are_those_of_each_pass():
