@@ -283,7 +283,7 @@ def test_a_log_that_cannot_be_written_does_not_stop_the_run(settings, monkeypatc
 
 
 def test_nothing_is_compiled_after_the_first_step(settings, monkeypatch):
-    from train.retrofit import Run
+    from train.run import Run
 
     sizes = []
     log_step = Run._log_step
