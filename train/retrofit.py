@@ -27,6 +27,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="override one key; repeat for more")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
     parser.add_argument("--accept-changes", action="store_true", help="with --resume: go on although keys differ from the saved run's")
+    parser.add_argument("--dry-run", action="store_true", help="print shapes, shardings, schedule and memory; train nothing, write nothing")
     parser.add_argument("--distributed", default="", metavar="auto|HOST:PORT,COUNT,INDEX", help="several processes form one mesh")
     return parser.parse_args(argv)
 
@@ -40,6 +41,13 @@ def main(argv: list[str] | None = None) -> int:
     config = choose_devices(config, options.distributed)
     from train.run import Run
 
+    if options.dry_run:
+        from train.dry_run import dry_run_text
+
+        run = Run(config, output, False, False, dry=True)
+        if run.writer:
+            print(dry_run_text(run))
+        return 0
     return Run(config, output, options.resume, options.accept_changes).run()
 
 

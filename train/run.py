@@ -1,5 +1,6 @@
 """One retrofit: its inputs, its loop, its checkpoints, its export."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -15,7 +16,8 @@ from train.retrofit_config import RetrofitConfig, differences
 class Run:
     """One retrofit, from its inputs to its export."""
 
-    def __init__(self, config: RetrofitConfig, output: Path, resume: bool, accept_changes: bool):
+    def __init__(self, config: RetrofitConfig, output: Path, resume: bool, accept_changes: bool, dry: bool = False):
+        """`dry`: everything up to the first step, and nothing is written."""
         import jax
         import numpy as np
 
@@ -24,12 +26,15 @@ class Run:
         self.output, self.accept_changes = output, accept_changes
         self.mesh = make_mesh(*parse_mesh(config.mesh))
         self.writer = jax.process_index() == 0
-        _make_folder(output)
+        if not dry:
+            _make_folder(output)
         self.config, self.threshold = config, np.float32(0)
         self.model, self.teacher, self.model_path = self._load_models()
         self.train_rows, self.held_out, summary = self._load_rows()
         self._say(str(summary))
         self._build()
+        if dry:
+            return
         self.start = self._restore(resume)
         self._open_log(self.start if resume else None, summary)
 
@@ -114,9 +119,9 @@ class Run:
         if found is None:
             self._say(f"no complete checkpoint in {self.output}: starting at step 0")
             return 0
-        step, self.retrofit.state = found
-        self._say(f"resumed at step {step} of {self.config.steps}")
-        return step
+        self.retrofit.state = found.state
+        self._say("; skipped checkpoint ".join([f"resumed at step {found.step} of {self.config.steps}", *found.skipped]))
+        return found.step
 
     def _check_checkpoint(self, metadata: dict) -> None:
         where = self.output / "checkpoints"
@@ -144,13 +149,19 @@ class Run:
             code = self._train()
             if code == 0:
                 self._finish()
+            self.checkpoints.close()
             return code
         except jax.errors.JaxRuntimeError as why:
             if "RESOURCE_EXHAUSTED" not in str(why):
                 raise
             raise ConfigError("out of device memory; use a larger accumulate, a smaller length, or a mesh of more devices") from why
+        except OSError as why:  # a full disk, or one that became read-only: plots, reports
+            steps = self.checkpoints.steps()
+            saved = f"checkpoint {steps[-1]} is complete" if steps else "no checkpoint is complete"
+            raise ConfigError(f"cannot write to {self.output}: {why}; {saved}. Make room, then go on with --resume") from why
         finally:
-            self.checkpoints.close()
+            with contextlib.suppress(ConfigError):  # what went wrong first has been said
+                self.checkpoints.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -160,13 +171,29 @@ class Run:
             os.kill(os.getpid(), number)
         self.stop_signal = number
 
+    def _stop(self) -> int:
+        """The signal to stop for, 0 for none: read once a step. Several processes agree on it, a step later, so that all save the same step."""
+        import jax
+        import numpy as np
+        from jax.sharding import NamedSharding
+        from jax.sharding import PartitionSpec as P
+
+        if jax.process_count() == 1:
+            return self.stop_signal
+        if not hasattr(self, "_highest"):
+            self._highest, self._flag = jax.jit(jax.numpy.max, out_shardings=NamedSharding(self.mesh, P())), None
+        everywhere = NamedSharding(self.mesh, P(self.mesh.axis_names))
+        mine = jax.make_array_from_callback((self.mesh.size,), everywhere, lambda index: np.full(1, self.stop_signal, np.int32))
+        before, self._flag = self._flag, self._highest(mine)
+        return 0 if before is None else int(before)
+
     def _train(self) -> int:
         from tqdm import tqdm
 
         from train.watch import Watch
 
         c, r = self.config, self.retrofit
-        self.watch = Watch()
+        self.watch = Watch(self.output / "metrics.jsonl")
         bar = tqdm(
             total=c.steps,
             initial=self.start,
@@ -184,18 +211,18 @@ class Run:
             # The metrics of the step before: their arrays are ready, so reading them does not hold up this one.
             clock = self._log_step(pending, clock, bar)
             pending = step, metrics, batch
-            done = step + 1
-            save = done % c.save_every == 0 or done == c.steps or self.stop_signal
+            done, stop = step + 1, self._stop()
+            save = done % c.save_every == 0 or done == c.steps or stop
             validate = c.eval_every and done % c.eval_every == 0 and done < c.steps
             if save or validate:  # neither may see a step that was not finite
                 clock = self._log_step(pending, clock, bar)
                 pending = None
             if save:
-                self.checkpoints.save(done, r.state, self.metadata, wait=bool(self.stop_signal))
-            if self.stop_signal:
+                self.checkpoints.save(done, r.state, self.metadata, wait=bool(stop))
+            if stop:
                 bar.close()
-                self._say(f"{signal.Signals(self.stop_signal).name}: saved at step {done} of {c.steps}; go on with --resume")
-                return 128 + self.stop_signal
+                self._say(f"{signal.Signals(stop).name}: saved at step {done} of {c.steps}; go on with --resume")
+                return 128 + stop
             if validate:
                 report = self.evaluate()
                 self._write({"step": step} | report.as_metrics())
@@ -210,13 +237,18 @@ class Run:
         if pending is None:
             return clock
         step, metrics, batch = pending
-        values = {key: float(value) for key, value in jax.device_get(metrics).items()}
+        read = jax.device_get(metrics)
+        heads = read.pop("cache/evict_per_head")
+        values = {key: float(value) for key, value in read.items()}
         now = time.perf_counter()
         if not values.pop("finite"):
             self._stop_not_finite(step, values, batch)
         values["perf/tokens_per_s"] = self.config.batch_size * self.config.length / (now - clock)
         self._write({"step": step} | values)
-        self.watch.look(step, values, step >= self.config.first_gated_step)
+        first = step * self.config.batch_size
+        examples = first, first + self.config.batch_size - 1
+        for event in self.watch.look(step, values, heads, examples, step >= self.config.first_gated_step):
+            self._write({"step": step} | event)
         ratios = f"CR {values['cache/nominal_cr']:.2f} nominal {values['cache/realised_cr']:.2f} realised"
         bar.set_postfix_str(f"KL {values['loss/distill']:.4f}, {ratios}, {values['perf/tokens_per_s']:.0f} tokens/s", refresh=False)
         bar.update(1)

@@ -151,7 +151,7 @@ class Retrofit:
         live = jnp.mean(live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)) / c.accumulate
         total = distill + c.loss.compression_weight * compression
         return total, {"loss/total": total, "loss/distill": distill, "loss/compression": compression, "cache/evict_fraction": evicted,
-                       "cache/live_tokens": live}  # fmt: skip
+                       "cache/live_tokens": live, "cache/evict_per_head": jnp.mean(evict, axis=(1, 3)) / c.accumulate}  # fmt: skip
 
     def nominal_target(self, step: Array) -> Array:
         return target_cr(jnp.maximum(step - self.config.ramp_steps, 0), self.config.initial_cr, self.dms.target_cr, max(self.config.cr_steps, 1))

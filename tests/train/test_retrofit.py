@@ -199,8 +199,11 @@ def test_damaged_checkpoints_are_skipped_with_a_line(settings, capsys):
     capsys.readouterr()
     assert main(arguments(settings, "--resume")) == 0
     err = capsys.readouterr().err
-    assert "skipping checkpoint" in err and "99: it was never completed" in err and "resumed at step 4" in err
-    assert trace(settings["output"]) == whole
+    (line,) = [line for line in err.splitlines() if "resumed at step 4 of 6" in line]
+    assert "skipped checkpoint 99: it was never completed (kept as 99.not-a-checkpoint)" in line and "skipped checkpoint 6:" in line
+    assert trace(settings["output"]) == whole and (checkpoints / "99.not-a-checkpoint").is_dir()
+    assert main(arguments(settings, "--resume")) == 0  # the damaged one was written anew
+    assert "resumed at step 6 of 6\n" in capsys.readouterr().err
 
 
 def test_a_resumed_run_must_be_the_same_run(settings, tmp_path):
