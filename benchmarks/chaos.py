@@ -1,0 +1,206 @@
+"""Kill a run at random moments, again and again, resume it each time, and compare it with one that was left alone.
+
+    python -m benchmarks.chaos --kills 30 --seed 0
+
+A tiny random model is retrofitted by the real command in processes of their own. Each gets SIGTERM, SIGINT or SIGKILL at a random moment
+of its life: start, compilation, training, saving, evaluation, export. After the last kill the run is finished. Then, and this is what exit code 0
+means: every step is logged once, all losses equal those of the undisturbed run (1e-5), so does the export, no kill cost more steps than
+lie between two checkpoints, and no checkpoint was found damaged. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from dms_jax.command import Parser, run_command
+from dms_jax.config import ConfigError
+
+NAME = "benchmarks.chaos"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
+SAVE_EVERY, LATEST = 3, 1.2  # of an undisturbed run's time: some runs end before their kill
+TOLERANCE = 1e-5
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
+    parser.add_argument("--mode", choices=("adapter", "full", "borrowed"), default="adapter")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    if options.kills < 1 or options.steps < 2:
+        raise ConfigError(f"--kills must be at least 1 and --steps at least 2, got {options.kills} and {options.steps}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = chaos(Path(folder), options.kills, options.seed, options.steps, options.mode)
+    print(json.dumps(found))
+    return 0 if not found["wrong"] else 1
+
+
+def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
+    """Counts of what happened, and in `wrong` what should not have."""
+    settings = prepare(folder, steps, mode)
+    start = time.monotonic()
+    whole = run(settings | {"output": folder / "whole"})
+    _must_end(whole, folder / "whole")
+    run(settings | {"output": folder / "warm"})  # this one found everything compiled: that is how long a life is
+    again = time.monotonic()
+    _must_end(run(settings | {"output": folder / "timed"}), folder / "timed")
+    life = time.monotonic() - again
+    draw, output = random.Random(seed), folder / "killed"
+    counts = {"kills": 0, "by_signal": {number.name: 0 for number in SIGNALS}, "by_phase": {}, "most_steps_lost": 0, "runs": 0, "ended_before": 0}
+    wrong: list[str] = []
+    while counts["kills"] < kills:
+        if (output / "export").exists():  # the run is over: kill another one
+            wrong += differences(folder / "whole", output)
+            output = folder / f"killed{counts['runs']}"
+        number, moment = draw.choice(SIGNALS), draw.uniform(0.0, LATEST * life)
+        process = subprocess.Popen(**command(settings | {"output": output}, resume=True))
+        counts["runs"] += 1
+        try:
+            process.wait(moment)
+            ended = True
+        except subprocess.TimeoutExpired:
+            ended = False
+        before = steps_logged(output)
+        phase = phase_of(output, before, steps)
+        if not ended:
+            process.send_signal(number)
+        _, stderr = process.communicate(timeout=300)
+        wrong += judged(process.returncode, number, ended, stderr)
+        if ended:
+            counts["ended_before"] += 1
+            continue
+        counts["kills"] += 1
+        counts["by_signal"][number.name] += 1
+        counts["by_phase"][phase] = counts["by_phase"].get(phase, 0) + 1
+        if before is not None and "saved at step" not in stderr:
+            counts["most_steps_lost"] = max(counts["most_steps_lost"], before + 1 - newest_checkpoint(output))
+        print(f"kill {counts['kills']}: {number.name} after {moment:.1f} s, {phase}", file=sys.stderr, flush=True)
+    last = run(settings | {"output": output}, resume=True)
+    _must_end(last, output)
+    wrong += differences(folder / "whole", output)
+    if counts["most_steps_lost"] > SAVE_EVERY + 1:  # one step is logged before the next one's checkpoint is complete
+        wrong.append(f"{counts['most_steps_lost']} steps were lost, checkpoints are {SAVE_EVERY} apart")
+    return counts | {"seed": seed, "mode": mode, "steps": steps, "save_every": SAVE_EVERY, "seconds": round(time.monotonic() - start), "wrong": wrong}
+
+
+def prepare(folder: Path, steps: int, mode: str) -> dict:
+    """A tiny random model and random ids; the settings of a run of seconds."""
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    import dms_jax
+    from dms_jax.config import ModelConfig
+    from dms_jax.models.decoder import Decoder
+
+    jax.config.update("jax_platforms", "cpu")
+    config = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 8, max_position_embeddings=512)
+    dms_jax.save(Decoder(config, rngs=nnx.Rngs(0)), folder / "model")
+    np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 97, (80, 70)).astype(np.int32))
+    return {"model": folder / "model", "data": folder / "ids.npy", "data.cache_dir": folder / "cache", "steps": steps, "length": 48, "batch_size": 4,
+            "dms.window_size": 6, "dms.target_cr": 3, "save_every": SAVE_EVERY, "eval_every": 10, "eval_rows": 4, "mode": mode,
+            "optimizer.learning_rate": 0.001, "cache": folder / "compiled"}  # fmt: skip
+
+
+def command(settings: dict, resume: bool) -> dict:
+    pairs = [part for key, value in settings.items() if key != "cache" for part in ("--set", f"{key}={value}")]
+    # What is compiled once is read by all: a life is then training more than compilation.
+    compiled = {"JAX_COMPILATION_CACHE_DIR": str(settings["cache"]), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
+    return {"args": [sys.executable, "-m", "train.retrofit", *pairs, *(["--resume"] if resume else [])], "env": os.environ | compiled,
+            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent.parent}  # fmt: skip
+
+
+def run(settings: dict, resume: bool = False) -> subprocess.CompletedProcess:
+    how = command(settings, resume)
+    return subprocess.run(how.pop("args"), **how, timeout=600)
+
+
+def _must_end(done: subprocess.CompletedProcess, output: Path) -> None:
+    if done.returncode or not (output / "export").exists():
+        raise ConfigError(f"a run that nobody disturbed ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+
+
+def judged(code: int, number: int, ended: bool, stderr: str) -> list[str]:
+    """What a process must not do when it is killed."""
+    wrong = [f"traceback after {signal.Signals(number).name}: {stderr.strip()[-300:]}"] if "Traceback" in stderr else []
+    # Before its own handler is in place, and when it ends first, a process ends as any other.
+    allowed = {0} if ended else {0, -number, 128 + number}
+    if code not in allowed:
+        wrong.append(f"exit code {code} after {signal.Signals(number).name}: {stderr.strip()[-300:]}")
+    if "skipped checkpoint" in stderr or "usable" in stderr:
+        wrong.append(f"a checkpoint was damaged: {stderr.strip()[-300:]}")
+    return wrong
+
+
+def lines_of(output: Path) -> list[dict]:
+    path = output / "metrics.jsonl"
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:  # the one that was being written
+            continue
+    return lines
+
+
+def steps_logged(output: Path) -> int | None:
+    return max((line["step"] for line in lines_of(output) if "loss/total" in line), default=None)
+
+
+def newest_checkpoint(output: Path) -> int:
+    folder = output / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
+
+
+def phase_of(output: Path, logged: int | None, steps: int) -> str:
+    """Where a run was, by what it had written."""
+    if (output / "export").exists():
+        return "report"
+    if logged is None:
+        return "before the first step"
+    if logged + 1 >= steps:
+        return "evaluation and export"
+    return "training and saving"
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """Between the undisturbed run and one that was killed."""
+    import numpy as np
+
+    traces = []
+    for output in (whole, other):
+        lines = [line for line in lines_of(output) if "loss/total" in line]
+        traces.append({line["step"]: line for line in lines})
+        if len(traces[-1]) != len(lines):
+            return [f"{output.name} logs a step twice"]
+    if traces[0].keys() != traces[1].keys():
+        return [f"steps {sorted(traces[0].keys() ^ traces[1].keys())} are in one trace only"]
+    keys = "loss/total", "loss/distill", "loss/compression", "optim/grad_norm", "cache/evict_fraction"
+    wrong = [f"step {step}: {key} {traces[1][step][key]} instead of {line[key]}" for step, line in traces[0].items() for key in keys
+             if not np.isclose(traces[1][step][key], line[key], rtol=TOLERANCE, atol=TOLERANCE)]  # fmt: skip
+    names = sorted(p.name for p in (whole / "export").iterdir())
+    if names != sorted(p.name for p in (other / "export").iterdir()):
+        return [*wrong, "the exports hold other files"]
+    import dms_jax
+
+    one, two = (dms_jax.load(output / "export") for output in (whole, other))
+    ids = np.random.default_rng(1).integers(0, 97, (2, 40)).astype(np.int32)
+    if not np.allclose(one.hard(ids)[0], two.hard(ids)[0], atol=1e-4):
+        wrong.append("the exports compute other logits")
+    return wrong[:5]
+
+
+if __name__ == "__main__":
+    run_command(NAME, main)
