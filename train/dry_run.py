@@ -45,7 +45,8 @@ def _arrays(title: str, arrays: dict[str, jax.Array]) -> list[str]:
     lines = [f"{title}: {len(arrays)} arrays, {sum(x.size for x in arrays.values()):,} numbers, {total:.3f} GiB a device"]
     for name, x in sorted(arrays.items()):
         size = f"{_local(x) / 2**20:.2f} MiB"
-        lines.append(f"  {name:<40}{'x'.join(map(str, x.shape)):>22}  {str(x.dtype):<9} {x.sharding.spec}  {size}")  # pyrefly: ignore[missing-attribute]
+        where = f"P({', '.join(map(repr, x.sharding.spec))})"  # pyrefly: ignore[missing-attribute]  # a mesh is set: all are named
+        lines.append(f"  {name:<40}{'x'.join(map(str, x.shape)):>22}  {str(x.dtype):<9} {where}  {size}")
     return lines
 
 

@@ -32,6 +32,7 @@ class Run:
         self.model, self.teacher, self.model_path = self._load_models()
         self.train_rows, self.held_out, summary = self._load_rows()
         self._say(str(summary))
+        self.data_hash = summary.content_hash
         self._build()
         if dry:
             return
@@ -110,7 +111,7 @@ class Run:
         from dms_jax.checkpoint import Checkpoints
 
         self.saved_config = json.loads(json.dumps(dataclasses.asdict(self.config)))
-        self.metadata = {"config": self.saved_config, "base_hash": dms_jax.base_hash(self.model), "format": 1}
+        self.metadata = {"config": self.saved_config, "base_hash": dms_jax.base_hash(self.model), "data_hash": self.data_hash, "format": 1}
         self.checkpoints = Checkpoints(self.output / "checkpoints", self.config.keep)
         if not resume:
             return 0
@@ -128,13 +129,15 @@ class Run:
         if metadata.get("base_hash") != self.metadata["base_hash"]:
             raise ConfigError(f"{where} was trained on another base model; give that model, or another output")
         changed = differences(metadata.get("config", {}), self.saved_config)
+        if not changed and metadata.get("data_hash", self.data_hash) != self.data_hash:  # the same paths, and not the same in them
+            changed = ["data: other data under the same paths"]
         if changed and not self.accept_changes:
             raise ConfigError(f"{where} was saved with other settings ({'; '.join(changed)}); repeat them, or add --accept-changes")
 
     def _open_log(self, resumed_at: int | None, summary) -> None:
         from train.metrics import MetricsFile, provenance
 
-        hashes = {"base_hash": self.metadata["base_hash"], "data_hash": summary.content_hash}
+        hashes = {"base_hash": self.metadata["base_hash"], "data_hash": self.data_hash}
         header = provenance(self.saved_config, hashes)
         self.log = MetricsFile(self.output / "metrics.jsonl", header, resumed_at, self.config.tensorboard) if self.writer else None
 

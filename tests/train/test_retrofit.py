@@ -6,47 +6,21 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from cases import tokens
+from train_runs import GOLDEN, ROOT, arguments, command, main, remove, run_settings, trace, wait_for_step
 
 import dms_jax
 from dms_jax.config import ConfigError
 from train.metrics import read_steps
-from train.retrofit import main
-
-ROOT = Path(__file__).parent.parent.parent
-GOLDEN = ROOT / "tests" / "golden"
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """Options of a run of seconds: a golden model, random ids."""
-    ids = tmp_path / "ids.npy"
-    np.save(ids, tokens(np.random.default_rng(0), 60, 70))
-    return {
-        "model": GOLDEN / "llama3_rope_scaled", "data": ids, "data.cache_dir": tmp_path / "cache", "output": tmp_path / "run", "steps": 6,
-        "length": 48, "batch_size": 8, "dms.window_size": 6, "dms.target_cr": 3, "save_every": 2, "eval_rows": 4, "optimizer.learning_rate": 0.001,
-    }  # fmt: skip
-
-
-def arguments(settings, *extra, **changes):
-    pairs = settings | {key.replace("__", "."): value for key, value in changes.items()}
-    return [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")] + ["--mesh", "8x1", *extra]
-
-
-def command(settings, *extra, **changes):
-    return [sys.executable, "-m", "train.retrofit", *arguments(settings, *extra, **changes)]
-
-
-def trace(output) -> dict[int, tuple]:
-    steps = read_steps(Path(output) / "metrics.jsonl")
-    assert len({line["step"] for line in steps}) == len(steps), "a step is logged twice"
-    return {line["step"]: (line["loss/total"], line["loss/distill"], line["loss/compression"], line["cache/evict_fraction"]) for line in steps}
+    return run_settings(tmp_path)
 
 
 def refuses(argv, *fragments):
@@ -113,7 +87,7 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
     assert main(arguments(settings, output=tmp_path / "whole")) == 0
     for attempt, wait_for in enumerate((1, 8, 17)):  # SIGKILL at three places, the first before any checkpoint
         process = subprocess.Popen(command(settings, "--resume"), cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        _wait_for_step(process, settings["output"] / "metrics.jsonl", wait_for)
+        wait_for_step(process, settings["output"] / "metrics.jsonl", wait_for)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, f"attempt {attempt} ended before it was killed"
     assert main(arguments(settings, "--resume")) == 0
@@ -122,22 +96,12 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
         assert (tmp_path / "whole" / "export" / name).read_bytes() == (settings["output"] / "export" / name).read_bytes()
 
 
-def _wait_for_step(process, path, step):
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        lines = path.read_text().splitlines() if path.exists() else []
-        if any(f'"step": {step},' in line for line in lines):
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} never came: exit code {process.poll()}")
-
-
 def test_another_mesh_resumes_to_the_same_numbers(settings, tmp_path):
     assert main(arguments(settings, output=tmp_path / "whole")) == 0
     main(arguments(settings, output=tmp_path / "run"))
     for path in (settings["output"] / "checkpoints").iterdir():
         if path.name == "6":
-            _remove(path)
+            remove(path)
     assert main([*arguments(settings, "--resume")[:-3], "--mesh", "2x4", "--resume"]) == 0
     whole, moved = trace(tmp_path / "whole"), trace(settings["output"])
     assert whole.keys() == moved.keys()
@@ -145,16 +109,10 @@ def test_another_mesh_resumes_to_the_same_numbers(settings, tmp_path):
         np.testing.assert_allclose(moved[step], whole[step], rtol=1e-5, atol=1e-6)
 
 
-def _remove(path):
-    import shutil
-
-    shutil.rmtree(path)
-
-
 def test_sigterm_saves_and_names_the_way_on(settings):
     settings |= {"steps": 400, "save_every": 1000}
     process = subprocess.Popen(command(settings), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    _wait_for_step(process, settings["output"] / "metrics.jsonl", 3)
+    wait_for_step(process, settings["output"] / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     stderr = process.communicate()[1]
     assert process.returncode == 128 + signal.SIGTERM and "SIGTERM: saved at step" in stderr and "--resume" in stderr

@@ -1,0 +1,54 @@
+"""Runs of the real training command in tests: seconds long, on a golden model and random ids."""
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from cases import tokens
+
+from train.metrics import read_steps
+from train.retrofit import main as main
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def run_settings(folder: Path) -> dict:
+    ids = folder / "ids.npy"
+    np.save(ids, tokens(np.random.default_rng(0), 60, 70))
+    return {
+        "model": GOLDEN / "llama3_rope_scaled", "data": ids, "data.cache_dir": folder / "cache", "output": folder / "run", "steps": 6,
+        "length": 48, "batch_size": 8, "dms.window_size": 6, "dms.target_cr": 3, "save_every": 2, "eval_rows": 4, "optimizer.learning_rate": 0.001,
+    }  # fmt: skip
+
+
+def arguments(settings, *extra, mesh="8x1", **changes) -> list[str]:
+    pairs = settings | {key.replace("__", "."): value for key, value in changes.items()}
+    return [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")] + ["--mesh", mesh, *extra]
+
+
+def command(settings, *extra, **changes) -> list[str]:
+    return [sys.executable, "-m", "train.retrofit", *arguments(settings, *extra, **changes)]
+
+
+def trace(output) -> dict[int, tuple]:
+    steps = read_steps(Path(output) / "metrics.jsonl")
+    assert len({line["step"] for line in steps}) == len(steps), "a step is logged twice"
+    return {line["step"]: (line["loss/total"], line["loss/distill"], line["loss/compression"], line["cache/evict_fraction"]) for line in steps}
+
+
+def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(f'"step": {step},' in line for line in lines):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came: exit code {process.poll()}")
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path)
