@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dms_jax.axes import Array
@@ -16,19 +17,27 @@ from dms_jax.sharding import constrain, ways
 
 
 class HeadSplit(NamedTuple):
-    """The copies of each KV head, and of how many query heads the group of each copy is."""
+    """The copies of each KV head, and how many query heads each copy has."""
 
     copies: int
     group: int
-
-    def __str__(self) -> str:
-        return f"{self.copies} copies of each KV head with {self.group} query heads each"
 
 
 def head_split(q_heads: int, kv_heads: int, devices: int) -> HeadSplit:
     """The least copies that `devices` share evenly."""
     copies = devices // math.gcd(kv_heads, devices)
     return HeadSplit(copies, -(-(q_heads // kv_heads) // copies))
+
+
+def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
+    """What training attention computes more than once on this mesh, as a sentence; none where it is nothing."""
+    devices = ways("heads", mesh)
+    copies, group = head_split(q_heads, kv_heads, devices)
+    if copies == 1:
+        return []
+    computed = copies * group * kv_heads
+    more = "no query head is computed twice" if computed == q_heads else f"{computed} query heads are computed for {q_heads}"
+    return [f"attention over {devices} devices (model x context) copies each of {kv_heads} KV heads {copies} times; {more}"]
 
 
 def deal_out(

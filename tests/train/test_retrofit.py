@@ -138,7 +138,7 @@ def test_another_mesh_resumes_to_the_same_numbers(settings, tmp_path):
     for path in (settings["output"] / "checkpoints").iterdir():
         if path.name == "6":
             _remove(path)
-    assert main([*arguments(settings, "--resume")[:-3], "--mesh", "2x4", "--resume"]) == 0
+    assert main([*arguments(settings, "--resume")[:-3], "--mesh", "2x2x2", "--resume"]) == 0
     whole, moved = trace(tmp_path / "whole"), trace(settings["output"])
     assert whole.keys() == moved.keys()
     for step in whole:
@@ -230,7 +230,9 @@ def test_wrong_input_is_one_line(settings, changes, fragments, tmp_path):
 
 
 def test_wrong_meshes(settings):
-    for mesh, fragment in (("8", "DATAxMODEL"), ("0x8", "at least 1"), ("axb", "DATAxMODEL"), ("3x1", "needs 3 devices")):
+    meshes = {"8": "DATAxMODEL", "0x8": "at least 1", "axb": "DATAxMODEL", "3x1": "needs 3 devices", "2x2x2x1": "xCONTEXT", "2x2x-2": "at least 1",
+              "1x1x5": "length 48 must be a multiple of 5", "2x2x3": "mesh 2x2x3 needs 12 devices"}  # fmt: skip
+    for mesh, fragment in meshes.items():
         refuses([*arguments(settings, batch_size=0)[:-1], mesh], fragment)
 
 

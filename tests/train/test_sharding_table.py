@@ -45,7 +45,9 @@ def test_kv_heads_that_the_devices_do_not_divide(heads, mesh):
 @pytest.mark.parametrize(
     "mode, mesh",
     [pytest.param("adapter", "1x2x4", id="context across processes")]
-    + [pytest.param(mode, mesh, marks=pytest.mark.slow) for mode in MODES for mesh in ("8x1", "2x2x2", "1x8") if (mode, mesh) != ("adapter", "1x2x4")],
+    + [
+        pytest.param(mode, mesh, marks=pytest.mark.slow) for mode in MODES for mesh in ("8x1", "2x2x2", "1x8") if (mode, mesh) != ("adapter", "1x2x4")
+    ],
 )
 def test_two_processes_of_four_devices(mode, mesh, tmp_path):
     with socket.socket() as probe:
