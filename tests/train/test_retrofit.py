@@ -188,6 +188,23 @@ def test_two_processes_equal_one(settings, tmp_path):
     assert printed[0] and not printed[1]  # only the first process reports
 
 
+@pytest.mark.slow
+def test_slurm_says_who_belongs_together(settings, tmp_path):
+    """Two processes of one CPU each, which split every row between them, by what Slurm puts into their environment."""
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    argv = [*command(settings)[:-1], "1x1x2", "--distributed", "auto"]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}  # the id decides about the port
+    tasks = [
+        subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+        for i in range(2)
+    ]
+    errors = [task.communicate(timeout=400)[1].decode() for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    one, two = trace(tmp_path / "one"), trace(settings["output"])
+    for step in one:
+        np.testing.assert_allclose(two[step], one[step], rtol=1e-5, atol=1e-6)
+
+
 def test_damaged_checkpoints_are_skipped_with_a_line(settings, capsys):
     assert main(arguments(settings)) == 0
     checkpoints = settings["output"] / "checkpoints"
@@ -309,6 +326,8 @@ def test_the_command_line_answers_on_one_line():
         (["--mehs", "8x1"], "did you mean --mesh"),
         (["--set", "stesp=3"], "did you mean steps"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--distributed", "auto"], "detects no Slurm, Open MPI, Kubernetes or TPU pod"),
+        (["--distributed", "here"], "HOST:PORT,COUNT,INDEX"),
     ):
         done = run_command_line(*argv)
         assert done.returncode == 2 and fragment in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
