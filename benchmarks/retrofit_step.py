@@ -13,6 +13,7 @@ teacher, and a backward pass through the student, recomputation not counted, ove
 
 import argparse
 import json
+import math
 import statistics
 import time
 from typing import get_args
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     options.arms = [name for name in options.arms.split(",") if name]
     if unknown := [name for name in options.arms if name not in ARMS]:
         raise ConfigError(f"--arms knows {', '.join(ARMS)}; got {unknown[0]!r}")
-    data, model_axis = parse_mesh(options.mesh)
-    start_devices(data * model_axis)
-    mesh = make_mesh(data, model_axis)
+    sizes = parse_mesh(options.mesh)
+    start_devices(math.prod(sizes))
+    mesh, data = make_mesh(*sizes), sizes[0]
     result = {name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation", "remat")}
     from benchmarks.models import provenance
 

@@ -59,9 +59,12 @@ def collectives(compiled_text: str) -> list[Collective]:
         for i in computations[name]:
             if match := _COLLECTIVE.fullmatch(i.opcode):
                 # A TPU runs one collective beside several fusions, each of which names it again: one chain, one channel.
+                kind = match[1]
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):  # how a TPU's compiler writes what is one operation there
+                    kind = "reduce-scatter"
                 chain = re.search(r"channel_id=(\d+).*chain_id=", i.rest)
                 if chain is None or chain[1] not in chains:
-                    found.append(_collective(i, match[1], shape_of, executions, loops, everyone))
+                    found.append(_collective(i, kind, shape_of, executions, loops, everyone))
                 if chain is not None:
                     chains.add(chain[1])
             inner = _called(i)

@@ -42,7 +42,7 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
 def start_devices(num_devices: int, distributed: str = "") -> None:
     """Prepare JAX for `num_devices`, before anything touches it: a CPU simulates as many as are asked for.
 
-    `distributed`: "" for one process; "auto" lets JAX detect Slurm, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX" says it.
+    `distributed`: "" for one process; "auto" lets JAX detect Slurm, Open MPI, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX" says it.
     """
     import jax
 
@@ -55,8 +55,9 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             raise ConfigError(f'--distributed wants "auto" or HOST:PORT,COUNT,INDEX; got {distributed!r}') from None
         if num_devices % processes:
             raise ConfigError(f"{num_devices} devices cannot be shared evenly by {processes} processes")
-    with contextlib.suppress(RuntimeError):  # JAX already runs (a notebook, a test): the mesh checks what there is
-        jax.config.update("jax_num_cpu_devices", num_devices // processes)
+    if distributed != "auto":  # of which JAX knows the number of processes too late: there each has one CPU
+        with contextlib.suppress(RuntimeError):  # JAX already runs (a notebook, a test): the mesh checks what there is
+            jax.config.update("jax_num_cpu_devices", num_devices // processes)
     if distributed:
         try:
             if distributed == "auto":
@@ -64,7 +65,10 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             else:
                 jax.distributed.initialize(address, processes, process)
         except (RuntimeError, ValueError) as why:
-            raise ConfigError(f"--distributed {distributed}: {str(why).splitlines()[0]}") from why
+            reason = str(why).splitlines()[0]
+            if "should be defined" in reason:  # JAX asks for what it did not detect
+                reason = "JAX detects no Slurm, Open MPI, Kubernetes or TPU pod here; say HOST:PORT,COUNT,INDEX"
+            raise ConfigError(f"--distributed {distributed}: {reason}") from why
     try:
         on_cpu = jax.default_backend() == "cpu"
     except RuntimeError as why:  # e.g. JAX_PLATFORMS names a backend that is not installed

@@ -88,7 +88,13 @@ def test_what_a_program_calls_is_counted_and_a_collective_spread_over_fusions_on
   %x = f32[8] parameter(0)
   ROOT %r = f32[8] all-reduce(%x), to_apply=%add
 }
+%all-reduce-scatter.3.clone (x: f32[8]) -> f32[1] {
+  %x = f32[8] parameter(0)
+  %rs = f32[8] all-reduce(%x), to_apply=%add
+  ROOT %r = f32[1] dynamic-slice(%rs, %zero), dynamic_slice_sizes={1}
+}
 ENTRY %main (p: f32[8], b: s32[]) -> f32[64] {
+  %t = f32[1] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3.clone
   %p = f32[8] parameter(0)
   %b = s32[] parameter(1)
   %a1 = f32[64] fusion(%p), kind=kLoop, calls=%f1
@@ -99,7 +105,8 @@ ENTRY %main (p: f32[8], b: s32[]) -> f32[64] {
 }
 """
     )
-    assert sorted(got) == ["g1", "g3", "r"] and got["r"].group_size == 8
+    assert sorted(got) == ["g1", "g3", "r", "rs"] and got["r"].group_size == 8
+    assert got["r"].kind == "all-reduce" and got["rs"].kind == "reduce-scatter"
 
 
 def test_what_is_no_program_is_refused():

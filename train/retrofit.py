@@ -2,6 +2,7 @@
 
     python -m train.retrofit                                   # embedded default: SmolLM2-135M on Wikipedia and the Python docs
     python -m train.retrofit --mesh 8x1                        # the same on 8 devices (simulated on a CPU)
+    python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows: data x model x context, the context axis splits each row
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
     python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
 
@@ -10,6 +11,7 @@ OUTPUT receives metrics.jsonl, checkpoints/, report.json, two plots and export/,
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 
 from dms_jax.command import Parser, run_command, start_devices
@@ -23,12 +25,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, epilog=f"keys of --config and --set, with their defaults:\n{keys_help()}",
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)  # fmt: skip
     parser.add_argument("--config", metavar="F.yaml", help="a file of keys")
-    parser.add_argument("--mesh", metavar="AxB", help="data x model devices, e.g. 8x1; a CPU simulates them")
+    parser.add_argument("--mesh", metavar="AxB[xC]", help="data x model (x context) devices, e.g. 8x1; 2x2x2 splits each row's length over 2; "
+                        "a CPU simulates them")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help="override one key; repeat for more")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
     parser.add_argument("--accept-changes", action="store_true", help="with --resume: go on although keys differ from the saved run's")
     parser.add_argument("--dry-run", action="store_true", help="print shapes, shardings, schedule and memory; train nothing, write nothing")
-    parser.add_argument("--distributed", default="", metavar="auto|HOST:PORT,COUNT,INDEX", help="several processes form one mesh")
+    parser.add_argument("--distributed", default="", metavar="auto|HOST:PORT,COUNT,INDEX",
+                        help="several processes form one mesh; auto: as Slurm, Kubernetes or a TPU pod says")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -59,11 +63,14 @@ def choose_devices(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
         start_devices(1, distributed)
         import jax
 
-        data = jax.device_count()
-        config = dataclasses.replace(config, mesh=f"{data}x1")
+        sizes = jax.device_count(), 1
+        config = dataclasses.replace(config, mesh="x".join(map(str, sizes)))
     else:
-        data, model = parse_mesh(config.mesh)
-        start_devices(data * model, distributed)
+        sizes = parse_mesh(config.mesh)
+        if config.length % (context := math.prod(sizes[2:])):
+            raise ConfigError(f"length {config.length} must be a multiple of {context}: mesh {config.mesh} splits each row into as many parts")
+        start_devices(math.prod(sizes), distributed)
+    data = sizes[0]
     least = data * config.accumulate
     if config.batch_size % least:
         why = f"{data} data-parallel devices x {config.accumulate} micro-batches"

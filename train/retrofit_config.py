@@ -63,7 +63,7 @@ class RetrofitConfig:
     batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
     accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
     seed: int = 0
-    mesh: str = "auto"  # data (batch and fully sharded parameters) x model (KV heads); auto: all accelerators, or the CPU as one
+    mesh: str = "auto"  # data (batch, fully sharded parameters) x model (KV heads) [x context (length of rows)]; auto: all accelerators as data
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
     remat: Literal["auto", "full", "matmuls", "none"] = "auto"  # recomputed backwards: auto (CPU: matmuls, else full) | layers | no product | nothing
     implementation: ImplementationName = "auto"  # of attention; auto: the fastest that was measured on the device

@@ -47,7 +47,8 @@ class Run:
 
         import dms_jax
         from dms_jax.hf.folder import open_source, resolve
-        from dms_jax.sharding import LOGICAL_TO_MESH, replicated_axes
+        from dms_jax.kernels.head_split import uneven_heads
+        from dms_jax.sharding import replicated_axes
         from train import default_assets
         from train.watch import target_advice
 
@@ -71,8 +72,8 @@ class Run:
         model = dms_jax.load(path, dtype=master, mesh=self.mesh, dms=dms, implementation=c.implementation)
         self.compute_dtype = dtype
         sizes = {"batch": c.batch_size, "kv_heads": base.num_kv_heads, "q_heads": base.num_q_heads, "embed": base.hidden_size,
-                 "mlp": base.intermediate_size, "vocab": base.vocab_size}  # fmt: skip
-        for sentence in replicated_axes({k: v for k, v in sizes.items() if LOGICAL_TO_MESH[k]}, self.mesh):
+                 "mlp": base.intermediate_size, "vocab": base.vocab_size, "sequence": c.length}  # fmt: skip
+        for sentence in (*replicated_axes(sizes, self.mesh), *uneven_heads(base.num_q_heads, base.num_kv_heads, self.mesh)):
             self._say(f"note: {sentence}")
         if (advice := target_advice(c.length, dms)) is not None:
             self._say(f"warning: {advice}")

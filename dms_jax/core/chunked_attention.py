@@ -25,6 +25,11 @@ BLOCK = {"cpu": 128}  # by platform: scores of a block stay in a CPU core's cach
 DEFAULT_BLOCK = 512
 
 
+def block_size(length: int) -> int:
+    """Queries, and keys, of a block of rows of `length`."""
+    return min(BLOCK.get(target_device()[0], DEFAULT_BLOCK), length)
+
+
 @typed
 def gated_attention(
     q: Float[Array, "B T N H"],
@@ -40,7 +45,7 @@ def gated_attention(
 
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32; gradients reach q, k, v and it.
     """
-    block = min(block or BLOCK.get(target_device()[0], DEFAULT_BLOCK), q.shape[1])
+    block = block or block_size(q.shape[1])
     return with_heads_folded(partial(attend_in_blocks, window_size=window_size, block=block), block, q, k, v, log_keep, segment_ids)
 
 

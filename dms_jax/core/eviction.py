@@ -54,8 +54,8 @@ def straight_through(z: Float[Array, "*A"]) -> Float[Array, "*A"]:
 
 @typed
 def align_to_pairs(
-    decision: Float[Array, "B K T"] | Bool[Array, "B K T"], shift: int, undecided: float | bool
-) -> Float[Array, "B K T"] | Bool[Array, "B K T"]:
+    decision: Float[Array, "*A T"] | Bool[Array, "*A T"], shift: int, undecided: float | bool
+) -> Float[Array, "*A T"] | Bool[Array, "*A T"]:
     """THE decision shift: entry t becomes the decision about pair t. With shift 1 token t+1 decides pair t and the last
     pair is still `undecided`; with shift 0 a token decides about itself."""
     if shift == 0:
@@ -83,7 +83,6 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
 def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
     """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
     length = evict.shape[-1]
-    flat = evict.reshape(1, -1, length)
-    marked = align_to_pairs(flat, decision_shift, False).reshape(evict.shape)
+    marked = align_to_pairs(evict, decision_shift, False)
     recent = jnp.arange(length) >= length - 1 - window_size
     return jnp.sum(~marked | recent, axis=-1)

@@ -2,8 +2,12 @@
 
 `distill_sum` works from hidden states in chunks of tokens, so neither pass holds a [B, T, V] array: the forward pass already
 forms the gradient of each chunk (softmaxes are at hand there), and the backward pass only scales it.
+
+Under a mesh all devices walk through their own parts of rows at once. Those of the model axis share the vocabulary: they exchange a chunk's
+hidden states and the gradient of these. The output embedding is gathered over the other axes once, not for each chunk.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
 from dms_jax.axes import EXACT, Array, typed
+from dms_jax.sharding import constrain, fold_length, unfold_length, ways
 
-CHUNK = 256  # tokens of a row whose logits exist at a time
+CHUNK = 256  # tokens of a row (under a mesh: of each device's part of it) whose logits exist at a time
 ORDERS = ("student_teacher", "teacher_student")
 
 
@@ -92,8 +97,15 @@ def _from_chunks(x: Array, length: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(b, n * chunk, *x.shape[3:])[:, :length]
 
 
+def _whole(embedding: Array) -> Array:
+    """The output embedding [V D] as a loop over chunks needs it: each device has all channels of its part of the vocabulary."""
+    return constrain(embedding, "vocab", None)
+
+
 def _logits(hidden: Array, embedding: Array) -> Array:
-    return jnp.einsum("bcd,vd->bcv", hidden, embedding, preferred_element_type=jnp.float32)
+    """fp32 [rows chunk V] of what `_in_chunks` cut."""
+    logits = jnp.einsum("bcd,vd->bcv", constrain(hidden, "rows", None, None), embedding, preferred_element_type=jnp.float32)
+    return constrain(logits, "rows", None, "vocab")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -114,7 +126,12 @@ def distill_sum(
 
 
 def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
+    rows = len(student)
+    student, teacher, weight = (fold_length(x) for x in (student, teacher, weight))
+    student_embedding, teacher_embedding = _whole(student_embedding), _whole(teacher_embedding)
     chunk = min(chunk, student.shape[1])
+    # Each device adds up its own part of the embedding's gradient; they are added to each other once, at the end.
+    parts = math.gcd(ways("rows"), len(student))
 
     def body(carry, inputs):
         total, d_embedding = carry
@@ -129,16 +146,21 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
             else:
                 soft_t = _softmax(t)
                 d_logits = soft.weight / soft.total - soft_t.weight / soft_t.total
-            d_logits = (d_logits * w[..., None]).astype(hidden.dtype)
+            d_logits = constrain((d_logits * w[..., None]).astype(hidden.dtype), "rows", None, "vocab")
             d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
+            d_hidden = constrain(d_hidden, "pieces", None, None)
             if grad_embedding:
-                d_embedding += jnp.einsum("bcv,bcd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+                split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
+                part = jnp.einsum("pbcv,pbcd->pvd", split(d_logits), split(constrain(hidden, "rows", None, None)), preferred_element_type=jnp.float32)
+                d_embedding += constrain(part, "rows", "vocab", None)
         return (total + jnp.sum(kl * w), d_embedding), d_hidden
 
-    start = jnp.zeros((), jnp.float32), jnp.zeros(student_embedding.shape, jnp.float32) if grad_embedding else None
+    zero = constrain(jnp.zeros((parts, *student_embedding.shape), jnp.float32), "rows", "vocab", None) if grad_embedding else None
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, weight))
-    (total, d_embedding), d_hidden = jax.lax.scan(body, start, chunks)
-    return total, None if d_hidden is None else _from_chunks(d_hidden, student.shape[1]), d_embedding
+    (total, d_embedding), d_hidden = jax.lax.scan(body, (jnp.zeros((), jnp.float32), zero), chunks)
+    if d_embedding is not None:
+        d_embedding = constrain(d_embedding.sum(0), "vocab", "embed")
+    return total, None if d_hidden is None else unfold_length(_from_chunks(d_hidden, student.shape[1]), rows), d_embedding
 
 
 def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight, order, chunk):
@@ -183,13 +205,18 @@ def token_metrics(
     chunk: int = CHUNK,
 ) -> TokenMetrics:
     """How far two models are apart at every token, in chunks."""
+    rows = len(student)
+    student, teacher, next_tokens = (fold_length(x) for x in (student, teacher, next_tokens))
+    student_embedding, teacher_embedding = _whole(student_embedding), _whole(teacher_embedding)
     chunk = min(chunk, student.shape[1])
 
     def one(inputs):
         hidden, teacher_hidden, target = inputs
         s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
-        student_nll, teacher_nll = ((_normaliser(x) - jnp.take_along_axis(x, target[..., None], axis=-1))[..., 0] for x in (s, t))
+        # As a sum: looking up one entry would gather the logits of all devices that share the vocabulary.
+        at_target = jnp.arange(s.shape[-1]) == target[..., None]
+        student_nll, teacher_nll = (_normaliser(x)[..., 0] - jnp.sum(jnp.where(at_target, x, 0.0), -1) for x in (s, t))
         return TokenMetrics(_kl(t, s), _kl(s, t), student_nll, teacher_nll, s.argmax(-1) == t.argmax(-1))
 
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, next_tokens))
-    return TokenMetrics(*(_from_chunks(x, student.shape[1]) for x in jax.lax.map(one, chunks)))
+    return TokenMetrics(*(unfold_length(_from_chunks(x, student.shape[1]), rows) for x in jax.lax.map(one, chunks)))

@@ -25,6 +25,7 @@ from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_u
 from dms_jax.core.visibility import expiry_of
 from dms_jax.kernels.block_sizes import Blocks, TrainBlocks
 from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
+from dms_jax.kernels.head_split import collect, deal_out
 from dms_jax.sharding import spec
 
 SLOTS = "batch kv_heads ."  # one number for each slot or pair
@@ -51,16 +52,18 @@ def gated_attention(
     """
     name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret, blocks)
     if name == XLA:
-        return chunked_attention.gated_attention(q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids)
-    attend = _kernel("train_attention", "attend", name)
-    assert isinstance(blocks, TrainBlocks)
-    blocks = blocks.fit(q.shape[1])
-    rows = "batch kv_heads . . ."
-    run = _per_device(
-        partial(attend, window_size=window_size, blocks=blocks, interpret=interpret),
-        (q.shape[0], k.shape[2]), [rows, VECTORS, VECTORS, SLOTS, "batch ."], rows,
-    )  # fmt: skip
-    return chunked_attention.with_heads_folded(run, math.lcm(blocks.q, blocks.k), q, k, v, log_keep, segment_ids)
+        multiple = chunked_attention.block_size(q.shape[1])
+        attend = partial(chunked_attention.attend_in_blocks, window_size=window_size, block=multiple)
+    else:
+        assert isinstance(blocks, TrainBlocks)
+        blocks = blocks.fit(q.shape[1])
+        attend = partial(_kernel("train_attention", "attend", name), window_size=window_size, blocks=blocks, interpret=interpret)
+        multiple = math.lcm(blocks.q, blocks.k)
+    n, kv_heads = q.shape[2], k.shape[2]
+    q, k, v, log_keep = deal_out(q, k, v, log_keep)
+    rows = "batch heads . . ."
+    run = _per_device(attend, (q.shape[0], k.shape[2]), [rows, "batch heads . .", "batch heads . .", "batch heads .", "batch ."], rows)
+    return collect(chunked_attention.with_heads_folded(run, multiple, q, k, v, log_keep, segment_ids), n, kv_heads)
 
 
 def extend_layer(
@@ -223,12 +226,13 @@ def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: An
     """`f` on each device's rows and KV heads, of which there are `sizes`, where a mesh is set. An axis that its mesh axis does not divide
     is not split.
 
-    Axes are words, "." for one that is never split; those of the results in the form in which `f` returns them.
+    Axes are words, "." for one that is never split, "heads" for KV heads over model and context together; those of the results in the
+    form in which `f` returns them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:  # manual: each device runs this for itself already
         return f
-    size_of = {".": 0} | dict(zip(("batch", "kv_heads"), sizes, strict=True))
+    size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1]}
 
     def of(axes: str):
         names = axes.split()

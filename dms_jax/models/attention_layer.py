@@ -19,7 +19,7 @@ from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
-from dms_jax.sharding import constrain
+from dms_jax.sharding import constrain, reshard, to_split, ways
 
 # Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
 Gate = Callable[[Float[Array, "B K T"]], tuple[Float[Array, "B K T"], Array]]
@@ -85,11 +85,11 @@ class AttentionLayer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Array]:
         """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
-        q, k, v, logits = self.heads(x, normed, channel, position, frequency)
-        log_keep, decision = gate(logits)
+        q, k, v, logits = self.heads(x, normed, channel, position, frequency, "sequence")
+        # Whole rows of some heads, as in attention, or of all: what a token decides about its neighbour stays on one device.
+        log_keep, decision = gate(constrain(logits, "batch", "heads" if logits.shape[1] % ways("heads") == 0 else None, None))
         out = gated_attention(
-            q, k, v, constrain(log_keep, "batch", "kv_heads", "length"), window_size=window_size, segment_ids=segment_ids,
-            implementation=self.config.implementation,
+            q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids, implementation=self.config.implementation
         )  # fmt: skip
         return self.output(out), decision
 
@@ -143,16 +143,22 @@ class AttentionLayer(nnx.Module):
         return self.output(attend_to_slots(q, cache, chunk.position, None, implementation=implementation)), cache
 
     def heads(
-        self, x: Float[Array, "B T D"], normed: Float[Array, "B T D"], channel: ChannelScale, position: Array, frequency: Array
+        self,
+        x: Float[Array, "B T D"],
+        normed: Float[Array, "B T D"],
+        channel: ChannelScale,
+        position: Array,
+        frequency: Array,
+        length: str | None = None,
     ) -> tuple[Array, Array, Array, Array]:
-        """Queries [B T N H] and keys [B T K H] after RoPE, values [B T K H], evict logits [B K T]."""
-        q, k, v = self.project(normed, channel)
-        logits = self.evict_logits(x, q)
+        """Queries [B T N H] and keys [B T K H] after RoPE, values [B T K H], evict logits [B K T]. `length` is the logical axis of T."""
+        q, k, v = self.project(normed, channel, length)
+        logits = self.evict_logits(x, q, length)
         q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)
         return (
-            constrain(q, "batch", "length", "q_heads", "head_dim"),
-            constrain(rope(k, position, frequency), "batch", "length", "kv_heads", "head_dim"),
-            constrain(v, "batch", "length", "kv_heads", "head_dim"),
+            constrain(q, "batch", length, "q_heads", "head_dim"),
+            constrain(rope(k, position, frequency), "batch", length, "kv_heads", "head_dim"),
+            constrain(v, "batch", length, "kv_heads", "head_dim"),
             logits,
         )
 
@@ -161,9 +167,12 @@ class AttentionLayer(nnx.Module):
         out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
         return out + self.o_bias[...] if self.config.o_bias else out
 
-    def project(self, normed: Float[Array, "B T D"], channel: ChannelScale) -> tuple[Array, Array, Array]:
+    def project(self, normed: Float[Array, "B T D"], channel: ChannelScale, length: str | None = None) -> tuple[Array, Array, Array]:
         """Queries [B T N H], keys and values [B T K H] before RoPE."""
-        q, k, v = (jnp.einsum("btd,dnh->btnh", normed, w[...]) for w in (self.q, self.k, self.v))
+        for_q, for_kv = normed, normed
+        if length is not None:
+            for_q, for_kv = (to_split(normed, axis, w[...].shape[1]) for axis, w in (("q_heads", self.q), ("kv_heads", self.k)))
+        q, k, v = (jnp.einsum("btd,dnh->btnh", rows, w[...]) for rows, w in ((for_q, self.q), (for_kv, self.k), (for_kv, self.v)))
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = self._scale_borrowed(q, channel.before_norm)
@@ -171,9 +180,9 @@ class AttentionLayer(nnx.Module):
             q, k = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps), rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def evict_logits(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
+    def evict_logits(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"], length: str | None = None) -> Float[Array, "B K T"]:
         """Each token's own decision score, fp32, > 0 evicts: read from the residual stream before the input norm
-        (projection) or from the borrowed channel after the query norm and before RoPE."""
+        (projection) or from the borrowed channel after the query norm and before RoPE. `length` is the logical axis of T."""
         dms = self.config.dms
         if dms is None:
             return jnp.zeros((x.shape[0], self.config.num_kv_heads, x.shape[1]), jnp.float32)
@@ -181,7 +190,12 @@ class AttentionLayer(nnx.Module):
             raw = q[:, :, :: self.config.group_size, -1]
         else:
             # The norm's weight multiplies the projection, not every token: the same product, and a cheaper gradient.
-            raw = unit_rms(x, self.config.rms_norm_eps) @ (self.evict_norm[...][:, None] * self.evict_proj[...])
+            weights = self.evict_norm[...][:, None] * self.evict_proj[...]
+            if length is not None:  # all heads of a device's own tokens: logits are smaller than the stream they are read from
+                weights = reshard(weights, (None, None), (None, "kv_heads"))
+            raw = unit_rms(x, self.config.rms_norm_eps) @ weights
+            if length is not None:
+                raw = constrain(raw, "batch", length, None)
             if self.config.o_bias:
                 raw = raw + self.evict_bias[...]
         return eviction.evict_logits(raw.transpose(0, 2, 1), dms.evict_logit_scale, dms.evict_logit_bias)

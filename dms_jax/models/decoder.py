@@ -21,7 +21,7 @@ from dms_jax.core.visibility import MASKED
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Chunk, Gate, channel_scale, keep_all
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
 from dms_jax.policies.cache_policy import CachePolicy
-from dms_jax.sharding import constrain
+from dms_jax.sharding import constrain, reshard
 
 # What of a layer the backward pass finds saved; all else it computes again.
 REMAT = {
@@ -43,19 +43,20 @@ class Block(nnx.Module):
     def __call__(
         self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, position: Array, frequency: Array, segment_ids: Array | None
     ) -> tuple[Array, Array]:
-        return self._around(x, lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids))
+        """Between the products the residual stream is split over all devices that share a row."""
+        return self._around(x, lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids), "sequence")
 
     def extend(
         self, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
     ) -> tuple[Array, LayerCache]:
         """The block for a chunk that continues the rows of a cache."""
-        return self._around(x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency))
+        return self._around(x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency), None)
 
-    def _around(self, x: Array, attention: Callable[[Array], tuple[Array, Any]]) -> tuple[Array, Any]:
+    def _around(self, x: Array, attention: Callable[[Array], tuple[Array, Any]], length: str | None) -> tuple[Array, Any]:
         out, extra = attention(rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps))
-        x = constrain(x + out, "batch", "length", None)
-        x = x + self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
-        return constrain(x, "batch", "length", None), extra
+        x = x + constrain(out, "batch", length, None)
+        out = self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), length)
+        return x + constrain(out, "batch", length, None), extra
 
 
 class Decoder(nnx.Module):
@@ -166,18 +167,30 @@ class Decoder(nnx.Module):
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:
             raise ValueError(f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}")
+        if segment_ids is not None:
+            segment_ids = constrain(segment_ids, "batch", None)  # a few bytes a token: attention and positions need whole rows of them
         frequency, position = rope_frequencies(self.config), positions(tokens.shape[1], segment_ids)
         graph, weights = nnx.split(self.layers)
 
         def block(x, layer):
             layer_weights, layer_input = layer
-            return nnx.merge(graph, layer_weights)(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
+            return nnx.merge(graph, _gathered(layer_weights))(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
 
         if remat != "none":
             block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
-        x = constrain(self.embed[...][tokens], "batch", "length", None)
+        x = constrain(self.embed[...][tokens], "batch", "sequence", None)
         x, decisions = jax.lax.scan(block, x, (weights, jax.tree.map(jnp.asarray, per_layer)))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), decisions
+
+
+def _gathered(weights: nnx.State) -> nnx.State:
+    """One layer's weights, fully sharded, as its products need them; their gradients go back summed to where the weights are."""
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        axes = variable.get_metadata("axes")[1:]
+        return variable.replace(reshard(variable.get_value(), tuple(None if axis == "embed" else axis for axis in axes), axes))
+
+    return jax.tree.map(gather, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def _hard_log_keep(marked: Bool[Array, "*A"]) -> Float[Array, "*A"]:

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import EXACT, Array, typed
 from dms_jax.config import ModelConfig
+from dms_jax.sharding import constrain, to_split
 
 
 class EvictParam(nnx.Param):
@@ -86,9 +87,14 @@ class MLP(nnx.Module):
             self.down_bias = param("layers", "embed", fill=0.0)
         self.biased = config.mlp_bias
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], length: str | None = None) -> Float[Array, "B T D"]:
+        """`length` is the logical axis of T."""
+        if length is not None:
+            x = to_split(x, "mlp", self.gate[...].shape[1])
         gate, up = x @ self.gate[...], x @ self.up[...]
         if self.biased:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
+        if length is not None:  # or the gradient of their product is split by length, and exchanged before and after
+            gate, up = constrain(gate, "batch", length, "mlp"), constrain(up, "batch", length, "mlp")
         out = (jax.nn.silu(gate) * up) @ self.down[...]
         return out + self.down_bias[...] if self.biased else out

@@ -102,7 +102,7 @@ def test_another_mesh_resumes_to_the_same_numbers(settings, tmp_path):
     for path in (settings["output"] / "checkpoints").iterdir():
         if path.name == "6":
             remove(path)
-    assert main([*arguments(settings, "--resume")[:-3], "--mesh", "2x4", "--resume"]) == 0
+    assert main([*arguments(settings, "--resume")[:-3], "--mesh", "2x2x2", "--resume"]) == 0
     whole, moved = trace(tmp_path / "whole"), trace(settings["output"])
     assert whole.keys() == moved.keys()
     for step in whole:
@@ -144,6 +144,23 @@ def test_two_processes_equal_one(settings, tmp_path):
     # The threads of Gloo write into each other's lines, so that the start of one may be missing.
     printed = [[line for line in out.splitlines() if line and "[Gloo]" not in line and "peer ranks" not in line] for out, _ in outputs]
     assert printed[0] and not printed[1]  # only the first process reports
+
+
+@pytest.mark.slow
+def test_slurm_says_who_belongs_together(settings, tmp_path):
+    """Two processes of one CPU each, which split every row between them, by what Slurm puts into their environment."""
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    argv = [*command(settings)[:-1], "1x1x2", "--distributed", "auto"]
+    slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}  # the id decides about the port
+    tasks = [
+        subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | slurm | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+        for i in range(2)
+    ]
+    errors = [task.communicate(timeout=400)[1].decode() for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    one, two = trace(tmp_path / "one"), trace(settings["output"])
+    for step in one:
+        np.testing.assert_allclose(two[step], one[step], rtol=1e-5, atol=1e-6)
 
 
 def test_damaged_checkpoints_are_skipped_with_a_line(settings, capsys):
@@ -191,7 +208,9 @@ def test_wrong_input_is_one_line(settings, changes, fragments, tmp_path):
 
 
 def test_wrong_meshes(settings):
-    for mesh, fragment in (("8", "DATAxMODEL"), ("0x8", "at least 1"), ("axb", "DATAxMODEL"), ("3x1", "needs 3 devices")):
+    meshes = {"8": "DATAxMODEL", "0x8": "at least 1", "axb": "DATAxMODEL", "3x1": "needs 3 devices", "2x2x2x1": "xCONTEXT", "2x2x-2": "at least 1",
+              "1x1x5": "length 48 must be a multiple of 5", "2x2x3": "mesh 2x2x3 needs 12 devices"}  # fmt: skip
+    for mesh, fragment in meshes.items():
         refuses([*arguments(settings, batch_size=0)[:-1], mesh], fragment)
 
 
@@ -268,6 +287,8 @@ def test_the_command_line_answers_on_one_line():
         (["--mehs", "8x1"], "did you mean --mesh"),
         (["--set", "stesp=3"], "did you mean steps"),
         (["--config", "none.yaml"], "none.yaml"),
+        (["--distributed", "auto"], "detects no Slurm, Open MPI, Kubernetes or TPU pod"),
+        (["--distributed", "here"], "HOST:PORT,COUNT,INDEX"),
     ):
         done = run_command_line(*argv)
         assert done.returncode == 2 and fragment in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
