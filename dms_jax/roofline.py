@@ -113,18 +113,20 @@ def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> floa
 EXCHANGED = (
     "all-gather: each layer's bf16 weights for 2 forward passes and backward and the output embedding once for each model, x (n - 1) / n over the n "
     "devices that share them, once a micro-batch; 8 times the residual stream of a layer over the m of the model axis. reduce-scatter: gradients "
-    "of what trains (bf16, the embedding's fp32); 7 times the residual stream"
+    "of what trains (bf16, the embedding's fp32); 7 times the residual stream. all-to-all: 4 times queries, keys, values and outputs over the context axis"
 )
 
 
 def exchanged_bytes(config: ModelConfig, split: Split, tokens: float, accumulate: int, mode: str) -> dict[str, float]:
     """What a device sends in a step of `tokens` tokens, by kind of collective, without a compiled program: EXCHANGED."""
-    n, m = split.data * split.context, split.model
+    n, m, c = split.shards, split.model, split.context
     output = config.vocab_size * config.hidden_size / m
     layers = matmul_parameters(config) / m - output
-    share = 2.0 * accumulate * (n - 1) / n
-    stream = 2.0 * config.num_layers * config.hidden_size * tokens / n * (m - 1) / m
+    heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    share, token_layers = 2.0 * accumulate * (n - 1) / n, 2.0 * config.num_layers * tokens / n
+    stream, attention = token_layers * config.hidden_size * (m - 1) / m, token_layers * heads / m * (c - 1) / c
     gathered, scattered = share * (3 * layers + output) + 8 * stream, 7 * stream
     if mode != "adapter":
         gathered, scattered = gathered + share * output, scattered + share * (layers + 2 * output)
-    return {"all-gather": gathered, "reduce-scatter": scattered}
+    found = {"all-gather": gathered, "reduce-scatter": scattered, "all-to-all": 4 * attention}
+    return {kind: size for kind, size in found.items() if size}

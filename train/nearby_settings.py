@@ -54,17 +54,16 @@ def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
     while shorter.length > SHORTEST:
         shorter = dataclasses.replace(shorter, length=max(SHORTEST, shorter.length // 2))
         yield said(length=str(shorter.length)), shorter
-    bigger = current
-    while (hardware := larger(bigger.hardware)) is not None:
-        factor = hardware.count // bigger.hardware.count
-        data, model, *context = bigger.mesh
-        mesh = (data * factor, model, *context)
-        # As many rows of a step as before where they suffice: then fewer micro-batches.
-        accumulate = max(1, bigger.accumulate // factor)
-        batch = bigger.batch if bigger.batch % (data * factor * accumulate) == 0 else data * factor * accumulate
-        bigger = dataclasses.replace(bigger, hardware=hardware, mesh=mesh, accumulate=accumulate, batch=batch)
-        more = {"hardware": hardware.name, "mesh": bigger.described["mesh"]} | ({"batch": str(batch)} if batch != setting.batch else {})
-        yield said(**more, accumulate=str(accumulate)), bigger
+    while (hardware := larger(current.hardware)) is not None:
+        factor = hardware.count // current.hardware.count
+        current = dataclasses.replace(current, hardware=hardware)
+        for mesh in _enlarged(current.mesh, factor):
+            # As many rows a step as before, all devices busy.
+            if current.batch % mesh[0] == 0:
+                accumulate = max(1, current.accumulate // factor) if mesh[0] != current.mesh[0] else current.accumulate
+                bigger = dataclasses.replace(current, mesh=mesh, accumulate=accumulate)
+                yield said(hardware=hardware.name, mesh=bigger.described["mesh"], accumulate=str(accumulate)), bigger
+        current = dataclasses.replace(current, mesh=mesh)
 
 
 def _other_meshes(setting: Setting, said: Callable[..., str]) -> Iterator[tuple[str, Setting]]:

@@ -16,7 +16,7 @@ import json
 import math
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig
@@ -104,8 +104,8 @@ def retrofit_plan(options: argparse.Namespace, config: ModelConfig, hardware: "H
     why_analytic = "--analytic was given" if options.analytic else None if hardware.kind == "cpu" else missing_compiler(options.hardware)
     analytic = why_analytic is not None
     say(f"{'estimating' if analytic else 'compiling'} a step for {hardware.name}")
-    plan = planned(setting, analytic)
-    plan = {"model": options.model, "hardware": hardware.name, "devices": hardware.count, **setting.described, **plan}
+    found = planned(setting, analytic)
+    plan: dict[str, Any] = {"model": options.model, "hardware": hardware.name, "devices": hardware.count, **setting.described, **found}
     if why_analytic is not None:
         plan["not_compiled"] = f"{hardware.name}: {why_analytic}"
     add_hours(plan, options.steps_per_cr)

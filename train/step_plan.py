@@ -26,8 +26,8 @@ from train.step import Retrofit, StepConfig
 
 FORMULAS = {
     "fits": "bytes_per_device.total <= memory_per_device",
-    "bytes_per_device.total": "compiled: arguments + outputs - aliased + temporary, of which weights are arguments less optimizer, and activations and "
-    "logits are estimates; else the sum",
+    "bytes_per_device.total": "compiled: arguments + outputs - aliased + temporary (weights: arguments less optimizer; activations and logits: "
+    "estimates of their part of temporary); else the sum",
     "flops_per_step": "tokens x (2 forward passes, 2 P + 2 L N H T each, and backward: 2 P, or 4 P where all weights train, + 5 L N H T)",
     "flops_executed_per_step": "flops_per_step and what remat computes again",
     "bytes_per_step": "devices x bf16 weights x passes, and what each token reads and writes between the products",
@@ -80,7 +80,7 @@ class Setting:
         return None
 
 
-def devices_of(setting: Setting, analytic: bool) -> Mesh | AbstractMesh:
+def devices_of(setting: Setting, analytic: bool) -> Mesh:
     """The mesh to plan on: of this machine's devices, of those of the target, or (`analytic`) of none, which is enough to count shards.
 
     Raises ConfigError when it is of another size than the hardware.
@@ -89,11 +89,12 @@ def devices_of(setting: Setting, analytic: bool) -> Mesh | AbstractMesh:
     if setting.hardware.kind == "cpu":
         return make_mesh(*setting.mesh)
     if analytic:
+        # pyrefly: ignore[bad-return]  # counting shards asks no more of a mesh
         return AbstractMesh(setting.mesh, axes, axis_types=(AxisType.Auto,) * len(axes))
     return target_mesh(setting.hardware.name, setting.mesh, axes)
 
 
-def abstract_retrofit(setting: Setting, mesh: Mesh | AbstractMesh, make: Any = abstract_model) -> Retrofit:
+def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> Retrofit:
     """The run's functions on models of shapes; with `make` that of other models, e.g. random ones."""
     dtype = jnp.float32 if setting.hardware.platform == "cpu" else jnp.bfloat16
     ramp = 1 if setting.mode == "borrowed" else 0
@@ -167,13 +168,10 @@ def _estimated_exchange(setting: Setting) -> dict[str, float]:
 def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
     """Bytes of a device by kind; weights and optimizer are those of the shards."""
     trainable = _shard_bytes(retrofit.state.trainable)
-    return memory_estimate.Held(
-        weights=trainable + _shard_bytes(retrofit.frozen),
-        optimizer=_shard_bytes(retrofit.state.opt_state),
-        activations=memory_estimate.activations(setting.config, setting.split, setting.rows, setting.length, setting.remat),
-        logits=memory_estimate.logits(setting.config, setting.split, setting.rows, setting.mode),
-        temporary=memory_estimate.temporary(setting.config, setting.split, setting.rows, setting.length, trainable),
-    )
+    shape = memory_estimate.Shape(setting.split, setting.rows, setting.length, setting.mode, setting.remat, setting.hardware.platform,
+                                  setting.accumulate > 1)  # fmt: skip
+    weights, optimizer = trainable + _shard_bytes(retrofit.frozen), _shard_bytes(retrofit.state.opt_state)
+    return memory_estimate.held(setting.config, shape, weights, optimizer, trainable)
 
 
 def _shard_bytes(shapes: Any) -> float:
