@@ -9,15 +9,30 @@ from typing import NamedTuple
 from dms_jax.config import ModelConfig
 
 CHUNK = 256  # tokens whose logits exist at a time: core.losses
-LAYER = {"tpu": 1.75}  # by platform: numbers held within a layer, relative to a GPU; a TPU pads heads of 64 to 128 and reuses less
+
+
+class Fitted(NamedTuple):
+    """What differs between the compilers."""
+
+    number: float = 2.0  # bytes of a weight or activation: bf16, on a CPU fp32
+    logits: float = 3.0  # fp32 logits of a chunk that exist at once
+    embedding_gradients: float = 2.0  # fp32, where all weights train
+    kept: float = 1.0  # of `activations`
+    layer: float = 1.0  # of what exists within a layer
+    both: float = 0.0  # of the lesser of the two moments that is still there in the other
+
+
+# A TPU's compiler counts its whole heap with the holes in it: more than is in use at any time.
+PLATFORMS = {"gpu": Fitted(), "tpu": Fitted(embedding_gradients=1.0, kept=1.5, layer=0.75, both=0.75), "cpu": Fitted(number=4.0, logits=4.0)}
 FORMULAS = {
     "weights": "shards of the parameters: bf16 frozen ones, fp32 those that train",
     "optimizer": "two fp32 moments of what trains, in shards",
-    "activations": "2 bytes x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
-    "none: 9 D + 2 (N + K) H + 5 F), over the model axis",
-    "logits": "output embeddings gathered over data and context; 3 fp32 logits of 256 tokens a row and 3 hidden states; where all weights train "
-    "also their bf16 shards and two fp32 gradients of the embedding",
-    "temporary": "what backward of a layer needs beyond that: its gathered weights twice, 2 (3 F + 5 D) bytes a token (TPU: x 1.75), fp32 gradients",
+    "activations": "2 bytes (CPU: 4, also below) x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
+    "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.5",
+    "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens a row and 3 hidden states; where all weights "
+    "train also their bf16 shards and two (TPU: one) fp32 gradients of the embedding",
+    "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token (TPU: x 0.75), fp32 "
+    "gradients; TPU: and 0.75 of the lesser",
 }
 
 
@@ -64,34 +79,31 @@ class Shape(NamedTuple):
         return self.rows * self.length / self.split.context
 
     @property
+    def fitted(self) -> Fitted:
+        return PLATFORMS[self.platform]
+
+    @property
     def trains_all(self) -> bool:
         return self.mode != "adapter"
 
 
 def held(config: ModelConfig, shape: Shape, weights: float, optimizer: float, trainable: float) -> Held:
     """`weights`, `optimizer`, and of the former the fp32 `trainable` ones: bytes of this device's shards."""
-    model, gathers = shape.split.model, shape.split.shards > 1
-    embedding = config.vocab_size * config.hidden_size / model
-    embeddings = 2.0 * embedding * (1 + shape.trains_all) if gathers else 0.0
-    in_bf16 = trainable / 2 if shape.trains_all else 0.0
-    loss = in_bf16 + 3 * (4.0 * shape.rows * CHUNK * config.vocab_size / model + 2.0 * shape.tokens * config.hidden_size)
-    loss += 2 * 4.0 * embedding if shape.trains_all else 0.0
-    layer = in_bf16 + trainable * (1 + shape.accumulates) + _layer_weights(config) / model * (1 + gathers) + _within_layer(config, shape)
-    return Held(weights, optimizer, activations(config, shape), embeddings + loss, max(0.0, layer - loss))
+    of, model, gathers = shape.fitted, shape.split.model, shape.split.shards > 1
+    d, f, heads = config.hidden_size, config.intermediate_size, 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    embedding = config.vocab_size * d / model
+    cast = trainable / 2 if shape.trains_all and of.number < 4 else 0.0
+    chunk = 4.0 * shape.rows * min(CHUNK, shape.length) * config.vocab_size / model
+    loss = cast + of.logits * chunk + 3 * of.number * shape.tokens * d + of.embedding_gradients * 4.0 * embedding * shape.trains_all
+    within = of.layer * shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
+    layer = cast + trainable * (1 + shape.accumulates) + of.number * (d * (heads + 3 * f) / model * (1 + gathers) + within)
+    gathered = of.number * embedding * (1 + shape.trains_all) * gathers
+    peak = max(loss, layer) + of.both * min(loss, layer)
+    return Held(weights, optimizer, activations(config, shape), gathered + loss, peak - loss)
 
 
 def activations(config: ModelConfig, shape: Shape) -> float:
     """What forward keeps for backward."""
     d, f, heads = config.hidden_size, config.intermediate_size, 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
-    kept = {"full": d, "matmuls": 2 * d + heads + 2 * f, "none": 9 * d + heads + 5 * f}[shape.remat]
-    return 2.0 * config.num_layers * shape.tokens * kept / shape.split.model
-
-
-def _layer_weights(config: ModelConfig) -> float:
-    heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
-    return 2.0 * config.hidden_size * (heads + 3 * config.intermediate_size)
-
-
-def _within_layer(config: ModelConfig, shape: Shape) -> float:
-    d, f, model = config.hidden_size, config.intermediate_size, shape.split.model
-    return 2.0 * shape.tokens * (3 * f / model + 2 * d + 3 * d / model) * LAYER.get(shape.platform, 1.0)
+    kept = {"full": d, "matmuls": 2 * d + heads + 2 * f, "none": 9 * d + heads * (6 if config.qk_norm else 1) + 5 * f}[shape.remat]
+    return shape.fitted.kept * shape.fitted.number * config.num_layers * shape.tokens * kept / shape.split.model

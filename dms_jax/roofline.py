@@ -113,7 +113,8 @@ def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> floa
 EXCHANGED = (
     "all-gather: each layer's bf16 weights for 2 forward passes and backward and the output embedding once for each model, x (n - 1) / n over the n "
     "devices that share them, once a micro-batch; 8 times the residual stream of a layer over the m of the model axis. reduce-scatter: gradients "
-    "of what trains (bf16, the embedding's fp32); 7 times the residual stream. all-to-all: 4 times queries, keys, values and outputs over the context axis"
+    "of what trains (bf16, the embedding's fp32); 7 times the residual stream. all-to-all: 4 times queries, keys, values and outputs over the "
+    "context axis"
 )
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dms_jax.sharding import LOGICAL_TO_MESH
-from dms_jax.target_hardware import larger
+from dms_jax.target_hardware import Hardware, larger
 from train.step_plan import Setting, planned
 
 MOST_TRIES = 3  # settings that are compiled
 SHORTEST = 1024  # tokens of a row
+ROWS_CAN_BE_SPLIT = bool(LOGICAL_TO_MESH["length"])  # over a context axis
 ORDER = "remat, accumulate, more of the mesh for the model axis, then for the context axis, shorter rows, more devices"
 
 
@@ -35,7 +36,7 @@ def nearest(setting: Setting, analytic: bool, say: Callable[[str], None]) -> dic
 
 
 def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """In ORDER, each change together with those before it, except that shorter rows and more devices start from the mesh that was given."""
+    """In ORDER: remat and accumulate stay changed, the others are tried one at a time. The rows of a step stay as many."""
     changes: dict[str, str] = {}
 
     def said(**more: str) -> str:
@@ -49,36 +50,37 @@ def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
         current = dataclasses.replace(current, accumulate=current.accumulate * 2)
         changes["accumulate"] = str(current.accumulate)
         yield said(), current
-    yield from _other_meshes(current, said)
+    for other in _on(current, current.hardware, _regrouped(current)):
+        yield said(mesh=other.described["mesh"], accumulate=str(other.accumulate)), other
     shorter = current
     while shorter.length > SHORTEST:
         shorter = dataclasses.replace(shorter, length=max(SHORTEST, shorter.length // 2))
         yield said(length=str(shorter.length)), shorter
-    while (hardware := larger(current.hardware)) is not None:
-        factor = hardware.count // current.hardware.count
-        current = dataclasses.replace(current, hardware=hardware)
-        for mesh in _enlarged(current.mesh, factor):
-            # As many rows a step as before, all devices busy.
-            if current.batch % mesh[0] == 0:
-                accumulate = max(1, current.accumulate // factor) if mesh[0] != current.mesh[0] else current.accumulate
-                bigger = dataclasses.replace(current, mesh=mesh, accumulate=accumulate)
-                yield said(hardware=hardware.name, mesh=bigger.described["mesh"], accumulate=str(accumulate)), bigger
-        current = dataclasses.replace(current, mesh=mesh)
+    hardware = current.hardware
+    while (hardware := larger(hardware)) is not None:
+        for other in _on(current, hardware, _enlarged(current, hardware.count // current.hardware.count)):
+            yield said(hardware=hardware.name, mesh=other.described["mesh"], accumulate=str(other.accumulate)), other
 
 
-def _other_meshes(setting: Setting, said: Callable[..., str]) -> Iterator[tuple[str, Setting]]:
-    """Fewer rows at a time: their heads, then their length, over the devices that this frees."""
+def _on(setting: Setting, hardware: Hardware, meshes: Iterator[tuple[int, ...]]) -> Iterator[Setting]:
+    """The setting on each of `meshes`, one row at a time, where its rows and the model's heads can be divided so."""
+    for mesh in meshes:
+        if setting.batch % mesh[0] == 0 and mesh[1] <= setting.config.num_q_heads:
+            yield dataclasses.replace(setting, hardware=hardware, mesh=mesh, accumulate=setting.batch // mesh[0])
+
+
+def _regrouped(setting: Setting) -> Iterator[tuple[int, ...]]:
+    """As many devices for fewer rows at a time: their heads are shared out, then their length."""
     data, model, *context = setting.mesh
-    heads, length = [], []
-    while data % 2 == 0 and model * 2 <= setting.config.num_q_heads:
-        data, model = data // 2, model * 2
-        heads.append((data, model, *context))
-    if LOGICAL_TO_MESH["length"]:  # rows can be split
-        data, model, parts = *setting.mesh[:2], setting.split.context
-        while data % 2 == 0:
-            data, parts = data // 2, parts * 2
-            length.append((data, model, parts))
-    for mesh in heads + length:
-        if setting.batch % mesh[0] == 0:
-            moved = dataclasses.replace(setting, mesh=mesh, accumulate=setting.batch // mesh[0])
-            yield said(mesh=moved.described["mesh"], accumulate=str(moved.accumulate)), moved
+    halvings = [2**i for i in range(1, data.bit_length()) if data % 2**i == 0]
+    yield from ((data // n, model * n, *context) for n in halvings)
+    if ROWS_CAN_BE_SPLIT:
+        yield from ((data // n, model, setting.split.context * n) for n in halvings)
+
+
+def _enlarged(setting: Setting, factor: int) -> Iterator[tuple[int, ...]]:
+    data, model, *context = setting.mesh
+    yield data * factor, model, *context
+    yield data, model * factor, *context
+    if ROWS_CAN_BE_SPLIT:
+        yield data, model, setting.split.context * factor

@@ -23,6 +23,7 @@ from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConf
 
 if TYPE_CHECKING:
     from dms_jax.target_hardware import Hardware
+    from train.step_plan import Setting
 
 NAME = "train.plan"
 STEPS_A_UNIT, TOKENS_A_STEP = 34, 262144  # of CR: Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
@@ -61,26 +62,45 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in {"length": 2, "batch": 0, "accumulate": 1, "window": 0, "users": 1, "context": 2, "steps_per_cr": 0, "headroom": 1}.items():
         if not getattr(options, name) >= least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    from train.plan_text import inference_text, step_text
+
+    hardware, mesh = devices_named(options)
+    start_devices(hardware.count if hardware.kind == "cpu" else 1)
+    if options.inference:
+        from dms_jax.serving_plan import parse_bytes, serving_plan
+
+        budget = parse_bytes(options.memory) if options.memory else None
+        config = read_config(options.model, options.window, options.mode)
+        plan = serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
+    else:
+        plan = retrofit_plan(options)
+    print(json.dumps(plan) if options.json else inference_text(plan) if options.inference else step_text(plan))
+    return 0
+
+
+def devices_named(options: argparse.Namespace) -> "tuple[Hardware, tuple[int, ...]]":
+    """--hardware and --mesh. Raises ConfigError when one does not fit the other."""
     from dms_jax.sharding import parse_mesh
     from dms_jax.target_hardware import hardware_of
-    from train.plan_text import inference_text, step_text
 
     hardware = hardware_of(options.hardware)
     mesh = parse_mesh(options.mesh) if options.mesh else (hardware.count, 1)
     if math.prod(mesh) != hardware.count:
         raise ConfigError(f"mesh {options.mesh} needs {math.prod(mesh)} devices, {hardware.name} has {hardware.count}; use --mesh {hardware.count}x1")
-    start_devices(hardware.count if hardware.kind == "cpu" else 1)
-    config = dataclasses.replace(read_config(options.model, options.window, options.mode), implementation=options.implementation)
-    if options.inference:
-        from dms_jax.serving_plan import parse_bytes, serving_plan
+    return hardware, mesh
 
-        budget = parse_bytes(options.memory) if options.memory else None
-        plan = serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
-        print(json.dumps(plan) if options.json else inference_text(plan))
-        return 0
-    plan = retrofit_plan(options, config, hardware, mesh)
-    print(json.dumps(plan) if options.json else step_text(plan))
-    return 0
+
+def setting_of(options: argparse.Namespace) -> "Setting":
+    """What is to be planned. Raises ConfigError for what cannot be run."""
+    from train.step_plan import Setting
+
+    hardware, mesh = devices_named(options)
+    config = dataclasses.replace(read_config(options.model, options.window, options.mode), implementation=options.implementation)
+    remat = options.remat if options.remat != "auto" else "matmuls" if hardware.kind == "cpu" else "full"
+    setting = Setting(config, hardware, mesh, options.mode, options.length, options.batch or mesh[0] * options.accumulate, options.accumulate, remat)
+    if (problem := setting.problem()) is not None:
+        raise ConfigError(problem)
+    return setting
 
 
 def read_config(path: str, window: int, mode: str) -> ModelConfig:
@@ -92,15 +112,13 @@ def read_config(path: str, window: int, mode: str) -> ModelConfig:
     return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
 
 
-def retrofit_plan(options: argparse.Namespace, config: ModelConfig, hardware: "Hardware", mesh: tuple[int, ...]) -> dict:
+def retrofit_plan(options: argparse.Namespace) -> dict:
     from dms_jax.target_hardware import missing_compiler
     from train.nearby_settings import nearest
-    from train.step_plan import Setting, planned
+    from train.step_plan import planned
 
-    remat = options.remat if options.remat != "auto" else "matmuls" if hardware.kind == "cpu" else "full"
-    setting = Setting(config, hardware, mesh, options.mode, options.length, options.batch or mesh[0] * options.accumulate, options.accumulate, remat)
-    if (problem := setting.problem()) is not None:
-        raise ConfigError(problem)
+    setting = setting_of(options)
+    hardware = setting.hardware
     why_analytic = "--analytic was given" if options.analytic else None if hardware.kind == "cpu" else missing_compiler(options.hardware)
     analytic = why_analytic is not None
     say(f"{'estimating' if analytic else 'compiling'} a step for {hardware.name}")

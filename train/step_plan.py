@@ -112,7 +112,7 @@ def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
     retrofit = abstract_retrofit(setting, mesh)
     held = estimated = estimate(setting, retrofit)
     if analytic:
-        implementation, sent = _implementation(setting, analytic), _estimated_exchange(setting)
+        implementation, sent = _implementation(setting, analytic), estimated_exchange(setting)
     else:
         with jax.set_mesh(mesh):
             implementation = _implementation(setting, analytic)
@@ -161,7 +161,7 @@ def _sources(analytic: bool) -> dict[str, str]:
     return dict.fromkeys(from_compiler, "analytic" if analytic else "compiled") | dict.fromkeys(counted, "analytic")
 
 
-def _estimated_exchange(setting: Setting) -> dict[str, float]:
+def estimated_exchange(setting: Setting) -> dict[str, float]:
     return roofline.exchanged_bytes(setting.config, setting.split, setting.batch * setting.length, setting.accumulate, setting.mode)
 
 
@@ -182,15 +182,20 @@ def _size(shape: tuple[int, ...]) -> int:
     return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
-def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
-    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
+def total_bytes(analysis: Any) -> float:
+    """Of a device, by a compiled program's `memory_analysis()`. Raises ConfigError when there is none."""
     if analysis is None:
         raise ConfigError("this compiler reports no memory; use --analytic")
-    arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporary, known = analysis.temp_size_in_bytes, held.activations + held.logits
-    part = min(1.0, temporary / known)
+    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
+    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
+    arguments, temporary = total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes
+    part = min(1.0, temporary / (held.activations + held.logits))
+    activations, logits = held.activations * part, held.logits * part
     weights = arguments - held.optimizer  # and the batch
-    return held._replace(weights=weights, activations=held.activations * part, logits=held.logits * part, temporary=max(0.0, temporary - known))
+    return held._replace(weights=weights, activations=activations, logits=logits, temporary=temporary - activations - logits)
 
 
 def _implementation(setting: Setting, analytic: bool) -> str:
@@ -223,14 +228,15 @@ def cpu_seconds(setting: Setting, mesh: Mesh) -> tuple[float, str]:
     if length < setting.length:
         scale = flops(setting.length) / flops(length)
         how += f", rows of {length} instead of {setting.length}, in proportion to FLOPs"
-    one = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh)
+    one = timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh)
     if layers == 1:
         return one * scale, how
-    two = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh)
+    two = timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh)
     return (one + max(two - one, 0.0) * (layers - 1)) * scale, how
 
 
-def _timed(setting: Setting, mesh: Mesh) -> float:
+def timed(setting: Setting, mesh: Mesh) -> float:
+    """Seconds of a step on the devices of this process, random weights: the median of three."""
     from flax import nnx
 
     from train.rows import Batch
