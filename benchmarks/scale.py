@@ -4,7 +4,7 @@
     python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from it
 
 Each line of the file is what `python -m train.plan ... --json` said, with its command and provenance. Delete lines to make them anew. Part
-`scale` is four models with as many accelerators as they want; part `estimate` is where the estimate of memory was fitted to the compilers'.
+`scale` is large models on as many accelerators as they want; part `estimate` is where the estimate of memory was fitted to the compilers'.
 """
 
 import argparse
@@ -23,9 +23,10 @@ NAME = "benchmarks.scale"
 PARTS = {
     "scale": (
         "--model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8",
+        "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 8x1 --length 32768 --batch 8 --implementation pallas_tpu",
+        "--model configs/models/r1-distill-qwen-32b.json --hardware v5p-64 --mesh 8x4x2 --length 32768 --batch 8 --implementation pallas_tpu",
+        "--model configs/models/llama-3.1-70b.json --hardware v5p-256 --mesh 8x8x4 --length 32768 --batch 8 --implementation pallas_tpu",
         "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 8x1 --length 32768 --batch 8",
-        "--model configs/models/r1-distill-qwen-32b.json --hardware v5p-64 --mesh 8x8 --length 32768 --batch 8",
-        "--model configs/models/llama-3.1-70b.json --hardware v5p-256 --mesh 32x8 --length 32768 --batch 32",
     ),
     "estimate": (
         "--model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 8192 --batch 8",
@@ -93,7 +94,7 @@ def measure(part: str, arguments: str, path: Path) -> int:
     return 0
 
 
-COLUMNS = ("model, hardware, mesh", "rows x length", "GiB a device: total (weights, activations, logits, temporary)", "of",
+COLUMNS = ("model, hardware, mesh, attention", "rows x length", "GiB a device: total (weights, activations, logits, temporary)", "of",
            "sent by a device a step, GiB", "seconds a step", "utilisation", "hours to CR 8", "device-hours", "command")  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def reference_text(plan: dict[str, Any]) -> str:
 
 def estimate_table(plans: list[dict[str, Any]]) -> str:
     """Markdown: what the compiler reports and what the estimate says."""
-    lines = _header(("model, hardware, mesh", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio"))
+    lines = _header(("model, hardware, mesh, attention", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio"))
     for plan in plans:
         compiled, estimated = plan["bytes_per_device"]["total"], plan["estimated_bytes_per_device"]
         lines.append(_row((_title(plan), f"{plan['mode']}, {plan['remat']}", f"{plan['batch']} x {plan['length']}", f"{compiled / GIB:.2f}",
@@ -144,7 +145,7 @@ def _header(names: tuple[str, ...]) -> list[str]:
 
 
 def _title(plan: dict[str, Any]) -> str:
-    return f"{Path(plan['model']).stem}, {plan['hardware']}, {plan['mesh']}"
+    return f"{Path(plan['model']).stem}, {plan['hardware']}, {plan['mesh']}, {plan['implementation']}"
 
 
 if __name__ == "__main__":
