@@ -16,7 +16,7 @@ from dms_jax.collectives import collectives
 from dms_jax.config import ConfigError, ModelConfig
 from dms_jax.cost import step_flops
 from dms_jax.kernels.block_sizes import tuned_entry
-from dms_jax.kernels.dispatch import AUTO, GPU, TPU, XLA, Facts, choose
+from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, Facts, choose
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import abstract_model
 from dms_jax.sharding import make_mesh
@@ -74,6 +74,8 @@ class Setting:
             return f"length {self.length} exceeds the model's max_position_embeddings of {limit}; use length <= that"
         if self.config.sliding_window is not None and self.length > self.config.sliding_window:
             return f"length {self.length} exceeds the model's own sliding_window of {self.config.sliding_window}; use length <= that"
+        if self.length % self.split.context:
+            return f"length {self.length} must be a multiple of {self.split.context}: the mesh splits each row into as many parts"
         least = self.split.data * self.accumulate
         if self.batch % least:
             return f"batch {self.batch} must be a multiple of {least}: {self.split.data} data-parallel devices x {self.accumulate} micro-batches"
@@ -203,10 +205,14 @@ def _implementation(setting: Setting, analytic: bool) -> str:
     named, head_dim, platform = setting.config.implementation, setting.config.head_dim, setting.hardware.platform
     if not analytic or platform == "cpu":
         return choose("train_attention", Facts(head_dim, jnp.bfloat16), named).name
+    kind = KIND_NAMES[setting.hardware.kind]
     if named != AUTO:
+        found = IMPLEMENTATIONS[named]
+        if found.platform not in (None, platform) or found.refuses(Facts(head_dim, jnp.bfloat16), kind):
+            raise ConfigError(f"implementation {named} does not run on {setting.hardware.name} with head size {head_dim}; use {XLA} or {AUTO}")
         return named
     kernel = GPU if platform == "gpu" else TPU
-    entry = tuned_entry("train_attention", kernel, KIND_NAMES[setting.hardware.kind], head_dim, "bfloat16")
+    entry = tuned_entry("train_attention", kernel, kind, head_dim, "bfloat16")
     return kernel if entry is not None and entry.speed_to_xla >= 1 else XLA
 
 

@@ -11,6 +11,7 @@ from cases import TINY
 
 from benchmarks import scale
 from dms_jax import roofline, target_hardware
+from dms_jax import serving_plan as serving_plan_module
 from dms_jax.config import ConfigError, DMSConfig
 from dms_jax.cost import attention_flops, matmul_parameters, step_flops
 from dms_jax.hf.folder import read_config
@@ -168,8 +169,23 @@ def test_a_server_is_told_where_compression_does_not_help():
     assert "will not make this faster" in said(1, 2048)
     assert "decides whether it fits" in said(80, 32768)
     assert "times" not in said(8, 32768) and "x as fast as dense" in said(8, 32768)
+    # So many short rows that the products bind, which do not depend on the cache.
+    full = serving_plan(config, hardware_of("h200x1"), (1, 1), 10**14, 10**6, 128, 1.5, (8,))["arms"]
+    rate = 0.74 * 989e12 / (2 * matmul_parameters(config) + 4 * 36 * 32 * 128 * 128)
+    assert full[0]["tokens_per_second"] == pytest.approx(rate, rel=0.01)
     with pytest.raises(ConfigError, match="do not hold 1 x"):
         serving_plan(config, hardware_of("h200x1"), (1, 1), parse_bytes("8GiB"), 1, 4096, 1.5, (2,))
+
+
+def test_a_cpu_serves_at_the_speed_of_its_memory(monkeypatch):
+    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
+    config = read_config(f"{MODELS}/smollm2-135m.json").with_dms(DMSConfig(window_size=128))
+    found = serving_plan(config, hardware_of("cpu"), (1, 1), 8e9, 1, 4096, 1.5, (8,))
+    weights, pairs = 4 * matmul_parameters(config), 4096 * 30 * 3 * (2 * 64 * 4 + 8)
+    assert found["arms"][0]["tokens_per_second"] == pytest.approx(1e10 / (weights + pairs))
+    assert "measured here" in found["source"]["tokens_per_second"]
+    monkeypatch.undo()
+    assert serving_plan_module.copy_bandwidth(1 << 20) > 0
 
 
 def test_sizes_are_read_with_their_units():
@@ -188,6 +204,7 @@ def test_sizes_are_read_with_their_units():
         (["--hardware", "h100x8", "--length", "99999999"], "exceeds the model's max_position_embeddings"),
         (["--hardware", "h100x8", "--batch", "9"], "must be a multiple of 8"),
         (["--hardware", "h100x8", "--length", "1"], "--length must be at least 2"),
+        (["--hardware", "h100x8", "--implementation", "pallas_tpu"], "does not run on h100x8"),
         (["--hardware", "h200x1", "--inference", "--context", "99999999"], "beyond this model's context"),
     ],
 )
