@@ -109,7 +109,7 @@ def decode_rates(hardware: Hardware) -> DecodeRates:
 
 def copy_bandwidth(elements: int = 1 << 25) -> float:
     """Bytes/s that this process's first device reads and writes, the best of five."""
-    x, copy, seconds = jnp.zeros(elements, jnp.float32), jax.jit(lambda x: x + 1.0), []
+    x, copy, seconds = jnp.zeros(elements, jnp.float32), jax.jit(lambda x: x + 1.0, donate_argnums=0), []
     for _ in range(6):
         start = time.perf_counter()
         x = copy(x).block_until_ready()
