@@ -1,7 +1,7 @@
 """Bytes that a retrofit step needs on each device, without compiling it: a formula for each kind.
 
-Weights, optimizer and batch are exact (their shards are counted); the rest is fitted to what XLA allocates for H100 and v5e
-(docs/scale.md, `pytest -m aot`), within 15% of the whole.
+Weights and optimizer are exact (their shards are counted). The rest follows what XLA allocates for H100, v5e and v5p, within 15% of the whole
+(docs/scale.md, `pytest -m aot`). Two moments compete for the peak: the loss, and the backward pass of a layer.
 """
 
 from typing import NamedTuple
@@ -9,17 +9,35 @@ from typing import NamedTuple
 from dms_jax.config import ModelConfig
 
 CHUNK = 256  # tokens whose logits exist at a time: core.losses
+
+
+class Fitted(NamedTuple):
+    """What differs between the compilers."""
+
+    number: float = 2.0  # bytes of a weight or activation: bf16, on a CPU fp32
+    logits: float = 3.0  # fp32 logits of a chunk that exist at once
+    embedding_gradients: float = 2.0  # fp32, where all weights train
+    kept: float = 1.0  # of `activations`
+    layer: float = 1.0  # of what exists within a layer
+    both: float = 0.0  # of the lesser of the two moments that is still there in the other
+
+
+# A TPU's compiler counts its whole heap with the holes in it: more than is in use at any time.
+PLATFORMS = {"gpu": Fitted(), "tpu": Fitted(embedding_gradients=1.0, kept=1.5, layer=0.75, both=0.75), "cpu": Fitted(number=4.0, logits=4.0)}
 FORMULAS = {
     "weights": "shards of the parameters: bf16 frozen ones, fp32 those that train",
     "optimizer": "two fp32 moments of what trains, in shards",
-    "activations": "2 D bytes for each token and layer (remat full: the residual stream; matmuls: projections, MLP and attention too)",
-    "logits": "output embeddings gathered over the data axis, and the fp32 logits of 256 tokens of each row for student, teacher and gradient",
-    "temporary": "one layer's gathered weights twice, about 2 (3 F + 6 D) bytes a token within a layer, gradients of what trains (fp32 shards)",
+    "activations": "2 bytes (CPU: 4, also below) x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
+    "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.5",
+    "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens a row and 3 hidden states; where all weights "
+    "train also their bf16 shards and two (TPU: one) fp32 gradients of the embedding",
+    "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token (TPU: x 0.75), fp32 "
+    "gradients; TPU: and 0.75 of the lesser",
 }
 
 
 class Held(NamedTuple):
-    """Bytes of one device."""
+    """Bytes of one device, at the peak."""
 
     weights: float
     optimizer: float
@@ -39,27 +57,53 @@ class Split(NamedTuple):
     model: int
     context: int = 1
 
-
-def activations(config: ModelConfig, split: Split, rows: int, length: int, remat: str) -> float:
-    """What forward keeps for backward; `rows` are those of a micro-batch on each device."""
-    tokens, d = rows * length / split.context, config.hidden_size
-    kept = d
-    if remat != "full":
-        heads = (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
-        kept += (heads + 3 * config.intermediate_size) / split.model + (2 * d if remat == "matmuls" else 6 * d)
-    return 2.0 * config.num_layers * tokens * kept
+    @property
+    def shards(self) -> int:
+        """Devices among which parameters are fully sharded, beside the model axis."""
+        return self.data * self.context
 
 
-def logits(config: ModelConfig, split: Split, rows: int, mode: str) -> float:
-    vocab = config.vocab_size / split.model
-    embedding = vocab * config.hidden_size
-    models = 1 if mode == "adapter" else 2
-    gradient = 0 if mode == "adapter" else 4.0 * embedding
-    return 2.0 * embedding * models + gradient + 3 * 4.0 * rows * CHUNK * vocab
+class Shape(NamedTuple):
+    """What a step computes at a time on each device."""
+
+    split: Split
+    rows: int  # of a micro-batch
+    length: int  # of a whole row
+    mode: str
+    remat: str
+    platform: str
+    accumulates: bool = False
+
+    @property
+    def tokens(self) -> float:
+        return self.rows * self.length / self.split.context
+
+    @property
+    def fitted(self) -> Fitted:
+        return PLATFORMS[self.platform]
+
+    @property
+    def trains_all(self) -> bool:
+        return self.mode != "adapter"
 
 
-def temporary(config: ModelConfig, split: Split, rows: int, length: int, trainable: float) -> float:
-    """`trainable`: bytes of this device's shards of what trains."""
-    d, f, tokens = config.hidden_size, config.intermediate_size, rows * length / split.context
-    layer = d * (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * d * f
-    return 2 * 2.0 * layer / split.model + 2.0 * tokens * (3 * f / split.model + 6 * d) + trainable
+def held(config: ModelConfig, shape: Shape, weights: float, optimizer: float, trainable: float) -> Held:
+    """`weights`, `optimizer`, and of the former the fp32 `trainable` ones: bytes of this device's shards."""
+    of, model, gathers = shape.fitted, shape.split.model, shape.split.shards > 1
+    d, f, heads = config.hidden_size, config.intermediate_size, 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    embedding = config.vocab_size * d / model
+    cast = trainable / 2 if shape.trains_all and of.number < 4 else 0.0
+    chunk = 4.0 * shape.rows * min(CHUNK, shape.length) * config.vocab_size / model
+    loss = cast + of.logits * chunk + 3 * of.number * shape.tokens * d + of.embedding_gradients * 4.0 * embedding * shape.trains_all
+    within = of.layer * shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
+    layer = cast + trainable * (1 + shape.accumulates) + of.number * (d * (heads + 3 * f) / model * (1 + gathers) + within)
+    gathered = of.number * embedding * (1 + shape.trains_all) * gathers
+    peak = max(loss, layer) + of.both * min(loss, layer)
+    return Held(weights, optimizer, activations(config, shape), gathered + loss, peak - loss)
+
+
+def activations(config: ModelConfig, shape: Shape) -> float:
+    """What forward keeps for backward."""
+    d, f, heads = config.hidden_size, config.intermediate_size, 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    kept = {"full": d, "matmuls": 2 * d + heads + 2 * f, "none": 9 * d + heads * (6 if config.qk_norm else 1) + 5 * f}[shape.remat]
+    return shape.fitted.kept * shape.fitted.number * config.num_layers * shape.tokens * kept / shape.split.model

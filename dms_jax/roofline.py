@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from dms_jax.config import ModelConfig
 from dms_jax.cost import attention_flops, matmul_parameters
+from dms_jax.memory_estimate import Split
 from dms_jax.target_hardware import Chip
 
 
@@ -104,13 +105,29 @@ def sent_bytes(found: Iterable) -> dict[str, float]:
 
 
 def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> float:
-    """What a device reads of the bf16 weights in a step: all that tensor parallelism leaves it, once a pass over the layers."""
+    """What a device reads of the bf16 weights for a micro-batch: all that tensor parallelism leaves it, once a pass over the layers."""
     passes = 2 + (remat == "full") + (1 if mode == "adapter" else 2)
     return 2.0 * matmul_parameters(config) / model * passes
 
 
-def gathered_bytes(config: ModelConfig, data: int, model: int, mode: str, remat: str) -> float:
-    """What a device sends in a step, without a compiled program: fully sharded weights are gathered for each forward pass, gradients of weights
-    that train are summed where they lie. What tensor parallelism exchanges is not counted."""
-    passes = 2 + (remat == "full") + (0 if mode == "adapter" else 2)
-    return 2.0 * matmul_parameters(config) / model * passes * (data - 1) / data
+EXCHANGED = (
+    "all-gather: each layer's bf16 weights for 2 forward passes and backward and the output embedding once for each model, x (n - 1) / n over the n "
+    "devices that share them, once a micro-batch; 8 times the residual stream of a layer over the m of the model axis. reduce-scatter: gradients "
+    "of what trains (bf16, the embedding's fp32); 7 times the residual stream. all-to-all: 4 times queries, keys, values and outputs over the "
+    "context axis"
+)
+
+
+def exchanged_bytes(config: ModelConfig, split: Split, tokens: float, accumulate: int, mode: str) -> dict[str, float]:
+    """What a device sends in a step of `tokens` tokens, by kind of collective, without a compiled program: EXCHANGED."""
+    n, m, c = split.shards, split.model, split.context
+    output = config.vocab_size * config.hidden_size / m
+    layers = matmul_parameters(config) / m - output
+    heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    share, token_layers = 2.0 * accumulate * (n - 1) / n, 2.0 * config.num_layers * tokens / n
+    stream, attention = token_layers * config.hidden_size * (m - 1) / m, token_layers * heads / m * (c - 1) / c
+    gathered, scattered = share * (3 * layers + output) + 8 * stream, 7 * stream
+    if mode != "adapter":
+        gathered, scattered = gathered + share * output, scattered + share * (layers + 2 * output)
+    found = {"all-gather": gathered, "reduce-scatter": scattered, "all-to-all": 4 * attention}
+    return {kind: size for kind, size in found.items() if size}

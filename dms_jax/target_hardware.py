@@ -40,6 +40,7 @@ DEVICE_KINDS = {"H100": "h100", "H200": "h200", "TPU v5 lite": "v5e", "TPU v5e":
 GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as XLA reads them off such a device
 SLICES = {2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
           3: {1: "2x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}}  # fmt: skip
+GPUS_A_HOST = (1, 2, 4, 8)  # that are offered
 EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
 USABLE = 0.92  # of a device's memory; the rest is the driver's, the compiler's and lost between allocations
 # As JAX reports them.
@@ -101,6 +102,15 @@ def hardware_of(name: str) -> Hardware:
         return Hardware(name, "cpu", int(match[1] or 1))
     kind, count, _ = parse_hardware(name)
     return Hardware(name, kind, count)
+
+
+def larger(hardware: Hardware) -> Hardware | None:
+    """The next larger number of the same devices that can be had, at least twice as many; None when there is none."""
+    if hardware.kind == "cpu":
+        return None
+    separator, counts = ("x", GPUS_A_HOST) if hardware.platform == "gpu" else ("-", SLICES[3 if hardware.kind == "v5p" else 2])
+    count = next((count for count in counts if count >= 2 * hardware.count and count % hardware.count == 0), None)
+    return None if count is None else Hardware(f"{hardware.kind}{separator}{count}", hardware.kind, count)
 
 
 def missing_compiler(name: str) -> str | None:

@@ -22,10 +22,11 @@ FP32 = jnp.dtype(jnp.float32)
 
 
 @pytest.fixture
-def tiny_shape(monkeypatch):
-    shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_q_heads": 4,
-             "num_kv_heads": 2, "head_dim": 8, "tie_word_embeddings": True}  # fmt: skip
-    monkeypatch.setitem(models.SHAPES, "tiny", shape)
+def tiny_shape(monkeypatch, tmp_path):
+    shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}  # fmt: skip
+    (tmp_path / "tiny.json").write_text(json.dumps(shape))
+    monkeypatch.setattr(models, "CONFIGS", tmp_path)
 
 
 def cases():

@@ -16,14 +16,18 @@ import json
 import math
 import os
 import sys
+from typing import TYPE_CHECKING, Any
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig
 
+if TYPE_CHECKING:
+    from dms_jax.target_hardware import Hardware
+    from train.step_plan import Setting
+
 NAME = "train.plan"
 STEPS_A_UNIT, TOKENS_A_STEP = 34, 262144  # of CR: Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
 RATIOS = (2, 4, 8)
-MOST_TRIES = 3  # settings nearby that are compiled
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,26 +62,45 @@ def main(argv: list[str] | None = None) -> int:
     for name, least in {"length": 2, "batch": 0, "accumulate": 1, "window": 0, "users": 1, "context": 2, "steps_per_cr": 0, "headroom": 1}.items():
         if not getattr(options, name) >= least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    from train.plan_text import inference_text, step_text
+
+    hardware, mesh = devices_named(options)
+    start_devices(hardware.count if hardware.kind == "cpu" else 1)
+    if options.inference:
+        from dms_jax.serving_plan import parse_bytes, serving_plan
+
+        budget = parse_bytes(options.memory) if options.memory else None
+        config = read_config(options.model, options.window, options.mode)
+        plan = serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
+    else:
+        plan = retrofit_plan(options)
+    print(json.dumps(plan) if options.json else inference_text(plan) if options.inference else step_text(plan))
+    return 0
+
+
+def devices_named(options: argparse.Namespace) -> "tuple[Hardware, tuple[int, ...]]":
+    """--hardware and --mesh. Raises ConfigError when one does not fit the other."""
     from dms_jax.sharding import parse_mesh
     from dms_jax.target_hardware import hardware_of
-    from train.plan_text import inference_text, step_text
 
     hardware = hardware_of(options.hardware)
     mesh = parse_mesh(options.mesh) if options.mesh else (hardware.count, 1)
     if math.prod(mesh) != hardware.count:
         raise ConfigError(f"mesh {options.mesh} needs {math.prod(mesh)} devices, {hardware.name} has {hardware.count}; use --mesh {hardware.count}x1")
-    start_devices(hardware.count)  # what is not compiled for the hardware is laid out over as many simulated devices
-    config = dataclasses.replace(read_config(options.model, options.window, options.mode), implementation=options.implementation)
-    if options.inference:
-        from dms_jax.serving_plan import parse_bytes, serving_plan
+    return hardware, mesh
 
-        budget = parse_bytes(options.memory) if options.memory else None
-        plan = serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
-        print(json.dumps(plan) if options.json else inference_text(plan))
-        return 0
-    plan = retrofit_plan(options, config, hardware, mesh)
-    print(json.dumps(plan) if options.json else step_text(plan))
-    return 0
+
+def setting_of(options: argparse.Namespace) -> "Setting":
+    """What is to be planned. Raises ConfigError for what cannot be run."""
+    from train.step_plan import Setting
+
+    hardware, mesh = devices_named(options)
+    config = dataclasses.replace(read_config(options.model, options.window, options.mode), implementation=options.implementation)
+    remat = options.remat if options.remat != "auto" else "matmuls" if hardware.kind == "cpu" else "full"
+    setting = Setting(config, hardware, mesh, options.mode, options.length, options.batch or mesh[0] * options.accumulate, options.accumulate, remat)
+    if (problem := setting.problem()) is not None:
+        raise ConfigError(problem)
+    return setting
 
 
 def read_config(path: str, window: int, mode: str) -> ModelConfig:
@@ -89,24 +112,23 @@ def read_config(path: str, window: int, mode: str) -> ModelConfig:
     return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
 
 
-def retrofit_plan(options: argparse.Namespace, config: ModelConfig, hardware, mesh: tuple[int, ...]) -> dict:
+def retrofit_plan(options: argparse.Namespace) -> dict:
     from dms_jax.target_hardware import missing_compiler
-    from train.step_plan import Setting, nearby, planned
+    from train.nearby_settings import nearest
+    from train.step_plan import planned
 
-    remat = options.remat if options.remat != "auto" else "matmuls" if hardware.kind == "cpu" else "full"
-    setting = Setting(config, hardware, mesh, options.mode, options.length, options.batch or mesh[0] * options.accumulate, options.accumulate, remat)
+    setting = setting_of(options)
+    hardware = setting.hardware
     why_analytic = "--analytic was given" if options.analytic else None if hardware.kind == "cpu" else missing_compiler(options.hardware)
-    devices = devices_of(setting, why_analytic is not None)
-    if (problem := setting.problem()) is not None:
-        raise ConfigError(problem)
-    say(f"{'estimating' if why_analytic else 'compiling'} a step for {hardware.name}")
-    plan = planned(setting, devices, why_analytic is not None)
-    plan = {"model": options.model, "hardware": hardware.name, "devices": hardware.count, **described(setting), **plan}
+    analytic = why_analytic is not None
+    say(f"{'estimating' if analytic else 'compiling'} a step for {hardware.name}")
+    found = planned(setting, analytic)
+    plan: dict[str, Any] = {"model": options.model, "hardware": hardware.name, "devices": hardware.count, **setting.described, **found}
     if why_analytic is not None:
         plan["not_compiled"] = f"{hardware.name}: {why_analytic}"
-    plan |= hours(plan, options.steps_per_cr)
-    plan["nearest"] = None if plan["fits"] else nearest(setting, nearby, planned, why_analytic is not None)
-    plan["source"]["nearest"] = "compiled" if why_analytic is None else "analytic"
+    add_hours(plan, options.steps_per_cr)
+    plan["nearest"] = None if plan["fits"] else nearest(setting, analytic, say)
+    plan["source"]["nearest"] = "analytic" if analytic else "compiled"
     if not plan["fits"] and plan["nearest"] is None:
         held = plan["bytes_per_device"]
         plan["least_devices"] = math.ceil(hardware.count * (held["weights"] + held["optimizer"]) / plan["memory_per_device"])
@@ -114,52 +136,19 @@ def retrofit_plan(options: argparse.Namespace, config: ModelConfig, hardware, me
     return plan
 
 
-def described(setting) -> dict:
-    return {"mesh": "x".join(map(str, setting.mesh)), "mode": setting.mode, "length": setting.length, "batch": setting.batch,
-            "accumulate": setting.accumulate, "remat": setting.remat}  # fmt: skip
-
-
-def devices_of(setting, analytic: bool):
-    """The mesh to plan on. Raises ConfigError when it is of another size than the hardware."""
-    from dms_jax.sharding import make_mesh
-    from dms_jax.target_hardware import target_mesh
-
-    if setting.hardware.kind == "cpu" or analytic:
-        return make_mesh(*setting.mesh)
-    return target_mesh(setting.hardware.name, setting.mesh, ("data", "model", "context")[: len(setting.mesh)])
-
-
-def hours(plan: dict, steps_a_unit: float) -> dict:
+def add_hours(plan: dict, steps_a_unit: float) -> None:
     """Steps and hours from CR 1 to each of RATIOS, validation and checkpoints left out."""
-    tokens = plan["batch"] * plan["length"]
-    unit = steps_a_unit or STEPS_A_UNIT * max(1.0, TOKENS_A_STEP / tokens)
-    found, source = {"steps_per_cr": unit}, plan["source"]
+    source, formulas, ramp = plan["source"], plan["formulas"], 1.0
+    plan["steps_per_cr"] = steps_a_unit or STEPS_A_UNIT * max(1.0, TOKENS_A_STEP / (plan["batch"] * plan["length"]))
+    source["steps_per_cr"] = "given" if steps_a_unit else "analytic"
+    formulas["steps_per_cr"] = "given" if steps_a_unit else f"{STEPS_A_UNIT} x max(1, {TOKENS_A_STEP} / tokens of a step), Model-Optimizer's recipe"
+    formulas["hours_to_cr"] = "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the ratio rises linearly from 1"
+    if plan["mode"] == "borrowed":  # retrofit_config: a third of all steps comes before the ratio rises, in nine tenths of the rest
+        ramp += (1 / 3) / (0.9 * 2 / 3)
+        formulas["hours_to_cr"] += f", x {ramp:.2f}: the channel is freed first"
     for ratio in RATIOS:
-        found[f"hours_to_cr{ratio}"] = (ratio - 1) * unit * plan["seconds_per_step"] / 3600
-        source[f"hours_to_cr{ratio}"] = f"analytic: (CR - 1) x steps_per_cr x seconds_per_step; seconds_per_step: {source['seconds_per_step']}"
-    recipe = f"analytic: {STEPS_A_UNIT} x max(1, {TOKENS_A_STEP} / tokens of a step), Model-Optimizer's recipe"
-    source["steps_per_cr"] = "given" if steps_a_unit else recipe
-    return found
-
-
-def nearest(setting, nearby, planned, analytic: bool) -> dict | None:
-    """The first setting nearby that fits, by the estimate and, where there is a compiler, by it too."""
-    tried = 0
-    for change, other in nearby(setting):
-        if other.problem() is not None:
-            continue
-        found = planned(other, devices_of(other, True), True) if setting.hardware.kind != "cpu" else None
-        if found is not None and not found["fits"]:
-            continue
-        if not analytic:
-            if (tried := tried + 1) > MOST_TRIES:
-                return None
-            say(f"compiling with {change}")
-            found = planned(other, devices_of(other, False), False)
-        if found is not None and found["fits"]:
-            return {"change": change, **described(other), "total_bytes_per_device": found["bytes_per_device"]["total"],
-                    "seconds_per_step": found["seconds_per_step"]}  # fmt: skip
-    return None
+        plan[f"hours_to_cr{ratio}"] = (ratio - 1) * ramp * plan["steps_per_cr"] * plan["seconds_per_step"] / 3600
+        source[f"hours_to_cr{ratio}"] = source["seconds_per_step"]
 
 
 def say(text: str) -> None:

@@ -13,6 +13,7 @@ def step_text(plan: dict[str, Any]) -> str:
         lines.append(f"estimated, not compiled: {plan['not_compiled']}")
     lines += ["", f"{'bytes of a device':<18}{'GiB':>8}  source"]
     lines += [f"{kind:<18}{size / GIB:>8.2f}  {source[f'bytes_per_device.{kind}']}" for kind, size in plan["bytes_per_device"].items()]
+    lines.append(f"{'estimate':<18}{plan['estimated_bytes_per_device'] / GIB:>8.2f}  {source['estimated_bytes_per_device']}")
     lines.append(f"{'there are':<18}{plan['memory_per_device'] / GIB:>8.2f}  {source['memory_per_device']}")
     lines.append("it fits" if plan["fits"] else "IT DOES NOT FIT")
     if "least_devices" in plan:
@@ -37,7 +38,8 @@ def step_text(plan: dict[str, Any]) -> str:
     add("steps a unit of CR", f"{plan['steps_per_cr']:.0f}", "steps_per_cr")
     for key in (key for key in plan if key.startswith("hours_to_cr")):
         label, device_hours = f"hours to CR {key.removeprefix('hours_to_cr')}", plan[key] * plan["devices"]
-        lines.append(f"{label:<28}{plan[key]:>14.2f}  {device_hours:.1f} device-hours; (CR - 1) x steps x seconds")
+        lines.append(f"{label:<28}{plan[key]:>14.2f}  {source[key]}; {device_hours:.1f} device-hours")
+    lines += ["", "formulas"] + [f"  {name}: {formula}" for name, formula in plan["formulas"].items()]
     return "\n".join(lines)
 
 

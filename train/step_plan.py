@@ -4,26 +4,38 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dms_jax import memory_estimate, roofline
 from dms_jax.collectives import collectives
 from dms_jax.config import ConfigError, ModelConfig
 from dms_jax.cost import step_flops
 from dms_jax.kernels.block_sizes import tuned_entry
-from dms_jax.kernels.dispatch import AUTO, GPU, TPU, XLA, Facts, choose
+from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, Facts, choose
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import abstract_model
-from dms_jax.target_hardware import KIND_NAMES, Hardware
+from dms_jax.sharding import make_mesh
+from dms_jax.target_hardware import KIND_NAMES, Hardware, target_mesh
 from train.retrofit_config import LossConfig, Mode, OptimizerConfig
 from train.step import Retrofit, StepConfig
 
+FORMULAS = {
+    "fits": "bytes_per_device.total <= memory_per_device",
+    "bytes_per_device.total": "compiled: arguments + outputs - aliased + temporary (weights: arguments less optimizer; activations and logits: "
+    "estimates of their part of temporary); else the sum",
+    "flops_per_step": "tokens x (2 forward passes, 2 P + 2 L N H T each, and backward: 2 P, or 4 P where all weights train, + 5 L N H T)",
+    "flops_executed_per_step": "flops_per_step and what remat computes again",
+    "bytes_per_step": "devices x bf16 weights x passes, and what each token reads and writes between the products",
+    "collective_bytes_per_device": roofline.EXCHANGED,
+    "seconds_per_step": roofline.FORMULA,
+    "mfu": "flops_per_step / seconds_per_step / devices / dense bf16 peak",
+    "tokens_per_second": "batch x length / seconds_per_step",
+}
 CPU_FLOPS = 4e12  # of a step that is run to time it; larger ones are estimated from the machine's rates
 
 
@@ -49,6 +61,12 @@ class Setting:
         """Rows of a micro-batch on each device."""
         return self.batch // (self.split.data * self.accumulate)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What of it may be changed for another that fits."""
+        return {"mesh": "x".join(map(str, self.mesh)), "mode": self.mode, "length": self.length, "batch": self.batch,
+                "accumulate": self.accumulate, "remat": self.remat}  # fmt: skip
+
     def problem(self) -> str | None:
         """Why this cannot be run at all; None when it can."""
         limit = self.config.max_position_embeddings
@@ -56,10 +74,26 @@ class Setting:
             return f"length {self.length} exceeds the model's max_position_embeddings of {limit}; use length <= that"
         if self.config.sliding_window is not None and self.length > self.config.sliding_window:
             return f"length {self.length} exceeds the model's own sliding_window of {self.config.sliding_window}; use length <= that"
+        if self.length % self.split.context:
+            return f"length {self.length} must be a multiple of {self.split.context}: the mesh splits each row into as many parts"
         least = self.split.data * self.accumulate
         if self.batch % least:
             return f"batch {self.batch} must be a multiple of {least}: {self.split.data} data-parallel devices x {self.accumulate} micro-batches"
         return None
+
+
+def devices_of(setting: Setting, analytic: bool) -> Mesh:
+    """The mesh to plan on: of this machine's devices, of those of the target, or (`analytic`) of none, which is enough to count shards.
+
+    Raises ConfigError when it is of another size than the hardware.
+    """
+    axes = ("data", "model", "context")[: len(setting.mesh)]
+    if setting.hardware.kind == "cpu":
+        return make_mesh(*setting.mesh)
+    if analytic:
+        # pyrefly: ignore[bad-return]  # counting shards asks no more of a mesh
+        return AbstractMesh(setting.mesh, axes, axis_types=(AxisType.Auto,) * len(axes))
+    return target_mesh(setting.hardware.name, setting.mesh, axes)
 
 
 def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> Retrofit:
@@ -74,29 +108,21 @@ def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) 
     return Retrofit(make(setting.config, jnp.float32), teacher, step, mesh, dtype)
 
 
-def planned(setting: Setting, mesh: Mesh, analytic: bool) -> dict[str, Any]:
-    """Figures of one step by name, and in `source` where each is from. `mesh` is of the target's devices; where nothing is compiled for it
-    (`analytic`), of as many of this machine."""
-    retrofit, sources = abstract_retrofit(setting, mesh), {}
-    held = estimate(setting, retrofit)
-    how = setting.mode, setting.remat
-    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how)
-    with jax.set_mesh(mesh):
-        implementation = _implementation(setting, analytic)
-    if not analytic:
-        compiled = retrofit.lower(setting.batch).compile()
-        held = _with_compiled(held, compiled.memory_analysis())
-        sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
+def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
+    """Figures of one step by name, in `source` where each is from, and in `formulas` how it was reckoned. With `analytic` nothing is compiled."""
+    mesh = devices_of(setting, analytic)
+    retrofit = abstract_retrofit(setting, mesh)
+    held = estimated = estimate(setting, retrofit)
+    if analytic:
+        implementation, sent = _implementation(setting, analytic), estimated_exchange(setting)
     else:
-        sharded = setting.split.data * setting.split.context
-        sent = {"all-gather and reduce-scatter": roofline.gathered_bytes(setting.config, sharded, setting.split.model, *how)}
-    total_from = "analytic" if analytic else "compiled"
-    sources |= dict.fromkeys(("bytes_per_device.weights", "bytes_per_device.optimizer"), total_from)
-    sources |= dict.fromkeys(("bytes_per_device.activations", "bytes_per_device.logits"), "analytic")
-    sources |= dict.fromkeys(
-        ("bytes_per_device", "bytes_per_device.temporary", "bytes_per_device.total", "fits", "collective_bytes_per_device"), total_from
-    )
-    tokens, devices = setting.batch * setting.length, mesh.size
+        with jax.set_mesh(mesh):
+            implementation = _implementation(setting, analytic)
+        compiled = retrofit.lower(setting.batch).compile()
+        held = _with_compiled(estimated, compiled.memory_analysis())
+        sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
+    how, tokens, devices = (setting.mode, setting.remat), setting.batch * setting.length, setting.hardware.count
+    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how) * setting.accumulate
     work = roofline.step_work(setting.config, tokens, setting.length, *how)
     usable = setting.hardware.usable_bytes
     if setting.hardware.platform == "cpu":
@@ -104,6 +130,7 @@ def planned(setting: Setting, mesh: Mesh, analytic: bool) -> dict[str, Any]:
     plan: dict[str, Any] = {
         "fits": held.total <= usable,
         "bytes_per_device": held._asdict() | {"total": held.total},
+        "estimated_bytes_per_device": estimated.total,
         "memory_per_device": usable,
         "flops_per_step": step_flops(setting.config, setting.length, setting.mode) * tokens,
         "flops_executed_per_step": work.products + work.attention,
@@ -111,34 +138,42 @@ def planned(setting: Setting, mesh: Mesh, analytic: bool) -> dict[str, Any]:
         "collective_bytes_per_device": sent,
         "implementation": implementation,
     }
-    sources |= dict.fromkeys(("flops_per_step", "flops_executed_per_step", "bytes_per_step"), "analytic")
-    sources["memory_per_device"] = setting.hardware.source
+    source, formulas = _sources(analytic), dict(FORMULAS) | {f"bytes_per_device.{kind}": text for kind, text in memory_estimate.FORMULAS.items()}
+    source["memory_per_device"] = setting.hardware.source
     chip = setting.hardware.chip
     if chip is None:
-        plan["seconds_per_step"], sources["seconds_per_step"] = cpu_seconds(setting, mesh)
+        plan["seconds_per_step"], source["seconds_per_step"] = cpu_seconds(setting, devices_of(setting, analytic=False))
+        del formulas["seconds_per_step"], formulas["mfu"]
     else:
         rates = roofline.rates_of(chip, implementation)
         times = roofline.step_time(work, devices, weight_bytes, sum(sent.values()), rates)
         plan |= {"seconds_per_step": times.total, "seconds": times._asdict(), "mfu": plan["flops_per_step"] / times.total / devices / rates.peak}
-        sources |= {"seconds_per_step": f"analytic: {roofline.FORMULA}", "mfu": "analytic: flops_per_step / seconds_per_step / dense bf16 peak"}
-        sources |= {f"seconds.{name}": text for name, text in rates.sources.items() if name != "link"}
-        sources["seconds.communication"] = f"{total_from} bytes, {rates.sources['link']}"
-    plan["tokens_per_second"] = tokens / plan["seconds_per_step"]
-    sources["tokens_per_second"] = sources["seconds_per_step"]
-    plan["source"] = sources
-    return plan
+        source |= {"seconds_per_step": "analytic", "mfu": f"analytic; peak: data sheet ({chip.source})"}
+        source |= {f"seconds.{name}": text for name, text in rates.sources.items() if name != "link"}
+        source["seconds.communication"] = f"{source['collective_bytes_per_device']} bytes; {rates.sources['link']}"
+    plan["tokens_per_second"], source["tokens_per_second"] = tokens / plan["seconds_per_step"], source["seconds_per_step"]
+    return plan | {"source": source, "formulas": formulas}
+
+
+def _sources(analytic: bool) -> dict[str, str]:
+    from_compiler = ("bytes_per_device", "bytes_per_device.weights", "bytes_per_device.optimizer", "bytes_per_device.temporary",
+                     "bytes_per_device.total", "fits", "collective_bytes_per_device")  # fmt: skip
+    counted = ("bytes_per_device.activations", "bytes_per_device.logits", "estimated_bytes_per_device", "flops_per_step",
+               "flops_executed_per_step", "bytes_per_step")  # fmt: skip
+    return dict.fromkeys(from_compiler, "analytic" if analytic else "compiled") | dict.fromkeys(counted, "analytic")
+
+
+def estimated_exchange(setting: Setting) -> dict[str, float]:
+    return roofline.exchanged_bytes(setting.config, setting.split, setting.batch * setting.length, setting.accumulate, setting.mode)
 
 
 def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
     """Bytes of a device by kind; weights and optimizer are those of the shards."""
     trainable = _shard_bytes(retrofit.state.trainable)
-    return memory_estimate.Held(
-        weights=trainable + _shard_bytes(retrofit.frozen),
-        optimizer=_shard_bytes(retrofit.state.opt_state),
-        activations=memory_estimate.activations(setting.config, setting.split, setting.rows, setting.length, setting.remat),
-        logits=memory_estimate.logits(setting.config, setting.split, setting.rows, setting.mode),
-        temporary=memory_estimate.temporary(setting.config, setting.split, setting.rows, setting.length, trainable),
-    )
+    shape = memory_estimate.Shape(setting.split, setting.rows, setting.length, setting.mode, setting.remat, setting.hardware.platform,
+                                  setting.accumulate > 1)  # fmt: skip
+    weights, optimizer = trainable + _shard_bytes(retrofit.frozen), _shard_bytes(retrofit.state.opt_state)
+    return memory_estimate.held(setting.config, shape, weights, optimizer, trainable)
 
 
 def _shard_bytes(shapes: Any) -> float:
@@ -149,15 +184,20 @@ def _size(shape: tuple[int, ...]) -> int:
     return functools.reduce(lambda a, b: a * b, shape, 1)
 
 
-def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
-    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
+def total_bytes(analysis: Any) -> float:
+    """Of a device, by a compiled program's `memory_analysis()`. Raises ConfigError when there is none."""
     if analysis is None:
         raise ConfigError("this compiler reports no memory; use --analytic")
-    arguments = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    temporary, known = analysis.temp_size_in_bytes, held.activations + held.logits
-    part = min(1.0, temporary / known)
+    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
+    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
+    arguments, temporary = total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes
+    part = min(1.0, temporary / (held.activations + held.logits))
+    activations, logits = held.activations * part, held.logits * part
     weights = arguments - held.optimizer  # and the batch
-    return held._replace(weights=weights, activations=held.activations * part, logits=held.logits * part, temporary=max(0.0, temporary - known))
+    return held._replace(weights=weights, activations=activations, logits=logits, temporary=temporary - activations - logits)
 
 
 def _implementation(setting: Setting, analytic: bool) -> str:
@@ -165,10 +205,14 @@ def _implementation(setting: Setting, analytic: bool) -> str:
     named, head_dim, platform = setting.config.implementation, setting.config.head_dim, setting.hardware.platform
     if not analytic or platform == "cpu":
         return choose("train_attention", Facts(head_dim, jnp.bfloat16), named).name
+    kind = KIND_NAMES[setting.hardware.kind]
     if named != AUTO:
+        found = IMPLEMENTATIONS[named]
+        if found.platform not in (None, platform) or found.refuses(Facts(head_dim, jnp.bfloat16), kind):
+            raise ConfigError(f"implementation {named} does not run on {setting.hardware.name} with head size {head_dim}; use {XLA} or {AUTO}")
         return named
     kernel = GPU if platform == "gpu" else TPU
-    entry = tuned_entry("train_attention", kernel, KIND_NAMES[setting.hardware.kind], head_dim, "bfloat16")
+    entry = tuned_entry("train_attention", kernel, kind, head_dim, "bfloat16")
     return kernel if entry is not None and entry.speed_to_xla >= 1 else XLA
 
 
@@ -190,14 +234,15 @@ def cpu_seconds(setting: Setting, mesh: Mesh) -> tuple[float, str]:
     if length < setting.length:
         scale = flops(setting.length) / flops(length)
         how += f", rows of {length} instead of {setting.length}, in proportion to FLOPs"
-    one = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh)
+    one = timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh)
     if layers == 1:
         return one * scale, how
-    two = _timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh)
+    two = timed(dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh)
     return (one + max(two - one, 0.0) * (layers - 1)) * scale, how
 
 
-def _timed(setting: Setting, mesh: Mesh) -> float:
+def timed(setting: Setting, mesh: Mesh) -> float:
+    """Seconds of a step on the devices of this process, random weights: the median of three."""
     from flax import nnx
 
     from train.rows import Batch
@@ -219,31 +264,3 @@ def _timed(setting: Setting, mesh: Mesh) -> float:
         if repeat:  # the first one compiles
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-# --- settings nearby ---
-
-
-def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """What a user would change when a setting does not fit, the least intrusive first; each alone and then together with the ones before."""
-    data, model, *context = setting.mesh
-    current, said = setting, []
-    if current.remat != "full":
-        current, said = dataclasses.replace(current, remat="full"), [*said, "remat=full"]
-        yield ", ".join(said), current
-    accumulate = current.accumulate
-    while current.batch % (data * accumulate * 2) == 0:
-        accumulate *= 2
-        current = dataclasses.replace(current, accumulate=accumulate)
-        yield ", ".join([*said, f"accumulate={accumulate}"]), current
-    if accumulate > setting.accumulate:
-        said.append(f"accumulate={accumulate}")
-    while data % 2 == 0 and model * 2 <= setting.config.num_q_heads:
-        data, model = data // 2, model * 2
-        mesh = (data, model, *context)
-        moved = dataclasses.replace(current, mesh=mesh)
-        yield ", ".join([*said, f"mesh={'x'.join(map(str, mesh))}"]), moved
-    length = current.length
-    while length > 1024:
-        length //= 2
-        yield ", ".join([*said, f"length={length}"]), dataclasses.replace(current, length=length)
