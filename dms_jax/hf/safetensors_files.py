@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from dms_jax.config import ConfigError
-from dms_jax.hf.hf_config import read_json
+from dms_jax.config import ConfigError, shown
+from dms_jax.strict_json import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
@@ -71,6 +71,11 @@ def open_folder(folder: str) -> SafetensorsFiles:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
+    # A plain name only: a downloaded index must not make us read outside its folder.
+    if strange := [
+        name for name in file_of.values() if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
+    ]:
+        raise ConfigError(f"{index} names {shown(strange[0])}, which is no .safetensors file of its folder; download the folder again")
     files = sorted(set(file_of.values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
     if absent:
