@@ -1,11 +1,13 @@
 """Frozen configurations, and the strict builder that turns YAML and `--set a.b=c` into them."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import reprlib
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,6 +134,15 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
+@contextlib.contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Errors of what is read inside begin with the file, or the option, that it came from."""
+    try:
+        yield
+    except ConfigError as why:
+        raise ConfigError(f"{where}: {why}") from why
+
+
 def nearest_name(name: str, known: typing.Iterable[str]) -> str:
     """The known name closest to a misspelt one, or all of them."""
     known = sorted(known)
@@ -220,5 +231,14 @@ def override(raw: dict, assignment: str) -> None:
     for parent in parents:
         raw = raw.setdefault(parent, {})
         if not isinstance(raw, dict):
-            raise ConfigError(f"--set {assignment}: `{parent}` is a single value, it has no `{last}`")
-    raw[last] = _parse_yaml(text, f"--set {assignment}: {shown(text)} is not a YAML value")
+            raise ConfigError(f"--set {shown(assignment)}: `{parent}` is a single value, it has no `{last}`")
+    merge(raw, {last: _parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")})
+
+
+def merge(into: dict, raw: dict) -> None:
+    """Lay nested values over others, in place: a key that is given does not reset its neighbours."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value

@@ -11,9 +11,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from dms_jax.config import ConfigError, ModelConfig, shown
+from dms_jax.config import ConfigError, ModelConfig, naming, shown
 from dms_jax.hf.gguf_header import read_gguf
-from dms_jax.hf.hf_config import naming
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -4,14 +4,12 @@ Every key is read (HANDLED), may hold one value only (FIXED), or is known not to
 Any other key is refused: a key nobody reads is how a port goes silently wrong. Old and transformers-5 spellings are both read.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from difflib import get_close_matches
 
-from dms_jax.config import MOST, ConfigError, DMSConfig, ModelConfig, RopeScaling, build, shown
+from dms_jax.config import MOST, ConfigError, DMSConfig, ModelConfig, RopeScaling, build, naming, shown
 from dms_jax.strict_json import read_json
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -76,15 +74,6 @@ def read_folder(folder: str) -> tuple[dict, ModelConfig]:
     with naming(generation):
         eos = tuple(dict.fromkeys(config.eos_token_ids + _token_ids("eos_token_id", more)))
     return raw, dataclasses.replace(config, eos_token_ids=eos)
-
-
-@contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Errors of what is read inside name the file it came from."""
-    try:
-        yield
-    except ConfigError as why:
-        raise ConfigError(f"{path}: {why}") from why
 
 
 def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:

@@ -66,7 +66,10 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
         if got == target.read(good):
             outcome = SAME, how
         else:
-            wanted = target.means(folder) if target.means else None
+            try:
+                wanted = target.means(folder) if target.means else None
+            except Exception as why:
+                raise Wrong(f"{case}: accepted, but read on its own it is none: {type(why).__name__} {why}"[:400]) from why
             if got != wanted:
                 raise Wrong(f"{case}: silently read as something else: {difference(got, wanted)}")
             outcome = AS_WRITTEN, how
