@@ -29,7 +29,7 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     try:
         code = main() or 0
     except ConfigError as why:
-        print(f"{name}: {' '.join(str(why).split())}", file=sys.stderr)
+        print(f"{name}: {one_line(why)}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -37,6 +37,12 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def one_line(why: Exception | str, most: int = 1000) -> str:
+    """A message as a line to read, whatever it quotes: the middle of a very long one and unprintable characters are left out."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(why).split()))
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
 
 
 def start_devices(num_devices: int, distributed: str = "") -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.cache_limits import bounds, check_context, check_forced, check_room, with_room
-from dms_jax.config import ConfigError
+from dms_jax.config import MOST, ConfigError, shown
 from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, HostBounds, Overflow, empty_layer
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.unrolled import UnrolledDecoder, unrolled
@@ -64,8 +64,8 @@ def init_cache(
     if overflow not in OVERFLOWS:
         raise ConfigError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
     for name, value in [("batch_size", batch_size), *(("capacity", c) for c in capacities)]:
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MOST:
+            raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
     layers = tuple(empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features) for c in capacities)
     empty = HostBounds(0, (0,) * config.num_layers)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dms_jax.config import ConfigError
+from dms_jax.config import MOST, ConfigError, shown
 from dms_jax.core.compact_cache import OVERFLOWS
 from dms_jax.core.sampling import SamplingMode, SamplingNumbers
 from dms_jax.policies import CachePolicy
@@ -33,22 +33,22 @@ class GenerationConfig:
 
     def __post_init__(self):
         whole = lambda x: isinstance(x, int) and not isinstance(x, bool)  # noqa: E731
-        real = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and not math.isnan(x)  # noqa: E731
-        _check(whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens,
+        real = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and (not math.isnan(x) if isinstance(x, float) else abs(x) <= MOST)  # noqa: E731
+        _check(whole(self.max_new_tokens) and 1 <= self.max_new_tokens <= MOST, "max_new_tokens", self.max_new_tokens,
                "a whole number >= 1 (to fill a cache without generating, use prefill)")  # fmt: skip
         _check(real(self.temperature) and 0 <= self.temperature < math.inf, "temperature", self.temperature, "a finite number >= 0 (0 is greedy)")
-        _check(whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number >= 0 (0 is off)")
+        _check(whole(self.top_k) and 0 <= self.top_k <= MOST, "top_k", self.top_k, "a whole number >= 0 (0 is off)")
         _check(real(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1] (1 is off; for the likeliest token alone set temperature=0)")
         _check(real(self.min_p) and 0 <= self.min_p < 1, "min_p", self.min_p, "in [0, 1) (0 is off)")
         _check(real(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf, "repetition_penalty", self.repetition_penalty,
                "a finite number > 0 (1 is off)")  # fmt: skip
         _check(real(self.threshold), "threshold", self.threshold, "a number (0 is what training aimed at)")
         _check(self.overflow is None or self.overflow in OVERFLOWS, "overflow", self.overflow, f"one of {', '.join(OVERFLOWS)}")
-        _check(self.chunk_size is None or (whole(self.chunk_size) and self.chunk_size >= 1), "chunk_size", self.chunk_size, "a whole number >= 1")
+        _check(self.chunk_size is None or (whole(self.chunk_size) and 1 <= self.chunk_size <= MOST), "chunk_size", self.chunk_size, "a whole number >= 1")
         _check(isinstance(self.stop_strings, tuple | list) and all(isinstance(s, str) and s for s in self.stop_strings), "stop_strings",
                self.stop_strings, "a tuple of strings that are not empty")  # fmt: skip
         ids = () if self.stop_ids is None else self.stop_ids
-        _check(isinstance(ids, tuple | list) and all(whole(i) for i in ids), "stop_ids", ids, "a tuple of token ids")
+        _check(isinstance(ids, tuple | list) and all(whole(i) and abs(i) <= MOST for i in ids), "stop_ids", ids, "a tuple of token ids")
         seeds = self.seed if isinstance(self.seed, tuple | list) else (self.seed,)
         _check(all(whole(s) and 0 <= s < 2**32 for s in seeds), "seed", self.seed, "whole numbers from 0 to 2**32 - 1")
 
@@ -69,4 +69,4 @@ def find_stop(text: str, stops: Sequence[str]) -> int | None:
 
 def _check(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition:
-        raise ConfigError(f"{name} must be {rule}; got {value!r}")
+        raise ConfigError(f"{name} must be {rule}; got {shown(value)}")

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from dms_jax.config import ConfigError, nearest_name
+from dms_jax.config import ConfigError, nearest_name, shown
 
 
 class Chip(NamedTuple):
@@ -42,6 +42,7 @@ SLICES = {2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128
           3: {1: "2x2x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}}  # fmt: skip
 GPUS_A_HOST = (1, 2, 4, 8)  # that are offered
 EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
+COUNT = "[1-9][0-9]{0,3}"  # devices, or chips along a side
 USABLE = 0.92  # of a device's memory; the rest is the driver's, the compiler's and lost between allocations
 # As JAX reports them.
 KIND_NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
@@ -80,25 +81,28 @@ def chip_of(device_kind: str) -> Chip | None:
 def parse_hardware(name: str) -> tuple[str, int, str | None]:
     """`h100x8` -> (h100, 8, None); `v5e-8` and `v5e-2x4` -> (v5e, 8, "2x4"), numbers being chips. Raises ConfigError."""
     text = name.strip().lower()
-    if match := re.fullmatch(r"(h100|h200)x(\d+)", text):
+    if match := re.fullmatch(rf"(h100|h200)x({COUNT})", text):
         kind, count = match[1], int(match[2])
         if not 1 <= count <= 8:
-            raise ConfigError(f"hardware {name!r}: one host has 1 to 8 GPUs")
+            raise ConfigError(f"hardware {shown(name)}: one host has 1 to 8 GPUs")
         return kind, count, None
-    if match := re.fullmatch(r"(v5e|v6e|v5p)-(\d+(?:x\d+)*)", text):
+    if match := re.fullmatch(rf"(v5e|v6e|v5p)-({COUNT}(?:x{COUNT})*)", text):
         kind, shape = match[1], match[2]
-        sizes = SLICES[3 if kind == "v5p" else 2]
+        axes = 3 if kind == "v5p" else 2
+        sizes = SLICES[axes]
         if "x" in shape:
+            if shape.count("x") != axes - 1:
+                raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {axes} sides, e.g. {sizes[16]}")
             return kind, math.prod(map(int, shape.split("x"))), shape
         if int(shape) not in sizes:
-            raise ConfigError(f"hardware {name!r}: a {kind} slice has {', '.join(map(str, sizes))} chips")
+            raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {', '.join(map(str, sizes))} chips")
         return kind, int(shape), sizes[int(shape)]
-    raise ConfigError(f"unknown hardware {name!r}; did you mean {nearest_name(text, EXAMPLES.split(', '))}? Known forms: {EXAMPLES}, cpu, cpux8")
+    raise ConfigError(f"unknown hardware {shown(name)}; did you mean {nearest_name(text, EXAMPLES.split(', '))}? Known forms: {EXAMPLES}, cpu, cpux8")
 
 
 def hardware_of(name: str) -> Hardware:
     """`parse_hardware`, or the simulated devices of this machine: `cpu`, `cpux8`. Raises ConfigError."""
-    if match := re.fullmatch(r"cpu(?:x([1-9]\d*))?", name.strip().lower()):
+    if match := re.fullmatch(rf"cpu(?:x({COUNT}))?", name.strip().lower()):
         return Hardware(name, "cpu", int(match[1] or 1))
     kind, count, _ = parse_hardware(name)
     return Hardware(name, kind, count)

@@ -3,12 +3,13 @@
 The defaults are the embedded default's recipe (docs/experiments.md); configs/train/ holds those of larger models.
 """
 
+import contextlib
 import dataclasses
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dms_jax.config import ConfigError, DMSConfig, ImplementationName, build, override, read_yaml
+from dms_jax.config import MOST, ConfigError, DMSConfig, ImplementationName, build, merge, naming, override, read_yaml, shown
 from train.data import DataConfig
 
 Mode = Literal["adapter", "full", "borrowed"]
@@ -84,8 +85,8 @@ class RetrofitConfig:
         at_least = {"steps": 1, "length": 2, "batch_size": 0, "accumulate": 1, "initial_cr": 1, "cr_steps": 0, "ramp_steps": 0, "eval_every": 0,
                     "eval_rows": 1, "calibration_rows": 0, "save_every": 1, "keep": 1, "seed": 0}  # fmt: skip
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name} must be >= {least}, got {getattr(self, name)!r}")
+            if not least <= getattr(self, name) <= MOST:
+                raise ConfigError(f"{name} must be >= {least} and below 2**31, got {shown(getattr(self, name))}")
         if self.dms.target_cr < self.initial_cr:
             raise ConfigError(f"dms.target_cr ({self.dms.target_cr:g}) is below initial_cr ({self.initial_cr:g}); the ratio only rises")
         if max(self.cr_steps, self.ramp_steps) + (self.ramp_steps if self.cr_steps else 0) > self.steps:
@@ -130,7 +131,7 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
     merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
     if not raw.get("model") and not any(a.partition("=")[0].strip() == "model" for a in assignments):
         merged["dms"] |= EMBEDDED_DEFAULT
-    _merge(merged, raw)
+    merge(merged, raw)
     for assignment in assignments:
         if assignment.partition("=")[0].strip().startswith("data.") and not isinstance(merged.get("data", {}), dict):
             merged["data"] = {"paths": merged["data"]}
@@ -139,15 +140,8 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
         merged["mesh"] = mesh
     if not isinstance(merged.get("data", {}), dict):
         merged["data"] = {"paths": merged["data"]}
-    return build(RetrofitConfig, merged)
-
-
-def _merge(into: dict, raw: dict) -> None:
-    for key, value in raw.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
+    with naming(path + (" and --set" if assignments else "")) if path else contextlib.nullcontext():
+        return build(RetrofitConfig, merged)
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:

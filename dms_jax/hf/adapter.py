@@ -12,7 +12,7 @@ from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 
-KIND, VERSION = "dms_jax.adapter", "1"
+KIND, VERSION = "dms_jax.adapter", "2"
 
 
 def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -51,6 +51,7 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
     if trained_on != here:
         raise ConfigError(f"{path} was trained on another base: sha256 {trained_on[:12]}..., this model has {here[:12]}...")
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
+    tensors.verify()
     if getattr(model, "source", None) is not None:
         adapted.source = model.source
     return adapted

@@ -16,7 +16,7 @@ from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, describe, restored
 
-KIND, VERSION = "dms_jax.cache", "2"
+KIND, VERSION = "dms_jax.cache", "3"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 
 
@@ -61,6 +61,7 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         if bad := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}")
         layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
+    tensors.verify()
     return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy, overflow)
 
 

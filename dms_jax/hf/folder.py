@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig
+from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig, naming
 from dms_jax.hf import gguf_file, hf_config
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
 from dms_jax.kernels.dispatch import Facts, choose
+from dms_jax.strict_json import read_json
 
 # What belongs to a model but holds no weights: copied as it is.
 SIDE_FILES = {
@@ -92,7 +93,8 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """What `config.json` says of a model: of a folder, of such a file alone, of a .gguf file or of a hub id. No weights are read."""
     path = resolve(path, CONFIG_FILES)
     if os.path.isfile(path) and path.endswith(".json"):
-        return hf_config.model_config(hf_config.read_json(path))
+        with naming(path):
+            return hf_config.model_config(read_json(path))
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
         return hf_config.read_folder(path)[1]
     return open_source(path)[1]

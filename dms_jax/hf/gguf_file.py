@@ -11,7 +11,8 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.config import ConfigError, ModelConfig, naming, shown
+from dms_jax.hf.gguf_header import read_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -30,23 +31,18 @@ class GGUFTensors:
     """The tensors of one GGUF file under Hugging Face names, fp32; `config` is its ModelConfig."""
 
     def __init__(self, path: str):
-        from gguf import GGUFReader
-
         self.where = path
-        try:
-            reader = GGUFReader(path)
-            self.fields = {key: field.contents() for key, field in reader.fields.items()}
-        except (ValueError, OSError, IndexError, KeyError) as why:
-            raise ConfigError(f"{path} is damaged or not a GGUF file: {' '.join(str(why).split())}") from why
+        self.fields, tensors = read_gguf(path)
         architecture = self.fields.get("general.architecture")
-        if architecture is None or architecture not in ARCHITECTURES:
-            raise ConfigError(f"{path}: GGUF architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            raise ConfigError(f"{path}: GGUF architecture {shown(architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}")
         self.architecture: str = architecture
-        self.tensors = {}
-        for tensor in reader.tensors:
-            if tensor.name != "rope_freqs.weight":  # llama3 scaling as a table; refused in `config` unless it is known
-                self.tensors[self._hf_name(tensor.name)] = tensor
-        self.rope_table = next((t for t in reader.tensors if t.name == "rope_freqs.weight"), None)
+        self.rope_table = tensors.pop("rope_freqs.weight", None)  # llama3 scaling as a table; refused in `config` unless it is known
+        self.tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
+        if EMBED not in self.tensors:
+            raise ConfigError(f"{path} lacks the tensor token_embd.weight")
+        if bad := [name for name in (EMBED, HEAD) if name in self.tensors and len(self.shape(name)) != 2]:
+            raise ConfigError(f"{path}: {bad[0]} is no matrix but has shape {list(self.shape(bad[0]))}")
         if self.tied:
             finer = max((EMBED, HEAD), key=lambda name: self._bits(name))
             self.tensors[EMBED] = self.tensors[finer]
@@ -56,7 +52,7 @@ class GGUFTensors:
         return self.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self.tensors[name].shape))  # ggml counts axes from the fastest
+        return self.tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(np.float32)
@@ -75,9 +71,9 @@ class GGUFTensors:
 
         tensor = self.tensors[name]
         try:
-            return np.asarray(dequantize(tensor.data[rows], tensor.tensor_type), np.float32)
+            return np.asarray(dequantize(tensor.data[rows], tensor.kind), np.float32)
         except NotImplementedError as why:
-            raise ConfigError(f"{self.where}: tensor {name} has quantisation {tensor.tensor_type.name}, which gguf cannot dequantise") from why
+            raise ConfigError(f"{self.where}: tensor {name} has quantisation {tensor.kind.name}, which gguf cannot dequantise") from why
 
     def _hf_name(self, name: str) -> str:
         parts = name.split(".")
@@ -89,7 +85,7 @@ class GGUFTensors:
 
     def _bits(self, name: str) -> float:
         tensor = self.tensors.get(name)
-        return 0.0 if tensor is None else tensor.n_bytes / tensor.n_elements
+        return 0.0 if tensor is None else tensor.bits
 
     @cached_property
     def tied(self) -> bool:
@@ -104,40 +100,61 @@ class GGUFTensors:
         value = self.fields.get(f"{self.architecture}.{key}", default)
         if value is None:
             raise ConfigError(f"{self.where} lacks {self.architecture}.{key}")
+        if not isinstance(value, int | float | str):
+            raise ConfigError(f"{self.where}: {self.architecture}.{key} must be one value, got {shown(value)}")
+        return value
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        value = self._field(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{self.where}: {self.architecture}.{key} must be a positive whole number, got {shown(value)}")
+        return value
+
+    def _real(self, key: str, default: float | None = None) -> float:
+        value = self._field(key, default)
+        if not isinstance(value, float):
+            raise ConfigError(f"{self.where}: {self.architecture}.{key} must be a real number, got {shown(value)}")
+        return _shortest(value)
+
+    def token_id(self, kind: str) -> int | None:
+        """Of "bos", "eos", "padding" or "unknown", within the vocabulary."""
+        value = self.fields.get(f"tokenizer.ggml.{kind}_token_id")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.shape(EMBED)[0]):
+            raise ConfigError(f"{self.where}: tokenizer.ggml.{kind}_token_id must be a token id, got {shown(value)}")
         return value
 
     @cached_property
     def config(self) -> ModelConfig:
         scaling = self._field("rope.scaling.type", "none")
         if scaling != "none" or self.rope_table is not None:
-            raise ConfigError(f"{self.where}: rope scaling {scaling!r} from a GGUF file is not supported; use the Hugging Face folder")
-        hidden, heads = self._field("embedding_length"), self._field("attention.head_count")
-        token = lambda kind: self.fields.get(f"tokenizer.ggml.{kind}_token_id")  # noqa: E731
-        eos = token("eos")
-        return ModelConfig(
-            model_type=self.architecture,
-            vocab_size=self.shape(EMBED)[0],
-            hidden_size=hidden,
-            intermediate_size=self._field("feed_forward_length"),
-            num_layers=self._field("block_count"),
-            num_q_heads=heads,
-            num_kv_heads=self._field("attention.head_count_kv", heads),
-            head_dim=self._field("attention.key_length", hidden // heads),
-            rms_norm_eps=_shortest(self._field("attention.layer_norm_rms_epsilon")),
-            rope_theta=_shortest(self._field("rope.freq_base", 10000.0)),
-            max_position_embeddings=self._field("context_length"),
-            tie_word_embeddings=self.tied,
-            qkv_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
-            o_bias="model.layers.0.self_attn.o_proj.bias" in self.tensors,
-            qk_norm=self.architecture == "qwen3",
-            bos_token_id=token("bos"),
-            eos_token_ids=() if eos is None else (eos,),
-            pad_token_id=token("padding"),
-        )
+            raise ConfigError(f"{self.where}: rope scaling {shown(scaling)} from a GGUF file is not supported; use the Hugging Face folder")
+        hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
+        eos = self.token_id("eos")
+        with naming(self.where):
+            return ModelConfig(
+                model_type=self.architecture,
+                vocab_size=self.shape(EMBED)[0],
+                hidden_size=hidden,
+                intermediate_size=self._size("feed_forward_length"),
+                num_layers=self._size("block_count"),
+                num_q_heads=heads,
+                num_kv_heads=self._size("attention.head_count_kv", heads),
+                head_dim=self._size("attention.key_length", max(1, hidden // heads)),
+                rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
+                rope_theta=self._real("rope.freq_base", 10000.0),
+                max_position_embeddings=self._size("context_length"),
+                tie_word_embeddings=self.tied,
+                qkv_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
+                o_bias="model.layers.0.self_attn.o_proj.bias" in self.tensors,
+                qk_norm=self.architecture == "qwen3",
+                bos_token_id=self.token_id("bos"),
+                eos_token_ids=() if eos is None else (eos,),
+                pad_token_id=self.token_id("padding"),
+            )
 
 
 def open_gguf(path: str) -> GGUFTensors:
-    """The tensors of a GGUF file; the last one stays open, since reading a vocabulary takes seconds."""
+    """The tensors of a GGUF file; the last one stays open, since a tokenizer is made from it next."""
     return _opened(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
 
 
@@ -162,17 +179,42 @@ def write_tokenizer(path: str, folder: str) -> None:
     fields = tensors.fields
     if "tokenizer.ggml.tokens" not in fields:
         return
-    tokens = fields["tokenizer.ggml.tokens"]
-    build_tokenizer(fields, path).save(os.path.join(folder, "tokenizer.json"))
+    ids = {kind: tensors.token_id(kind) for kind in ("bos", "eos", "padding", "unknown")}
+    tokens = _checked_vocabulary(fields, path, ids.values())
+    try:
+        tokenizer = build_tokenizer(fields, path)
+    except ConfigError:
+        raise
+    except Exception as why:  # the library has no types of its own for what it refuses
+        raise ConfigError(f"{path}: its vocabulary makes no tokenizer: {why}") from why
+    tokenizer.save(os.path.join(folder, "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
                 "model_max_length": tensors.config.max_position_embeddings}  # fmt: skip
-    for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        if (token := fields.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+    for name, kind in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
+        if (token := ids[kind]) is not None:
             settings[name] = tokens[token]
     if "tokenizer.chat_template" in fields:
         settings["chat_template"] = fields["tokenizer.chat_template"]
     with open(os.path.join(folder, "tokenizer_config.json"), "w", encoding="utf-8") as file:
         json.dump(settings, file, indent=1, ensure_ascii=False)
+
+
+def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
+    """The tokens: different texts, each of a type, with merges and template that are texts, and the special ids among them."""
+    texts = lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)  # noqa: E731
+    tokens, types, merges = (fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
+    wrong = (
+        "tokens are no list of texts" if not texts(tokens)
+        else "a token stands twice" if len(set(tokens)) != len(tokens)
+        else "token_type is no number for each token" if not isinstance(types, list) or len(types) != len(tokens)
+        else "merges are no list of pairs" if not texts(merges) or not all(" " in merge for merge in merges)
+        else "a special token is not among its tokens" if any(i is not None and i >= len(tokens) for i in ids)
+        else "chat_template is no text" if not isinstance(fields.get("tokenizer.chat_template", ""), str)
+        else ""
+    )  # fmt: skip
+    if wrong:
+        raise ConfigError(f"{where}: its tokenizer is damaged: {wrong}")
+    return tokens
 
 
 def build_tokenizer(fields: dict, where: str):
@@ -187,8 +229,8 @@ def build_tokenizer(fields: dict, where: str):
         "deepseek-r1-qwen": pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
         "llama-bpe": pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
     }
-    if kind != "gpt2" or split not in first:
-        raise ConfigError(f"{where}: tokenizer {kind!r} with splits {split!r} is not supported; supported: gpt2 with {', '.join(first)}")
+    if kind != "gpt2" or not isinstance(split, str) or split not in first:
+        raise ConfigError(f"{where}: tokenizer {shown(kind)} with splits {shown(split)} is not supported; supported: gpt2 with {', '.join(first)}")
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=split == "llama-bpe"))

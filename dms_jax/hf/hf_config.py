@@ -5,11 +5,12 @@ Any other key is refused: a key nobody reads is how a port goes silently wrong. 
 """
 
 import dataclasses
-import json
+import math
 import os
 from difflib import get_close_matches
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeScaling, build
+from dms_jax.config import MOST, ConfigError, DMSConfig, ModelConfig, RopeScaling, build, naming, shown
+from dms_jax.strict_json import read_json
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -62,42 +63,34 @@ FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
 FASTDMS_HARMLESS = {"context_len", "compression_mode"}
 
 
-def read_json(path: str) -> dict:
-    """The mapping in a JSON file."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            raw = json.load(file)
-    except (OSError, UnicodeDecodeError) as why:
-        raise ConfigError(f"cannot read {path}: {why}") from why
-    except json.JSONDecodeError as why:
-        raise ConfigError(f"{path} is not valid JSON: {why}") from why
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return raw
-
-
 def read_folder(folder: str) -> tuple[dict, ModelConfig]:
     """The raw `config.json` of a folder and what it means, with the stop tokens of `generation_config.json` added."""
-    raw = read_json(os.path.join(folder, "config.json"))
-    generation = os.path.join(folder, "generation_config.json")
-    more = read_json(generation).get("eos_token_id") if os.path.exists(generation) else None
-    config = model_config(raw, fastdms=_fastdms_metadata(folder, log_above=not any(key.startswith("dms_") for key in raw)))
-    eos = tuple(dict.fromkeys(config.eos_token_ids + _as_tuple(more)))
+    path, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
+    raw = read_json(path)
+    more = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
+    fastdms = _fastdms_metadata(folder, log_above=not any(key.startswith("dms_") for key in raw))
+    with naming(path):
+        config = model_config(raw, fastdms)
+    with naming(generation):
+        eos = tuple(dict.fromkeys(config.eos_token_ids + _token_ids("eos_token_id", more)))
     return raw, dataclasses.replace(config, eos_token_ids=eos)
 
 
 def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     """`config.json` as a ModelConfig. `fastdms`: the metadata FastDMS keeps beside it, when there is any."""
     family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ConfigError(f"model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise ConfigError(f"model_type {shown(family)} is not supported; supported: {', '.join(FAMILIES)}")
     _refuse_unknown(raw)
     heads, hidden, layers = _need(raw, "num_attention_heads"), _need(raw, "hidden_size"), _need(raw, "num_hidden_layers")
-    head_dim = raw.get("head_dim") or (128 if family == "qwen3" and "head_dim" not in raw else hidden // heads)
+    # An explicit null is not the class default of Qwen 3.
+    head_dim = (
+        _need(raw, "head_dim") if raw.get("head_dim") is not None else (128 if family == "qwen3" and "head_dim" not in raw else hidden // heads)
+    )
     for key, having in BIASES.items():
-        if raw.get(key) and family not in having:
+        if _flag(raw, key) and family not in having:
             raise ConfigError(f"{key}=true in config.json: a {family} model has no such bias")
-    bias = bool(raw.get("attention_bias")) and family != "qwen2"  # Qwen 2 has q, k, v biases and no o bias whatever the key says
+    bias = _flag(raw, "attention_bias") and family != "qwen2"  # Qwen 2 has q, k, v biases and no o bias whatever the key says
     no_groups = family == "llama" and raw.get("num_key_value_heads") is None  # Llama 1 and 2 files leave it out
     theta, scaling = _rope(raw)
     return ModelConfig(
@@ -109,19 +102,19 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
         num_q_heads=heads,
         num_kv_heads=heads if no_groups else _need(raw, "num_key_value_heads"),
         head_dim=head_dim,
-        rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=raw.get("max_position_embeddings") or 4096,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),  # the class default of all four families
+        max_position_embeddings=4096 if raw.get("max_position_embeddings") is None else _need(raw, "max_position_embeddings"),
+        tie_word_embeddings=_flag(raw, "tie_word_embeddings"),  # false is the class default of all four families
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias")),
+        mlp_bias=_flag(raw, "mlp_bias"),
         qk_norm=family == "qwen3",
         sliding_window=_sliding_window(raw, family, layers),
-        bos_token_id=raw.get("bos_token_id"),
-        eos_token_ids=_as_tuple(raw.get("eos_token_id")),
-        pad_token_id=raw.get("pad_token_id"),
+        bos_token_id=_token_id("bos_token_id", raw.get("bos_token_id")),
+        eos_token_ids=_token_ids("eos_token_id", raw.get("eos_token_id")),
+        pad_token_id=_token_id("pad_token_id", raw.get("pad_token_id")),
         dms=dms_config(raw, fastdms),
     )
 
@@ -141,7 +134,7 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
             for name in (*FASTDMS_SPELLINGS.get(field, ()), key):  # the last one found wins: the explicit key
                 values[field] = fastdms.get(name, values[field])
     values |= {field: raw[key] for field, (key, _) in DMS_KEYS.items() if key in raw}
-    values["variant"] = "projection" if raw.get(SEPARATE) else "borrowed"
+    values["variant"] = "projection" if _flag(raw, SEPARATE) else "borrowed"
     return _checked_dms(values)
 
 
@@ -193,8 +186,8 @@ def _refuse_unknown(raw: dict) -> None:
     if raw.get("quantization_config") is not None:
         raise ConfigError("config.json has quantization_config: give the unquantized folder (bf16, fp16 or fp32 weights)")
     for key, value in FIXED.items():
-        if raw.get(key) is not None and raw[key] != value:
-            raise ConfigError(f"{key}={raw[key]!r} in config.json is not supported; only {value!r} is")
+        if raw.get(key) is not None and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool)):
+            raise ConfigError(f"{key}={shown(raw[key])} in config.json is not supported; only {value!r} is")
     read = {SEPARATE, "quantization_config", *FIXED, *HANDLED, *(key for key, _ in DMS_KEYS.values())}
     known = read | HARMLESS_KEYS | FASTDMS_HINTS | FASTDMS_HARMLESS
     for key in sorted(raw.keys() - known):
@@ -208,35 +201,44 @@ def _refuse_unknown(raw: dict) -> None:
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Theta and scaling. transformers 5 holds both in `rope_parameters`; before, theta stood alone and `rope_scaling` was a
     dict with `rope_type`, or `type` in the oldest files."""
-    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    given = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
+    if not all(isinstance(part, dict) for part in given):
+        raise ConfigError("rope_scaling and rope_parameters in config.json must be objects or null")
+    rope = {key: value for part in given for key, value in part.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_KIND_KEYS:
-        raise ConfigError(f"rope type {kind!r} in config.json is not supported; supported: {', '.join(ROPE_KIND_KEYS)}")
+    if not isinstance(kind, str) or kind not in ROPE_KIND_KEYS:
+        raise ConfigError(f"rope type {shown(kind)} in config.json is not supported; supported: {', '.join(ROPE_KIND_KEYS)}")
     for key in sorted(rope.keys() - ROPE_KEYS - ROPE_KIND_KEYS[kind]):
-        if rope[key] is not None:
-            raise ConfigError(f"unknown key `{key}` in the {kind} rope parameters of config.json")
+        raise ConfigError(f"unknown key `{key}` in the {kind} rope parameters of config.json")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported; only 1.0 is")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+        raise ConfigError(f"partial_rotary_factor {shown(rope['partial_rotary_factor'])} is not supported; only 1.0 is")
+    theta = _number(rope, "rope_theta", _number(raw, "rope_theta", 10000.0))
     if kind == "default":
         return theta, None
     missing = ROPE_KIND_KEYS[kind] - rope.keys()
     if missing:
         raise ConfigError(f"rope type {kind} in config.json lacks {', '.join(sorted(missing))}")
-    return theta, RopeScaling(kind=kind, **{key: rope[key] for key in ROPE_KIND_KEYS[kind]})
+    length = "original_max_position_embeddings"
+    values = {key: _need(rope, key) if key == length else _number(rope, key, 0.0) for key in ROPE_KIND_KEYS[kind]}
+    return theta, RopeScaling(kind=kind, **values)
 
 
 def _sliding_window(raw: dict, family: str, layers: int) -> int | None:
     """The model's own window, if any layer has one. Rows up to it are exact whichever layers those are: longer ones are refused."""
     kinds = raw.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ConfigError(f"layer_types in config.json must be a list or null, got {shown(kinds)}")
     for kind in kinds or ():
         if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(f"layer type {kind!r} in config.json is not supported; supported: full_attention, sliding_attention")
-    window = raw.get("sliding_window", None if family == "llama" else 4096)  # the class default of the other three
+            raise ConfigError(f"layer type {shown(kind)} in config.json is not supported; supported: full_attention, sliding_attention")
+    window = None if family == "llama" else 4096  # the class default of the other three
+    if "sliding_window" in raw:
+        window = None if raw["sliding_window"] is None else _need(raw, "sliding_window")
+    first = 28 if raw.get("max_window_layers") is None else _need(raw, "max_window_layers", 0)
     if family in ("qwen2", "qwen3"):
-        if not raw.get("use_sliding_window", False):
+        if not _flag(raw, "use_sliding_window"):
             window = None
-        elif kinds is None and raw.get("max_window_layers", 28) >= layers:
+        elif kinds is None and first >= layers:
             window = None  # the first `max_window_layers` layers have full attention
     if kinds is not None and "sliding_attention" not in kinds and family != "mistral":
         return None
@@ -270,12 +272,40 @@ def _checked_dms(values: dict) -> DMSConfig:
         raise ConfigError(f"config.json: {text}") from why
 
 
-def _need(raw: dict, key: str) -> int:
+def _need(raw: dict, key: str, least: int = 1) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"config.json needs a positive whole number `{key}`, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+        rule = "a positive whole number" if least else "a whole number"
+        raise ConfigError(f"config.json needs {rule} `{key}`, got {shown(value)}")
     return value
 
 
-def _as_tuple(ids: int | list | None) -> tuple[int, ...]:
-    return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+def _number(raw: dict, key: str, default: float) -> float:
+    """A positive finite number; null and absence mean the default."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value > 1e300:  # a larger int is no float
+        raise ConfigError(f"`{key}` in config.json must be a positive number, got {shown(value)}")
+    return float(value)
+
+
+def _flag(raw: dict, key: str) -> bool:
+    """true or false; null and absence mean false. "false" is a text, and true to Python."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"`{key}` in config.json must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def _token_id(key: str, value: object) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MOST:  # -1: old files mean none by it
+        raise ConfigError(f"`{key}` must be a token id, got {shown(value)}")
+    return value
+
+
+def _token_ids(key: str, values: object) -> tuple[int, ...]:
+    ids = [] if values is None else values if isinstance(values, list) else [values]
+    return tuple(value for item in ids if (value := _token_id(key, item)) is not None)

@@ -92,6 +92,9 @@ def _read(folder: str, where: str):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a \U0010fffd")  # what no vocabulary holds: an unknown token that is itself unknown is found now, not in the millionth line
+        f"{tokenizer.chat_template}".encode()  # JSON can spell half a surrogate pair, which no text may hold
+        return tokenizer
     except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: many types
         raise ConfigError(f"cannot read the tokenizer in {where}: {' '.join(str(why).split())[:300]}") from why

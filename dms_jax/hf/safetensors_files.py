@@ -1,5 +1,6 @@
 """Tensors on disk: read slices of a folder of safetensors files, write shards. Nothing here knows what a tensor means."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -9,10 +10,11 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from dms_jax.config import ConfigError
-from dms_jax.hf.hf_config import read_json
+from dms_jax.config import ConfigError, shown
+from dms_jax.strict_json import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+CONTENT_HASH = "content_sha256"  # in the header of files of ours
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 64 * 2**20
@@ -54,6 +56,13 @@ class SafetensorsFiles:
             return self.handle_of[name].get_tensor(name)
         return self.handle_of[name].get_slice(name)[index if len(index) > 1 else index[0]]
 
+    def verify(self) -> None:
+        """Refuse a file of ours whose bytes are not those that were written: no shape shows a flipped bit. Reads it all."""
+        metadata = self.metadata
+        written = metadata.pop(CONTENT_HASH, None)
+        if written != _content_hash(self.names(), self.read, metadata):
+            raise ConfigError(f"{self.where} is damaged: its content is not what its header says ({CONTENT_HASH}); write it again")
+
     @property
     def metadata(self) -> dict[str, str]:
         """The strings in the headers."""
@@ -71,6 +80,11 @@ def open_folder(folder: str) -> SafetensorsFiles:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
+    # A plain name only: a downloaded index must not make us read outside its folder.
+    if strange := [
+        name for name in file_of.values() if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
+    ]:
+        raise ConfigError(f"{index} names {shown(strange[0])}, which is no .safetensors file of its folder; download the folder again")
     files = sorted(set(file_of.values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
     if absent:
@@ -79,6 +93,15 @@ def open_folder(folder: str) -> SafetensorsFiles:
     if unheld := sorted(file_of.keys() - tensors.names()):
         raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not hold: {shorten(unheld)}")
     return tensors
+
+
+def _content_hash(names: Iterable[str], read: Callable[[str], np.ndarray], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name in sorted(names):
+        value = np.ascontiguousarray(read(name))
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 def _open(path: str):
@@ -160,13 +183,13 @@ def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
 
 
 def write_whole(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """One safetensors file that appears whole or not at all. Raises ConfigError."""
+    """One safetensors file of ours that appears whole or not at all; its header says the hash of all of it. Raises ConfigError."""
     from safetensors import SafetensorError
 
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(temporary, tensors, metadata)
+        save_file(temporary, tensors, metadata | {CONTENT_HASH: _content_hash(tensors, tensors.__getitem__, metadata)})
         os.replace(temporary, path)
     except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
         raise ConfigError(f"cannot write {path}: {why}") from why

@@ -1,8 +1,9 @@
 """Who leaves the cache and who is read, one file per method, its paper on top."""
 
+import re
 from dataclasses import asdict
 
-from dms_jax.config import ConfigError, ModelConfig, nearest_name
+from dms_jax.config import ConfigError, ModelConfig, naming, nearest_name, shown
 from dms_jax.policies.budget_policy import BudgetPolicy
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.h2o import H2O
@@ -62,9 +63,10 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
 
 def _built(kind: type, name: str, budget: str, config: ModelConfig) -> CachePolicy:
     if issubclass(kind, BudgetPolicy | Quest):
-        if not budget.isdecimal():
-            raise ConfigError(f"policy {name} needs a budget in pairs per KV head, e.g. {name}:256; got {budget!r}")
-        return kind(int(budget))
+        if not re.fullmatch("[0-9]{1,9}", budget):
+            raise ConfigError(f"policy {name} needs a budget in pairs per KV head, e.g. {name}:256; got {shown(budget)}")
+        with naming(f"policy {name}:{budget}"):
+            return kind(int(budget))
     if budget:
         raise ConfigError(f"policy {name} has no budget; use {name!r}")
     if issubclass(kind, LearnedEviction):

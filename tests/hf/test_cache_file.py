@@ -68,8 +68,8 @@ def test_what_is_refused(saved, tmp_path, monkeypatch):
             dms_jax.load_cache(other, path)
     with pytest.raises(ConfigError, match="this cache has 1 layers, the model 2"):
         dms_jax.save_cache(tiny_model(POLICY, 3, num_layers=2), cache, tmp_path / "other")
-    monkeypatch.setattr(cache_file, "VERSION", "3")
-    with pytest.raises(ConfigError, match="version 2, this dms_jax reads 3"):
+    monkeypatch.setattr(cache_file, "VERSION", "4")
+    with pytest.raises(ConfigError, match="version 3, this dms_jax reads 4"):
         dms_jax.load_cache(model, path)
 
 

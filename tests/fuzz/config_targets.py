@@ -1,0 +1,251 @@
+"""Configurations: YAML files, `--set`, meshes, hardware names, policies by name, settings of generation."""
+
+import dataclasses
+import json
+import random
+import re
+from pathlib import Path
+
+import yaml
+from cases import TINY
+from fuzz.fuzz_case import Target
+from fuzz.model_targets import typed
+from fuzz.mutations import HUGE, change_value, damage, nested, odd_value, replace_file, rewrite
+
+from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.generation_config import GenerationConfig
+from dms_jax.policies import describe, policy_of
+from dms_jax.sharding import parse_mesh
+from dms_jax.target_hardware import hardware_of
+from train.retrofit_config import RetrofitConfig, read_config
+
+YAML = {"model": "some/folder", "data": {"paths": ["a.txt", "b.jsonl"], "rows": "packed", "held_out_fraction": 0.1}, "steps": 300, "length": 2048,
+        "batch_size": 8, "seed": 3, "mesh": "8x1", "dtype": "bfloat16", "dms": {"window_size": 256, "target_cr": 8, "decision_shift": 1, "tau": 0.1},
+        "loss": {"order": "teacher_student", "compression_weight": 1.0}, "optimizer": {"learning_rate": 1e-5, "warmup_steps": 10, "b1": 0.9},
+        "save_every": 100, "tensorboard": False}  # fmt: skip
+FILE = "run.yaml"
+ODD_YAML = ["1:30", "2024-99-99", "!!python/object/apply:os.system ['true']", "!!binary x", "!!int x", "&a [*a]", "*unknown", "{a: 1, a: 2}", "[", "0o17", "~",
+            "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}", "1_000", "0x10", "|\n x",
+            "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+
+
+# --- YAML files and --set ---
+
+
+def make_yaml(folder: Path) -> None:
+    (folder / FILE).write_text(yaml.safe_dump(YAML))
+
+
+def mutate_yaml(rng: random.Random, folder: Path) -> str:
+    path, kind = folder / FILE, rng.randrange(12)
+    if kind == 0:
+        return replace_file(rng, path)
+    if kind < 6:
+        raw = json.loads(json.dumps(YAML))
+        how = change_value(rng, raw)
+        path.write_text(json.dumps(raw))  # JSON is YAML
+        return how
+    lines = path.read_text().splitlines()
+    at = rng.randrange(len(lines))
+    if kind == 6:
+        path.write_text("\n".join([*lines, lines[at]]) + "\n")
+        return f"line {lines[at]!r} twice"
+    if kind == 7:
+        lines[at] = lines[at].partition(":")[0] + ": " + rng.choice(ODD_YAML)
+        path.write_text("\n".join(lines), errors="surrogatepass")
+        return f"line {lines[at][:60]!r}"
+    if kind == 8:
+        path.write_text(rng.choice([LAUGHS, LAUGHS + "model: *i\n", LAUGHS + "data: {paths: *i}\n", "- a\n", "x", "---\na: 1\n---\nb: 2\n", "[" * 20_000, ": " * 3000]))
+        return "another document"
+    if kind == 9:
+        lines[at] = lines[at].replace("  ", rng.choice(["\t", " ", "    ", ""]), 1)
+        path.write_text("\n".join(lines))
+        return f"indentation of {lines[at]!r}"
+    return rewrite(path, lambda data: damage(rng, data))
+
+
+def read_run(config: RetrofitConfig) -> dict:
+    return flat(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def flat(raw: dict, path: str = "") -> dict:
+    """One level, dotted keys, the type beside each value."""
+    found = {}
+    for key, value in raw.items():
+        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
+    return typed(found) if not path else found
+
+
+def meant_run(raw: dict, assignments: list[str] = (), mesh: str | None = None) -> dict:
+    """The defaults with what was given laid over them; a text in place of a number is read as Python reads it."""
+    default = json.loads(json.dumps(dataclasses.asdict(RetrofitConfig())))
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        *parents, last = key.strip().split(".")
+        here = raw
+        for parent in parents:
+            if parent == "data" and not isinstance(here.get("data", {}), dict):
+                here["data"] = {"paths": here["data"]}
+            here = here.setdefault(parent, {})
+        here[last] = yaml.safe_load(text)
+    if not isinstance(raw.get("data", {}), dict):
+        raw["data"] = {"paths": raw["data"]}
+    if not raw.get("model"):
+        default["dms"]["decision_shift"] = 0
+    lay(default, raw)
+    return flat(default | ({} if mesh is None else {"mesh": mesh}))
+
+
+def lay(over: dict, raw: dict) -> None:
+    for key, value in raw.items():
+        old = over[key]
+        if isinstance(old, dict):
+            lay(old, value)
+        elif isinstance(old, list):
+            over[key] = value if isinstance(value, list) else [value]
+        else:
+            assert isinstance(value, bool) == isinstance(old, bool)
+            over[key] = float(value) if isinstance(old, float) else value
+
+
+def once(path: Path) -> dict:
+    """A YAML mapping in which no key stands twice."""
+
+    def check(node):
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value]
+            assert len({str(key) for key in keys}) == len(keys)
+            for _, value in node.value:
+                check(value)
+
+    text = path.read_text()
+    check(yaml.compose(text, yaml.SafeLoader))
+    return yaml.safe_load(text) or {}
+
+
+KEYS = [f"{key}.{inner}" if isinstance(value, dict) else key for key, value in dataclasses.asdict(RetrofitConfig()).items() for inner in (value if isinstance(value, dict) else [""])]  # noqa: E501
+
+
+def make_options(folder: Path) -> None:
+    (folder / "options.json").write_text(json.dumps({"set": ["model=x", "steps=10"], "mesh": "2x1"}))
+
+
+def mutate_options(rng: random.Random, folder: Path) -> str:
+    values = [*ODD_YAML, "0", "-1", "1", "3", "0.5", "nan", "inf", "1e-4", "''", "[a, b]", "{x: 1}", "null", "true", "x=y", "8x1", "adapter", str(HUGE), "a" * 3000]
+    chosen = [f"{rng.choice(KEYS)}={rng.choice(values)}" for _ in range(rng.choice([1, 1, 1, 2]))]
+    if rng.random() < 0.3:
+        text = rng.choice(["=", "steps", "steps=", "=3", ".=3", "steps.x=3", "dms=3", "dms={}", "data=x", "data.=x", "data..paths=x", " steps =7", "a.b.c.d=1",
+                           "stepz=3", "dms.window=3", "\0=1", "x" * 5000, "." * 3000 + "=1", "optimizer=null", "data=[a]", "loss.order.x=1"])  # fmt: skip
+        chosen.append(text)
+    options = {"set": chosen, "mesh": rng.choice([None, "8x1", "x", "", "1" * 5000])}
+    (folder / "options.json").write_text(json.dumps(options))
+    return f"--set {chosen}"
+
+
+def read_options(folder: Path) -> dict:
+    options = json.loads((folder / "options.json").read_text())
+    return read_run(read_config(None, options["set"], options["mesh"]))
+
+
+def meant_options(folder: Path) -> dict:
+    options = json.loads((folder / "options.json").read_text())
+    return meant_run({}, options["set"], options["mesh"])
+
+
+# --- short texts ---
+
+
+def text_target(name: str, count: int, good: list[str], read, means, names: str) -> Target:
+    """An option that is one text."""
+
+    def mutate(rng: random.Random, folder: Path) -> str:
+        text = rng.choice(good)
+        for _ in range(rng.choice([1, 1, 2, 3])):
+            at, piece = rng.randrange(len(text) + 1), rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)])
+            text = text[:at] + piece + text[at + rng.choice([0, 0, 1, 3]) :]
+        (folder / "option.json").write_text(json.dumps(text))
+        return f"{text[:50]!r}"
+
+    def of(what):
+        return lambda folder: what(json.loads((folder / "option.json").read_text()))
+
+    def make(folder: Path) -> None:
+        (folder / "option.json").write_text(json.dumps(good[0]))
+
+    return Target(name, count, make, mutate, of(read), of(means), names)
+
+
+def meant_mesh(text: str) -> tuple[int, ...]:
+    parts = tuple(int(part) for part in text.lower().split("x"))
+    assert min(parts) >= 1
+    return parts
+
+
+def meant_hardware(text: str) -> tuple[str, int]:
+    """The kind, and the product of all numbers after it."""
+    match = re.fullmatch(r"(h100|h200|cpu|v5e|v6e|v5p)(?:(?:x|-)([0-9]+(?:x[0-9]+)*))?", text.strip().lower())
+    assert match
+    count = 1
+    for part in (match[2] or "1").split("x"):
+        count *= int(part)
+    return match[1], count
+
+
+def read_policy(text: str) -> dict:
+    return describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), text))
+
+
+def meant_policy(text: str) -> dict:
+    if text.startswith("prompt:"):
+        return {"name": "prompt", "method": meant_policy(text.removeprefix("prompt:"))}
+    name, _, budget = text.partition(":")
+    return (describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), f"{name}:{int(budget)}")) | {"name": name}) if budget else {"name": name}
+
+
+# --- generation ---
+
+GENERATION = {"max_new_tokens": 8, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "stop_ids": [1, 2],
+              "stop_strings": ["x"], "seed": [1, 2], "capacity": 16, "overflow": "evict", "chunk_size": 4, "threshold": 0.5, "policy": "tova:4"}  # fmt: skip
+
+
+def make_generation(folder: Path) -> None:
+    (folder / "generation.json").write_text(json.dumps(GENERATION))
+
+
+def mutate_generation(rng: random.Random, folder: Path) -> str:
+    raw, key = dict(GENERATION), rng.choice(list(GENERATION))
+    raw[key] = rng.choice([odd_value(rng), 0, -1, 1, 2**32, HUGE, 1e999, "x", "grow", [1], [-1], [[1]], [2**32], nested(2), True, None, 0.5])
+    (folder / "generation.json").write_text(json.dumps(raw))
+    return f"{key} = {str(raw[key])[:40]!r}"
+
+
+def read_generation(folder: Path) -> dict:
+    raw = json.loads((folder / "generation.json").read_text())
+    config = GenerationConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+    assert config.mode and config.numbers
+    policy_of(TINY, config.policy)
+    if config.overflow not in (None, "evict"):
+        raise ConfigError("overflow")  # read elsewhere
+    return {key: repr(getattr(config, key)) for key in GENERATION}
+
+
+def meant_generation(folder: Path) -> dict:
+    """Exactly what was given, where it is within its range."""
+    raw = json.loads((folder / "generation.json").read_text())
+    ranges = {"max_new_tokens": (1, 2**31), "temperature": (0, 1e308), "top_k": (0, 2**31), "top_p": (1e-300, 1), "min_p": (0, 0.999999999),
+              "repetition_penalty": (1e-300, 1e308), "chunk_size": (1, 2**31), "threshold": (float("-inf"), float("inf"))}  # fmt: skip
+    for key, (least, most) in ranges.items():
+        assert raw[key] is None or least <= raw[key] <= most, key
+    return {key: repr(tuple(value) if isinstance(value, list) else value) for key, value in raw.items()}
+
+
+TARGETS = [
+    Target("run YAML", 200, make_yaml, mutate_yaml, lambda folder: read_run(read_config(str(folder / FILE), [], None)), lambda folder: meant_run(once(folder / FILE))),
+    Target("--set and --mesh", 200, make_options, mutate_options, read_options, meant_options, " "),
+    text_target("mesh", 80, ["8x1", "1x1", "4x2"], parse_mesh, meant_mesh, "mesh"),
+    text_target("hardware name", 120, ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"], lambda text: tuple(hardware_of(text)[1:]), meant_hardware,
+                "ardware"),
+    text_target("policy name", 120, ["tova:256", "dms", "prompt:snapkv:64", "dense", "quest:8"], read_policy, meant_policy, "policy"),
+    Target("generation settings", 120, make_generation, mutate_generation, read_generation, meant_generation, " "),
+]  # fmt: skip

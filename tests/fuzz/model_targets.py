@@ -1,0 +1,245 @@
+"""Model folders: config.json, weights in one file and in shards, tokenizers."""
+
+import json
+import random
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import tiny_model
+from fuzz import oracles
+from fuzz.fuzz_case import Target
+from fuzz.mutations import HUGE, change_json, damage_head, replace_file, rewrite
+from hf.test_hf_tokenizer import write as write_tokenizer
+
+import dms_jax
+from dms_jax.config import DMSConfig
+from dms_jax.hf.folder import folder_writes
+from dms_jax.hf.hf_config import HANDLED, fresh_config, read_folder
+from dms_jax.hf.hf_weights import model_writes
+
+POLICY = DMSConfig(window_size=8)
+SHAPE_KEYS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}
+
+
+@cache
+def small_model(dms: DMSConfig | None = POLICY):
+    return tiny_model(dms, num_layers=2)
+
+
+def make_folder(folder: Path, shard_bytes: int = 10**9) -> None:
+    dms_jax.save(small_model(), folder, shard_bytes=shard_bytes)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 3], "temperature": 0.6}))
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """Every tensor as the loaded model would write it."""
+    model = dms_jax.load(folder)
+    assert folder_writes(model)  # what saving it again would start with
+    return {write.name: oracles.plain(write.value()) for write in model_writes(model)}
+
+
+def meant_weights(folder: Path) -> dict[str, Any]:
+    """The tensors in the files that the index names, or in the one file, as fp32."""
+    index = folder / "model.safetensors.index.json"
+    files = sorted(set(oracles.strict_json(index.read_bytes())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    assert all("/" not in name for name in files), "a file outside the folder"
+    found: dict[str, np.ndarray] = {}
+    for name in files:
+        tensors = oracles.safetensors(folder / name)[1]
+        assert not found.keys() & tensors.keys(), "a tensor twice"
+        found |= tensors
+    return {name: oracles.plain(value.astype(np.float32)) for name, value in found.items() if not name.endswith("inv_freq")}
+
+
+# --- config.json ---
+
+
+def mutate_config(rng: random.Random, folder: Path) -> str:
+    path = folder / ("generation_config.json" if rng.random() < 0.15 else "config.json")
+    if rng.random() < 0.08:
+        return replace_file(rng, path)
+    if rng.random() < 0.4:  # a known key, as the mutations of a tree would rarely choose one that is absent
+        path = folder / "config.json"
+        raw = json.loads(path.read_text())
+        key = rng.choice(sorted(HANDLED | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "hidden_act", "quantization_config"}))
+        raw[key] = rng.choice([None, 0, -1, 1, 2, 3, 7, HUGE, 10**400, 1e999, 0.5, "2", "", "true", True, False, [], [1], ["x"], {}, {"rope_type": "linear"},
+                               {"rope_type": "llama3", "factor": "x"}, {"rope_type": [1]}, {"type": "linear", "factor": -1}, float("nan")])  # fmt: skip
+        path.write_text(json.dumps(raw))
+        return f"{key} = {str(raw[key])[:40]}"
+    return rewrite(path, lambda data: change_json(rng, data))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as the model that was loaded would spell it, the stop tokens apart."""
+    config = dms_jax.load(folder).config
+    return typed(fresh_config(config) | {"eos": config.eos_token_ids, "dms": config.dms})
+
+
+def meant_config(folder: Path) -> dict[str, Any]:
+    """What config.json itself says for each key that `fresh_config` writes; defaults as the families have them."""
+    raw = oracles.strict_json((folder / "config.json").read_bytes())
+    generation = folder / "generation_config.json"
+    more = oracles.strict_json(generation.read_bytes()).get("eos_token_id") if generation.exists() else None
+    wanted = fresh_config(read_folder(str(folder))[1])  # the keys of this family
+    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+                "attention_bias": False, "mlp_bias": False, "use_cache": True}  # fmt: skip
+    said = {key: raw[key] if raw.get(key) is not None else defaults.get(key) for key in wanted}
+    said |= {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"], "use_cache": True}
+    if not raw.get("num_key_value_heads"):
+        said["num_key_value_heads"] = raw["num_attention_heads"]
+    for key in ("rms_norm_eps", "rope_theta"):
+        said[key] = float(said[key])
+    rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    said["rope_theta"] = float(rope.pop("rope_theta", said["rope_theta"]))
+    said["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}
+    if kind == "llama3":
+        said["rope_scaling"]["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+    as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]  # noqa: E731
+    own = as_list(raw.get("eos_token_id"))
+    eos = list(dict.fromkeys(own + as_list(more)))
+    said["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+    dms = {"window_size": raw.get("dms_window_size", 512), "target_cr": float(raw.get("dms_cr", 8)), "tau": float(raw.get("dms_tau", 0.1)),
+           "evict_logit_scale": float(raw.get("dms_alpha_scale", 100)), "evict_logit_bias": float(raw.get("dms_initial_alpha_offset", 5)),
+           "granularity": raw.get("dms_alpha_per", "head"), "decision_shift": raw.get("dms_decision_shift", 1),
+           "zero_borrowed": raw.get("dms_zero_mode", "pre+post"), "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed"}  # fmt: skip
+    return typed(said | {"eos": tuple(eos), "dms": DMSConfig(**dms)})
+
+
+def typed(said: dict) -> dict:
+    """With the type beside each value: 1, 1.0 and True are equal to Python."""
+    return {key: (type(value).__name__, value) for key, value in said.items()}
+
+
+# --- weights ---
+
+
+def mutate_weights(rng: random.Random, folder: Path) -> str:
+    path = folder / "model.safetensors"
+    kind = rng.random()
+    if kind < 0.08:
+        return replace_file(rng, path)
+    if kind < 0.6:
+        return rewrite(path, lambda data: change_header(rng, data))
+    return rewrite(path, lambda data: damage_head(rng, data, 8 + int.from_bytes(data[:8], "little")))
+
+
+def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
+    """A safetensors header changed as JSON: one tensor retyped, reshaped, renamed, moved, lost, or given twice."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    names = [name for name in header if name != "__metadata__"]
+    name, other = rng.choice(names), rng.choice(names)
+    entry, body, how = header[name], data[8 + size :], rng.randrange(12)
+    begin, end = entry["data_offsets"]
+    if how == 0:
+        entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I32", "U8", "F8_E4M3", "f32", "Q4", None, 3])
+    elif how == 1:
+        entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], [int(np.prod(entry["shape"]))], [], [HUGE], [-1], "x",
+                                     [0], [HUGE, HUGE], [*entry["shape"][:-1], 1.0]])  # fmt: skip
+    elif how == 2:
+        entry["data_offsets"] = rng.choice(
+            [[0, HUGE], [end, begin], [begin, end - 4], [begin + 4, end], [-4, end], [0, 0], [begin], None, [begin, 2**64]]
+        )
+    elif how == 3:
+        header[name]["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], entry["data_offsets"]
+    elif how == 4:
+        header[name], header[other] = header[other], header[name]
+    elif how == 5:
+        del header[name]
+    elif how == 6:
+        header[rng.choice([name + "x", name.upper(), name.replace("0", "9"), "", "../" + name, "\ud800"])] = header.pop(name)
+    elif how == 7:  # in half the precision, rightly written: harmless for weights
+        tensor = np.frombuffer(body[begin:end], np.float32).astype(np.float16).tobytes()
+        body = body[:begin] + tensor + body[end:]
+        for item in names:
+            a, b = header[item]["data_offsets"]
+            header[item]["data_offsets"] = [a - len(tensor) * (a >= end), b - len(tensor) * (b >= end)]
+        entry["dtype"] = "F16"
+    elif how == 8:  # a tensor that nobody asked for, rightly written
+        header["extra.weight"] = {"dtype": "F32", "shape": [2], "data_offsets": [len(body), len(body) + 8]}
+        body += bytes(8)
+    elif how == 9:
+        body = body[: -rng.choice([1, 4, 100, len(body) // 2, len(body)])]
+    elif how == 10:
+        changed, text = change_json(rng, json.dumps(header).encode())
+        return len(changed).to_bytes(8, "little") + changed + body, f"header: {text}"
+    else:
+        header.pop("__metadata__", None)
+        header["__metadata__"] = rng.choice([{"format": "tf"}, {}, {"format": 3}, [], {"x": "y" * 100_000}])
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body, f"header change {how} of {name}"
+
+
+def mutate_shards(rng: random.Random, folder: Path) -> str:
+    shards = sorted(folder.glob("model-*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    kind, one, other = rng.randrange(10), rng.choice(shards), rng.choice(shards)
+    if kind == 0:
+        return replace_file(rng, rng.choice([one, index]))
+    if kind == 1:
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        return f"{one.name} and {other.name} exchanged"
+    if kind == 2:
+        one.write_bytes(other.read_bytes())
+        return f"{one.name} is a copy of {other.name}"
+    if kind == 3:
+        return rewrite(one, lambda data: change_header(rng, data))
+    if kind == 4:
+        return rewrite(one, lambda data: damage_head(rng, data, 8 + int.from_bytes(data[:8], "little")))
+    if kind < 7:
+        name = rng.choice(list(raw["weight_map"]))
+        outside = folder.parent / "outside.safetensors"
+        value = rng.choice(
+            [f"../{outside.name}", str(outside), f"./{one.name}", "", ".", "..", None, 3, [one.name], "x\0", "\ud800", other.name, "config.json"]
+        )
+        raw["weight_map"][name] = value
+        if kind == 6:
+            raw["weight_map"] = dict.fromkeys(raw["weight_map"], value)
+        index.write_text(json.dumps(raw))
+        return f"weight_map has {value!r}"
+    return rewrite(index, lambda data: change_json(rng, data))
+
+
+# --- tokenizer ---
+
+
+def make_tokenizer(folder: Path) -> None:
+    write_tokenizer(folder)
+
+
+def mutate_tokenizer(rng: random.Random, folder: Path) -> str:
+    path = folder / rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"])
+    return replace_file(rng, path) if rng.random() < 0.1 else rewrite(path, lambda data: change_json(rng, data))
+
+
+def read_tokenizer(folder: Path) -> Any:
+    tokenizer = dms_jax.load_tokenizer(folder)
+    ids = tokenizer.encode("hello world, reply hello")
+    hash_, ends, text = tokenizer.hash, (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos), tokenizer.decode(ids)
+    if tokenizer.has_chat_template:
+        tokenizer.encode_chat([{"role": "user", "content": "hello"}], reply=True)
+    return ids.tolist(), ends, text, len(hash_), len(tokenizer) > 0
+
+
+def meant_tokenizer(folder: Path) -> Any:
+    """The library itself on the same files: no reading of ours may come between."""
+    from transformers import AutoTokenizer
+
+    inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = inner("hello world, reply hello", add_special_tokens=False)["input_ids"]
+    begins = inner.bos_token_id is not None and inner("a")["input_ids"][:1] == [inner.bos_token_id]
+    return ids, (inner.bos_token_id, inner.eos_token_id, begins), inner.decode(ids, skip_special_tokens=True), 64, len(inner) > 0
+
+
+TARGETS = [
+    Target("model config.json", 250, make_folder, mutate_config, read_config, meant_config),
+    Target("model weights", 250, make_folder, mutate_weights, read_weights, meant_weights),
+    Target("model shards and index", 160, lambda folder: make_folder(folder, 20_000), mutate_shards, read_weights, meant_weights),
+    Target("tokenizer", 150, make_tokenizer, mutate_tokenizer, read_tokenizer, meant_tokenizer),
+]

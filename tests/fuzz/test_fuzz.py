@@ -1,0 +1,49 @@
+"""Mutated inputs of every kind that the commands read. `python -m pytest tests/fuzz -s` prints the table, with `-m slow` the rest.
+
+One case again: `python -m pytest "tests/fuzz/test_fuzz.py::test_input[model weights-17]"`.
+"""
+
+import time
+from collections import defaultdict
+
+import pytest
+from fuzz import config_targets, gguf_targets, model_targets
+from fuzz.fuzz_case import run_case, tally
+
+TARGETS = [target for group in (config_targets, model_targets, gguf_targets) for target in group.TARGETS]
+QUICK = 12  # seeds of each target that the default suite runs
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The undamaged input of a target, made once."""
+    made = {}
+
+    def folder(target):
+        if target.name not in made:
+            made[target.name] = tmp_path_factory.mktemp("good") / "input"
+            made[target.name].mkdir()
+            target.make(made[target.name])
+        return made[target.name]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    found, start = defaultdict(list), time.time()
+    yield found
+    print(f"\n{tally(found)}\n\n{time.time() - start:.0f} seconds")
+
+
+@pytest.mark.parametrize(
+    "target, seed",
+    [
+        pytest.param(target, seed, id=f"{target.name}-{seed}", marks=[] if seed < QUICK else pytest.mark.slow)
+        for target in TARGETS
+        for seed in range(target.count)
+    ],
+)
+def test_input(target, seed, good, outcomes, tmp_path):
+    outcome, _ = run_case(target, seed, good(target), tmp_path / "input")
+    outcomes[target.name].append(outcome)
