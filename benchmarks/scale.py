@@ -3,8 +3,9 @@
     python -m benchmarks.scale --output docs/measurements/scale.jsonl             # compiles what is not in the file yet; minutes each
     python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from it
 
-Each line of the file is what `python -m train.plan ... --json` said, with its command and provenance. Delete lines to make them anew. Part
-`scale` is large models on as many accelerators as they want; part `estimate` is where the estimate of memory was fitted to the compilers'.
+Each line of the file is what `python -m train.plan ... --json` said, with its command and provenance. Delete lines to make them anew. The tables take
+memory and what is sent from it, as the compilers said; estimates and times are reckoned when a table is printed, by the rates of dms_jax/roofline.py.
+Part `scale` is large models on as many accelerators as they want; part `estimate` is where the estimate of memory was fitted to the compilers'.
 """
 
 import argparse
@@ -61,10 +62,11 @@ def main(argv: list[str] | None = None) -> int:
             if arguments not in known:
                 failed += measure(part, arguments, path)
     known, wanted = read(path), options.part or list(PARTS)
+    plans = {arguments: reckoned(known[arguments]) for part in PARTS.values() for arguments in part if arguments in known}
     if "scale" in wanted:
-        print(scale_table([known[a] for a in PARTS["scale"] if a in known]))
+        print(scale_table([plans[a] for a in PARTS["scale"] if a in plans]))
     if "estimate" in wanted:
-        print(estimate_table([known[a] for a in (*PARTS["scale"], *PARTS["estimate"]) if a in known]))
+        print(estimate_table(list(plans.values())))
     return 1 if failed else 0
 
 
@@ -92,6 +94,20 @@ def measure(part: str, arguments: str, path: Path) -> int:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line | {"provenance": versions()}) + "\n")
     return 0
+
+
+def reckoned(line: dict[str, Any]) -> dict[str, Any]:
+    """A line with what is not the compiler's by the formulas and rates of today."""
+    from train import plan, step_plan
+
+    setting, found = plan.setting_of(plan.parse(line["arguments"].split())), dict(line)
+    estimate, held = step_plan.estimate_of(setting), line["bytes_per_device"]
+    arguments = held["weights"] + held["optimizer"]
+    found["estimated_bytes_per_device"] = estimate.total
+    found["bytes_per_device"] = held | step_plan.with_compiled(estimate, arguments, held["total"] - arguments)._asdict()
+    step_plan.add_times(found, setting)
+    plan.add_hours(found, 0.0)
+    return found
 
 
 COLUMNS = ("model, hardware, mesh, attention", "rows x length", "GiB a device: total (weights, activations, logits, temporary)", "of",

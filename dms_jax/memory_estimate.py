@@ -18,21 +18,24 @@ class Fitted(NamedTuple):
     logits: float = 3.0  # fp32 logits of a chunk that exist at once
     embedding_gradients: float = 2.0  # fp32, where all weights train
     kept: float = 1.0  # of `activations`
-    layer: float = 1.0  # of what exists within a layer
     both: float = 0.0  # of the lesser of the two moments that is still there in the other
 
 
 # A TPU's compiler counts its whole heap with the holes in it: more than is in use at any time.
-PLATFORMS = {"gpu": Fitted(), "tpu": Fitted(embedding_gradients=1.0, kept=1.5, layer=0.75, both=0.75), "cpu": Fitted(number=4.0, logits=4.0)}
+PLATFORMS = {
+    "gpu": Fitted(),
+    "tpu": Fitted(embedding_gradients=1.0, kept=1.25, both=0.75),
+    "cpu": Fitted(number=4.0, logits=4.0, embedding_gradients=1.25),
+}
 FORMULAS = {
     "weights": "shards of the parameters: bf16 frozen ones, fp32 those that train",
     "optimizer": "two fp32 moments of what trains, in shards",
     "activations": "2 bytes (CPU: 4, also below) x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
-    "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.5",
+    "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.25",
     "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens a row and 3 hidden states; where all weights "
-    "train also their bf16 shards and two (TPU: one) fp32 gradients of the embedding",
-    "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token (TPU: x 0.75), fp32 "
-    "gradients; TPU: and 0.75 of the lesser",
+    "train also their bf16 shards and two (TPU: one, CPU: 1.25) fp32 gradients of the embedding",
+    "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token, fp32 gradients; "
+    "TPU: and 0.75 of the lesser",
 }
 
 
@@ -95,7 +98,7 @@ def held(config: ModelConfig, shape: Shape, weights: float, optimizer: float, tr
     cast = trainable / 2 if shape.trains_all and of.number < 4 else 0.0
     chunk = 4.0 * shape.rows * min(CHUNK, shape.length) * config.vocab_size / model
     loss = cast + of.logits * chunk + 3 * of.number * shape.tokens * d + of.embedding_gradients * 4.0 * embedding * shape.trains_all
-    within = of.layer * shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
+    within = shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
     layer = cast + trainable * (1 + shape.accumulates) + of.number * (d * (heads + 3 * f) / model * (1 + gathers) + within)
     gathered = of.number * embedding * (1 + shape.trains_all) * gathers
     peak = max(loss, layer) + of.both * min(loss, layer)

@@ -119,40 +119,45 @@ def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
         with jax.set_mesh(mesh):
             implementation = _implementation(setting, analytic)
         compiled = retrofit.lower(setting.batch).compile()
-        held = _with_compiled(estimated, compiled.memory_analysis())
+        analysis: Any = compiled.memory_analysis()
+        held = with_compiled(estimated, total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes)
         sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
-    how, tokens, devices = (setting.mode, setting.remat), setting.batch * setting.length, setting.hardware.count
-    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how) * setting.accumulate
-    work = roofline.step_work(setting.config, tokens, setting.length, *how)
     usable = setting.hardware.usable_bytes
     if setting.hardware.platform == "cpu":
-        usable /= devices  # simulated ones share the machine's memory
+        usable /= setting.hardware.count  # simulated ones share the machine's memory
     plan: dict[str, Any] = {
         "fits": held.total <= usable,
         "bytes_per_device": held._asdict() | {"total": held.total},
         "estimated_bytes_per_device": estimated.total,
         "memory_per_device": usable,
-        "flops_per_step": step_flops(setting.config, setting.length, setting.mode) * tokens,
-        "flops_executed_per_step": work.products + work.attention,
-        "bytes_per_step": work.moved + weight_bytes * devices,
         "collective_bytes_per_device": sent,
         "implementation": implementation,
+        "source": _sources(analytic) | {"memory_per_device": setting.hardware.source},
+        "formulas": dict(FORMULAS) | {f"bytes_per_device.{kind}": text for kind, text in memory_estimate.FORMULAS.items()},
     }
-    source, formulas = _sources(analytic), dict(FORMULAS) | {f"bytes_per_device.{kind}": text for kind, text in memory_estimate.FORMULAS.items()}
-    source["memory_per_device"] = setting.hardware.source
-    chip = setting.hardware.chip
-    if chip is None:
+    add_times(plan, setting)
+    return plan
+
+
+def add_times(plan: dict[str, Any], setting: Setting) -> None:
+    """What a plan's step computes and moves, and how long that takes, given what its devices send."""
+    how, tokens, devices, source = (setting.mode, setting.remat), setting.batch * setting.length, setting.hardware.count, plan["source"]
+    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how) * setting.accumulate
+    work = roofline.step_work(setting.config, tokens, setting.length, *how)
+    plan["flops_per_step"] = step_flops(setting.config, setting.length, setting.mode) * tokens
+    plan["flops_executed_per_step"] = work.products + work.attention
+    plan["bytes_per_step"] = work.moved + weight_bytes * devices
+    if (chip := setting.hardware.chip) is None:
         plan["seconds_per_step"], source["seconds_per_step"] = cpu_seconds(setting, devices_of(setting, analytic=False))
-        del formulas["seconds_per_step"], formulas["mfu"]
+        del plan["formulas"]["seconds_per_step"], plan["formulas"]["mfu"]
     else:
-        rates = roofline.rates_of(chip, implementation)
-        times = roofline.step_time(work, devices, weight_bytes, sum(sent.values()), rates)
+        rates = roofline.rates_of(chip, plan["implementation"])
+        times = roofline.step_time(work, devices, weight_bytes, sum(plan["collective_bytes_per_device"].values()), rates)
         plan |= {"seconds_per_step": times.total, "seconds": times._asdict(), "mfu": plan["flops_per_step"] / times.total / devices / rates.peak}
         source |= {"seconds_per_step": "analytic", "mfu": f"analytic; peak: data sheet ({chip.source})"}
         source |= {f"seconds.{name}": text for name, text in rates.sources.items() if name != "link"}
         source["seconds.communication"] = f"{source['collective_bytes_per_device']} bytes; {rates.sources['link']}"
     plan["tokens_per_second"], source["tokens_per_second"] = tokens / plan["seconds_per_step"], source["seconds_per_step"]
-    return plan | {"source": source, "formulas": formulas}
 
 
 def _sources(analytic: bool) -> dict[str, str]:
@@ -165,6 +170,11 @@ def _sources(analytic: bool) -> dict[str, str]:
 
 def estimated_exchange(setting: Setting) -> dict[str, float]:
     return roofline.exchanged_bytes(setting.config, setting.split, setting.batch * setting.length, setting.accumulate, setting.mode)
+
+
+def estimate_of(setting: Setting) -> memory_estimate.Held:
+    """`estimate`, without a mesh of devices."""
+    return estimate(setting, abstract_retrofit(setting, devices_of(setting, analytic=True)))
 
 
 def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
@@ -191,9 +201,8 @@ def total_bytes(analysis: Any) -> float:
     return analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
 
 
-def _with_compiled(held: memory_estimate.Held, analysis: Any) -> memory_estimate.Held:
-    """The compiler knows the total; what of its temporary memory are activations and logits it does not say."""
-    arguments, temporary = total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes
+def with_compiled(held: memory_estimate.Held, arguments: float, temporary: float) -> memory_estimate.Held:
+    """The compiler knows arguments and temporary memory; what of the latter are activations and logits it does not say."""
     part = min(1.0, temporary / (held.activations + held.logits))
     activations, logits = held.activations * part, held.logits * part
     weights = arguments - held.optimizer  # and the batch
