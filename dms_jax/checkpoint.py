@@ -35,7 +35,7 @@ class Checkpoints:
         training = ocp.training
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.aside = self._move_aside()
+            self._aside, self._unreadable = self._move_aside()
             self._orbax = training.Checkpointer(
                 str(folder.absolute()),
                 # Orbax's policies inherit from its protocols in no way a checker sees.
@@ -76,8 +76,7 @@ class Checkpoints:
         `check(metadata)` raises ConfigError when the checkpoint belongs to another run. Raises ConfigError when there are checkpoints and
         none is usable: nobody wants to begin anew without knowing.
         """
-        skipped = [f"{name}: it was never completed (kept as {name}{ASIDE})" for name in self.aside]
-        damaged = []
+        skipped, damaged = list(self._aside), list(self._unreadable)
         for step in reversed(self.steps()):
             try:
                 metadata = self.metadata(step)
@@ -109,13 +108,21 @@ class Checkpoints:
         with self._explained("cannot complete the last checkpoint"):
             self._orbax.close()
 
-    def _move_aside(self) -> list[str]:
-        """Names of entries that look like checkpoints and are none; Orbax would count them, and one day delete them."""
-        found = [p for p in self.folder.iterdir() if p.name.isdigit() and not (p / COMMIT_MARKER).exists()]
-        if jax.process_index() == 0:
-            for path in found:
+    def _move_aside(self) -> tuple[list[str], list[str]]:
+        """Entries that look like checkpoints and are none, and those whose metadata no longer reads: Orbax would count the former and one
+        day delete them, and does not open a folder with one of the latter. Of both, names with reasons."""
+        incomplete, unreadable = [], []
+        for path in sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True):
+            kept = f"(kept as {path.name}{ASIDE})"
+            if not (path / COMMIT_MARKER).exists():
+                incomplete.append(f"{path.name}: it was never completed {kept}")
+            elif (why := _unreadable(path)) is not None:
+                unreadable.append(f"{path.name}: {why} {kept}")
+            else:
+                continue
+            if jax.process_index() == 0:
                 path.rename(path.with_name(path.name + ASIDE))
-        return sorted((p.name for p in found), key=int)
+        return incomplete, unreadable
 
     def _explained(self, what: str) -> "_Explained":
         return _Explained(self, what)
@@ -163,6 +170,15 @@ def _scrambled(x: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why the metadata of a checkpoint cannot be read; None when it can."""
+    try:
+        # pyrefly: ignore[no-matching-overload]  # as in `metadata`
+        return None if dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {}) else "its metadata is damaged"
+    except Exception as why:  # whatever damaged files lead Orbax to
+        return _first_line(why)
 
 
 def _first_line(why: Exception) -> str:

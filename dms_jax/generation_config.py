@@ -44,7 +44,9 @@ class GenerationConfig:
                "a finite number > 0 (1 is off)")  # fmt: skip
         _check(real(self.threshold), "threshold", self.threshold, "a number (0 is what training aimed at)")
         _check(self.overflow is None or self.overflow in OVERFLOWS, "overflow", self.overflow, f"one of {', '.join(OVERFLOWS)}")
-        _check(self.chunk_size is None or (whole(self.chunk_size) and 1 <= self.chunk_size <= MOST), "chunk_size", self.chunk_size, "a whole number >= 1")
+        _check(
+            self.chunk_size is None or (whole(self.chunk_size) and 1 <= self.chunk_size <= MOST), "chunk_size", self.chunk_size, "a whole number >= 1"
+        )
         _check(isinstance(self.stop_strings, tuple | list) and all(isinstance(s, str) and s for s in self.stop_strings), "stop_strings",
                self.stop_strings, "a tuple of strings that are not empty")  # fmt: skip
         ids = () if self.stop_ids is None else self.stop_ids

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dms_jax.config import ConfigError
+from dms_jax.strict_json import parse_json
 
 TEXT_TASKS = ("text", "greedy", "kept")  # any other task has answers and a score
 Key = tuple[str, str, str, str]  # task, policy, budget ("" for none), unit
@@ -54,11 +55,13 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     objects, complete = [], lines[:-1]  # what follows the last newline is not whole
     for number, line in enumerate(complete, 1):
         try:
-            objects.append(json.loads(line))
+            objects.append(parse_json(line, "it"))
             names = {"header"}, {"task", "policy", "budget", "unit"}
             if not isinstance(objects[-1], dict) or (number > 1 and not any(wanted <= objects[-1].keys() for wanted in names)):
                 raise ValueError("it names no task, policy, budget and unit")
-        except ValueError as why:  # json's errors are ValueErrors
+            if not isinstance(objects[-1].get("options", {}), dict) or not isinstance(objects[-1].get("groups", {}), dict):
+                raise ValueError("its options or groups are no mapping")
+        except ValueError as why:  # a ConfigError is one
             raise ConfigError(f"{path}, line {number}: no result of an evaluation ({why}); remove the line, or give another --output") from why
     if not objects or "header" not in objects[0]:
         raise ConfigError(f"{path} does not begin with the header of an evaluation; give another file")

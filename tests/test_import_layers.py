@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LEVEL_0 = {"axes", "config", "sharding", "collectives", "command", "cost", "target_hardware", "provenance"}
+LEVEL_0 = {"axes", "config", "strict_json", "sharding", "collectives", "command", "cost", "target_hardware", "provenance"}
 MAY_IMPORT = {"core": {"core"}, "kernels": {"core", "kernels"}, "policies": {"core", "policies"}, "models": {"core", "kernels", "policies", "models"}}
 ONLY_IN_HF = {"torch", "transformers", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
 MAX_LINES = 400

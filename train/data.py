@@ -169,11 +169,11 @@ def _open_store(folder: Path) -> TokenStore | None:
     """The store in `folder`, or None where there is none or where its bytes are not those that were written."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if any(file_sha256(folder / name) != meta["sha256"][name] for name in STORE_FILES):
+        if meta.pop("self") != _own_hash(meta) or any(file_sha256(folder / name) != meta["sha256"][name] for name in STORE_FILES):
             return None
         ids = np.memmap(folder / "ids.bin", "<u4", "r")
         return TokenStore(ids, np.load(folder / "offsets.npy"), np.load(folder / "hashes.npy"), meta["empty_documents"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -195,7 +195,11 @@ def _write_store(built: Path, documents: Iterator, config: DataConfig, tokenizer
     np.save(built / "offsets.npy", np.array(offsets, np.int64))
     np.save(built / "hashes.npy", np.array(hashes, np.uint64))
     meta = {"empty_documents": empty, "sha256": {name: file_sha256(built / name) for name in STORE_FILES}}
-    (built / "meta.json").write_text(json.dumps(meta))
+    (built / "meta.json").write_text(json.dumps(meta | {"self": _own_hash(meta)}))
+
+
+def _own_hash(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _install(built: Path, folder: Path, aside: Path) -> None:

@@ -125,6 +125,8 @@ def _read_npy(name: str, keys: Keys) -> Iterator[tuple[str, np.ndarray]]:
     ids = np.load(name, mmap_mode="r", allow_pickle=False)
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
         raise ConfigError(f"{name} must hold integer token ids, 1-D or 2-D; it holds {ids.dtype} of shape {ids.shape}")
+    if (size := os.path.getsize(name)) != (whole := getattr(ids, "offset", size - ids.nbytes) + ids.nbytes):
+        raise ConfigError(f"{name} is damaged: {size} bytes, its header speaks of {whole}")
     for number, row in enumerate(ids if ids.ndim == 2 else ids[None]):
         yield (f"{name}: row {number}" if ids.ndim == 2 else name), row
 

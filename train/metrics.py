@@ -24,10 +24,13 @@ class MetricsFile:
         self.path, self._broken = path, False
         self._tensorboard = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
         if resumed_at is not None and path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _belongs(line, resumed_at)]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(temporary, path)
+            try:
+                kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
+                temporary = path.with_suffix(".tmp")
+                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
+                os.replace(temporary, path)
+            except OSError as why:
+                raise ConfigError(f"cannot rewrite {path}, which a resumed run does: {why}; move it away, or make room") from why
         self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
 
     def append(self, values: dict) -> None:
@@ -44,11 +47,20 @@ class MetricsFile:
             self._broken = True
 
 
-def _belongs(line: str, resumed_at: int) -> bool:
+def _belongs(line: bytes, resumed_at: int) -> bool:
+    record = _record(line)
+    if record is None or "header" in record:
+        return record is not None
+    return type(step := record.get("step")) in (int, float) and step < resumed_at
+
+
+def _record(line: bytes) -> dict | None:
+    """None for what is no object: the line that a killed run was writing, or damage."""
     try:
-        return json.loads(line).get("step", -1) < resumed_at
-    except json.JSONDecodeError:  # the line a killed run was writing
-        return False
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _tensorboard_writer(folder: Path):
@@ -65,5 +77,9 @@ def _plain(value):
 
 def read_steps(path: Path) -> list[dict]:
     """The training steps of a metrics file, in order."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "loss/total" in line]
+    return [record for record in read_records(path) if "loss/total" in record]
+
+
+def read_records(path: Path) -> list[dict]:
+    """All whole lines of a metrics file, in order."""
+    return [record for line in path.read_bytes().split(b"\n") if (record := _record(line)) is not None]

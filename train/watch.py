@@ -1,6 +1,5 @@
 """Eyes on a run: says once, with advice, when the policy collapses or the target cannot be reached, and which batch a loss jumped on."""
 
-import json
 import math
 import statistics
 import sys
@@ -11,6 +10,7 @@ import numpy as np
 
 from dms_jax.config import DMSConfig
 from dms_jax.core.cr_schedule import realised_cr
+from train.metrics import read_records
 
 MEMORY = 100  # losses that a new one is compared with
 LEAST = 20  # of them, before any comparison
@@ -89,5 +89,4 @@ class Watch:
 
 
 def _alarms_of(metrics: Path) -> set[str]:
-    lines = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if "watch/alarm" in line)
-    return {line["watch/alarm"] for line in lines}
+    return {str(record["watch/alarm"]) for record in read_records(metrics) if "watch/alarm" in record}

@@ -11,6 +11,7 @@ from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
+from dms_jax.strict_json import parse_json
 
 KIND, VERSION = "dms_jax.adapter", "2"
 
@@ -41,10 +42,10 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
     tensors = open_own(path, "an adapter", KIND, VERSION)
     metadata = tensors.metadata
     try:
-        dms = hf_config.dms_config(json.loads(metadata["dms"]))
-        trained_on = metadata["base_sha256"]
-    except (KeyError, json.JSONDecodeError) as why:
+        keys, trained_on = parse_json(metadata["dms"], f"the policy in the header of {path}"), metadata["base_sha256"]
+    except KeyError as why:
         raise ConfigError(f"{path} is damaged: its header lacks the policy or the base hash") from why
+    dms = hf_config.dms_config(keys) if isinstance(keys, dict) else None
     if dms is None or dms.variant != "projection":
         raise ConfigError(f"{path} is damaged: its header holds no projection policy")
     here = base_hash(model)

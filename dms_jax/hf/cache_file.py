@@ -15,6 +15,7 @@ from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, describe, restored
+from dms_jax.strict_json import parse_json
 
 KIND, VERSION = "dms_jax.cache", "3"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
@@ -42,7 +43,7 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
             raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")
     config, overflow = model.config, metadata.get("overflow")
     try:
-        policy = restored(json.loads(metadata.get("policy", "")), config)
+        policy = restored(parse_json(metadata.get("policy", ""), "it"), config)
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
         raise ConfigError(f"{path} is damaged: its header names no policy that this dms_jax knows ({why})") from why
     fields = _fields(policy)

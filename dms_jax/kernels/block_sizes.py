@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dms_jax.config import ConfigError
+from dms_jax.strict_json import parse_json
 
 KERNELS = {
     "train_attention": "attention with the eviction gate, value and gradient",
@@ -67,6 +68,9 @@ class TunedEntry(NamedTuple):
     jax: str
 
 
+NUMBERS = {"head_dim": int, "speed_to_xla": float, "max_error": float}
+
+
 def default_blocks(kernel: str, implementation: str, head_dim: int, dtype: str) -> Blocks | None:
     """Sizes that fit into the fast memory of every target (`pytest -m aot` compiles them); None for a kernel without any. `dtype` is
     that of keys and values."""
@@ -114,8 +118,7 @@ def _tuned(path: Path) -> tuple[TunedEntry, ...]:
 def read_tuned(path: Path) -> tuple[TunedEntry, ...]:
     """Raises ConfigError for a file that `write_tuned` did not write."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(_entry(fields) for fields in raw)
+        return tuple(_entry(fields) for fields in parse_json(path.read_text(encoding="utf-8"), "it"))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as why:
         raise ConfigError(
             f"{path} holds no tuned block sizes ({' '.join(str(why).split())}); delete it, or run `python -m benchmarks.autotune`"
@@ -132,8 +135,18 @@ def write_tuned(path: Path, entries: tuple[TunedEntry, ...]) -> None:
 
 
 def _entry(fields: dict) -> TunedEntry:
-    blocks = fields.pop("blocks")
-    return TunedEntry(blocks=None if blocks is None else KINDS[fields["kernel"]](**blocks), **fields)
+    kernel, blocks = fields["kernel"], fields.pop("blocks")
+    if kernel not in KERNELS:
+        raise ValueError(f"there is no kernel {kernel!r}")
+    entry = TunedEntry(blocks=None if blocks is None else KINDS[kernel](**blocks), **fields)
+    for name, kind in NUMBERS.items():
+        if type(value := getattr(entry, name)) is not kind or value != value:
+            raise ValueError(f"{name} is {value!r}")
+    if wrong := [name for name in TunedEntry._fields if name not in NUMBERS and name != "blocks" and not isinstance(getattr(entry, name), str)]:
+        raise ValueError(f"{wrong[0]} is no text")
+    if any(type(size) is not int or size < 0 for size in entry.blocks or ()):
+        raise ValueError(f"blocks are {entry.blocks}")
+    return entry
 
 
 def tuned_entry(kernel: str, implementation: str, device: str, head_dim: int, dtype: str) -> TunedEntry | None:

@@ -24,10 +24,12 @@ YAML = {"model": "some/folder", "data": {"paths": ["a.txt", "b.jsonl"], "rows": 
         "loss": {"order": "teacher_student", "compression_weight": 1.0}, "optimizer": {"learning_rate": 1e-5, "warmup_steps": 10, "b1": 0.9},
         "save_every": 100, "tensorboard": False}  # fmt: skip
 FILE = "run.yaml"
-ODD_YAML = ["1:30", "2024-99-99", "!!python/object/apply:os.system ['true']", "!!binary x", "!!int x", "&a [*a]", "*unknown", "{a: 1, a: 2}", "[", "0o17", "~",
-            "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}", "1_000", "0x10", "|\n x",
-            "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
-LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+ODD_YAML = ["1:30", "2024-99-99", "!!python/object/apply:os.system ['true']", "!!binary x", "!!int x", "&a [*a]", "*unknown", "{a: 1, a: 2}", "[",
+            "0o17", "~", "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}", "1_000",
+            "0x10", "|\n x", "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
 
 
 # --- YAML files and --set ---
@@ -56,7 +58,11 @@ def mutate_yaml(rng: random.Random, folder: Path) -> str:
         path.write_text("\n".join(lines), errors="surrogatepass")
         return f"line {lines[at][:60]!r}"
     if kind == 8:
-        path.write_text(rng.choice([LAUGHS, LAUGHS + "model: *i\n", LAUGHS + "data: {paths: *i}\n", "- a\n", "x", "---\na: 1\n---\nb: 2\n", "[" * 20_000, ": " * 3000]))
+        path.write_text(
+            rng.choice(
+                [LAUGHS, LAUGHS + "model: *i\n", LAUGHS + "data: {paths: *i}\n", "- a\n", "x", "---\na: 1\n---\nb: 2\n", "[" * 20_000, ": " * 3000]
+            )
+        )
         return "another document"
     if kind == 9:
         lines[at] = lines[at].replace("  ", rng.choice(["\t", " ", "    ", ""]), 1)
@@ -124,7 +130,11 @@ def once(path: Path) -> dict:
     return yaml.safe_load(text) or {}
 
 
-KEYS = [f"{key}.{inner}" if isinstance(value, dict) else key for key, value in dataclasses.asdict(RetrofitConfig()).items() for inner in (value if isinstance(value, dict) else [""])]  # noqa: E501
+KEYS = [
+    f"{key}.{inner}" if isinstance(value, dict) else key
+    for key, value in dataclasses.asdict(RetrofitConfig()).items()
+    for inner in (value if isinstance(value, dict) else [""])
+]
 
 
 def make_options(folder: Path) -> None:
@@ -132,11 +142,13 @@ def make_options(folder: Path) -> None:
 
 
 def mutate_options(rng: random.Random, folder: Path) -> str:
-    values = [*ODD_YAML, "0", "-1", "1", "3", "0.5", "nan", "inf", "1e-4", "''", "[a, b]", "{x: 1}", "null", "true", "x=y", "8x1", "adapter", str(HUGE), "a" * 3000]
+    values = [*ODD_YAML, "0", "-1", "1", "3", "0.5", "nan", "inf", "1e-4", "''", "[a, b]", "{x: 1}", "null", "true", "x=y", "8x1", "adapter",
+              str(HUGE), "a" * 3000]  # fmt: skip
     chosen = [f"{rng.choice(KEYS)}={rng.choice(values)}" for _ in range(rng.choice([1, 1, 1, 2]))]
     if rng.random() < 0.3:
-        text = rng.choice(["=", "steps", "steps=", "=3", ".=3", "steps.x=3", "dms=3", "dms={}", "data=x", "data.=x", "data..paths=x", " steps =7", "a.b.c.d=1",
-                           "stepz=3", "dms.window=3", "\0=1", "x" * 5000, "." * 3000 + "=1", "optimizer=null", "data=[a]", "loss.order.x=1"])  # fmt: skip
+        text = rng.choice(["=", "steps", "steps=", "=3", ".=3", "steps.x=3", "dms=3", "dms={}", "data=x", "data.=x", "data..paths=x",
+                           " steps =7", "a.b.c.d=1", "stepz=3", "dms.window=3", "\0=1", "x" * 5000, "." * 3000 + "=1", "optimizer=null",
+                           "data=[a]", "loss.order.x=1"])  # fmt: skip
         chosen.append(text)
     options = {"set": chosen, "mesh": rng.choice([None, "8x1", "x", "", "1" * 5000])}
     (folder / "options.json").write_text(json.dumps(options))
@@ -162,7 +174,10 @@ def text_target(name: str, count: int, good: list[str], read, means, names: str)
     def mutate(rng: random.Random, folder: Path) -> str:
         text = rng.choice(good)
         for _ in range(rng.choice([1, 1, 2, 3])):
-            at, piece = rng.randrange(len(text) + 1), rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)])
+            at, piece = (
+                rng.randrange(len(text) + 1),
+                rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)]),
+            )
             text = text[:at] + piece + text[at + rng.choice([0, 0, 1, 3]) :]
         (folder / "option.json").write_text(json.dumps(text))
         return f"{text[:50]!r}"
@@ -206,7 +221,8 @@ def meant_policy(text: str) -> dict:
 # --- generation ---
 
 GENERATION = {"max_new_tokens": 8, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "stop_ids": [1, 2],
-              "stop_strings": ["x"], "seed": [1, 2], "capacity": 16, "overflow": "evict", "chunk_size": 4, "threshold": 0.5, "policy": "tova:4"}  # fmt: skip
+              "stop_strings": ["x"], "seed": [1, 2], "capacity": 16, "overflow": "evict", "chunk_size": 4, "threshold": 0.5,
+              "policy": "tova:4"}  # fmt: skip
 
 
 def make_generation(folder: Path) -> None:
@@ -241,11 +257,12 @@ def meant_generation(folder: Path) -> dict:
 
 
 TARGETS = [
-    Target("run YAML", 200, make_yaml, mutate_yaml, lambda folder: read_run(read_config(str(folder / FILE), [], None)), lambda folder: meant_run(once(folder / FILE))),
+    Target("run YAML", 200, make_yaml, mutate_yaml, lambda folder: read_run(read_config(str(folder / FILE), [], None)),
+           lambda folder: meant_run(once(folder / FILE))),
     Target("--set and --mesh", 200, make_options, mutate_options, read_options, meant_options, " "),
     text_target("mesh", 80, ["8x1", "1x1", "4x2"], parse_mesh, meant_mesh, "mesh"),
-    text_target("hardware name", 120, ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"], lambda text: tuple(hardware_of(text)[1:]), meant_hardware,
-                "ardware"),
+    text_target("hardware name", 120, ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"], lambda text: tuple(hardware_of(text)[1:]),
+                meant_hardware, "ardware"),
     text_target("policy name", 120, ["tova:256", "dms", "prompt:snapkv:64", "dense", "quest:8"], read_policy, meant_policy, "policy"),
     Target("generation settings", 120, make_generation, mutate_generation, read_generation, meant_generation, " "),
 ]  # fmt: skip

@@ -38,6 +38,9 @@ class Target(NamedTuple):
 class Wrong(AssertionError):
     """A traceback, a hang, a silent wrong result, a changed file."""
 
+    def __init__(self, text: str):
+        super().__init__(text.encode(errors="backslashreplace").decode())  # half characters would break the test report
+
 
 class Late(BaseException):
     """Not an Exception, so that no boundary swallows it."""

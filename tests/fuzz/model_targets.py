@@ -64,8 +64,9 @@ def mutate_config(rng: random.Random, folder: Path) -> str:
         path = folder / "config.json"
         raw = json.loads(path.read_text())
         key = rng.choice(sorted(HANDLED | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "hidden_act", "quantization_config"}))
-        raw[key] = rng.choice([None, 0, -1, 1, 2, 3, 7, HUGE, 10**400, 1e999, 0.5, "2", "", "true", True, False, [], [1], ["x"], {}, {"rope_type": "linear"},
-                               {"rope_type": "llama3", "factor": "x"}, {"rope_type": [1]}, {"type": "linear", "factor": -1}, float("nan")])  # fmt: skip
+        raw[key] = rng.choice([None, 0, -1, 1, 2, 3, 7, HUGE, 10**400, 1e999, 0.5, "2", "", "true", True, False, [], [1], ["x"], {},
+                               {"rope_type": "linear"}, {"rope_type": "llama3", "factor": "x"}, {"rope_type": [1]}, {"type": "linear", "factor": -1},
+                               float("nan")])  # fmt: skip
         path.write_text(json.dumps(raw))
         return f"{key} = {str(raw[key])[:40]}"
     return rewrite(path, lambda data: change_json(rng, data))
@@ -104,7 +105,8 @@ def meant_config(folder: Path) -> dict[str, Any]:
     dms = {"window_size": raw.get("dms_window_size", 512), "target_cr": float(raw.get("dms_cr", 8)), "tau": float(raw.get("dms_tau", 0.1)),
            "evict_logit_scale": float(raw.get("dms_alpha_scale", 100)), "evict_logit_bias": float(raw.get("dms_initial_alpha_offset", 5)),
            "granularity": raw.get("dms_alpha_per", "head"), "decision_shift": raw.get("dms_decision_shift", 1),
-           "zero_borrowed": raw.get("dms_zero_mode", "pre+post"), "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed"}  # fmt: skip
+           "zero_borrowed": raw.get("dms_zero_mode", "pre+post"), 
+            "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed"}  # fmt: skip
     return typed(said | {"eos": tuple(eos), "dms": DMSConfig(**dms)})
 
 
@@ -137,7 +139,8 @@ def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if how == 0:
         entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I32", "U8", "F8_E4M3", "f32", "Q4", None, 3])
     elif how == 1:
-        entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], [int(np.prod(entry["shape"]))], [], [HUGE], [-1], "x",
+        entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], [int(np.prod(entry["shape"]))], [], [HUGE],
+                                      [-1], "x",
                                      [0], [HUGE, HUGE], [*entry["shape"][:-1], 1.0]])  # fmt: skip
     elif how == 2:
         entry["data_offsets"] = rng.choice(

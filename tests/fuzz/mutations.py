@@ -17,7 +17,8 @@ def odd_value(rng: random.Random) -> Any:
     """A JSON value that nobody expects."""
     return rng.choice([
         lambda: rng.choice(ODD_NUMBERS), lambda: rng.choice(ODD_TEXTS), lambda: rng.choice([True, False]), lambda: None,
-        lambda: [], lambda: {}, lambda: [rng.choice(ODD_NUMBERS)], lambda: {"x": rng.choice(ODD_TEXTS)}, lambda: [[]], lambda: nested(rng.choice([3, 200])),
+        lambda: [], lambda: {}, lambda: [rng.choice(ODD_NUMBERS)], lambda: {"x": rng.choice(ODD_TEXTS)}, lambda: [[]],
+         lambda: nested(rng.choice([3, 200])),
     ])()  # fmt: skip
 
 

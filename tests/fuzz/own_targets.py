@@ -14,7 +14,7 @@ from fuzz import oracles
 from fuzz.fuzz_case import Target
 from fuzz.model_targets import change_header, small_model
 from fuzz.mutations import change_json, change_value, damage, damage_head, nested, odd_value, replace_file, rewrite
-from infer_tests.synthetic_results import records, write
+from synthetic_results import records, write
 
 import dms_jax
 from dms_jax.hf.hf_weights import EVICT, model_writes
@@ -53,8 +53,8 @@ def change_metadata(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if kind == 0:
         del metadata[key]
     elif kind == 1:
-        metadata[key] = rng.choice(["", "{", "null", "[]", "{}", "x" * 5000, "\ud800", "\0", old.upper(), old[::-1], "[" * 5000, "9" * 5000, '{"name": "tova"}',
-                                    '{"name": "tova", "budget": "x"}', '{"name": []}', '{"name": "prompt"}'])  # fmt: skip
+        metadata[key] = rng.choice(["", "{", "null", "[]", "{}", "x" * 5000, "\ud800", "\0", old.upper(), old[::-1], "[" * 5000, "9" * 5000,
+                                    '{"name": "tova"}', '{"name": "tova", "budget": "x"}', '{"name": []}', '{"name": "prompt"}'])  # fmt: skip
     elif kind == 2:
         metadata[rng.choice(["x", "content_sha256", "kind"])] = "y"
     else:
@@ -189,8 +189,8 @@ def mutate_lines(name: str, broken: list[str]):
             del lines[at]
             how = "gone"
         else:
-            lines[at] = rng.choice([*broken, json.dumps(nested(2)), json.dumps(odd_value(rng)), "[" * 50_000, "9" * 5000, "x" * 200_000, lines[at][:-1], lines[at][1:],
-                                    "null", "3", '"x"', "{}", "", " ", "\0", "{" + '"a": 1, "a": 2, ' + lines[at][1:]])  # fmt: skip
+            lines[at] = rng.choice([*broken, json.dumps(nested(2)), json.dumps(odd_value(rng)), "[" * 50_000, "9" * 5000, "x" * 200_000,
+                                   lines[at][:-1], lines[at][1:], "null", "3", '"x"', "{}", "", " ", "\0", "{" + '"a": 1, "a": 2, ' + lines[at][1:]])  # fmt: skip
             how = f"becomes {lines[at][:40]!r}"
         path.write_bytes(("\n".join(lines) + rng.choice(["\n", "\n", "\n", "", "\n\n"])).encode("utf-8", "surrogatepass"))
         return f"line {at + 1}: {how}"
@@ -231,7 +231,12 @@ def make_results(folder: Path) -> None:
 
 def read_report(folder: Path) -> Any:
     measured = report_data.read_measured([str(folder / RESULTS)])
-    for kind, arms in (("text", report_data.text_groups), ("answers", report_data.answer_arms), ("greedy", report_data.greedy_arms), ("kept", report_data.kept_arms)):
+    for kind, arms in (
+        ("text", report_data.text_groups),
+        ("answers", report_data.answer_arms),
+        ("greedy", report_data.greedy_arms),
+        ("kept", report_data.kept_arms),
+    ):
         assert (len(arms(measured.kind(kind))) > 0) == (len(measured.kind(kind)) > 0)
     return repr(measured.records)
 
@@ -250,8 +255,8 @@ TARGETS = [
     Target("cache file, tova", 100, make_cache("tova:8"), mutate_tensors(CACHE), read_cache),
     Target("token cache", 120, make_tokens, mutate_tokens, read_tokens, names="data.cache_dir"),
     Target("tuned.json", 120, make_tuned, mutate_tuned, read_tuned_file, meant_tuned),
-    Target("metrics.jsonl", 100, make_metrics, mutate_lines(METRICS, ['{"step": "x"}', '{"step": null, "loss/total": 1}', '{"step": [1]}']), read_metrics,
-           meant_metrics, names=METRICS),
-    Target("results.jsonl", 200, make_results, mutate_lines(RESULTS, ['{"header": 3}', '{"header": {}, "options": [1]}', '{"options": {}}']), read_report,
-           meant_results),
+    Target("metrics.jsonl", 100, make_metrics, mutate_lines(METRICS, ['{"step": "x"}', '{"step": null, "loss/total": 1}', '{"step": [1]}']),
+           read_metrics, meant_metrics, names=METRICS),
+    Target("results.jsonl", 200, make_results, mutate_lines(RESULTS, ['{"header": 3}', '{"header": {}, "options": [1]}', '{"options": {}}']),
+           read_report, meant_results),
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """A file of results as an evaluation writes it, with invented numbers of the right shape: what report tests read.
 
-python tests/infer/synthetic_results.py FILE
+python tests/synthetic_results.py FILE
 """
 
 import json
