@@ -25,8 +25,8 @@ YAML = {"model": "some/folder", "data": {"paths": ["a.txt", "b.jsonl"], "rows": 
         "save_every": 100, "tensorboard": False}  # fmt: skip
 FILE = "run.yaml"
 ODD_YAML = ["1:30", "2024-99-99", "!!python/object/apply:os.system ['true']", "!!binary x", "!!int x", "&a [*a]", "*unknown", "{a: 1, a: 2}", "[",
-            "0o17", "~", "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}", "1_000",
-            "0x10", "|\n x", "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
+            "0o17", "~", "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}",
+            "1_000", "0x10", "|\n x", "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )

@@ -190,7 +190,8 @@ def mutate_lines(name: str, broken: list[str]):
             how = "gone"
         else:
             lines[at] = rng.choice([*broken, json.dumps(nested(2)), json.dumps(odd_value(rng)), "[" * 50_000, "9" * 5000, "x" * 200_000,
-                                   lines[at][:-1], lines[at][1:], "null", "3", '"x"', "{}", "", " ", "\0", "{" + '"a": 1, "a": 2, ' + lines[at][1:]])  # fmt: skip
+                                   lines[at][:-1], lines[at][1:],
+                                   "null", "3", '"x"', "{}", "", " ", "\0", "{" + '"a": 1, "a": 2, ' + lines[at][1:]])  # fmt: skip
             how = f"becomes {lines[at][:40]!r}"
         path.write_bytes(("\n".join(lines) + rng.choice(["\n", "\n", "\n", "", "\n\n"])).encode("utf-8", "surrogatepass"))
         return f"line {at + 1}: {how}"
