@@ -14,6 +14,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,7 +67,7 @@ def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple
         raise
     except UnicodeDecodeError as why:
         raise ConfigError(f"{name}: byte {why.start} ({why.object[why.start]:#04x}) is not UTF-8; convert it with iconv") from why
-    except (OSError, EOFError, ValueError, zlib.error) as why:  # pyarrow's and gzip's own errors derive from these
+    except (OSError, EOFError, ValueError, zlib.error, TokenError) as why:  # those of pyarrow and gzip derive from these; .npy's header is Python
         raise ConfigError(f"{name} is damaged or not a readable {kind} file: {' '.join(str(why).split())}") from why
 
 

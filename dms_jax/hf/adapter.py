@@ -42,10 +42,12 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
     tensors = open_own(path, "an adapter", KIND, VERSION)
     metadata = tensors.metadata
     try:
-        keys, trained_on = parse_json(metadata["dms"], f"the policy in the header of {path}"), metadata["base_sha256"]
+        keys, trained_on = parse_json(metadata["dms"], "it"), metadata["base_sha256"]
+        dms = hf_config.dms_config(keys) if isinstance(keys, dict) else None
     except KeyError as why:
         raise ConfigError(f"{path} is damaged: its header lacks the policy or the base hash") from why
-    dms = hf_config.dms_config(keys) if isinstance(keys, dict) else None
+    except ConfigError as why:
+        raise ConfigError(f"{path} is damaged: its header holds no policy ({why})") from why
     if dms is None or dms.variant != "projection":
         raise ConfigError(f"{path} is damaged: its header holds no projection policy")
     here = base_hash(model)

@@ -77,6 +77,11 @@ def rewrite(path: Path, tensors=None, **metadata) -> None:
     save_file(tensors or load_file(path), path, {k: v for k, v in header.items() if v is not None})
 
 
+def another_scale(path: Path) -> str:
+    policy = json.loads(SafetensorsFiles("", [str(path)]).metadata["dms"])
+    return json.dumps(policy | {"dms_alpha_scale": policy["dms_alpha_scale"] + 1})
+
+
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -90,7 +95,7 @@ def rewrite(path: Path, tensors=None, **metadata) -> None:
         (lambda p: rewrite(p, dms=json.dumps({"dms_separate_alpha": False})), "no projection policy"),
         (lambda p: rewrite(p, {k: v for k, v in load_file(p).items() if ".2." not in k}), r"lacks 2 tensors: model\.layers\.2"),
         (lambda p: rewrite(p, {k: np.nextafter(v, np.float32(2)) for k, v in load_file(p).items()}), "is damaged: its content is not"),
-        (lambda p: rewrite(p, dms=TRAINED_POLICY.replace("100.0", "101.0")), "is damaged: its content is not"),
+        (lambda p: rewrite(p, dms=another_scale(p)), "is damaged: its content is not"),
         (lambda p: rewrite(p, {k: v[..., :-1].copy() for k, v in load_file(p).items()}), r"dms_proj_alpha.* has shape"),
     ],
 )  # fmt: skip
