@@ -74,13 +74,13 @@ def read_adapter(folder: Path) -> Any:
 
 
 @cache
-def filled_cache(policy: str | None):
-    ids = np.arange(40, dtype=np.int32).reshape(2, 20) % 97
-    return dms_jax.prefill(small_model(), dms_jax.init_cache(small_model(), 2, 24, policy=policy), ids, [20, 9])[1]
+def filled_cache(policy: str | None, rows: int):
+    ids = np.arange(20 * rows, dtype=np.int32).reshape(rows, 20) % 97
+    return dms_jax.prefill(small_model(), dms_jax.init_cache(small_model(), rows, 24, policy=policy), ids, [20, 9][:rows])[1]
 
 
-def make_cache(policy: str | None):
-    return lambda folder: dms_jax.save_cache(small_model(), filled_cache(policy), folder / CACHE)
+def make_cache(policy: str | None, rows: int):
+    return lambda folder: dms_jax.save_cache(small_model(), filled_cache(policy, rows), folder / CACHE)
 
 
 def read_cache(folder: Path) -> Any:
@@ -252,8 +252,8 @@ def meant_results(folder: Path) -> Any:
 
 TARGETS = [
     Target("adapter file", 200, make_adapter, mutate_tensors(ADAPTER), read_adapter),
-    Target("cache file, learned policy", 140, make_cache(None), mutate_tensors(CACHE), read_cache),
-    Target("cache file, tova", 100, make_cache("tova:8"), mutate_tensors(CACHE), read_cache),
+    Target("cache file, learned policy", 140, make_cache(None, 2), mutate_tensors(CACHE), read_cache),
+    Target("cache file, tova", 100, make_cache("tova:8", 1), mutate_tensors(CACHE), read_cache),
     Target("token cache", 120, make_tokens, mutate_tokens, read_tokens, names="data.cache_dir"),
     Target("tuned.json", 120, make_tuned, mutate_tuned, read_tuned_file, meant_tuned),
     Target("metrics.jsonl", 100, make_metrics, mutate_lines(METRICS, ['{"step": "x"}', '{"step": null, "loss/total": 1}', '{"step": [1]}']),
