@@ -96,8 +96,10 @@ def held(config: ModelConfig, shape: Shape, weights: float, optimizer: float, tr
     d, f, heads = config.hidden_size, config.intermediate_size, 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
     embedding = config.vocab_size * d / model
     cast = trainable / 2 if shape.trains_all and of.number < 4 else 0.0
-    chunk = 4.0 * shape.rows * min(CHUNK, shape.length) * config.vocab_size / model
-    loss = cast + of.logits * chunk + 3 * of.number * shape.tokens * d + of.embedding_gradients * 4.0 * embedding * shape.trains_all
+    # Each device of the model axis walks through its own part of the length and holds its part of the vocabulary for all those parts.
+    part = shape.length / (model * shape.split.context)
+    chunk = 4.0 * shape.rows * min(CHUNK, part) * config.vocab_size
+    loss = cast + of.logits * chunk + 3 * of.number * shape.tokens * d / model + of.embedding_gradients * 4.0 * embedding * shape.trains_all
     within = shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
     layer = cast + trainable * (1 + shape.accumulates) + of.number * (d * (heads + 3 * f) / model * (1 + gathers) + within)
     gathered = of.number * embedding * (1 + shape.trains_all) * gathers

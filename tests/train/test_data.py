@@ -306,7 +306,7 @@ def test_config_is_built_from_plain_values():
     assert config == DataConfig(paths=("a.jsonl",), rows="packed")
     for raw, message in (
         ({"held_out_fraction": 1.0}, "data.held_out_fraction"),
-        ({"held_out_fraction": float("nan")}, "data.held_out_fraction"),
+        ({"held_out_fraction": float("nan")}, "held_out_fraction.* finite"),
         ({"max_documents": -1}, "data.max_documents"),
         ({"rows": "padded"}, "contiguous, packed"),
         ({"text_key": ""}, "data.text_key"),

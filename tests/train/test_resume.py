@@ -88,7 +88,7 @@ def test_a_dry_run_tells_and_writes_nothing(settings, capsys):
     assert not Path(settings["output"]).exists()
     for said in (
         "attention.evict_proj",
-        "P(None, 'data', None)",
+        "P(None, 'data', 'model')",
         "MiB",
         "8 rows of 48 tokens a step",
         "a checkpoint every 2",
