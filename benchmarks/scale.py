@@ -38,6 +38,12 @@ PARTS = {
         "--model configs/models/llama-3.2-1b.json --hardware h100x1 --length 8192 --batch 2",
         "--model configs/models/llama-3.2-1b.json --hardware v5e-8 --mesh 8x1 --length 8192 --batch 8",
         "--model configs/models/llama-3.2-1b.json --hardware v5e-8 --mesh 8x1 --length 4096 --batch 8 --mode full",
+        "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 1x8 --length 8192 --batch 8",
+        "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 2x2x2 --length 8192 --batch 8",
+        "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 8x1 --length 4096 --batch 32 --accumulate 4 --mode full",
+        "--model configs/models/llama-3.2-1b.json --hardware h200x1 --length 4096 --batch 4 --mode borrowed",
+        "--model configs/models/llama-3.2-1b.json --hardware v5e-8 --mesh 2x4 --length 8192 --batch 8",
+        "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 2x4 --length 8192 --batch 8",
     ),
 }
 # Model-Optimizer's README: Qwen3-8B to 8x, 238 steps of 8 x 32,768 tokens in 4 h on 8 H100.
