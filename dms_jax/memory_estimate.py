@@ -32,7 +32,8 @@ FORMULAS = {
     "optimizer": "two fp32 moments of what trains, in shards",
     "activations": "2 bytes (CPU: 4, also below) x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
     "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.25",
-    "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens a row and 3 hidden states; where all weights "
+    "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens of each part of a row (one on each device "
+    "of the model axis) and 3 hidden states of those parts; where all weights "
     "train also their bf16 shards and two (TPU: one, CPU: 1.25) fp32 gradients of the embedding",
     "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token, fp32 gradients; "
     "TPU: and 0.75 of the lesser",
