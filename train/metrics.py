@@ -51,7 +51,8 @@ def _belongs(line: bytes, resumed_at: int) -> bool:
     record = _record(line)
     if record is None or "header" in record:
         return record is not None
-    return type(step := record.get("step")) in (int, float) and step < resumed_at
+    step = record.get("step")
+    return isinstance(step, int | float) and step < resumed_at
 
 
 def _record(line: bytes) -> dict | None:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -202,7 +203,8 @@ def write_tokenizer(path: str, folder: str) -> None:
 def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
     """The tokens: different texts, each of a type, with merges and template that are texts, and the special ids among them."""
     texts = lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)  # noqa: E731
-    tokens, types, merges = (fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges"))
+    found: list[Any] = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")]
+    tokens, types, merges = found
     wrong = (
         "tokens are no list of texts" if not texts(tokens)
         else "a token stands twice" if len(set(tokens)) != len(tokens)

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from difflib import get_close_matches
+from typing import Any
 
 from dms_jax.config import MOST, ConfigError, DMSConfig, ModelConfig, RopeScaling, build, naming, shown
 from dms_jax.strict_json import read_json
@@ -219,7 +220,7 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     if missing:
         raise ConfigError(f"rope type {kind} in config.json lacks {', '.join(sorted(missing))}")
     length = "original_max_position_embeddings"
-    values = {key: _need(rope, key) if key == length else _number(rope, key, 0.0) for key in ROPE_KIND_KEYS[kind]}
+    values: dict[str, Any] = {key: _need(rope, key) if key == length else _number(rope, key, 0.0) for key in ROPE_KIND_KEYS[kind]}
     return theta, RopeScaling(kind=kind, **values)
 
 

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import os
 import tempfile
+from typing import Any
 
 import numpy as np
 
@@ -92,7 +93,7 @@ def _read(folder: str, where: str):
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a \U0010fffd")  # what no vocabulary holds: an unknown token that is itself unknown is found now, not in the millionth line
         f"{tokenizer.chat_template}".encode()  # JSON can spell half a surrogate pair, which no text may hold
         return tokenizer
