@@ -35,8 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_CONFIG")
-    parser.add_argument("--hardware", required=True, metavar="NAME", help="h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8 ...")
-    parser.add_argument("--mesh", metavar="AxB", help="data x model devices, or data x model x context; default: all data")
+    parser.add_argument("--hardware", required=True, metavar="NAME", help="h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8 ...; of a "
+                        "TPU slice the chips")  # fmt: skip
+    parser.add_argument("--mesh", metavar="AxB[xC]", help="data x model devices, or data x model x context; default: all data")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row (default %(default)s)")
     parser.add_argument("--batch", type=int, default=0, help="rows of an optimizer step; default: one per data-parallel device")
     parser.add_argument("--mode", choices=("adapter", "full", "borrowed"), default="adapter")
@@ -60,8 +61,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     for name, least in {"length": 2, "batch": 0, "accumulate": 1, "window": 0, "users": 1, "context": 2, "steps_per_cr": 0, "headroom": 1}.items():
-        if not getattr(options, name) >= least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+        if not least <= getattr(options, name) < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, and finite; got {getattr(options, name)}")
     from train.plan_text import inference_text, step_text
 
     hardware, mesh = devices_named(options)
