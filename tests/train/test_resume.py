@@ -57,6 +57,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(settings):
     assert "saved at step" in errors[0] and saved == max(trace(settings["output"])) + 1
 
 
+@pytest.mark.slow  # one kill, bit for bit: test_retrofit.py
 def test_a_few_kills_change_nothing(tmp_path):
     found = chaos.chaos(tmp_path, kills=2, seed=3, steps=12, mode="adapter")
     assert found["kills"] == 2 and found["wrong"] == [] and found["most_steps_lost"] <= chaos.SAVE_EVERY + 1

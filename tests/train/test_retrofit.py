@@ -96,6 +96,7 @@ def test_a_killed_run_resumes_bit_for_bit(settings, tmp_path):
         assert (tmp_path / "whole" / "export" / name).read_bytes() == (settings["output"] / "export" / name).read_bytes()
 
 
+@pytest.mark.slow  # three meshes: test_resume.py
 def test_another_mesh_resumes_to_the_same_numbers(settings, tmp_path):
     assert main(arguments(settings, output=tmp_path / "whole")) == 0
     main(arguments(settings, output=tmp_path / "run"))
