@@ -4,12 +4,14 @@ A checkpoint counts only when it has Orbax's commit marker, its metadata, and th
 passed over with its reason. What is in the way and no checkpoint is moved aside, never deleted.
 """
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from dms_jax.config import ConfigError
@@ -98,7 +100,7 @@ class Checkpoints:
                 continue
             return Restored(step, state, skipped + damaged)
         if damaged:
-            raise ConfigError(f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0")
+            raise self._none_usable(damaged)
         for line in skipped:
             print(f"skipped checkpoint {line}", file=sys.stderr)
         return None
@@ -110,19 +112,27 @@ class Checkpoints:
 
     def _move_aside(self) -> tuple[list[str], list[str]]:
         """Entries that look like checkpoints and are none, and those whose metadata no longer reads: Orbax would count the former and one
-        day delete them, and does not open a folder with one of the latter. Of both, names with reasons."""
-        incomplete, unreadable = [], []
+        day delete them, and does not open a folder with one of the latter. Of both, names with reasons, the same for all processes."""
+        readable, bad = False, []
         for path in sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True):
-            kept = f"(kept as {path.name}{ASIDE})"
-            if not (path / COMMIT_MARKER).exists():
-                incomplete.append(f"{path.name}: it was never completed {kept}")
-            elif (why := _unreadable(path)) is not None:
-                unreadable.append(f"{path.name}: {why} {kept}")
+            committed = (path / COMMIT_MARKER).exists()
+            why = _unreadable(path) if committed else "it was never completed"
+            if why is None:
+                readable = True
             else:
-                continue
-            if jax.process_index() == 0:
-                path.rename(path.with_name(path.name + ASIDE))
-        return incomplete, unreadable
+                bad.append((path, _free(path), committed, why))
+        if not readable and (damaged := [f"{path.name}: {why}" for path, _, committed, why in bad if committed]):
+            raise self._none_usable(damaged)  # and nothing was moved: the next run is to refuse too
+        multihost_utils.sync_global_devices("all have looked")
+        if jax.process_index() == 0:
+            for path, new, _, _ in bad:
+                path.rename(new)
+        multihost_utils.sync_global_devices("moved aside")
+        said = lambda kind: [f"{path.name}: {why} (kept as {new.name})" for path, new, committed, why in bad if committed == kind]  # noqa: E731
+        return said(False), said(True)
+
+    def _none_usable(self, damaged: list[str]) -> ConfigError:
+        return ConfigError(f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0")
 
     def _explained(self, what: str) -> "_Explained":
         return _Explained(self, what)
@@ -170,6 +180,12 @@ def _scrambled(x: jax.Array) -> jax.Array:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
+
+
+def _free(path: Path) -> Path:
+    """A name beside `path` that says what it is not, and that nothing has."""
+    names = (path.with_name(path.name + ASIDE + (f".{number}" if number else "")) for number in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def _unreadable(path: Path) -> str | None:

@@ -52,7 +52,7 @@ def _belongs(line: bytes, resumed_at: int) -> bool:
     if record is None or "header" in record:
         return record is not None
     step = record.get("step")
-    return isinstance(step, int | float) and step < resumed_at
+    return isinstance(step, int | float) and not isinstance(step, bool) and step < resumed_at
 
 
 def _record(line: bytes) -> dict | None:

@@ -101,10 +101,13 @@ def test_nothing_usable_is_refused_and_nothing_at_all_begins_anew(saved, tmp_pat
     with pytest.raises(ConfigError, match="no checkpoint in .* is usable .*2: .*1: .*move that folder away") as refusal:
         Checkpoints(saved).restore_latest(LIKE, nothing)
     assert "\n" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="no checkpoint in"):  # and again: nothing was moved out of sight
+        Checkpoints(saved).restore_latest(LIKE, nothing)
     assert Checkpoints(tmp_path / "new").restore_latest(LIKE, nothing) is None
 
 
 def test_what_is_not_ours_is_kept(saved, capsys):
+    (saved / f"7{ASIDE}").write_text("an older note")
     (saved / "7").write_text("a note")
     (saved / "3").mkdir()
     (saved / "3" / "weights.bin").write_bytes(b"of another tool")
@@ -115,7 +118,8 @@ def test_what_is_not_ours_is_kept(saved, capsys):
     for step in (3, 4, 7):
         checkpoints.save(step, state(step), {"run": "this"}, wait=True)
     checkpoints.close()
-    assert (saved / f"7{ASIDE}").read_text() == "a note" and (saved / f"3{ASIDE}" / "weights.bin").read_bytes() == b"of another tool"
+    assert (saved / f"7{ASIDE}").read_text() == "an older note" and (saved / f"7{ASIDE}.1").read_text() == "a note"
+    assert (saved / f"3{ASIDE}" / "weights.bin").read_bytes() == b"of another tool"
     assert (saved / "readme.txt").read_text() == "mine" and Checkpoints(saved).steps() == [4, 7]
 
 
