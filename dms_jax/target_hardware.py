@@ -137,7 +137,10 @@ def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("dat
         raise ConfigError(f"{name}: {why}")
     if slice_shape is None:
         description = (Path(__file__).parent / "targets" / f"{GPU_DESCRIPTIONS[kind]}.textproto").read_text()
-        devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}").devices
+        try:
+            devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}").devices
+        except NotImplementedError as why:
+            raise ConfigError(f"{name}: JAX left out its CUDA plugin, as it does without a GPU; set JAX_PLATFORMS=cpu to compile for one") from why
     else:
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a metadata server which TPU this machine has
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no TPU away from another process

@@ -1,8 +1,11 @@
 """Eight simulated devices, before anything starts JAX."""
 
 import gc
+import os
 
-import jax
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is a GPU, and its plugin without one would not compile for others
+
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
