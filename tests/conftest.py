@@ -5,7 +5,7 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is a GPU, and its plugin without one would not compile for others
 
-import jax  # noqa: E402
+import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 
