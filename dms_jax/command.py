@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     """Run a command's `main` and exit: 2 with one line on stderr for whatever the user can mend, else main's own code."""
     try:
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # what a shell says of SIGPIPE
     except ConfigError as why:
         print(f"{name}: {one_line(why)}", file=sys.stderr)
         code = 2

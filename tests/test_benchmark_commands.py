@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import jax
@@ -50,6 +51,13 @@ def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():
         for index, value in first.items():
             for ours, theirs in zip(jax.tree.leaves(value), jax.tree.leaves(inputs[index]), strict=True):
                 np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_output_that_nobody_reads_ends_quietly():
+    code = "from dms_jax.command import run_command; run_command('a command', lambda: print('x' * 10**6))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 def test_costs_are_counted():
@@ -186,7 +194,6 @@ def test_commands_of_everything_parse():
 
 
 def test_benchmarks_import_without_the_shape_checkers():
-    import subprocess
 
     program = ("import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
                "import importlib.util as u; found = u.find_spec\n"
