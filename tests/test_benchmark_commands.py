@@ -194,7 +194,6 @@ def test_commands_of_everything_parse():
 
 
 def test_benchmarks_import_without_the_shape_checkers():
-
     program = ("import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
                "import importlib.util as u; found = u.find_spec\n"
                "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
