@@ -113,23 +113,19 @@ class Checkpoints:
     def _move_aside(self) -> tuple[list[str], list[str]]:
         """Entries that look like checkpoints and are none, and those whose metadata no longer reads: Orbax would count the former and one
         day delete them, and does not open a folder with one of the latter. Of both, names with reasons, the same for all processes."""
-        readable, bad = False, []
-        for path in sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True):
-            committed = (path / COMMIT_MARKER).exists()
-            why = _unreadable(path) if committed else "it was never completed"
-            if why is None:
-                readable = True
-            else:
-                bad.append((path, _free(path), committed, why))
-        if not readable and (damaged := [f"{path.name}: {why}" for path, _, committed, why in bad if committed]):
-            raise self._none_usable(damaged)  # and nothing was moved: the next run is to refuse too
+        entries = sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+        incomplete = [path for path in entries if not (path / COMMIT_MARKER).exists()]
+        unreadable = {path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None}
+        if unreadable and len(incomplete) + len(unreadable) == len(entries):  # nothing is moved: the next run is to refuse too
+            raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
+        new = {path: _free(path) for path in (*incomplete, *unreadable)}
         multihost_utils.sync_global_devices("all have looked")
         if jax.process_index() == 0:
-            for path, new, _, _ in bad:
-                path.rename(new)
+            for path in new:
+                path.rename(new[path])
         multihost_utils.sync_global_devices("moved aside")
-        said = lambda kind: [f"{path.name}: {why} (kept as {new.name})" for path, new, committed, why in bad if committed == kind]  # noqa: E731
-        return said(False), said(True)
+        said = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"  # noqa: E731
+        return [said(path, "it was never completed") for path in reversed(incomplete)], [said(*item) for item in unreadable.items()]
 
     def _none_usable(self, damaged: list[str]) -> ConfigError:
         return ConfigError(f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0")

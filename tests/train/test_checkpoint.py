@@ -114,7 +114,7 @@ def test_what_is_not_ours_is_kept(saved, capsys):
     (saved / "readme.txt").write_text("mine")
     checkpoints = Checkpoints(saved)
     found = checkpoints.restore_latest(LIKE, nothing)
-    assert found.step == 2 and sorted(line[:2] for line in found.skipped) == ["3:", "7:"]
+    assert found.step == 2 and [line[:2] for line in found.skipped] == ["3:", "7:"]
     for step in (3, 4, 7):
         checkpoints.save(step, state(step), {"run": "this"}, wait=True)
     checkpoints.close()
