@@ -58,11 +58,8 @@ def mutate_yaml(rng: random.Random, folder: Path) -> str:
         path.write_text("\n".join(lines), errors="surrogatepass")
         return f"line {lines[at][:60]!r}"
     if kind == 8:
-        path.write_text(
-            rng.choice(
-                [LAUGHS, LAUGHS + "model: *i\n", LAUGHS + "data: {paths: *i}\n", "- a\n", "x", "---\na: 1\n---\nb: 2\n", "[" * 20_000, ": " * 3000]
-            )
-        )
+        laughs = [LAUGHS, LAUGHS + "model: *i\n", LAUGHS + "data: {paths: *i}\n"]
+        path.write_text(rng.choice([*laughs, "- a\n", "x", "---\na: 1\n---\nb: 2\n", "[" * 20_000, ": " * 3000]))
         return "another document"
     if kind == 9:
         lines[at] = lines[at].replace("  ", rng.choice(["\t", " ", "    ", ""]), 1)
@@ -174,10 +171,8 @@ def text_target(name: str, count: int, good: list[str], read, means, names: str)
     def mutate(rng: random.Random, folder: Path) -> str:
         text = rng.choice(good)
         for _ in range(rng.choice([1, 1, 2, 3])):
-            at, piece = (
-                rng.randrange(len(text) + 1),
-                rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)]),
-            )
+            at = rng.randrange(len(text) + 1)
+            piece = rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)])
             text = text[:at] + piece + text[at + rng.choice([0, 0, 1, 3]) :]
         (folder / "option.json").write_text(json.dumps(text))
         return f"{text[:50]!r}"
