@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.kernels import block_sizes
 
 NAME = "benchmarks.autotune"
@@ -23,10 +23,17 @@ TOLERANCE = 2e-2  # of bf16; or half as much again as the XLA path's own error
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="only this one")
-    parser.add_argument("--quick", action="store_true", help="the default block sizes only: are they right, and faster than XLA?")
+    parser.add_argument(
+        "--quick", action="store_true", help="the default block sizes only: are they right, and faster than XLA?"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=9.0, help="begin no new candidate after this long (default 9)")
     parser.add_argument("--output", metavar="FILE", help="another file than dms_jax/kernels/tuned.json")
@@ -36,7 +43,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.repeats < 1 or not options.minutes > 0:
-        raise ConfigError(f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}")
+        raise ConfigError(
+            f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}"
+        )
     path = Path(options.output) if options.output else block_sizes.TUNED
     if not path.parent.is_dir() or path.is_dir():
         raise ConfigError(f"--output {path} is no file in a folder that exists")
@@ -58,7 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         found = tuned(case(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
             found_any, entries[found[:5]] = True, found
-            block_sizes.write_tuned(path, tuple(entries[key] for key in sorted(entries)))  # at once: the process may be stopped
+            block_sizes.write_tuned(
+                path, tuple(entries[key] for key in sorted(entries))
+            )  # at once: the process may be stopped
     if not found_any:
         raise ConfigError("nothing was tuned; the lines above say why")
 
@@ -74,8 +85,12 @@ def cases(kernels, head_dims) -> Iterator:
     for h in head_dims:
         found = {
             "train_attention": [partial(train_case, 1, 8192, 16, 4, h, 256, bf16)],
-            "decode_attention": [partial(slot_case, 16, 1, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
-            "chunk_attention": [partial(slot_case, 2, 1024, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
+            "decode_attention": [
+                partial(slot_case, 16, 1, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)
+            ],
+            "chunk_attention": [
+                partial(slot_case, 2, 1024, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)
+            ],
             "compaction": [partial(compaction_case, 8, 1024, 8192, 8, h, bf16, cached) for cached in (bf16, fp8)],
             "decode_update": [partial(update_case, 32, 8192, 6000, 32, 8, h, bf16, cached) for cached in (bf16, fp8)],
         }
@@ -118,9 +133,18 @@ def tuned(case, implementation: str, repeats: int, deadline: float, quick: bool)
         ours, theirs = timing["kernel"].median / kernel.times, timing["xla"].median / xla.times
         print(f"{label}: {blocks} {1e3 * ours:.3f} ms, {theirs / ours:.2f}x xla, error {wrong:.1e}")
         if best is None or theirs / ours > best.speed_to_xla:
-            best = block_sizes.TunedEntry(case.kernel, implementation, jax.devices()[0].device_kind, head_dim, cached, blocks,
-                                          round(theirs / ours, 3), float(f"{wrong:.2g}"), time.strftime("%Y-%m-%d", time.gmtime()),
-                                          jax.__version__)  # fmt: skip
+            best = block_sizes.TunedEntry(
+                case.kernel,
+                implementation,
+                jax.devices()[0].device_kind,
+                head_dim,
+                cached,
+                blocks,
+                round(theirs / ours, 3),
+                float(f"{wrong:.2g}"),
+                time.strftime("%Y-%m-%d", time.gmtime()),
+                jax.__version__,
+            )
     return best
 
 

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from dms_jax.command import Parser, run_command
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.chaos"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
@@ -29,7 +29,12 @@ TOLERANCE = 1e-5
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
@@ -58,7 +63,14 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
     _must_end(run(settings | {"output": folder / "timed"}), folder / "timed")
     life = time.monotonic() - again
     draw, output = random.Random(seed), folder / "killed"
-    counts = {"kills": 0, "by_signal": {number.name: 0 for number in SIGNALS}, "by_phase": {}, "most_steps_lost": 0, "runs": 0, "ended_before": 0}
+    counts = {
+        "kills": 0,
+        "by_signal": {number.name: 0 for number in SIGNALS},
+        "by_phase": {},
+        "most_steps_lost": 0,
+        "runs": 0,
+        "ended_before": 0,
+    }
     wrong: list[str] = []
     while counts["kills"] < kills:
         if (output / "export").exists():  # the run is over: kill another one
@@ -92,7 +104,14 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
     wrong += differences(folder / "whole", output)
     if counts["most_steps_lost"] > SAVE_EVERY + 1:  # one step is logged before the next one's checkpoint is complete
         wrong.append(f"{counts['most_steps_lost']} steps were lost, checkpoints are {SAVE_EVERY} apart")
-    return counts | {"seed": seed, "mode": mode, "steps": steps, "save_every": SAVE_EVERY, "seconds": round(time.monotonic() - start), "wrong": wrong}
+    return counts | {
+        "seed": seed,
+        "mode": mode,
+        "steps": steps,
+        "save_every": SAVE_EVERY,
+        "seconds": round(time.monotonic() - start),
+        "wrong": wrong,
+    }
 
 
 def prepare(folder: Path, steps: int, mode: str) -> dict:
@@ -109,17 +128,40 @@ def prepare(folder: Path, steps: int, mode: str) -> dict:
     config = ModelConfig("llama", 97, 32, 48, 2, 4, 2, 8, max_position_embeddings=512)
     dms_jax.save(Decoder(config, rngs=nnx.Rngs(0)), folder / "model")
     np.save(folder / "ids.npy", np.random.default_rng(0).integers(0, 97, (80, 70)).astype(np.int32))
-    return {"model": folder / "model", "data": folder / "ids.npy", "data.cache_dir": folder / "cache", "steps": steps, "length": 48, "batch_size": 4,
-            "dms.window_size": 6, "dms.target_cr": 3, "save_every": SAVE_EVERY, "eval_every": 10, "eval_rows": 4, "mode": mode,
-            "optimizer.learning_rate": 0.001, "cache": folder / "compiled"}  # fmt: skip
+    return {
+        "model": folder / "model",
+        "data": folder / "ids.npy",
+        "data.cache_dir": folder / "cache",
+        "steps": steps,
+        "length": 48,
+        "batch_size": 4,
+        "dms.window_size": 6,
+        "dms.target_cr": 3,
+        "save_every": SAVE_EVERY,
+        "eval_every": 10,
+        "eval_rows": 4,
+        "mode": mode,
+        "optimizer.learning_rate": 0.001,
+        "cache": folder / "compiled",
+    }
 
 
 def command(settings: dict, resume: bool) -> dict:
     pairs = [part for key, value in settings.items() if key != "cache" for part in ("--set", f"{key}={value}")]
     # What is compiled once is read by all: a life is then training more than compilation.
-    compiled = {"JAX_COMPILATION_CACHE_DIR": str(settings["cache"]), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu"}
-    return {"args": [sys.executable, "-m", "train.retrofit", *pairs, *(["--resume"] if resume else [])], "env": os.environ | compiled,
-            "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": Path(__file__).parent.parent}  # fmt: skip
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(settings["cache"]),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PLATFORMS": "cpu",
+    }
+    return {
+        "args": [sys.executable, "-m", "train.retrofit", *pairs, *(["--resume"] if resume else [])],
+        "env": os.environ | compiled,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "cwd": Path(__file__).parent.parent,
+    }
 
 
 def run(settings: dict, resume: bool = False) -> subprocess.CompletedProcess:
@@ -129,7 +171,9 @@ def run(settings: dict, resume: bool = False) -> subprocess.CompletedProcess:
 
 def _must_end(done: subprocess.CompletedProcess, output: Path) -> None:
     if done.returncode or not (output / "export").exists():
-        raise ConfigError(f"a run that nobody disturbed ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
+        raise ConfigError(
+            f"a run that nobody disturbed ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"
+        )
 
 
 def judged(code: int, number: int, ended: bool, stderr: str) -> list[str]:
@@ -188,8 +232,12 @@ def differences(whole: Path, other: Path) -> list[str]:
     if traces[0].keys() != traces[1].keys():
         return [f"steps {sorted(traces[0].keys() ^ traces[1].keys())} are in one trace only"]
     keys = "loss/total", "loss/distill", "loss/compression", "optim/grad_norm", "cache/evict_fraction"
-    wrong = [f"step {step}: {key} {traces[1][step][key]} instead of {line[key]}" for step, line in traces[0].items() for key in keys
-             if not np.isclose(traces[1][step][key], line[key], rtol=TOLERANCE, atol=TOLERANCE)]  # fmt: skip
+    wrong = [
+        f"step {step}: {key} {traces[1][step][key]} instead of {line[key]}"
+        for step, line in traces[0].items()
+        for key in keys
+        if not np.isclose(traces[1][step][key], line[key], rtol=TOLERANCE, atol=TOLERANCE)
+    ]
     names = sorted(p.name for p in (whole / "export").iterdir())
     if names != sorted(p.name for p in (other / "export").iterdir()):
         return [*wrong, "the exports hold other files"]

@@ -22,13 +22,19 @@ from functools import partial
 from typing import get_args
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError, ImplementationName
+from dms_jax.config import ImplementationName
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.decode"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE")
     parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
     parser.add_argument("--batch", type=int, default=1)
@@ -37,7 +43,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="decode steps of one timing")
     parser.add_argument("--repeats", type=int, default=5, help="timings of each arm")
     parser.add_argument("--equal-memory", action="store_true", help="also CR times as many rows for each CR above 1")
-    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache")
+    parser.add_argument(
+        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache"
+    )
     parser.add_argument("--transformers", action="store_true", help="also time transformers' generate (torch, fp32)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="with --transformers")
     parser.add_argument("--new-tokens", type=int, default=32, help="with --transformers")
@@ -48,14 +56,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     ratios = parse_ratios(options.cr)
-    for name, least in {"batch": 1, "context": 2, "steps": 1, "repeats": 1, "layers": 0, "prompt_tokens": 2, "new_tokens": 2}.items():
+    for name, least in {
+        "batch": 1,
+        "context": 2,
+        "steps": 1,
+        "repeats": 1,
+        "layers": 0,
+        "prompt_tokens": 2,
+        "new_tokens": 2,
+    }.items():
         if getattr(options, name) < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
     start_devices(1)
     from benchmarks.models import load, provenance
 
     model, weights = load(options.model, options.layers, options.context, options.implementation)
-    result = {"model": options.model, "weights": weights, "layers": model.config.num_layers, "implementation": options.implementation} | provenance()
+    result = {
+        "model": options.model,
+        "weights": weights,
+        "layers": model.config.num_layers,
+        "implementation": options.implementation,
+    } | provenance()
     show = (lambda *_: None) if options.json else print
     if ratios:
         result["decode"] = decode(options, model, ratios, show)
@@ -81,8 +102,8 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
     import numpy as np
 
     import dms_jax
-    from dms_jax.cache_limits import round_up
     from dms_jax.core.visibility import NEVER
+    from dms_jax.engine.cache_capacity import round_up
 
     cache = dms_jax.init_cache(model, batch, round_up(live + room), overflow="evict", dense=dense)
     position = np.concatenate([np.arange(live - live // 2), np.arange(context - live // 2, context)]).astype(np.int32)
@@ -90,8 +111,13 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
     @partial(jax.jit, donate_argnums=0)
     def fill(layer, key):
         kv = jax.random.normal(key, (2, *layer.k.shape), layer.k.dtype)
-        return dataclasses.replace(layer, k=kv[0], v=kv[1], position=layer.position.at[:, :, :live].set(position),
-                                   expiry=layer.expiry.at[:, :, :live].set(NEVER))  # fmt: skip
+        return dataclasses.replace(
+            layer,
+            k=kv[0],
+            v=kv[1],
+            position=layer.position.at[:, :, :live].set(position),
+            expiry=layer.expiry.at[:, :, :live].set(NEVER),
+        )
 
     layers, cache = list(cache.layers), dataclasses.replace(cache, layers=())
     for index in range(len(layers)):
@@ -107,14 +133,20 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
 
     total = (options.repeats + 1) * options.steps
     if options.context + total > model.config.max_position_embeddings:
-        raise ConfigError(f"--context {options.context} and {total} steps are beyond this model's context of {model.config.max_position_embeddings}")
+        raise ConfigError(
+            f"--context {options.context} and {total} steps are beyond this model's context of {model.config.max_position_embeddings}"
+        )
     arms = {"dense": (True, 1.0, options.batch)} | {f"cr {ratio:g}": (False, ratio, options.batch) for ratio in ratios}
     if options.equal_memory:
         arms |= {f"cr {r:g}, {r:g}x rows": (False, r, round(options.batch * r)) for r in ratios if r > 1}
     live = {name: max(1, round(options.context / ratio)) for name, (_, ratio, _) in arms.items()}
     need = {name: cache_bytes(model, batch, live[name] + total) for name, (_, _, batch) in arms.items()}
     room = free_bytes()
-    left_out = {name: f"needs {need[name] / 2**30:.1f} GiB of cache, {room / 2**30:.1f} are free" for name in arms if room < 1.2 * need[name]}
+    left_out = {
+        name: f"needs {need[name] / 2**30:.1f} GiB of cache, {room / 2**30:.1f} are free"
+        for name in arms
+        if room < 1.2 * need[name]
+    }
     arms = {name: arm for name, arm in arms.items() if name not in left_out}
     together = room >= 1.2 * sum(need[name] for name in arms)
     timed = {}
@@ -127,11 +159,22 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     rows, dense, dense_bytes = [], timed.get("dense"), step_bytes(model, options.batch, options.context)
     for name, (seconds, counts, size) in timed.items():
         median, batch = statistics.median(seconds), arms[name][2]
-        row = {"arm": name, "batch": batch, "tokens_seen": options.context, "live_at_start": live[name], "live_at_end": counts, "cache_bytes": size,
-               "step_ms": 1e3 * median, "tokens_per_s": batch / median, "step_ms_all": [1e3 * s for s in seconds],
-               "step_bytes": step_bytes(model, batch, live[name])}  # fmt: skip
-        row |= {"roofline_speed_to_dense": batch * dense_bytes / (options.batch * row["step_bytes"]),
-                "fraction_of_copy_bandwidth": row["step_bytes"] / median / bandwidth}  # fmt: skip
+        row = {
+            "arm": name,
+            "batch": batch,
+            "tokens_seen": options.context,
+            "live_at_start": live[name],
+            "live_at_end": counts,
+            "cache_bytes": size,
+            "step_ms": 1e3 * median,
+            "tokens_per_s": batch / median,
+            "step_ms_all": [1e3 * s for s in seconds],
+            "step_bytes": step_bytes(model, batch, live[name]),
+        }
+        row |= {
+            "roofline_speed_to_dense": batch * dense_bytes / (options.batch * row["step_bytes"]),
+            "fraction_of_copy_bandwidth": row["step_bytes"] / median / bandwidth,
+        }
         text = f"{name:<16} live {live[name]:>6}  {row['step_ms']:>8.2f} ms a step ({1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f}), "
         text += f"{row['tokens_per_s']:>8.1f} tokens/s"
         if dense is not None:
@@ -140,7 +183,9 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
         # Where the dense arm does not fit, it is taken to run at the device's copy bandwidth, which flatters it.
         row["dense"] = "measured" if dense is not None else "counted from bytes"
         row["fraction_of_roofline"] = (
-            row["speed_to_dense"] / row["roofline_speed_to_dense"] if dense is not None else row["fraction_of_copy_bandwidth"]
+            row["speed_to_dense"] / row["roofline_speed_to_dense"]
+            if dense is not None
+            else row["fraction_of_copy_bandwidth"]
         )
         rows.append(row)
         show(text)
@@ -158,7 +203,10 @@ def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
 
     import dms_jax
 
-    caches = {name: filled_cache(model, batch, options.context, live[name], total, dense) for name, (dense, _, batch) in arms.items()}
+    caches = {
+        name: filled_cache(model, batch, options.context, live[name], total, dense)
+        for name, (dense, _, batch) in arms.items()
+    }
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name in arms:
@@ -172,12 +220,21 @@ def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
             if repeat:  # the first one compiles
                 seconds[name].append((time.perf_counter() - start) / options.steps)
             caches[name] = cache
-    return {name: (seconds[name], float(np.asarray(cache.live_counts).mean()), cache.bytes) for name, cache in caches.items()}
+    return {
+        name: (seconds[name], float(np.asarray(cache.live_counts).mean()), cache.bytes)
+        for name, cache in caches.items()
+    }
 
 
 def cache_bytes(model, batch: int, capacity: int) -> int:
     config = model.config
-    return config.num_layers * batch * config.num_kv_heads * capacity * (2 * config.head_dim * model.embed[...].dtype.itemsize + 12)
+    return (
+        config.num_layers
+        * batch
+        * config.num_kv_heads
+        * capacity
+        * (2 * config.head_dim * model.embed[...].dtype.itemsize + 12)
+    )
 
 
 def step_bytes(model, batch: int, live: int) -> int:
@@ -186,7 +243,10 @@ def step_bytes(model, batch: int, live: int) -> int:
     from flax import nnx
 
     config = model.config
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model.layers))) + model.output_embedding().nbytes
+    weights = (
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(nnx.state(model.layers)))
+        + model.output_embedding().nbytes
+    )
     pair = 2 * config.head_dim * model.embed[...].dtype.itemsize + 8
     return weights + config.num_layers * batch * config.num_kv_heads * live * pair
 
@@ -209,12 +269,16 @@ def against_transformers(options, model, show) -> dict:
 
     import dms_jax
     from benchmarks.models import cpu_cores
-    from dms_jax.cache_limits import round_up
+    from dms_jax.engine.cache_capacity import round_up
 
     if importlib.util.find_spec("torch") is None:
         raise ConfigError("--transformers needs torch; pip install 'torch>=2.6'")
-    if model.embed[...].dtype != jnp.float32 or (model.config.dms is not None and model.config.dms.variant == "borrowed"):
-        raise ConfigError("--transformers compares a dense base in fp32 on a CPU; set JAX_PLATFORMS=cpu and give a model without a borrowed policy")
+    if model.embed[...].dtype != jnp.float32 or (
+        model.config.dms is not None and model.config.dms.variant == "borrowed"
+    ):
+        raise ConfigError(
+            "--transformers compares a dense base in fp32 on a CPU; set JAX_PLATFORMS=cpu and give a model without a borrowed policy"
+        )
     try:
         torch = importlib.import_module("torch")
     except ImportError as why:  # e.g. a CUDA build whose libraries are not there
@@ -224,21 +288,35 @@ def against_transformers(options, model, show) -> dict:
     torch.set_num_threads(cpu_cores())
     with tempfile.TemporaryDirectory() as folder:
         dms_jax.save(model, f"{folder}/model")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32, local_files_only=True).eval()
-    ids = np.random.default_rng(0).integers(3, min(model.config.vocab_size, 40000), (options.batch, options.prompt_tokens))
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            f"{folder}/model", dtype=torch.float32, local_files_only=True
+        ).eval()
+    ids = np.random.default_rng(0).integers(
+        3, min(model.config.vocab_size, 40000), (options.batch, options.prompt_tokens)
+    )
     capacity = round_up(options.prompt_tokens + options.new_tokens)
 
     def call_theirs(new: int):
         tokens = torch.tensor(ids)
         with torch.inference_mode():
-            return theirs.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new, min_new_tokens=new,
-                                   pad_token_id=0)[:, ids.shape[1] :].numpy()  # fmt: skip
+            return theirs.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=0,
+            )[:, ids.shape[1] :].numpy()
 
     def call_ours(new: int, dense: bool):
         config = dms_jax.GenerationConfig(max_new_tokens=new, stop_ids=(), capacity=capacity, dense=dense)
         return np.stack(dms_jax.generate(model, ids, config).tokens)
 
-    arms = {"transformers": call_theirs, "ours_dense": lambda new: call_ours(new, True), "ours_dms": lambda new: call_ours(new, False)}
+    arms = {
+        "transformers": call_theirs,
+        "ours_dense": lambda new: call_ours(new, True),
+        "ours_dms": lambda new: call_ours(new, False),
+    }
     one, all_tokens, texts = {name: [] for name in arms}, {name: [] for name in arms}, {}
     for repeat in range(options.repeats + 1):
         for name, call in arms.items():
@@ -251,17 +329,40 @@ def against_transformers(options, model, show) -> dict:
     for name in arms:
         first, whole = statistics.median(one[name]), statistics.median(all_tokens[name])
         if whole <= first:
-            raise ConfigError(f"{options.new_tokens} tokens take no longer than one here; give a larger --new-tokens to time the decode")
-        rates[name] = {"prefill_tokens_per_s": ids.size / first, "decode_tokens_per_s": options.batch * (options.new_tokens - 1) / (whole - first)}
+            raise ConfigError(
+                f"{options.new_tokens} tokens take no longer than one here; give a larger --new-tokens to time the decode"
+            )
+        rates[name] = {
+            "prefill_tokens_per_s": ids.size / first,
+            "decode_tokens_per_s": options.batch * (options.new_tokens - 1) / (whole - first),
+        }
         medians[name] = {"one_token_s": first, "all_tokens_s": whole}
-        show(f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode {rates[name]['decode_tokens_per_s']:>8.1f} tokens/s")
-    ratios = {f"{name}_{part}": rates[name][f"{part}_tokens_per_s"] / rates["transformers"][f"{part}_tokens_per_s"]
-              for name in ("ours_dense", "ours_dms") for part in ("prefill", "decode")}  # fmt: skip
+        show(
+            f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode {rates[name]['decode_tokens_per_s']:>8.1f} tokens/s"
+        )
+    ratios = {
+        f"{name}_{part}": rates[name][f"{part}_tokens_per_s"] / rates["transformers"][f"{part}_tokens_per_s"]
+        for name in ("ours_dense", "ours_dms")
+        for part in ("prefill", "decode")
+    }
     same = float(np.mean(texts["ours_dense"] == texts["transformers"]))
-    show("relative to transformers: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()) + f"; equal tokens {same:.0%}")
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "torch_threads": torch.get_num_threads(), "batch": options.batch,
-            "prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens, "rates": rates, "medians": medians,
-            "ratios_to_transformers": ratios, "equal_tokens_dense": same}  # fmt: skip
+    show(
+        "relative to transformers: "
+        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+        + f"; equal tokens {same:.0%}"
+    )
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "batch": options.batch,
+        "prompt_tokens": options.prompt_tokens,
+        "new_tokens": options.new_tokens,
+        "rates": rates,
+        "medians": medians,
+        "ratios_to_transformers": ratios,
+        "equal_tokens_dense": same,
+    }
 
 
 if __name__ == "__main__":

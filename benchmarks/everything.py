@@ -18,19 +18,30 @@ from pathlib import Path
 from typing import get_args
 
 from dms_jax.command import Parser, run_command
-from dms_jax.config import ConfigError, ImplementationName
+from dms_jax.config import ImplementationName
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.everything"
 PARTS = ("kernels", "train", "decode", "prefill")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
-    parser.add_argument("--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)")
+    parser.add_argument(
+        "--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)"
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call (default 9)")
     parser.add_argument(
-        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache in decode, prefill and train"
+        "--implementation",
+        choices=get_args(ImplementationName),
+        default="auto",
+        help="of attention and cache in decode, prefill and train",
     )
     return parser.parse_args(argv)
 
@@ -41,9 +52,13 @@ def main(argv: list[str] | None = None) -> int:
     if not output.parent.is_dir() or output.is_dir():
         raise ConfigError(f"--output {output} is no file in a folder that exists")
     # Asked of another process: one that has touched a TPU keeps it from the commands.
-    asked = subprocess.run([sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True)
+    asked = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
+    )
     if asked.returncode:
-        raise ConfigError(f"JAX found no usable device: {(asked.stderr.strip().splitlines() or ['no reason given'])[-1]}")
+        raise ConfigError(
+            f"JAX found no usable device: {(asked.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+        )
     deadline, failed = time.monotonic() + 60 * options.minutes, 0
     for part in options.part or PARTS:
         for command in commands(part, asked.stdout.split()[-1] == "cpu", options.implementation):
@@ -63,15 +78,51 @@ def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
             "decode": [["benchmarks.decode", *small, "--context", "1024", "--cr", "1,2,4,8", "--json"]],
             "prefill": [["benchmarks.prefill", *small, "--context", "1024", "--json"]],
         }[part]
-    decode = [("qwen3-8b", 8, 32768), ("qwen3-8b", 32, 32768), ("llama-3.2-1b", 8, 8192), ("llama-3.2-1b", 64, 8192), ("qwen3-8b", 1, 32768)]
+    decode = [
+        ("qwen3-8b", 8, 32768),
+        ("qwen3-8b", 32, 32768),
+        ("llama-3.2-1b", 8, 8192),
+        ("llama-3.2-1b", 64, 8192),
+        ("qwen3-8b", 1, 32768),
+    ]
     return {
-        "train": [["benchmarks.retrofit_step", "--model", "llama-3.2-1b", "--length", str(length), "--memory-lengths", str(length), *which]
-                  for length in (8192, 4096)],
-        "decode": [["benchmarks.decode", "--model", model, "--batch", str(batch), "--context", str(context), "--cr", "1,2,4,8", "--steps", "8",
-                    *(["--equal-memory"] if batch == 8 else []), "--json", *which] for model, batch, context in decode],
-        "prefill": [["benchmarks.prefill", "--model", model, "--batch", str(batch), "--context", str(context), "--json", *which]
-                    for model, batch, context in (("qwen3-8b", 1, 32768), ("llama-3.2-1b", 4, 8192))],
-    }[part]  # fmt: skip
+        "train": [
+            [
+                "benchmarks.retrofit_step",
+                "--model",
+                "llama-3.2-1b",
+                "--length",
+                str(length),
+                "--memory-lengths",
+                str(length),
+                *which,
+            ]
+            for length in (8192, 4096)
+        ],
+        "decode": [
+            [
+                "benchmarks.decode",
+                "--model",
+                model,
+                "--batch",
+                str(batch),
+                "--context",
+                str(context),
+                "--cr",
+                "1,2,4,8",
+                "--steps",
+                "8",
+                *(["--equal-memory"] if batch == 8 else []),
+                "--json",
+                *which,
+            ]
+            for model, batch, context in decode
+        ],
+        "prefill": [
+            ["benchmarks.prefill", "--model", model, "--batch", str(batch), "--context", str(context), "--json", *which]
+            for model, batch, context in (("qwen3-8b", 1, 32768), ("llama-3.2-1b", 4, 8192))
+        ],
+    }[part]
 
 
 def run(part: str, command: list[str], seconds: float, output: Path) -> int:
@@ -84,7 +135,10 @@ def run(part: str, command: list[str], seconds: float, output: Path) -> int:
         done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, timeout=seconds)
         text, problem = done.stdout, f"exit code {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired as why:
-        text, problem = (why.stdout or b"").decode() if isinstance(why.stdout, bytes) else why.stdout or "", f"stopped after {seconds:.0f} s"
+        text, problem = (
+            (why.stdout or b"").decode() if isinstance(why.stdout, bytes) else why.stdout or "",
+            f"stopped after {seconds:.0f} s",
+        )
     records = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
     print(f"  {len(records)} lines in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return append(output, part, command, records, problem)
@@ -95,7 +149,9 @@ def append(output: Path, part: str, command: list[str], records: list[dict], pro
     extra = {} if problem is None else {"problem": problem}
     with output.open("a", encoding="utf-8") as file:
         for record in records or [{}]:
-            file.write(json.dumps({"part": part, "command": f"python -m {' '.join(command)}", **extra, **record}) + "\n")
+            file.write(
+                json.dumps({"part": part, "command": f"python -m {' '.join(command)}", **extra, **record}) + "\n"
+            )
     if problem is not None:
         print(f"  {problem}", file=sys.stderr)
     return 0 if problem is None else 1

@@ -17,7 +17,10 @@ from dms_jax.core.visibility import NEVER, expiry_of
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.block_sizes import Blocks
 
-DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}  # `jax.nn.dot_product_attention`: no gate, no per-head lengths; what a dense model pays
+DENSE = {
+    "dense_xla": "xla",
+    "dense_cudnn": "cudnn",
+}  # `jax.nn.dot_product_attention`: no gate, no per-head lengths; what a dense model pays
 
 
 class Case(NamedTuple):
@@ -30,10 +33,14 @@ class Case(NamedTuple):
     inputs: tuple
     run: Callable[..., Callable[..., tuple]]  # implementation, interpret -> function of the inputs
     reference: Callable[..., tuple]  # of the inputs in fp32
-    feed: Callable[[tuple, tuple], dict[int, Any]]  # inputs that the next call gets anew, by index: calls depend on each other
+    feed: Callable[
+        [tuple, tuple], dict[int, Any]
+    ]  # inputs that the next call gets anew, by index: calls depend on each other
     min_bytes: float  # each live byte once
     flops: float
-    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: None  # a dense attention on the same shapes, with its own reference
+    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: (
+        None
+    )  # a dense attention on the same shapes, with its own reference
 
     @property
     def least_seconds(self) -> float:
@@ -41,10 +48,15 @@ class Case(NamedTuple):
         return max(self.min_bytes / 1e13, self.flops / 2e15)
 
 
-def train_case(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, dtype: jnp.dtype) -> Case:
+def train_case(
+    batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, dtype: jnp.dtype
+) -> Case:
     """Value and all gradients of attention under a gate that has let go of about half the pairs."""
     keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v = (jax.random.normal(key, (batch, length, n, head_dim), dtype) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False))
+    q, k, v = (
+        jax.random.normal(key, (batch, length, n, head_dim), dtype)
+        for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=False)
+    )
     log_keep = jax.nn.log_sigmoid(20 * jax.random.normal(keys[3], (batch, kv_heads, length)))
     d_out = jax.random.normal(keys[4], q.shape, dtype)
 
@@ -60,30 +72,57 @@ def train_case(batch: int, length: int, heads: int, kv_heads: int, head_dim: int
             return None
 
         def run(q, k, v, log_keep, d_out):
-            out, pull = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True, implementation=how), q, k, v)
+            out, pull = jax.vjp(
+                lambda *x: jax.nn.dot_product_attention(*x, is_causal=True, implementation=how), q, k, v
+            )
             return out, *pull(d_out), log_keep
 
         return run
 
     def feed(inputs, out):
-        small = lambda x, step: x + (1e-6 * step).astype(x.dtype)  # noqa: E731
+        small = lambda x, step: x + (1e-6 * step).astype(x.dtype)
         return {index: small(inputs[index], out[index + 1]) for index in range(4)}
 
     oracle = reference_attention if length <= 2048 else chunked_attention.gated_attention
     size = jnp.dtype(dtype).itemsize
     return Case(
-        "train_attention", {"batch": batch, "length": length, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "window": window},
-        dtype, dtype, (q, k, v, log_keep, d_out),
-        lambda *which: of(_with(attention_api.gated_attention, *which)), of(oracle), feed,
+        "train_attention",
+        {
+            "batch": batch,
+            "length": length,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "window": window,
+        },
+        dtype,
+        dtype,
+        (q, k, v, log_keep, d_out),
+        lambda *which: of(_with(attention_api.gated_attention, *which)),
+        of(oracle),
+        feed,
         # Forward reads q, k, v and writes out; backward reads those and d_out, and writes dq, dk, dv.
         min_bytes=size * (5 * q.size + 3 * (k.size + v.size)),
-        flops=3.5 * 2 * batch * heads * length**2 * head_dim,  # causal: half of 4 T^2 H forward, 2.5 times that backward
+        flops=3.5
+        * 2
+        * batch
+        * heads
+        * length**2
+        * head_dim,  # causal: half of 4 T^2 H forward, 2.5 times that backward
         dense=dense,
-    )  # fmt: skip
+    )
 
 
 def slot_case(
-    batch: int, queries: int, capacity: int, live: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype
+    batch: int,
+    queries: int,
+    capacity: int,
+    live: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
 ) -> Case:
     """A chunk of `queries` (1: a decode step) over `live` of `capacity` slots on average; heads differ as far as there is room."""
     numbers = np.random.default_rng(0)
@@ -94,7 +133,7 @@ def slot_case(
     position = seen[:, None] + jnp.arange(queries)
     marked = jnp.asarray(numbers.random((batch, kv_heads, queries)) < 0.5)
     expiry = expiry_of(marked, position[:, None], queries // 4)
-    chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)  # noqa: E731
+    chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)
     counts = int(jnp.sum(layer.expiry >= seen[:, None, None]))
 
     def of(attention):
@@ -112,58 +151,110 @@ def slot_case(
 
     size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     pairs = heads // kv_heads * queries * counts + batch * heads * queries * (queries + 1) // 2 * (queries > 1)
-    sizes = {"batch": batch, "queries": queries, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    sizes = {
+        "batch": batch,
+        "queries": queries,
+        "capacity": capacity,
+        "live": live,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+    }
     return Case(
-        "decode_attention" if queries == 1 else "chunk_attention", sizes, dtype, cache_dtype, (q, layer, position, k, v, expiry),
-        lambda *which: of(_with(attention_api.attend_to_slots, *which)), of(slot_attention.slot_attention),
+        "decode_attention" if queries == 1 else "chunk_attention",
+        sizes,
+        dtype,
+        cache_dtype,
+        (q, layer, position, k, v, expiry),
+        lambda *which: of(_with(attention_api.attend_to_slots, *which)),
+        of(slot_attention.slot_attention),
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype)},
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
-        flops=4 * head_dim * pairs, dense=dense,
-    )  # fmt: skip
+        flops=4 * head_dim * pairs,
+        dense=dense,
+    )
 
 
-def compaction_case(batch: int, pairs: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype) -> Case:
+def compaction_case(
+    batch: int, pairs: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype
+) -> Case:
     """Half of a chunk survives, into slots of which a third is free anywhere."""
     numbers = np.random.default_rng(0)
     layer, _ = filled_layer(numbers, batch, kv_heads, capacity, capacity, head_dim, cache_dtype)
-    new_k, new_v = (jax.random.normal(key, (batch, kv_heads, pairs, head_dim), dtype) for key in jax.random.split(jax.random.key(0)))
+    new_k, new_v = (
+        jax.random.normal(key, (batch, kv_heads, pairs, head_dim), dtype) for key in jax.random.split(jax.random.key(0))
+    )
     shape = (batch, kv_heads, pairs)
-    position, score = jnp.asarray(numbers.integers(0, 1 << 20, shape), jnp.int32), jnp.asarray(numbers.normal(size=shape), jnp.float32)
+    position, score = (
+        jnp.asarray(numbers.integers(0, 1 << 20, shape), jnp.int32),
+        jnp.asarray(numbers.normal(size=shape), jnp.float32),
+    )
     stays = numbers.random((batch, kv_heads, capacity)) > max(0.34, 1.1 * pairs / 2 / capacity)
     comes = numbers.random(shape) < 0.5
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
     fields = (position, position + 100, score, jnp.asarray(stays), jnp.asarray(comes))
 
-    def of(place):
-        return lambda layer, *new: (place(layer, *new),)
+    def of(write_pairs):
+        return lambda layer, *new: (write_pairs(layer, *new),)
 
     return Case(
-        "compaction", {"batch": batch, "pairs": pairs, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim}, dtype, cache_dtype,
+        "compaction",
+        {"batch": batch, "pairs": pairs, "capacity": capacity, "kv_heads": kv_heads, "head_dim": head_dim},
+        dtype,
+        cache_dtype,
         (layer, new_k, new_v, *fields),
-        lambda *which: of(_with(attention_api.place, *which)), of(compact_cache.place), lambda inputs, out: {0: out[0]},
-        min_bytes=int(comes.sum()) * (2 * head_dim * (jnp.dtype(dtype).itemsize + jnp.dtype(cache_dtype).itemsize) + 2 * 12), flops=0.0,
-    )  # fmt: skip
+        lambda *which: of(_with(attention_api.write_pairs, *which)),
+        of(compact_cache.write_pairs),
+        lambda inputs, out: {0: out[0]},
+        min_bytes=int(comes.sum())
+        * (2 * head_dim * (jnp.dtype(dtype).itemsize + jnp.dtype(cache_dtype).itemsize) + 2 * 12),
+        flops=0.0,
+    )
 
 
-def update_case(batch: int, capacity: int, live: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype) -> Case:
+def update_case(
+    batch: int,
+    capacity: int,
+    live: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype,
+) -> Case:
     """One token a row; the first free slot is the one after the live ones."""
     numbers = np.random.default_rng(0)
     layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (batch, n, head_dim), dtype) for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True))
+    q, k, v = (
+        jax.random.normal(key, (batch, n, head_dim), dtype)
+        for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+    )
     cos, sin = turns(seen, 1e4 ** -jnp.linspace(0, 1, head_dim // 2))
     logit = jnp.asarray(numbers.normal(size=(batch, kv_heads)), jnp.float32)
     fixed = {"window_size": 64, "decision_shift": 1}
     inputs = (q, k, v, cos, sin, logit, layer, seen, jnp.ones(batch, jnp.int32), jnp.float32(0))
     return Case(
-        "decode_update", {"batch": batch, "capacity": capacity, "live": live, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}, dtype,
-        cache_dtype, inputs,
-        lambda *which: _with(partial(attention_api.decode_update, **fixed), *which), partial(attention_api.decode_update_xla, **fixed),
+        "decode_update",
+        {
+            "batch": batch,
+            "capacity": capacity,
+            "live": live,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+        },
+        dtype,
+        cache_dtype,
+        inputs,
+        lambda *which: _with(partial(attention_api.decode_update, **fixed), *which),
+        partial(attention_api.decode_update_xla, **fixed),
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype), 6: out[1]},
         # The book-keeping of all slots is read; of keys and values one row is written.
-        min_bytes=batch * kv_heads * (8 * capacity + 2 * head_dim * jnp.dtype(cache_dtype).itemsize) + 2 * q.size * jnp.dtype(dtype).itemsize,
+        min_bytes=batch * kv_heads * (8 * capacity + 2 * head_dim * jnp.dtype(cache_dtype).itemsize)
+        + 2 * q.size * jnp.dtype(dtype).itemsize,
         flops=0.0,
-    )  # fmt: skip
+    )
 
 
 def filled_layer(
@@ -177,12 +268,16 @@ def filled_layer(
     keys = jax.random.split(jax.random.key(int(numbers.integers(1 << 30))))
     k, v = (jax.random.normal(key, (*slots, head_dim), jnp.bfloat16).astype(dtype) for key in keys)
     empty = compact_cache.empty_layer(1, 1, 1, head_dim, dtype)
-    filled = lambda value, otherwise: jnp.asarray(np.where(held, value, otherwise))  # noqa: E731
+    filled = lambda value, otherwise: jnp.asarray(np.where(held, value, otherwise))
     position = np.broadcast_to(np.arange(capacity, dtype=np.int32), slots)
     layer = LayerCache(
-        k, v, filled(position, empty.position[0, 0, 0]), filled(np.int32(NEVER), empty.expiry[0, 0, 0]), jnp.zeros(slots, jnp.float32),
+        k,
+        v,
+        filled(position, empty.position[0, 0, 0]),
+        filled(np.int32(NEVER), empty.expiry[0, 0, 0]),
+        jnp.zeros(slots, jnp.float32),
         jnp.zeros(slots[:2], jnp.int32),
-    )  # fmt: skip
+    )
     return layer, jnp.full(batch, capacity, jnp.int32)
 
 
@@ -205,7 +300,9 @@ def error(case: Case, outputs: tuple, wanted: tuple) -> float:
 
 def in_fp32(inputs: Any) -> Any:
     """The same numbers with more room to compute; a cache keeps the room it has, to which what is written is rounded."""
-    wider = lambda x: x.astype(jnp.float32) if not isinstance(x, LayerCache) and jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+    wider = lambda x: (
+        x.astype(jnp.float32) if not isinstance(x, LayerCache) and jnp.issubdtype(x.dtype, jnp.floating) else x
+    )
     return jax.tree.map(wider, inputs, is_leaf=lambda x: isinstance(x, LayerCache))
 
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.kernels import block_sizes
 
 NAME = "benchmarks.kernels"
@@ -27,11 +27,19 @@ KERNELS = tuple(block_sizes.KERNELS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape of each kernel")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
     parser.add_argument(
-        "--arm", metavar="NAME", action="append", help="only this one: xla, mosaic_gpu, pallas_tpu, dense_xla, dense_cudnn; may be repeated"
+        "--arm",
+        metavar="NAME",
+        action="append",
+        help="only this one: xla, mosaic_gpu, pallas_tpu, dense_xla, dense_cudnn; may be repeated",
     )
     parser.add_argument("--repeats", type=int, default=5, help="timings of each (default 5); the median counts")
     parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after this long (default 9)")
@@ -42,7 +50,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     if options.repeats < 1 or not options.minutes > 0:
-        raise ConfigError(f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}")
+        raise ConfigError(
+            f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}"
+        )
     from benchmarks.kernel_cases import DENSE
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS
 
@@ -68,7 +78,12 @@ def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
     for case in cases(options.quick, options.kernel or KERNELS, dtype):
         case = case()
         if time.monotonic() > deadline:
-            yield {"kernel": case.kernel, **case.shape, "skipped": "no time left; give more --minutes, or one --kernel", "provenance": where}
+            yield {
+                "kernel": case.kernel,
+                **case.shape,
+                "skipped": "no time left; give more --minutes, or one --kernel",
+                "provenance": where,
+            }
             continue
         for record in measured(case, ceilings, options.repeats, options.arm):
             yield record | {"provenance": where}
@@ -97,15 +112,22 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
     if jax.default_backend() == "cpu":  # interpret mode: seconds for each block
         found = by_kernel(
             [(1, 128, 2, 1, 64, 40), (2, 256, 4, 2, 128, 60)],
-            [(1, 1, 256, 150, 4, 2, 64, dtype, dtype), (2, 1, 512, 300, 8, 2, 128, dtype, fp8), (1, 64, 128, 100, 2, 1, 64, dtype, dtype)],
-            [(1, 64, 128, 2, 64), (2, 128, 512, 2, 128)], [(2, 128, 60, 4, 2, 64)],
-        )  # fmt: skip
+            [
+                (1, 1, 256, 150, 4, 2, 64, dtype, dtype),
+                (2, 1, 512, 300, 8, 2, 128, dtype, fp8),
+                (1, 64, 128, 100, 2, 1, 64, dtype, dtype),
+            ],
+            [(1, 64, 128, 2, 64), (2, 128, 512, 2, 128)],
+            [(2, 128, 60, 4, 2, 64)],
+        )
         found = {kernel: shapes[:1] if quick else shapes for kernel, shapes in found.items()}
     elif quick:
         found = by_kernel(
-            [(1, 4096, 16, 4, 128, 256)], [(8, 1, 8192, 4096, 32, 8, 128, dtype, dtype), (1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype)],
-            [(8, 1024, 8192, 8, 128)], [(32, 4096, 3000, 32, 8, 128)],
-        )  # fmt: skip
+            [(1, 4096, 16, 4, 128, 256)],
+            [(8, 1, 8192, 4096, 32, 8, 128, dtype, dtype), (1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype)],
+            [(8, 1024, 8192, 8, 128)],
+            [(32, 4096, 3000, 32, 8, 128)],
+        )
     else:
         decode = (
             (8, 4096, 128, dtype),
@@ -117,10 +139,16 @@ def cases(quick: bool, kernels, dtype) -> Iterator:
         )
         found = by_kernel(
             [(2, 8192, 32, 8, 128, 256), (1, 32768, 32, 8, 128, 256), (2, 8192, 32, 8, 64, 256)],
-            [*((batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cached) for batch, live, head_dim, cached in decode),
-             (4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype)],
-            [(8, 1024, 8192, 8, 128), (64, 1024, 8192, 8, 128)], [(8, 8192, 4096, 32, 8, 128), (64, 8192, 4096, 32, 8, 128)],
-        )  # fmt: skip
+            [
+                *(
+                    (batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cached)
+                    for batch, live, head_dim, cached in decode
+                ),
+                (4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype),
+            ],
+            [(8, 1024, 8192, 8, 128), (64, 1024, 8192, 8, 128)],
+            [(8, 8192, 4096, 32, 8, 128), (64, 8192, 4096, 32, 8, 128)],
+        )
     return (case for kernel, cases in found.items() if kernel in kernels for case in cases)
 
 
@@ -134,7 +162,12 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
 
     on_cpu = jax.default_backend() == "cpu"
     facts = Facts(case.shape["head_dim"], case.dtype, case.cache_dtype, case.shape.get("capacity", 128))
-    base = {"kernel": case.kernel, **case.shape, "dtype": case.dtype.name, "cache_dtype": jax.numpy.dtype(case.cache_dtype).name}
+    base = {
+        "kernel": case.kernel,
+        **case.shape,
+        "dtype": case.dtype.name,
+        "cache_dtype": jax.numpy.dtype(case.cache_dtype).name,
+    }
     arms, found, failed = {}, {}, {}
 
     def precise(f):
@@ -170,7 +203,10 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
             try:
                 dense = precise(case.dense("xla"))
             except Exception as why:
-                print(f"{case.kernel}: no reference for dense attention: {' '.join(str(why).split())[:200]}", file=sys.stderr)
+                print(
+                    f"{case.kernel}: no reference for dense attention: {' '.join(str(why).split())[:200]}",
+                    file=sys.stderr,
+                )
         attempt(name, f, dense, {"dense": True})
     slow = {name: arm for name, arm in arms.items() if found[name].get("interpreted")}
     timing = time_all({name: arm for name, arm in arms.items() if name not in slow}, repeats) | time_all(slow, 1)
@@ -178,11 +214,17 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
     for name, why in failed.items():
         yield base | {"implementation": name, "max_error": None, "ratio_to_xla": None, "failed": why}
     for name, arm in arms.items():
-        record = base | {"implementation": name, "ratio_to_xla": seconds[XLA] / seconds[name] if XLA in seconds else None, "seconds": seconds[name]}
+        record = base | {
+            "implementation": name,
+            "ratio_to_xla": seconds[XLA] / seconds[name] if XLA in seconds else None,
+            "seconds": seconds[name],
+        }
         record |= {"seconds_all": [t / arm.times for t in timing[name].all]} | found[name]
         if not on_cpu:
-            record |= {"fraction_of_copy_bandwidth": case.min_bytes / seconds[name] / ceilings.copy_bytes,
-                       "fraction_of_matmul": case.flops / seconds[name] / ceilings.flops}  # fmt: skip
+            record |= {
+                "fraction_of_copy_bandwidth": case.min_bytes / seconds[name] / ceilings.copy_bytes,
+                "fraction_of_matmul": case.flops / seconds[name] / ceilings.flops,
+            }
         yield record | {"min_bytes": case.min_bytes, "flops": case.flops}
 
 
@@ -192,7 +234,11 @@ def described(record: dict) -> str:
     if "skipped" in record:
         return f"{record['kernel']:<16} {shape}: skipped, {record['skipped']}"
     if record["kernel"] in ("copy", "matmul"):
-        rate, unit = (record["bytes_per_s"] / 1e9, "GB/s") if record["kernel"] == "copy" else (record["flops_per_s"] / 1e12, "TFLOP/s")
+        rate, unit = (
+            (record["bytes_per_s"] / 1e9, "GB/s")
+            if record["kernel"] == "copy"
+            else (record["flops_per_s"] / 1e12, "TFLOP/s")
+        )
         return f"ceiling: {record['kernel']:<8} {rate:8.2f} {unit}"
     start = f"{record['kernel']:<16} {record['implementation']:<12} {shape}: "
     if "failed" in record:
@@ -205,7 +251,20 @@ def described(record: dict) -> str:
     return start + text + (" (interpreted)" if record.get("interpreted") else "")
 
 
-SHAPE_KEYS = {"batch", "length", "queries", "capacity", "live", "pairs", "heads", "kv_heads", "head_dim", "window", "dtype", "cache_dtype"}
+SHAPE_KEYS = {
+    "batch",
+    "length",
+    "queries",
+    "capacity",
+    "live",
+    "pairs",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "window",
+    "dtype",
+    "cache_dtype",
+}
 
 
 if __name__ == "__main__":

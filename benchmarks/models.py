@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import open_source, read_config, resolve
 from dms_jax.kernels.dispatch import Facts, choose
 from dms_jax.models.decoder import Decoder
@@ -33,7 +34,9 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
                 f"--layers goes with a named shape ({', '.join(sorted(path.stem for path in CONFIGS.glob('*.json')))}); a folder brings its own"
             )
         has_policy = open_source(path := resolve(name))[1].dms is not None
-        return dms_jax.load(path, dtype=dtype, implementation=implementation, mesh=mesh, dms=None if has_policy else policy), name
+        return dms_jax.load(
+            path, dtype=dtype, implementation=implementation, mesh=mesh, dms=None if has_policy else policy
+        ), name
     config = replace(read_config(named), max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     if layers:
         config = replace(config, num_layers=layers)
@@ -47,13 +50,19 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
 
 def provenance() -> dict:
     """Versions, device, commit and, because much is measured on a CPU, which one."""
-    return versions() | {"cpu": cpu_model(), "cores": cpu_cores(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return versions() | {
+        "cpu": cpu_model(),
+        "cores": cpu_cores(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor())
+            return next(
+                (line.partition(":")[2].strip() for line in file if line.startswith("model name")), platform.processor()
+            )
     except OSError:
         return platform.processor()
 

@@ -13,21 +13,34 @@ from typing import get_args
 
 from benchmarks.decode import parse_ratios
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError, ImplementationName
+from dms_jax.config import ImplementationName
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.prefill"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE", help="a folder, or smollm2-135m, llama-3.2-1b, qwen3-8b")
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        default="smollm2-135m",
+        metavar="FOLDER_OR_SHAPE",
+        help="a folder, or smollm2-135m, llama-3.2-1b, qwen3-8b",
+    )
     parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--cr", default="2,4,8", help="ratios, with commas between")
     parser.add_argument("--chunk-size", type=int, default=None)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache")
+    parser.add_argument(
+        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(argv)
 
@@ -43,7 +56,12 @@ def main(argv: list[str] | None = None) -> None:
 
     model, weights = load(options.model, options.layers, options.context, options.implementation)
     rows = prefill(options, model, ratios, (lambda *_: None) if options.json else print)
-    result = {"model": options.model, "weights": weights, "layers": model.config.num_layers, "implementation": options.implementation}
+    result = {
+        "model": options.model,
+        "weights": weights,
+        "layers": model.config.num_layers,
+        "implementation": options.implementation,
+    }
     print(json.dumps(result | provenance() | {"prefill": rows}))
 
 
@@ -54,34 +72,50 @@ def prefill(options, model, ratios: list[float], show) -> list[dict]:
 
     import dms_jax
     from benchmarks.timing import time_all
-    from dms_jax.cache_limits import round_up
+    from dms_jax.engine.cache_capacity import round_up
 
     numbers = np.random.default_rng(0)
     prompt = numbers.integers(0, model.config.vocab_size, (options.batch, options.context)).astype(np.int32)
     scores = random_scores(model, prompt[:1, : min(options.context, 1024)])
     arms = {"dense": (None, options.context)}
     for ratio in ratios:
-        arms[f"cr {ratio:g}"] = float(np.quantile(scores, 1 / ratio)), min(options.context, round(1.5 * options.context / ratio) + 256)
+        arms[f"cr {ratio:g}"] = (
+            float(np.quantile(scores, 1 / ratio)),
+            min(options.context, round(1.5 * options.context / ratio) + 256),
+        )
 
     made = {}
 
     def read(name: str):
         threshold, capacity = arms[name]
         cache = dms_jax.init_cache(model, options.batch, round_up(capacity), dense=threshold is None)
-        made[name] = dms_jax.prefill(model, cache, prompt, chunk_size=options.chunk_size, threshold=threshold or 0.0, last_only=True, donate=True)
+        made[name] = dms_jax.prefill(
+            model, cache, prompt, chunk_size=options.chunk_size, threshold=threshold or 0.0, last_only=True, donate=True
+        )
         return made[name][0]
 
     timing = time_all({name: lambda name=name: read(name) for name in arms}, options.repeats)
     rows = []
     for name, times in timing.items():
         cache = made[name][1]
-        rows.append({
-            "arm": name, "batch": options.batch, "context": options.context, "seconds": times.median, "seconds_all": times.all,
-            "tokens_per_s": prompt.size / times.median, "speed_to_dense": timing["dense"].median / times.median, "cache_bytes": cache.bytes,
-            "realised_cr": dms_jax.compression_ratio(cache), "forced_evictions": int(jax.numpy.sum(cache.forced_evictions)),
-        })  # fmt: skip
-        show("{arm:<8} {tokens_per_s:>10.0f} tokens/s, {speed_to_dense:.2f}x dense, realised CR {realised_cr:.2f}, "
-             "{forced_evictions} pairs forced out".format(**rows[-1]))  # fmt: skip
+        rows.append(
+            {
+                "arm": name,
+                "batch": options.batch,
+                "context": options.context,
+                "seconds": times.median,
+                "seconds_all": times.all,
+                "tokens_per_s": prompt.size / times.median,
+                "speed_to_dense": timing["dense"].median / times.median,
+                "cache_bytes": cache.bytes,
+                "realised_cr": dms_jax.compression_ratio(cache),
+                "forced_evictions": int(jax.numpy.sum(cache.forced_evictions)),
+            }
+        )
+        show(
+            "{arm:<8} {tokens_per_s:>10.0f} tokens/s, {speed_to_dense:.2f}x dense, realised CR {realised_cr:.2f}, "
+            "{forced_evictions} pairs forced out".format(**rows[-1])
+        )
     return rows
 
 

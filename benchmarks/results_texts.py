@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dms_jax.command import Parser, run_command
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.results_texts"
 SOURCES = {
@@ -29,7 +29,12 @@ CODE_CHARACTERS, SHORTEST_MODULE = 400_000, 20_000
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--output", required=True, metavar="FOLDER")
     for name, source in SOURCES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"default {source}")
@@ -38,13 +43,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    problems = [f"Question: {p['question']}\nAnswer: {p['answer']}" for p in itertools.islice(records(options.gsm8k_train), TRAIN_PROBLEMS)]
-    documents = ["\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)]
+    problems = [
+        f"Question: {p['question']}\nAnswer: {p['answer']}"
+        for p in itertools.islice(records(options.gsm8k_train), TRAIN_PROBLEMS)
+    ]
+    documents = [
+        "\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)
+    ]
     texts = {
         "gsm8k_train.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
         "prose.txt": detokenised("".join(record["text"] for record in records(options.wikitext))),
         "code.txt": "\n\n".join(modules()),
-        "maths.txt": "\n\n".join(f"Problem: {p['problem']}\nSolution: {p['solution']}" for p in records(options.math500)),
+        "maths.txt": "\n\n".join(
+            f"Problem: {p['problem']}\nSolution: {p['solution']}" for p in records(options.math500)
+        ),
     }
     folder = Path(options.output)
     try:

@@ -19,26 +19,48 @@ import time
 from typing import get_args
 
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ConfigError, ImplementationName
+from dms_jax.config import ImplementationName
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.retrofit_step"
-ARMS = {"plain_distillation": ("full", True), "retrofit_full": ("full", False), "retrofit_adapter": ("adapter", False)}  # mode, dense
+ARMS = {
+    "plain_distillation": ("full", True),
+    "retrofit_full": ("full", False),
+    "retrofit_adapter": ("adapter", False),
+}  # mode, dense
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default="", metavar="FOLDER_OR_SHAPE", help="default: random weights, 4 layers of smollm2-135m's width")
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--model",
+        default="",
+        metavar="FOLDER_OR_SHAPE",
+        help="default: random weights, 4 layers of smollm2-135m's width",
+    )
     parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
-    parser.add_argument("--arms", default=",".join(ARMS), help="what to time, with commas between (default %(default)s)")
+    parser.add_argument(
+        "--arms", default=",".join(ARMS), help="what to time, with commas between (default %(default)s)"
+    )
     parser.add_argument("--implementation", choices=get_args(ImplementationName), default="auto", help="of attention")
     parser.add_argument("--memory-mode", default="adapter", choices=["adapter", "full"])
     parser.add_argument("--mesh", default="1x1")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument(
-        "--remat", default="full", choices=["full", "matmuls"], help="what the backward pass computes again: all, or no matrix product"
+        "--remat",
+        default="full",
+        choices=["full", "matmuls"],
+        help="what the backward pass computes again: all, or no matrix product",
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-lengths", default="1024,4096,16384,32768", help="row lengths to compile for; empty for none")
+    parser.add_argument(
+        "--memory-lengths", default="1024,4096,16384,32768", help="row lengths to compile for; empty for none"
+    )
     return parser.parse_args(argv)
 
 
@@ -54,7 +76,9 @@ def main(argv: list[str] | None = None) -> None:
     sizes = parse_mesh(options.mesh)
     start_devices(math.prod(sizes))
     mesh, data = make_mesh(*sizes), sizes[0]
-    result = {name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation", "remat")}
+    result = {
+        name: getattr(options, name) for name in ("mesh", "memory_mode", "model", "layers", "implementation", "remat")
+    }
     from benchmarks.models import provenance
 
     result |= provenance()
@@ -71,14 +95,25 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
     import jax.numpy as jnp
 
     from benchmarks.models import load as load_model
-    from train.retrofit_config import LossConfig, OptimizerConfig
-    from train.step import Retrofit, StepConfig
+    from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
+    from dms_jax.training.step import Retrofit, StepConfig
 
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     stored = dtype if mode == "adapter" else jnp.float32  # weights that train are fp32
-    load = lambda kind: load_model(options.model, options.layers, 8 * length, options.implementation, kind, mesh)[0]  # noqa: E731
-    step = StepConfig(mode=mode, seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat=options.remat,
-                      loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
+    load = lambda kind: load_model(options.model, options.layers, 8 * length, options.implementation, kind, mesh)[0]
+    step = StepConfig(
+        mode=mode,
+        seed=0,
+        length=length,
+        steps=100,
+        accumulate=1,
+        initial_cr=1.0,
+        ramp_steps=0,
+        cr_steps=80,
+        remat=options.remat,
+        loss=LossConfig(),
+        optimizer=OptimizerConfig(),
+    )
 
     class DenseDistillation(Retrofit):
         def student_model(self, trainable, frozen):
@@ -97,7 +132,7 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
 def batch_of(length: int):
     import numpy as np
 
-    from train.rows import Batch
+    from dms_jax.training.data.rows import Batch
 
     def rows(start: int, count: int):
         ids = np.random.default_rng(start).integers(0, 40000, (count, length)).astype(np.int32)
@@ -109,8 +144,8 @@ def batch_of(length: int):
 def speed(options, mesh, rows: int) -> dict:
     import jax
 
-    from dms_jax.cost import step_flops
-    from dms_jax.target_hardware import chip_of
+    from dms_jax.planning.flops import step_flops
+    from dms_jax.planning.hardware import chip_of
 
     arms = {name: build(options, mesh, options.length, *ARMS[name]) for name in options.arms}
     seconds = {name: [] for name in arms}
@@ -124,15 +159,22 @@ def speed(options, mesh, rows: int) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     rates = {name: rows * options.length / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
-        print(f"{name:<20}{rates[name]:>10.0f} tokens/s   median of {len(times)}, {min(times):.2f} to {max(times):.2f} s a step")
+        print(
+            f"{name:<20}{rates[name]:>10.0f} tokens/s   median of {len(times)}, {min(times):.2f} to {max(times):.2f} s a step"
+        )
     result = {"length": options.length, "rows": rows, "tokens_per_s": rates, "seconds_all": seconds}
     if "plain_distillation" in rates:
-        ratios = {name: rate / rates["plain_distillation"] for name, rate in rates.items() if name != "plain_distillation"}
+        ratios = {
+            name: rate / rates["plain_distillation"] for name, rate in rates.items() if name != "plain_distillation"
+        }
         print("relative to plain distillation: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
         result["ratio_to_plain_distillation"] = ratios
     if (chip := chip_of(jax.devices()[0].device_kind)) is not None:
         peak = chip.flops * jax.device_count()
-        result["mfu"] = {name: rates[name] * step_flops(run.student.config, options.length, ARMS[name][0]) / peak for name, run in arms.items()}
+        result["mfu"] = {
+            name: rates[name] * step_flops(run.student.config, options.length, ARMS[name][0]) / peak
+            for name, run in arms.items()
+        }
         print("model-FLOPs utilisation: " + ", ".join(f"{name} {mfu:.1%}" for name, mfu in result["mfu"].items()))
     return result
 
@@ -143,7 +185,11 @@ def memory(options, mesh, rows: int, length: int) -> dict:
     analysis = compiled.memory_analysis()
     if analysis is None:
         raise ConfigError("this backend reports no memory analysis; use --memory-lengths ''")
-    result = {"length": length, "argument_bytes": analysis.argument_size_in_bytes, "temporary_bytes": analysis.temp_size_in_bytes}
+    result = {
+        "length": length,
+        "argument_bytes": analysis.argument_size_in_bytes,
+        "temporary_bytes": analysis.temp_size_in_bytes,
+    }
     print(
         f"T = {length:>6}: arguments {result['argument_bytes'] / 2**20:>8.0f} MiB, temporary {result['temporary_bytes'] / 2**20:>8.0f} MiB per device"
     )

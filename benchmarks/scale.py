@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax.command import Parser, run_command
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.scale"
 PARTS = {
@@ -52,7 +52,12 @@ GIB = 2**30
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(prog=f"python -m {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=f"python -m {NAME}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines; read, and appended to")
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
     parser.add_argument("--table", action="store_true", help="compile nothing, print what the file holds")
@@ -68,7 +73,9 @@ def main(argv: list[str] | None = None) -> int:
             if arguments not in known:
                 failed += measure(part, arguments, path)
     known, wanted = read(path), options.part or list(PARTS)
-    plans = {arguments: reckoned(known[arguments]) for part in PARTS.values() for arguments in part if arguments in known}
+    plans = {
+        arguments: reckoned(known[arguments]) for part in PARTS.values() for arguments in part if arguments in known
+    }
     if "scale" in wanted:
         print(scale_table([plans[a] for a in PARTS["scale"] if a in plans]))
     if "estimate" in wanted:
@@ -92,11 +99,18 @@ def measure(part: str, arguments: str, path: Path) -> int:
     from dms_jax.provenance import versions
 
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "train.plan", *arguments.split(), "--json"], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "train.plan", *arguments.split(), "--json"], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         print(f"{NAME}: failed: train.plan {arguments}", file=sys.stderr)
         return 1
-    line = {"part": part, "arguments": arguments, **json.loads(done.stdout), "seconds_of_the_command": time.perf_counter() - start}
+    line = {
+        "part": part,
+        "arguments": arguments,
+        **json.loads(done.stdout),
+        "seconds_of_the_command": time.perf_counter() - start,
+    }
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line | {"provenance": versions()}) + "\n")
     return 0
@@ -104,7 +118,8 @@ def measure(part: str, arguments: str, path: Path) -> int:
 
 def reckoned(line: dict[str, Any]) -> dict[str, Any]:
     """A line with what is not the compiler's by the formulas and rates of today."""
-    from train import plan, step_plan
+    from dms_jax.commands import plan
+    from dms_jax.training.planning import step_plan
 
     setting, found = plan.setting_of(plan.parse(line["arguments"].split())), dict(line)
     estimate, held = step_plan.estimate_of(setting), line["bytes_per_device"]
@@ -116,8 +131,18 @@ def reckoned(line: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-COLUMNS = ("model, hardware, mesh, attention", "rows x length", "GiB a device: total (weights, activations, logits, temporary)", "of",
-           "sent by a device a step, GiB", "seconds a step", "utilisation", "hours to CR 8", "device-hours", "command")  # fmt: skip
+COLUMNS = (
+    "model, hardware, mesh, attention",
+    "rows x length",
+    "GiB a device: total (weights, activations, logits, temporary)",
+    "of",
+    "sent by a device a step, GiB",
+    "seconds a step",
+    "utilisation",
+    "hours to CR 8",
+    "device-hours",
+    "command",
+)
 
 
 def scale_table(plans: list[dict[str, Any]]) -> str:
@@ -127,17 +152,38 @@ def scale_table(plans: list[dict[str, Any]]) -> str:
         held, sent, hours = plan["bytes_per_device"], plan["collective_bytes_per_device"], plan["hours_to_cr8"]
         parts = ", ".join(f"{held[kind] / GIB:.1f}" for kind in ("weights", "activations", "logits", "temporary"))
         memory = f"{held['total'] / GIB:.1f} ({parts})" + ("" if plan["fits"] else ": does not fit")
-        said = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in sorted(sent.items(), key=lambda item: -item[1]) if size >= GIB / 20)
-        cells = (_title(plan), f"{plan['batch']} x {plan['length']}", memory, f"{plan['memory_per_device'] / GIB:.1f}", said,
-                 f"{plan['seconds_per_step']:.2f}", f"{plan['mfu']:.0%}", f"{hours:.2f}", f"{hours * plan['devices']:.1f}", str(number))  # fmt: skip
+        said = ", ".join(
+            f"{kind} {size / GIB:.1f}"
+            for kind, size in sorted(sent.items(), key=lambda item: -item[1])
+            if size >= GIB / 20
+        )
+        cells = (
+            _title(plan),
+            f"{plan['batch']} x {plan['length']}",
+            memory,
+            f"{plan['memory_per_device'] / GIB:.1f}",
+            said,
+            f"{plan['seconds_per_step']:.2f}",
+            f"{plan['mfu']:.0%}",
+            f"{hours:.2f}",
+            f"{hours * plan['devices']:.1f}",
+            str(number),
+        )
         lines.append(_row(cells))
-    lines += ["", *(f"{number}. `python -m train.plan {plan['arguments']}`" for number, plan in enumerate(plans, 1)), ""]
+    lines += [
+        "",
+        *(f"{number}. `python -m train.plan {plan['arguments']}`" for number, plan in enumerate(plans, 1)),
+        "",
+    ]
     return "\n".join([*lines, *(reference_text(plan) for plan in plans[:1])])
 
 
 def reference_text(plan: dict[str, Any]) -> str:
     """The published cost of the same retrofit by the same count of FLOPs, and how far the prediction may be wrong before the target is missed."""
-    hours, flops = REFERENCE["device_hours"], plan["flops_per_step"] / (plan["batch"] * plan["length"]) * REFERENCE["tokens"]
+    hours, flops = (
+        REFERENCE["device_hours"],
+        plan["flops_per_step"] / (plan["batch"] * plan["length"]) * REFERENCE["tokens"],
+    )
     theirs = flops * REFERENCE["steps"] / (hours * 3600 * REFERENCE["peak"])
     ours = plan["hours_to_cr8"] * plan["devices"]
     slowest = hours / REFERENCE["wanted"] / plan["devices"] * 3600 / REFERENCE["steps"]
@@ -150,11 +196,23 @@ def reference_text(plan: dict[str, Any]) -> str:
 
 def estimate_table(plans: list[dict[str, Any]]) -> str:
     """Markdown: what the compiler reports and what the estimate says."""
-    lines = _header(("model, hardware, mesh, attention", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio"))
+    lines = _header(
+        ("model, hardware, mesh, attention", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio")
+    )
     for plan in plans:
         compiled, estimated = plan["bytes_per_device"]["total"], plan["estimated_bytes_per_device"]
-        lines.append(_row((_title(plan), f"{plan['mode']}, {plan['remat']}", f"{plan['batch']} x {plan['length']}", f"{compiled / GIB:.2f}",
-                           f"{estimated / GIB:.2f}", f"{estimated / compiled:.2f}")))  # fmt: skip
+        lines.append(
+            _row(
+                (
+                    _title(plan),
+                    f"{plan['mode']}, {plan['remat']}",
+                    f"{plan['batch']} x {plan['length']}",
+                    f"{compiled / GIB:.2f}",
+                    f"{estimated / GIB:.2f}",
+                    f"{estimated / compiled:.2f}",
+                )
+            )
+        )
     return "\n".join(lines)
 
 

@@ -34,7 +34,9 @@ class Chain:
     """A program that applies `f` many times over, each time to what the time before made, so that nothing is computed once for all and
     one launch from the host is shared by all. What changes is donated and fed again, what does not is only read: nothing is copied."""
 
-    def __init__(self, f: Callable[..., tuple], feed: Callable[[tuple, tuple], dict[int, Any]], inputs: tuple, times: int):
+    def __init__(
+        self, f: Callable[..., tuple], feed: Callable[[tuple, tuple], dict[int, Any]], inputs: tuple, times: int
+    ):
         """`feed(inputs, outputs)` gives the inputs that change, by their index."""
         changing = sorted(jax.eval_shape(lambda *x: feed(x, f(*x)), *inputs))
         self.times = times
@@ -79,9 +81,14 @@ def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceili
     x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)  # narrower ones are copied more slowly
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in (1, 2))
     chains = {
-        "copy": long_enough(lambda times: Chain(lambda x: (-x,), lambda _, out: {0: out[0]}, (x,), times), 2 * x.nbytes / 1e13),
+        "copy": long_enough(
+            lambda times: Chain(lambda x: (-x,), lambda _, out: {0: out[0]}, (x,), times), 2 * x.nbytes / 1e13
+        ),
         "matmul": long_enough(
-            lambda times: Chain(lambda a, b: (a @ b,), lambda _, out: {0: (out[0] * side**-0.5).astype(dtype)}, (a, b), times), 2 * side**3 / 2e15
+            lambda times: Chain(
+                lambda a, b: (a @ b,), lambda _, out: {0: (out[0] * side**-0.5).astype(dtype)}, (a, b), times
+            ),
+            2 * side**3 / 2e15,
         ),
     }
     timing = time_all(chains, repeats)
@@ -90,9 +97,27 @@ def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceili
     per = {name: t.median / chains[name].times for name, t in timing.items()}
     ceilings = Ceilings(2 * x.nbytes / per["copy"], 2 * side**3 / per["matmul"])
     lines = [
-        {"kernel": "copy", "implementation": "xla", "max_error": 0.0, "ratio_to_xla": 1.0, "bytes_per_s": ceilings.copy_bytes, "elements": elements,
-         "dtype": "float32", "seconds": per["copy"], "seconds_all": [t / chains["copy"].times for t in timing["copy"].all]},
-        {"kernel": "matmul", "implementation": "xla", "max_error": wrong, "ratio_to_xla": 1.0, "flops_per_s": ceilings.flops, "side": side,
-         "dtype": jnp.dtype(dtype).name, "seconds": per["matmul"], "seconds_all": [t / chains["matmul"].times for t in timing["matmul"].all]},
-    ]  # fmt: skip
+        {
+            "kernel": "copy",
+            "implementation": "xla",
+            "max_error": 0.0,
+            "ratio_to_xla": 1.0,
+            "bytes_per_s": ceilings.copy_bytes,
+            "elements": elements,
+            "dtype": "float32",
+            "seconds": per["copy"],
+            "seconds_all": [t / chains["copy"].times for t in timing["copy"].all],
+        },
+        {
+            "kernel": "matmul",
+            "implementation": "xla",
+            "max_error": wrong,
+            "ratio_to_xla": 1.0,
+            "flops_per_s": ceilings.flops,
+            "side": side,
+            "dtype": jnp.dtype(dtype).name,
+            "seconds": per["matmul"],
+            "seconds_all": [t / chains["matmul"].times for t in timing["matmul"].all],
+        },
+    ]
     return ceilings, lines

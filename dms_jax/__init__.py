@@ -9,16 +9,30 @@ import importlib
 __version__ = "0.1.0"
 
 _HOME = {
-    "ConfigError": "config", "DMSConfig": "config", "ModelConfig": "config",
-    "compression_ratio": "core.compact_cache", "fork": "core.compact_cache",
-    "GenerationConfig": "generation_config", "generate": "generation", "calibrate": "calibration",
-    "load_cache": "hf.cache_file", "save_cache": "hf.cache_file",
-    "compress_prompt": "policies.prompt_compression", "decode_step": "decoding", "init_cache": "decoding", "prefill": "decoding",
-    "compression_loss": "core.losses", "kl_student_teacher": "core.losses", "kl_teacher_student": "core.losses",
-    "load_adapter": "hf.adapter", "save_adapter": "hf.adapter",
-    "base_hash": "hf.folder", "load": "hf.folder", "save": "hf.folder",
+    "ConfigError": "errors",
+    "DMSConfig": "config",
+    "ModelConfig": "config",
+    "compression_ratio": "core.compact_cache",
+    "fork": "core.compact_cache",
+    "GenerationConfig": "engine.generation_config",
+    "generate": "engine.generation",
+    "calibrate": "engine.calibration",
+    "load_cache": "hf.cache_file",
+    "save_cache": "hf.cache_file",
+    "compress_prompt": "policies.prompt_compression",
+    "decode_step": "engine.decoding",
+    "init_cache": "engine.decoding",
+    "prefill": "engine.decoding",
+    "compression_loss": "core.losses",
+    "kl_student_teacher": "core.losses",
+    "kl_teacher_student": "core.losses",
+    "load_adapter": "hf.adapter",
+    "save_adapter": "hf.adapter",
+    "base_hash": "hf.folder",
+    "load": "hf.folder",
+    "save": "hf.folder",
     "load_tokenizer": "hf.hf_tokenizer",
-}  # fmt: skip
+}
 __all__ = ["__version__", *_HOME]
 
 

@@ -14,4 +14,6 @@ from jaxtyping import jaxtyped
 
 Array = jax.Array | np.ndarray  # what callers may pass; results are jax arrays
 typed = jaxtyped(typechecker=beartype)
-EXACT = jax.lax.Precision.HIGHEST  # for fp32 statistics written as a product, where a backend would multiply in fewer bits
+EXACT = (
+    jax.lax.Precision.HIGHEST
+)  # for fp32 statistics written as a product, where a backend would multiply in fewer bits

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 COMMIT_MARKER = "commit_success.txt"
 ASIDE = ".not-a-checkpoint"
@@ -91,7 +91,11 @@ class Checkpoints:
             check(metadata)
             try:
                 state = self._orbax.load(step, like)
-                wrong = [name for name, value in fingerprint(state).items() if metadata.get("fingerprint", {}).get(name, value) != value]
+                wrong = [
+                    name
+                    for name, value in fingerprint(state).items()
+                    if metadata.get("fingerprint", {}).get(name, value) != value
+                ]
                 if wrong:
                     raise ValueError(f"{wrong[0]} holds other numbers than were saved")
             except Exception as why:
@@ -113,10 +117,16 @@ class Checkpoints:
     def _move_aside(self) -> tuple[list[str], list[str]]:
         """Entries that look like checkpoints and are none, and those whose metadata no longer reads: Orbax would count the former and one
         day delete them, and does not open a folder with one of the latter. Of both, names with reasons, the same for all processes."""
-        entries = sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+        entries = sorted(
+            (p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True
+        )
         incomplete = [path for path in entries if not (path / COMMIT_MARKER).exists()]
-        unreadable = {path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None}
-        if unreadable and len(incomplete) + len(unreadable) == len(entries):  # nothing is moved: the next run is to refuse too
+        unreadable = {
+            path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None
+        }
+        if unreadable and len(incomplete) + len(unreadable) == len(
+            entries
+        ):  # nothing is moved: the next run is to refuse too
             raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
         new = {path: _free(path) for path in (*incomplete, *unreadable)}
         multihost_utils.sync_global_devices("all have looked")
@@ -124,11 +134,15 @@ class Checkpoints:
             for path in new:
                 path.rename(new[path])
         multihost_utils.sync_global_devices("moved aside")
-        said = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"  # noqa: E731
-        return [said(path, "it was never completed") for path in reversed(incomplete)], [said(*item) for item in unreadable.items()]
+        said = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"
+        return [said(path, "it was never completed") for path in reversed(incomplete)], [
+            said(*item) for item in unreadable.items()
+        ]
 
     def _none_usable(self, damaged: list[str]) -> ConfigError:
-        return ConfigError(f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0")
+        return ConfigError(
+            f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0"
+        )
 
     def _explained(self, what: str) -> "_Explained":
         return _Explained(self, what)
@@ -148,7 +162,9 @@ class _Explained:
             return
         folder, steps = self.checkpoints.folder, self.checkpoints.steps()
         left = f"the newest complete one is of step {steps[-1]}" if steps else "there is no complete one"
-        raise ConfigError(f"{self.what} in {folder}: {_first_line(why)}; {left}. Make room, then go on with --resume") from why
+        raise ConfigError(
+            f"{self.what} in {folder}: {_first_line(why)}; {left}. Make room, then go on with --resume"
+        ) from why
 
 
 def fingerprint(state: Any) -> dict[str, int]:
@@ -188,7 +204,11 @@ def _unreadable(path: Path) -> str | None:
     """Why the metadata of a checkpoint cannot be read; None when it can."""
     try:
         # pyrefly: ignore[no-matching-overload]  # as in `metadata`
-        return None if dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {}) else "its metadata is damaged"
+        return (
+            None
+            if dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {})
+            else "its metadata is damaged"
+        )
     except Exception as why:  # whatever damaged files lead Orbax to
         return _first_line(why)
 

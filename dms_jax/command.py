@@ -3,21 +3,53 @@
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from dms_jax.config import ConfigError, nearest_name
+from dms_jax.errors import ConfigError, suggestion
+
+DOORS = {  # each command and its door in a checkout; an installed wheel has `dms-jax NAME` only
+    "retrofit": "train.retrofit",
+    "plan": "train.plan",
+    "generate": "infer.generate",
+    "evaluate": "infer.evaluate",
+    "hyperscale": "infer.hyperscale",
+    "report": "infer.report",
+}
+
+
+def typed_as(name: str) -> str:
+    """How the command `name` is typed where this process was started: `dms-jax NAME`, or `python -m DOOR` in a checkout."""
+    started = Path(sys.argv[0])
+    if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
+        return f"dms-jax {name}"
+    return f"python -m {DOORS[name]}"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an unknown option is answered with the nearest known one, on one line."""
+    """argparse for the command `name`: its description is the module's docstring, and an unknown option is answered on one line with
+    the nearest known one."""
+
+    def __init__(self, name: str, doc: str | None, **options):
+        description = re.sub(r"python -m (?:train|infer)\.(\w+)", lambda found: typed_as(found[1]), doc or "")
+        super().__init__(
+            prog=typed_as(name),
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            options = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            self.error(f"unknown option {unknown[0]}; did you mean {nearest_name(unknown[0].split('=')[0], options)}?")
+            options = [
+                option for action in self._actions for option in action.option_strings if option.startswith("--")
+            ]
+            self.error(f"unknown option {unknown[0]}; {suggestion(unknown[0].split('=')[0], options)}")
         return parsed
 
     def error(self, message: str):
@@ -26,7 +58,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, main: Callable[[], int | None]) -> None:
-    """Run a command's `main` and exit: 2 with one line on stderr for whatever the user can mend, else main's own code."""
+    """Run the `main` of the command `name` and exit: 2 with one line on stderr for whatever the user can mend, else main's own code."""
+    name = typed_as(name).removeprefix("python -m ")
     try:
         code = main() or 0
         sys.stdout.flush()

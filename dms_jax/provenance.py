@@ -15,10 +15,17 @@ def versions() -> dict[str, str | int]:
     import dms_jax
 
     return {
-        "dms_jax": dms_jax.__version__, "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-        "optax": optax.__version__, "orbax": orbax.checkpoint.__version__, "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-        "processes": jax.process_count(), "commit": _commit(),
-    }  # fmt: skip
+        "dms_jax": dms_jax.__version__,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "orbax": orbax.checkpoint.__version__,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str:

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.axes import Array
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 # "data" carries rows, "model" is tensor parallelism over heads, MLP channels and the vocabulary, "context" carries the length of rows.
 # Parameters are fully sharded over data and context together.
@@ -25,7 +25,10 @@ LOGICAL_TO_MESH = {
     "kv_heads": ("model",),
     "heads": ("model", "context"),  # of attention over whole rows
     "length": ("context",),
-    "sequence": ("context", "model"),  # the length between products: those mesh axes that no other axis of the array has taken
+    "sequence": (
+        "context",
+        "model",
+    ),  # the length between products: those mesh axes that no other axis of the array has taken
     "rows": ("data", "context"),  # parts of rows as rows of their own: `fold_length`
     "pieces": ("data", "context", "model"),
     "head_dim": (),
@@ -67,8 +70,10 @@ def make_mesh(*sizes: int) -> Mesh:
     """The device mesh data x model (x context) over all devices of all processes. Raises ConfigError when they are not as many."""
     devices = jax.devices()
     if math.prod(sizes) != len(devices):
-        raise ConfigError(f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, this job has {len(devices)} "
-                          f"({devices[0].device_kind}). Use --mesh {len(devices)}x1")  # fmt: skip
+        raise ConfigError(
+            f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, this job has {len(devices)} "
+            f"({devices[0].device_kind}). Use --mesh {len(devices)}x1"
+        )
     # On a TPU the last axes become neighbours in its network; elsewhere devices come in order, hosts along the first axis.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(grid), MESH_AXES[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
@@ -132,7 +137,9 @@ def reshard(x: Array, axes: tuple[str | None, ...], back: tuple[str | None, ...]
     return constrain(x, *axes)
 
 
-reshard.defvjp(lambda x, axes, back: (constrain(x, *axes), None), lambda axes, back, _, gradient: (constrain(gradient, *back),))
+reshard.defvjp(
+    lambda x, axes, back: (constrain(x, *axes), None), lambda axes, back, _, gradient: (constrain(gradient, *back),)
+)
 
 
 def to_split(x: Array, axis: str, size: int) -> Array:
@@ -158,4 +165,8 @@ def fold_length(x: Array) -> Array:
 
 def unfold_length(x: Array, rows: int) -> Array:
     """The inverse of `fold_length`: as many rows as there were."""
-    return constrain(x.reshape(rows, -1, *x.shape[2:]), "batch", "sequence", *(None,) * (x.ndim - 2)) if len(x) != rows else x
+    return (
+        constrain(x.reshape(rows, -1, *x.shape[2:]), "batch", "sequence", *(None,) * (x.ndim - 2))
+        if len(x) != rows
+        else x
+    )

@@ -9,8 +9,17 @@ from flax import nnx
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.models.decoder import Decoder
 
-TINY = ModelConfig(model_type="llama", vocab_size=97, hidden_size=32, intermediate_size=48, num_layers=3, num_q_heads=8, num_kv_heads=4,
-                   head_dim=8, max_position_embeddings=512)  # fmt: skip
+TINY = ModelConfig(
+    model_type="llama",
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_q_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    max_position_embeddings=512,
+)
 
 
 def tiny_model(dms: DMSConfig | None, seed: int = 0, evict_scale: float = 0.1, **fields) -> Decoder:

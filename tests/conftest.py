@@ -3,7 +3,9 @@
 import gc
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # also where there is a GPU, and its plugin without one would not compile for others
+os.environ.setdefault(
+    "JAX_PLATFORMS", "cpu"
+)  # also where there is a GPU, and its plugin without one would not compile for others
 
 import jax
 

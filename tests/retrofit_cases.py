@@ -11,16 +11,27 @@ from jax.sharding import AxisType, Mesh
 
 from dms_jax.config import DMSConfig
 from dms_jax.sharding import MESH_AXES
-from train.retrofit_config import LossConfig, OptimizerConfig
-from train.rows import Batch
-from train.step import Retrofit, StepConfig
+from dms_jax.training.data.rows import Batch
+from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
+from dms_jax.training.step import Retrofit, StepConfig
 
 LENGTH, BATCH = 32, 8
 # Scale and temperature: at the released 100 and 0.1 the rounding of the residual stream is a thousand times as large in z, and with it
 # in the gradients; at 10 and 2 five times. What a mesh could get wrong does not depend on them.
 DMS = DMSConfig(window_size=4, target_cr=4.0, evict_logit_bias=1.0, tau=2.0, evict_logit_scale=10.0)
-STEP = StepConfig(mode="adapter", seed=1, length=LENGTH, steps=10, accumulate=1, initial_cr=3.0, ramp_steps=0, cr_steps=5, remat="full",
-                  loss=LossConfig(), optimizer=OptimizerConfig(learning_rate=1e-3))  # fmt: skip
+STEP = StepConfig(
+    mode="adapter",
+    seed=1,
+    length=LENGTH,
+    steps=10,
+    accumulate=1,
+    initial_cr=3.0,
+    ramp_steps=0,
+    cr_steps=5,
+    remat="full",
+    loss=LossConfig(),
+    optimizer=OptimizerConfig(learning_rate=1e-3),
+)
 
 
 def mesh_of(*sizes):
@@ -43,10 +54,19 @@ def step_of(mode):
 
 def batch(first_step=0, packed=False):
     rng = np.random.default_rng(first_step)
-    segments = np.sort(rng.integers(1, 3, (BATCH, LENGTH)), axis=1).astype(np.int32) if packed else np.zeros((BATCH, LENGTH), np.int32)
+    segments = (
+        np.sort(rng.integers(1, 3, (BATCH, LENGTH)), axis=1).astype(np.int32)
+        if packed
+        else np.zeros((BATCH, LENGTH), np.int32)
+    )
     mask = np.ones((BATCH, LENGTH), bool)
     mask[0, 20:] = False
-    return Batch(tokens(rng, BATCH, LENGTH), segments, mask, np.arange(first_step * BATCH, (first_step + 1) * BATCH, dtype=np.int32))
+    return Batch(
+        tokens(rng, BATCH, LENGTH),
+        segments,
+        mask,
+        np.arange(first_step * BATCH, (first_step + 1) * BATCH, dtype=np.int32),
+    )
 
 
 def place(run, host):
@@ -69,9 +89,15 @@ def outcome(run, steps=3) -> dict[str, np.ndarray]:
         run.state, metrics = run.step(run.state, run.frozen, place(run, batch(i, packed=True)))
         found |= {f"metrics {i} {key}": value for key, value in metrics.items()}
         if i == 0:
-            first = next(part for part in jax.tree.leaves(run.state.opt_state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+            first = next(
+                part
+                for part in jax.tree.leaves(run.state.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+                if hasattr(part, "mu")
+            )
             with jax.set_mesh(run.mesh):
-                everywhere = jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec()))
+                everywhere = jax.jit(
+                    lambda x: x, out_shardings=jax.sharding.NamedSharding(run.mesh, jax.sharding.PartitionSpec())
+                )
                 found |= {f"gradient {name}": everywhere(a) for name, a in first.mu.items()}
                 found |= {f"updated {name}": everywhere(a) for name, a in run.state.trainable.items()}
     return {name: np.asarray(value) for name, value in found.items()}
@@ -86,7 +112,9 @@ def same_outcome(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
         if kind == "updated":
             gradient = np.abs(theirs[name.replace(kind, "gradient")])
             sure = gradient > 1e-3 * gradient.max()
-            np.testing.assert_allclose(ours[name][sure], expected[sure], rtol=1e-5, atol=1e-5 * STEP.optimizer.learning_rate, err_msg=name)
+            np.testing.assert_allclose(
+                ours[name][sure], expected[sure], rtol=1e-5, atol=1e-5 * STEP.optimizer.learning_rate, err_msg=name
+            )
         else:
             scale = np.abs(expected).max() if kind == "gradient" else 0.1
             np.testing.assert_allclose(ours[name], expected, rtol=1e-5, atol=1e-5 * scale, err_msg=name)

@@ -15,24 +15,41 @@ from benchmarks import autotune, everything, kernels, models, prefill
 from benchmarks import decode as decode_benchmark
 from benchmarks.kernel_cases import compaction_case, error, filled_layer, slot_case, train_case, update_case
 from benchmarks.timing import Ceilings, Chain, time_all
-from dms_jax.config import ConfigError, DMSConfig
-from dms_jax.cost import attention_flops, matmul_parameters, step_flops
+from dms_jax.config import DMSConfig
+from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import IMPLEMENTATIONS
+from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 
 FP32 = jnp.dtype(jnp.float32)
 
 
 @pytest.fixture
 def tiny_shape(monkeypatch, tmp_path):
-    shape = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": True}  # fmt: skip
+    shape = {
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
     (tmp_path / "tiny.json").write_text(json.dumps(shape))
     monkeypatch.setattr(models, "CONFIGS", tmp_path)
 
 
 def cases():
-    return [train_case(1, 24, 4, 2, 8, 5, FP32), slot_case(2, 1, 32, 20, 4, 2, 8, FP32, FP32), slot_case(1, 8, 32, 20, 4, 2, 8, FP32, FP32),
-            compaction_case(2, 16, 32, 2, 8, FP32, FP32), update_case(2, 32, 20, 4, 2, 8, FP32, FP32)]  # fmt: skip
+    return [
+        train_case(1, 24, 4, 2, 8, 5, FP32),
+        slot_case(2, 1, 32, 20, 4, 2, 8, FP32, FP32),
+        slot_case(1, 8, 32, 20, 4, 2, 8, FP32, FP32),
+        compaction_case(2, 16, 32, 2, 8, FP32, FP32),
+        update_case(2, 32, 20, 4, 2, 8, FP32, FP32),
+    ]
 
 
 def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():
@@ -78,10 +95,14 @@ def test_flops_of_a_step_equal_those_of_its_products():
     layer = d * h * (2 * config.num_q_heads + 2 * config.num_kv_heads) + 3 * d * f
     assert matmul_parameters(config) == config.num_layers * layer + config.vocab_size * d
     length = 64  # causal: half of the T x T scores, two products of 2 H flops each
-    assert attention_flops(config, length) * length == config.num_layers * config.num_q_heads * length**2 / 2 * 2 * 2 * h
+    assert (
+        attention_flops(config, length) * length == config.num_layers * config.num_q_heads * length**2 / 2 * 2 * 2 * h
+    )
     forward = 2 * matmul_parameters(config) + attention_flops(config, length)
     full, adapter = step_flops(config, length, "full"), step_flops(config, length, "adapter")
-    assert full - adapter == 2 * matmul_parameters(config) and adapter == pytest.approx(2 * forward + forward + 1.5 * attention_flops(config, length))
+    assert full - adapter == 2 * matmul_parameters(config) and adapter == pytest.approx(
+        2 * forward + forward + 1.5 * attention_flops(config, length)
+    )
 
 
 def test_timing_takes_medians_and_leaves_the_first_call_out():
@@ -92,14 +113,24 @@ def test_timing_takes_medians_and_leaves_the_first_call_out():
 
 def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "cases", lambda quick, chosen, dtype: (lambda case=case: case for case in cases()))
-    monkeypatch.setattr("dms_jax.kernels.dispatch.IMPLEMENTATIONS", {name: IMPLEMENTATIONS[name] for name in ("pallas_tpu", "xla")})
+    monkeypatch.setattr(
+        "dms_jax.kernels.dispatch.IMPLEMENTATIONS", {name: IMPLEMENTATIONS[name] for name in ("pallas_tpu", "xla")}
+    )
     with pytest.raises(SystemExit) as stop:
         kernels.run_command(kernels.NAME, lambda: kernels.main(["--quick", "--json", "--repeats", "1"]))
     assert stop.value.code == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["kernel"] for line in lines[:2]] == ["copy", "matmul"] and all(line["provenance"]["device"] for line in lines)
+    assert [line["kernel"] for line in lines[:2]] == ["copy", "matmul"] and all(
+        line["provenance"]["device"] for line in lines
+    )
     xla = [line for line in lines[2:] if line["implementation"] == "xla"]
-    assert [line["kernel"] for line in xla] == ["train_attention", "decode_attention", "chunk_attention", "compaction", "decode_update"]
+    assert [line["kernel"] for line in xla] == [
+        "train_attention",
+        "decode_attention",
+        "chunk_attention",
+        "compaction",
+        "decode_update",
+    ]
     assert all(line["max_error"] < 1e-5 and line["ratio_to_xla"] == 1 for line in xla)
     pallas = [line for line in lines[2:] if line["implementation"] == "pallas_tpu"]
     assert [line["kernel"] for line in pallas] == [line["kernel"] for line in xla]
@@ -116,35 +147,71 @@ def test_an_implementation_that_fails_or_is_wrong_says_so_and_the_others_go_on(m
     def run(name, interpret=False, blocks=None):
         f = case.run("xla")
         if name == "mosaic_gpu":
-            raise_it = lambda *x: (_ for _ in ()).throw(RuntimeError("no such\n instruction"))  # noqa: E731
+            raise_it = lambda *x: (_ for _ in ()).throw(RuntimeError("no such\n instruction"))
             return raise_it
         if name == "pallas_tpu":  # a slot off by one
             return lambda *x: (f(*x)[0], dataclasses.replace(f(*x)[1], position=f(*x)[1].position + 1))
         return f
 
-    records = {record["implementation"]: record for record in kernels.measured(case._replace(run=run), Ceilings(1.0, 1.0), 1)}
+    records = {
+        record["implementation"]: record for record in kernels.measured(case._replace(run=run), Ceilings(1.0, 1.0), 1)
+    }
     assert records["mosaic_gpu"]["failed"] == "no such instruction" and records["mosaic_gpu"]["max_error"] is None
-    assert records["pallas_tpu"]["wrong"] and records["pallas_tpu"]["max_error"] is None and records["xla"]["max_error"] < 1e-5
+    assert (
+        records["pallas_tpu"]["wrong"]
+        and records["pallas_tpu"]["max_error"] is None
+        and records["xla"]["max_error"] < 1e-5
+    )
     assert "WRONG" in kernels.described(records["pallas_tpu"]) and "FAILED" in kernels.described(records["mosaic_gpu"])
 
 
 def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
-    decode_benchmark.main(["--model", "tiny", "--batch", "2", "--context", "64", "--cr", "1,4", "--steps", "1", "--repeats", "1", "--equal-memory"])
+    decode_benchmark.main(
+        [
+            "--model",
+            "tiny",
+            "--batch",
+            "2",
+            "--context",
+            "64",
+            "--cr",
+            "1,4",
+            "--steps",
+            "1",
+            "--repeats",
+            "1",
+            "--equal-memory",
+        ]
+    )
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     arms = {row["arm"]: row for row in result["decode"]}
     assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, 4x rows"] and arms["cr 4, 4x rows"]["batch"] == 8
     pair, heads = 2 * 8 * 4 + 8, 2 * 2
     assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (64 - 16) * pair
-    assert arms["cr 4, 4x rows"]["step_bytes"] == arms["dense"]["step_bytes"] and arms["cr 4, 4x rows"]["roofline_speed_to_dense"] == 4
-    assert arms["cr 4"]["fraction_of_roofline"] == pytest.approx(arms["cr 4"]["speed_to_dense"] / arms["cr 4"]["roofline_speed_to_dense"])
+    assert (
+        arms["cr 4, 4x rows"]["step_bytes"] == arms["dense"]["step_bytes"]
+        and arms["cr 4, 4x rows"]["roofline_speed_to_dense"] == 4
+    )
+    assert arms["cr 4"]["fraction_of_roofline"] == pytest.approx(
+        arms["cr 4"]["speed_to_dense"] / arms["cr 4"]["roofline_speed_to_dense"]
+    )
 
 
 def test_an_arm_that_does_not_fit_is_left_out_and_says_so(tiny_shape, monkeypatch, capsys):
     monkeypatch.setattr(decode_benchmark, "free_bytes", lambda: 2**15)
-    decode_benchmark.main(["--model", "tiny", "--context", "128", "--cr", "8", "--steps", "1", "--repeats", "1", "--json"])
+    decode_benchmark.main(
+        ["--model", "tiny", "--context", "128", "--cr", "8", "--steps", "1", "--repeats", "1", "--json"]
+    )
     rows = json.loads(capsys.readouterr().out)["decode"]
-    assert [row["arm"] for row in rows] == ["cr 8", "dense"] and "are free" in rows[1]["skipped"] and "speed_to_dense" not in rows[0]
-    assert rows[0]["dense"] == "counted from bytes" and rows[0]["fraction_of_roofline"] == rows[0]["fraction_of_copy_bandwidth"] > 0
+    assert (
+        [row["arm"] for row in rows] == ["cr 8", "dense"]
+        and "are free" in rows[1]["skipped"]
+        and "speed_to_dense" not in rows[0]
+    )
+    assert (
+        rows[0]["dense"] == "counted from bytes"
+        and rows[0]["fraction_of_roofline"] == rows[0]["fraction_of_copy_bandwidth"] > 0
+    )
 
 
 def test_prefill_reports_the_ratio_it_really_had(tiny_shape, capsys):
@@ -172,12 +239,16 @@ def test_refusals(run, said):
 
 
 def test_everything_appends_what_its_commands_print_and_reports_failures(tmp_path, monkeypatch):
-    monkeypatch.setattr(everything, "commands", lambda part, on_cpu, which: [["json.tool", "--help"], ["no_such_module"]])
+    monkeypatch.setattr(
+        everything, "commands", lambda part, on_cpu, which: [["json.tool", "--help"], ["no_such_module"]]
+    )
     output = tmp_path / "out.jsonl"
     output.write_text('{"kept": true}\n')
     assert everything.main(["--part", "decode", "--output", str(output)]) == 1
     lines = [json.loads(line) for line in output.read_text().splitlines()]
-    assert lines[0] == {"kept": True} and lines[1]["command"] == "python -m json.tool --help" and "problem" not in lines[1]
+    assert (
+        lines[0] == {"kept": True} and lines[1]["command"] == "python -m json.tool --help" and "problem" not in lines[1]
+    )
     assert lines[2]["problem"] == "exit code 1"
     assert everything.main(["--part", "decode", "--output", str(output), "--minutes", "0"]) == 1
     assert "no time left" in json.loads(output.read_text().splitlines()[-1])["problem"]
@@ -194,12 +265,14 @@ def test_commands_of_everything_parse():
 
 
 def test_benchmarks_import_without_the_shape_checkers():
-    program = ("import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
-               "import importlib.util as u; found = u.find_spec\n"
-               "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
-               "import benchmarks.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, benchmarks.retrofit_step, train.step\n"
-               "import benchmarks.autotune, benchmarks.everything, benchmarks.kernels\n"
-               "print(benchmarks.kernel_cases.Case)")  # fmt: skip
+    program = (
+        "import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
+        "import importlib.util as u; found = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
+        "import benchmarks.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, benchmarks.retrofit_step, train.step\n"
+        "import benchmarks.autotune, benchmarks.everything, benchmarks.kernels\n"
+        "print(benchmarks.kernel_cases.Case)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Case" in done.stdout, done.stderr
 

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from benchmarks import scale
-from dms_jax.config import ConfigError
-from train import plan
+from dms_jax.commands import plan
+from dms_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

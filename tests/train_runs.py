@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from cases import tokens
 
-from train.metrics import read_steps
-from train.retrofit import main as main
+from dms_jax.commands.retrofit import main as main
+from dms_jax.training.metrics import read_steps
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -20,9 +20,19 @@ def run_settings(folder: Path) -> dict:
     ids = folder / "ids.npy"
     np.save(ids, tokens(np.random.default_rng(0), 60, 70))
     return {
-        "model": GOLDEN / "llama3_rope_scaled", "data": ids, "data.cache_dir": folder / "cache", "output": folder / "run", "steps": 6,
-        "length": 48, "batch_size": 8, "dms.window_size": 6, "dms.target_cr": 3, "save_every": 2, "eval_rows": 4, "optimizer.learning_rate": 0.001,
-    }  # fmt: skip
+        "model": GOLDEN / "llama3_rope_scaled",
+        "data": ids,
+        "data.cache_dir": folder / "cache",
+        "output": folder / "run",
+        "steps": 6,
+        "length": 48,
+        "batch_size": 8,
+        "dms.window_size": 6,
+        "dms.target_cr": 3,
+        "save_every": 2,
+        "eval_rows": 4,
+        "optimizer.learning_rate": 0.001,
+    }
 
 
 def arguments(settings, *extra, mesh="8x1", **changes) -> list[str]:
@@ -37,7 +47,10 @@ def command(settings, *extra, **changes) -> list[str]:
 def trace(output) -> dict[int, tuple]:
     steps = read_steps(Path(output) / "metrics.jsonl")
     assert len({line["step"] for line in steps}) == len(steps), "a step is logged twice"
-    return {line["step"]: (line["loss/total"], line["loss/distill"], line["loss/compression"], line["cache/evict_fraction"]) for line in steps}
+    return {
+        line["step"]: (line["loss/total"], line["loss/distill"], line["loss/compression"], line["cache/evict_fraction"])
+        for line in steps
+    }
 
 
 def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:

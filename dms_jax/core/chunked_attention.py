@@ -46,7 +46,9 @@ def gated_attention(
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32; gradients reach q, k, v and it.
     """
     block = block or block_size(q.shape[1])
-    return with_heads_folded(partial(attend_in_blocks, window_size=window_size, block=block), block, q, k, v, log_keep, segment_ids)
+    return with_heads_folded(
+        partial(attend_in_blocks, window_size=window_size, block=block), block, q, k, v, log_keep, segment_ids
+    )
 
 
 def with_heads_folded(
@@ -63,7 +65,7 @@ def with_heads_folded(
     b, t, n, h = q.shape
     kv_heads, pad = k.shape[2], -t % multiple
     # Padding lies in the future of every real query, so causality alone hides it.
-    rows = lambda x, axis: jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])  # noqa: E731
+    rows = lambda x, axis: jnp.pad(x, [(0, pad if i == axis else 0) for i in range(x.ndim)])
     out = attend(
         rows(q.reshape(b, t, kv_heads, n // kv_heads, h).transpose(0, 2, 3, 1, 4), 3),
         rows(k.transpose(0, 2, 1, 3), 2),
@@ -97,7 +99,12 @@ def _block_scores(q, k, log_keep, segments, i, j, window_size, block):
 def _rows_times(p, v):
     """[B K G bq bk] x [B K bk H] -> [B K G bq H], fp32."""
     b, heads, group, block, keys = p.shape
-    out = jnp.einsum("bkrs,bksh->bkrh", p.reshape(b, heads, group * block, keys).astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bkrs,bksh->bkrh",
+        p.reshape(b, heads, group * block, keys).astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
     return out.reshape(b, heads, group, block, -1)
 
 
@@ -179,11 +186,15 @@ def _attend_bwd(window_size, block, saved, d_out):
             return lax.dynamic_update_slice_in_dim(dq, dq_i, i * block, 3), dk, dv, dkeep
 
         zero = jnp.zeros(k_j.shape, jnp.float32)
-        dq, dk, dv, dkeep = lax.fori_loop(j, num_blocks, query_block, (dq, zero, zero, jnp.zeros(keep_j.shape, jnp.float32)))
+        dq, dk, dv, dkeep = lax.fori_loop(
+            j, num_blocks, query_block, (dq, zero, zero, jnp.zeros(keep_j.shape, jnp.float32))
+        )
         return dq, (dk, dv, dkeep)
 
     dq, grads = lax.scan(key_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(num_blocks))
-    dk, dv, dkeep = (jnp.moveaxis(g, 0, 2).reshape(x.shape).astype(x.dtype) for g, x in zip(grads, (k, v, log_keep), strict=True))
+    dk, dv, dkeep = (
+        jnp.moveaxis(g, 0, 2).reshape(x.shape).astype(x.dtype) for g, x in zip(grads, (k, v, log_keep), strict=True)
+    )
     return dq.astype(q.dtype), dk, dv, dkeep, None
 
 

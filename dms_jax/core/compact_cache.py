@@ -3,7 +3,7 @@
 A slot is live at query t iff its expiry >= t, so the count after token t is that of the mask: #{j <= t : unmarked, or
 t - j <= window}. That count never falls while tokens are appended, hence a new pair takes the lowest slot that is free,
 live slots stay 0..n-1 of each head, and nothing is ever shifted (arXiv:2506.05345; Model-Optimizer `cache_paged.py`).
-The functions here do not know why a pair leaves: a policy hands them a `Verdict`.
+The functions here do not know why a pair leaves: a policy hands them a `Expiries`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.config import ConfigError
 from dms_jax.core.visibility import NEVER, is_outside_window
+from dms_jax.errors import ConfigError
 from dms_jax.sharding import target_device
 
 EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so the rule alone hides it
@@ -28,7 +28,7 @@ Overflow = Literal["evict", "raise", "grow"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
-class Verdict(NamedTuple):
+class Expiries(NamedTuple):
     """What a policy says about the T pairs of a chunk, and about the pair just before it when its decision was pending."""
 
     expiry: Int[Array, "B K T"]  # the last query position that sees each pair
@@ -55,7 +55,7 @@ class LayerCache:
         return self.k.shape[2]
 
 
-class Choice(NamedTuple):
+class Selection(NamedTuple):
     """What a policy that ranks pairs says after a chunk about the slots and the chunk's pairs, in this order."""
 
     kept: Bool[Array, "B K C+T"]
@@ -91,7 +91,9 @@ class CompactCache:
     @property
     def live_counts(self) -> Int[Array, "L B K"]:
         """Pairs that the last query of each row could see."""
-        return jnp.stack([jnp.sum(layer.expiry >= self.seen[:, None, None] - 1, axis=-1, dtype=jnp.int32) for layer in self.layers])
+        return jnp.stack(
+            [jnp.sum(layer.expiry >= self.seen[:, None, None] - 1, axis=-1, dtype=jnp.int32) for layer in self.layers]
+        )
 
     @property
     def forced_evictions(self) -> Int[Array, "L B K"]:
@@ -107,27 +109,33 @@ class CompactCache:
 jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"], ["bounds"])
 
 
-def empty_layer(batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype, features: int = 0) -> LayerCache:
+def empty_layer(
+    batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype, features: int = 0
+) -> LayerCache:
     """A layer that has seen nothing; its policy remembers `features` numbers of each pair."""
     slots = (batch, kv_heads, capacity)
     return LayerCache(
-        k=jnp.zeros((*slots, head_dim), dtype), v=jnp.zeros((*slots, head_dim), dtype), position=jnp.full(slots, EMPTY, jnp.int32),
-        expiry=jnp.full(slots, GONE, jnp.int32), score=jnp.zeros(slots, jnp.float32), forced_evictions=jnp.zeros(slots[:2], jnp.int32),
+        k=jnp.zeros((*slots, head_dim), dtype),
+        v=jnp.zeros((*slots, head_dim), dtype),
+        position=jnp.full(slots, EMPTY, jnp.int32),
+        expiry=jnp.full(slots, GONE, jnp.int32),
+        score=jnp.zeros(slots, jnp.float32),
+        forced_evictions=jnp.zeros(slots[:2], jnp.int32),
         statistic=jnp.zeros((*slots, features), jnp.float32) if features else None,
-    )  # fmt: skip
+    )
 
 
-def settle(layer: LayerCache, verdict: Verdict, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
+def apply_pending(layer: LayerCache, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
     """Write the decision about the pair before the chunk, which its first token makes; rows with no token decide nothing."""
-    if verdict.last_expiry is None:
+    if expiries.last_expiry is None:
         return layer
-    assert verdict.last_score is not None  # the two come together
+    assert expiries.last_score is not None  # the two come together
     pending = (layer.position == seen[:, None, None] - 1) & (count > 0)[:, None, None]
-    expiry = jnp.where(pending, verdict.last_expiry[..., None], layer.expiry)
-    return replace(layer, expiry=expiry, score=jnp.where(pending, verdict.last_score[..., None], layer.score))
+    expiry = jnp.where(pending, expiries.last_expiry[..., None], layer.expiry)
+    return replace(layer, expiry=expiry, score=jnp.where(pending, expiries.last_score[..., None], layer.score))
 
 
-def place(
+def write_pairs(
     layer: LayerCache,
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
@@ -141,9 +149,13 @@ def place(
     `stays`. There must be enough of those."""
     slot = slots_of(stays, comes)
     return replace(
-        layer, k=_write(layer.k, k, slot), v=_write(layer.v, v, slot), position=_write(layer.position, position, slot),
-        expiry=_write(layer.expiry, expiry, slot), score=_write(layer.score, score, slot),
-    )  # fmt: skip
+        layer,
+        k=_write(layer.k, k, slot),
+        v=_write(layer.v, v, slot),
+        position=_write(layer.position, position, slot),
+        expiry=_write(layer.expiry, expiry, slot),
+        score=_write(layer.score, score, slot),
+    )
 
 
 def slots_of(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
@@ -163,40 +175,44 @@ def append(
     layer: LayerCache,
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    verdict: Verdict,
+    expiries: Expiries,
     seen: Int[Array, "B"],
     count: Int[Array, "B"],
     window_size: int,
-    choice: Choice | None = None,
-    place: Callable[..., LayerCache] = place,
+    selection: Selection | None = None,
+    write_pairs: Callable[..., LayerCache] = write_pairs,
 ) -> LayerCache:
     """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query, nor those
-    that a ranking policy's `choice` leaves out.
+    that a ranking policy's `selection` leaves out.
 
     When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
     """
     capacity, length = layer.capacity, k.shape[2]
     now = seen + count - 1  # of each row: the last query
-    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], verdict.expiry.shape)
-    if choice is None:
-        wanted = alive_pairs(layer, verdict.expiry, now, count)
+    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], expiries.expiry.shape)
+    if selection is None:
+        wanted = alive_pairs(layer, expiries.expiry, now, count)
     else:
-        wanted = choice.kept
+        wanted = selection.kept
         layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, GONE))
-        if choice.statistic is not None:
-            layer = replace(layer, statistic=choice.statistic[:, :, :capacity])
-    kept = _push_out(wanted, layer, position, verdict.score, now, window_size)
+        if selection.statistic is not None:
+            layer = replace(layer, statistic=selection.statistic[:, :, :capacity])
+    kept = _push_out(wanted, layer, position, expiries.score, now, window_size)
     forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
-    moved = place(layer, k, v, position, verdict.expiry, verdict.score, kept[..., :capacity], kept[..., capacity:])
+    moved = write_pairs(
+        layer, k, v, position, expiries.expiry, expiries.score, kept[..., :capacity], kept[..., capacity:]
+    )
     statistic = layer.statistic
-    if choice is not None and choice.statistic is not None:
+    if selection is not None and selection.statistic is not None:
         assert statistic is not None  # a policy that remembers something has room for it
         slot = slots_of(kept[..., :capacity], kept[..., capacity:])
-        statistic = _write(statistic, choice.statistic[:, :, capacity:], slot)
+        statistic = _write(statistic, selection.statistic[:, :, capacity:], slot)
     return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
 
 
-def alive_pairs(layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]) -> Bool[Array, "B K C+T"]:
+def alive_pairs(
+    layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]
+) -> Bool[Array, "B K C+T"]:
     """Which slots, and which of a chunk's pairs after them, the last query of each row could see."""
     coming = (jnp.arange(expiry.shape[-1]) < count[:, None])[:, None] & (expiry >= now[:, None, None])
     return jnp.concatenate([layer.expiry >= now[:, None, None], coming], axis=-1)
@@ -204,7 +220,11 @@ def alive_pairs(layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, 
 
 @typed
 def victim(
-    alive: Bool[Array, "B K S"], position: Int[Array, "B K S"], score: Float[Array, "B K S"], now: Int[Array, "B"], window_size: int
+    alive: Bool[Array, "B K S"],
+    position: Int[Array, "B K S"],
+    score: Float[Array, "B K S"],
+    now: Int[Array, "B"],
+    window_size: int,
 ) -> Int[Array, "B K"]:
     """THE overflow rule: of the pairs outside the window the one with the highest score, the oldest among equals; only when
     all are inside, the oldest of those."""
@@ -216,7 +236,10 @@ def victim(
 
 def _push_out(wanted, layer, position, score, now, window_size):
     """Which of the slots and of the chunk's pairs [B K C+T] stay, so that no head has more than its capacity."""
-    positions, scores = jnp.concatenate([layer.position, position], axis=-1), jnp.concatenate([layer.score, score], axis=-1)
+    positions, scores = (
+        jnp.concatenate([layer.position, position], axis=-1),
+        jnp.concatenate([layer.score, score], axis=-1),
+    )
 
     def too_many(alive):
         return jnp.sum(alive, axis=-1, keepdims=True) > layer.capacity
@@ -225,7 +248,9 @@ def _push_out(wanted, layer, position, score, now, window_size):
         leaves = jnp.arange(alive.shape[-1]) == victim(alive, positions, scores, now, window_size)[..., None]
         return alive & ~(leaves & too_many(alive))
 
-    if score.shape[-1] == 1 and target_device()[0] == "gpu":  # at most one too many; a loop would ask the host whether there is
+    if (
+        score.shape[-1] == 1 and target_device()[0] == "gpu"
+    ):  # at most one too many; a loop would ask the host whether there is
         return one_less(wanted)
     return lax.while_loop(lambda alive: jnp.any(too_many(alive)), one_less, wanted)
 
@@ -235,7 +260,9 @@ def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]
     if number == 1:
         return jnp.argmax(free, axis=-1)[..., None]
     count, rank = jnp.cumsum(free, axis=-1, dtype=jnp.int32), jnp.arange(1, number + 1, dtype=jnp.int32)
-    return jax.vmap(jax.vmap(lambda count: jnp.searchsorted(count, rank, method="scan_unrolled")))(count)  # cheaper than a sort
+    return jax.vmap(jax.vmap(lambda count: jnp.searchsorted(count, rank, method="scan_unrolled")))(
+        count
+    )  # cheaper than a sort
 
 
 def grown(layer: LayerCache, capacity: int) -> LayerCache:

@@ -20,21 +20,30 @@ def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Arra
 
 
 @typed
-def decide(logits: Float[Array, "B K T"], granularity: str, threshold: float | Float[Array, ""] = 0.0) -> Bool[Array, "B K T"]:
+def decide(
+    logits: Float[Array, "B K T"], granularity: str, threshold: float | Float[Array, ""] = 0.0
+) -> Bool[Array, "B K T"]:
     """Each token's hard decision: evict iff its logit exceeds the threshold. 0 is what training aimed at; a higher one keeps more."""
     return share_heads(logits, granularity) > threshold
 
 
 @typed
 def logistic_noise(
-    seed: int | Int[Array, ""], step: int | Int[Array, ""], examples: Int[Array, "B"], num_layers: int, num_kv_heads: int, length: int
+    seed: int | Int[Array, ""],
+    step: int | Int[Array, ""],
+    examples: Int[Array, "B"],
+    num_layers: int,
+    num_kv_heads: int,
+    length: int,
 ) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:
     """The difference of two Gumbels, a function of (seed, step, example, layer) alone: the same on any mesh, for any
     number of hosts and of gradient-accumulation steps."""
     key = jax.random.fold_in(jax.random.key(seed), step)
 
     def of(layer, example):
-        return jax.random.logistic(jax.random.fold_in(jax.random.fold_in(key, example), layer), (num_kv_heads, length), jnp.float32)
+        return jax.random.logistic(
+            jax.random.fold_in(jax.random.fold_in(key, example), layer), (num_kv_heads, length), jnp.float32
+        )
 
     return jax.vmap(lambda layer: jax.vmap(lambda example: of(layer, example))(examples))(jnp.arange(num_layers))
 

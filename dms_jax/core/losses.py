@@ -59,20 +59,28 @@ def _mean(values: Array, mask: Array) -> Array:
 
 
 @typed
-def kl_student_teacher(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:
+def kl_student_teacher(
+    student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
+) -> Float[Array, ""]:
     """KL(student || teacher), nats per unmasked token; 0 when all are masked. The reference's distillation loss."""
     return _mean(_kl(student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)), mask)
 
 
 @typed
-def kl_teacher_student(student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]) -> Float[Array, ""]:
+def kl_teacher_student(
+    student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
+) -> Float[Array, ""]:
     """KL(teacher || student), nats per unmasked token; 0 when all are masked."""
     return _mean(_kl(teacher_logits.astype(jnp.float32), student_logits.astype(jnp.float32)), mask)
 
 
 @typed
 def compression_loss(
-    evict: Float[Array, "L B K T"], target_fraction: float | Float[Array, ""], *, scope: str = "global", counted: Shaped[Array, "*#B T"] | None = None
+    evict: Float[Array, "L B K T"],
+    target_fraction: float | Float[Array, ""],
+    *,
+    scope: str = "global",
+    counted: Shaped[Array, "*#B T"] | None = None,
 ) -> Float[Array, ""]:
     """max(0, target - mean evict), averaged over examples: one-sided, so going further costs nothing.
 
@@ -80,7 +88,9 @@ def compression_loss(
     "head" (each must reach the target by itself). `counted` leaves tokens out of the mean (padding, `decidable`).
     """
     weight = jnp.ones((1, evict.shape[-1])) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
-    per_head = jnp.sum(evict * weight[:, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[:, None]  # [L B K]
+    per_head = (
+        jnp.sum(evict * weight[:, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[:, None]
+    )  # [L B K]
     axes = {"global": (0, 2), "layer": (2,), "head": ()}[scope]
     return jnp.mean(jnp.maximum(0.0, target_fraction - jnp.mean(per_head, axis=axes)))
 
@@ -104,7 +114,9 @@ def _whole(embedding: Array) -> Array:
 
 def _logits(hidden: Array, embedding: Array) -> Array:
     """fp32 [rows chunk V] of what `_in_chunks` cut."""
-    logits = jnp.einsum("bcd,vd->bcv", constrain(hidden, "rows", None, None), embedding, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        "bcd,vd->bcv", constrain(hidden, "rows", None, None), embedding, preferred_element_type=jnp.float32
+    )
     return constrain(logits, "rows", None, "vocab")
 
 
@@ -150,17 +162,30 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
             d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
             d_hidden = constrain(d_hidden, "pieces", None, None)
             if grad_embedding:
-                split = lambda x: x.reshape(parts, -1, *x.shape[1:])  # noqa: E731
-                part = jnp.einsum("pbcv,pbcd->pvd", split(d_logits), split(constrain(hidden, "rows", None, None)), preferred_element_type=jnp.float32)
+                split = lambda x: x.reshape(parts, -1, *x.shape[1:])
+                part = jnp.einsum(
+                    "pbcv,pbcd->pvd",
+                    split(d_logits),
+                    split(constrain(hidden, "rows", None, None)),
+                    preferred_element_type=jnp.float32,
+                )
                 d_embedding += constrain(part, "rows", "vocab", None)
         return (total + jnp.sum(kl * w), d_embedding), d_hidden
 
-    zero = constrain(jnp.zeros((parts, *student_embedding.shape), jnp.float32), "rows", "vocab", None) if grad_embedding else None
+    zero = (
+        constrain(jnp.zeros((parts, *student_embedding.shape), jnp.float32), "rows", "vocab", None)
+        if grad_embedding
+        else None
+    )
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, weight))
     (total, d_embedding), d_hidden = jax.lax.scan(body, (jnp.zeros((), jnp.float32), zero), chunks)
     if d_embedding is not None:
         d_embedding = constrain(d_embedding.sum(0), "vocab", "embed")
-    return total, None if d_hidden is None else unfold_length(_from_chunks(d_hidden, student.shape[1]), rows), d_embedding
+    return (
+        total,
+        None if d_hidden is None else unfold_length(_from_chunks(d_hidden, student.shape[1]), rows),
+        d_embedding,
+    )
 
 
 def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight, order, chunk):
@@ -171,14 +196,19 @@ def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight,
     )
     total, d_hidden, d_embedding = _distill(
         student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding
-    )  # fmt: skip
-    like = tuple(jnp.zeros((), x.dtype) for x in (student, student_embedding))  # carries the dtypes to the backward pass
+    )
+    like = tuple(
+        jnp.zeros((), x.dtype) for x in (student, student_embedding)
+    )  # carries the dtypes to the backward pass
     return total, (d_hidden, d_embedding, like)
 
 
 def _distill_bwd(order, chunk, saved, cotangent):
     d_hidden, d_embedding, like = saved
-    scaled = [None if g is None else (g * cotangent).astype(x.dtype) for g, x in zip((d_hidden, d_embedding), like, strict=True)]
+    scaled = [
+        None if g is None else (g * cotangent).astype(x.dtype)
+        for g, x in zip((d_hidden, d_embedding), like, strict=True)
+    ]
     return scaled[0], None, scaled[1], None, None
 
 

@@ -9,7 +9,9 @@ from dms_jax.core.visibility import MASKED, is_outside_window
 
 
 @typed
-def attention_scores_bias(log_keep: Float[Array, "B K S"], window_size: int, segment_ids: Int[Array, "B S"] | None) -> Float[Array, "B K S S"]:
+def attention_scores_bias(
+    log_keep: Float[Array, "B K S"], window_size: int, segment_ids: Int[Array, "B S"] | None
+) -> Float[Array, "B K S S"]:
     """What is added to the scores: 0 where visible, `log_keep` outside the window, MASKED for the future and for other segments."""
     position = jnp.arange(log_keep.shape[-1])
     q_pos, k_pos = position[:, None], position[None, :]

@@ -34,7 +34,9 @@ class SamplingNumbers(NamedTuple):
 
 
 @typed
-def penalise(logits: Float[Array, "B V"], used: Bool[Array, "B V"], penalty: float | Float[Array, ""]) -> Float[Array, "B V"]:
+def penalise(
+    logits: Float[Array, "B V"], used: Bool[Array, "B V"], penalty: float | Float[Array, ""]
+) -> Float[Array, "B V"]:
     """Tokens that a row has `used` become less likely: positive logits / penalty, negative ones * penalty (CTRL, arXiv:1909.05858)."""
     return jnp.where(used, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -57,7 +59,11 @@ def allowed(logits: Float[Array, "B V"], numbers: SamplingNumbers, sorts: bool) 
 
 @typed
 def sample(
-    logits: Float[Array, "B V"], keys: Key[Array, "B"], used: Bool[Array, "B V"] | None, numbers: SamplingNumbers, mode: SamplingMode
+    logits: Float[Array, "B V"],
+    keys: Key[Array, "B"],
+    used: Bool[Array, "B V"] | None,
+    numbers: SamplingNumbers,
+    mode: SamplingMode,
 ) -> Int[Array, "B"]:
     """The next token of each row. Greedy takes the best after the repetition penalty; `keys` [B] are then not used."""
     logits = logits.astype(jnp.float32)

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Choice, LayerCache, Verdict, append, place, settle
+from dms_jax.core.compact_cache import Expiries, LayerCache, Selection, append, apply_pending, write_pairs
 from dms_jax.core.visibility import MASKED, is_visible
 from dms_jax.sharding import target_device
 
@@ -60,7 +60,9 @@ def unfold_queries(rows: Float[Array, "B K R H"], length: int) -> Float[Array, "
 
 def slots_in_use(slots: LayerCache, position: Int[Array, "B T"]) -> Int[Array, "B K"]:
     """The highest slot that a query at or after the first of `position` may see, plus one."""
-    return jnp.max(jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1)
+    return jnp.max(
+        jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1
+    )
 
 
 # [B T] queries, [B K S] pairs -> [B K T S]: the rule, row by row and head by head.
@@ -72,31 +74,31 @@ def extend_layer(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    verdict: Verdict,
+    expiries: Expiries,
     position: Int[Array, "B T"],
     count: Int[Array, "B"],
     window_size: int,
     read: Callable[[LayerCache], Array | None] = lambda settled: None,
-    choose: Callable[[LayerCache], Choice | None] = lambda settled: None,
+    choose: Callable[[LayerCache], Selection | None] = lambda settled: None,
     attend: Callable[..., Array] | None = None,
-    place: Callable[..., LayerCache] = place,
+    write_pairs: Callable[..., LayerCache] = write_pairs,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """One layer's step: settle what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real.
+    """One layer's step: apply_pending what was pending, attend, append. Of a chunk, the first `count` tokens of each row are real.
 
     `read` and `choose` ask a policy, once the pending decision is settled: which slots are read now, and who stays afterwards.
-    `attend` and `place` stand for `slot_attention` and `compact_cache.place`, which are what they are by default.
+    `attend` and `write_pairs` stand for `slot_attention` and `compact_cache.write_pairs`, which are what they are by default.
     """
     attend = attend or slot_attention
     seen = position[:, 0]
-    layer = settle(layer, verdict, seen, count)
-    visible_slots, choice = read(layer), choose(layer)
-    if q.shape[1] == 1 and visible_slots is None and choice is None:
+    layer = apply_pending(layer, expiries, seen, count)
+    visible_slots, selection = read(layer), choose(layer)
+    if q.shape[1] == 1 and visible_slots is None and selection is None:
         # Written first, the buffers are read where they lie; read first, XLA copies keys and values whole, at each step. A
         # single pair cannot expire before its own query, so both orders are the same, but for a pair that is forced out.
-        layer = append(layer, k, v, verdict, seen, count, window_size, place=place)
+        layer = append(layer, k, v, expiries, seen, count, window_size, write_pairs=write_pairs)
         return attend(q, layer, position, None), layer
-    out = attend(q, layer, position, (k, v, verdict.expiry), read=visible_slots)
-    return out, append(layer, k, v, verdict, seen, count, window_size, choice, place)
+    out = attend(q, layer, position, (k, v, expiries.expiry), read=visible_slots)
+    return out, append(layer, k, v, expiries, seen, count, window_size, selection, write_pairs)
 
 
 @typed
@@ -139,7 +141,7 @@ def slot_attention(
 
         def one(index, carry):
             start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
-            part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
+            part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)
             fresh = start + jnp.arange(size) >= index * size
             visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
             return attend(carry, part(keys), part(values), visible if read is None else visible & part(read, 3))
@@ -173,6 +175,8 @@ def attention_weights(
     b, t, n, h = q.shape
     rows = q.reshape(b, t, k.shape[1], -1, h).transpose(0, 2, 3, 1, 4)
     visible = _is_visible(q_position, k_position, expiry)[:, :, None]
-    s = jnp.where(visible, jnp.einsum("bkgth,bksh->bkgts", rows, k, preferred_element_type=jnp.float32) * h**-0.5, MASKED)
+    s = jnp.where(
+        visible, jnp.einsum("bkgth,bksh->bkgts", rows, k, preferred_element_type=jnp.float32) * h**-0.5, MASKED
+    )
     p = jnp.where(visible, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
     return jnp.mean(p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30), axis=2)

@@ -5,13 +5,13 @@ import os
 
 import jax
 
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 from dms_jax.hf import hf_config
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
-from dms_jax.strict_json import parse_json
 
 KIND, VERSION = "dms_jax.adapter", "2"
 
@@ -30,7 +30,12 @@ def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: boo
     tensors = {write.name: write.value() for write in model_writes(model) if EVICT in write.name}
     if jax.process_index() != 0:
         return
-    metadata = {"kind": KIND, "version": VERSION, "base_sha256": base_hash(model), "dms": json.dumps(hf_config.dms_keys(dms))}
+    metadata = {
+        "kind": KIND,
+        "version": VERSION,
+        "base_sha256": base_hash(model),
+        "dms": json.dumps(hf_config.dms_keys(dms)),
+    }
     write_whole(path, tensors, metadata)
 
 
@@ -52,7 +57,9 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
         raise ConfigError(f"{path} is damaged: its header holds no projection policy")
     here = base_hash(model)
     if trained_on != here:
-        raise ConfigError(f"{path} was trained on another base: sha256 {trained_on[:12]}..., this model has {here[:12]}...")
+        raise ConfigError(
+            f"{path} was trained on another base: sha256 {trained_on[:12]}..., this model has {here[:12]}..."
+        )
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
     tensors.verify()
     if getattr(model, "source", None) is not None:

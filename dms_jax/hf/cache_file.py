@@ -7,15 +7,15 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, LayerCache
+from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 from dms_jax.hf import hf_config
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, describe, restored
-from dms_jax.strict_json import parse_json
 
 KIND, VERSION = "dms_jax.cache", "3"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
@@ -28,9 +28,21 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     """
     path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
-        raise ConfigError(f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's")
-    tensors = {f"layers.{i}.{name}": np.asarray(getattr(layer, name)) for i, layer in enumerate(cache.layers) for name in _fields(cache.policy)}
-    metadata = {"kind": KIND, "version": VERSION, "overflow": cache.overflow, "policy": json.dumps(describe(cache.policy)), **identity(model)}
+        raise ConfigError(
+            f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's"
+        )
+    tensors = {
+        f"layers.{i}.{name}": np.asarray(getattr(layer, name))
+        for i, layer in enumerate(cache.layers)
+        for name in _fields(cache.policy)
+    }
+    metadata = {
+        "kind": KIND,
+        "version": VERSION,
+        "overflow": cache.overflow,
+        "policy": json.dumps(describe(cache.policy)),
+        **identity(model),
+    }
     write_whole(path, tensors | {"seen": np.asarray(cache.seen)}, metadata)
 
 
@@ -40,7 +52,9 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     metadata = tensors.metadata
     for key, here in identity(model).items():
         if metadata.get(key) != here:
-            raise ConfigError(f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}")
+            raise ConfigError(
+                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}"
+            )
     config, overflow = model.config, metadata.get("overflow")
     try:
         policy = restored(parse_json(metadata.get("policy", ""), "it"), config)
@@ -49,7 +63,9 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     fields = _fields(policy)
     wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
     if overflow not in OVERFLOWS or wanted != set(tensors.names()):
-        raise ConfigError(f"{path} is damaged: its header or its list of tensors is not that of a cache of {config.num_layers} layers")
+        raise ConfigError(
+            f"{path} is damaged: its header or its list of tensors is not that of a cache of {config.num_layers} layers"
+        )
     rows = tensors.shape("seen")
     layers = []
     for i in range(config.num_layers):
@@ -60,7 +76,9 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         if policy.features:
             shapes["statistic"] = (*shape[:3], policy.features)
         if bad := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
-            raise ConfigError(f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}")
+            raise ConfigError(
+                f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}"
+            )
         layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
     tensors.verify()
     return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy, overflow)
@@ -77,4 +95,8 @@ def identity(model: Decoder) -> dict[str, str]:
     for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):
         head.update(f"{write.name} {list(write.shape)}\n".encode() + np.ascontiguousarray(write.value()).tobytes())
     keys = {} if dms is None else {k: v for k, v in hf_config.dms_keys(dms).items() if k not in ("dms_cr", "dms_tau")}
-    return {"base_sha256": base_hash(model), "evict_head_sha256": head.hexdigest(), "dms": json.dumps(keys, sort_keys=True)}
+    return {
+        "base_sha256": base_hash(model),
+        "evict_head_sha256": head.hexdigest(),
+        "dms": json.dumps(keys, sort_keys=True),
+    }

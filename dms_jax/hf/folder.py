@@ -15,19 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dms_jax.config import ConfigError, DMSConfig, ImplementationName, ModelConfig, naming
+from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
+from dms_jax.errors import ConfigError, naming
+from dms_jax.files import read_json
 from dms_jax.hf import gguf_file, hf_config
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
 from dms_jax.kernels.dispatch import Facts, choose
-from dms_jax.strict_json import read_json
 
 # What belongs to a model but holds no weights: copied as it is.
 SIDE_FILES = {
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
     "USE_POLICY.md",
-}  # fmt: skip
+}
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
 RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}  # of a trained policy; the others are part of what was trained
@@ -118,8 +130,10 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
         return given or own
     for field in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
         if getattr(own, field) != getattr(given, field):
-            raise ConfigError(f"this folder's policy was trained with dms.{field}={getattr(own, field)}, dms= gives {getattr(given, field)}; "
-                              f"only {', '.join(sorted(RUN_TIME_FIELDS))} may differ")  # fmt: skip
+            raise ConfigError(
+                f"this folder's policy was trained with dms.{field}={getattr(own, field)}, dms= gives {getattr(given, field)}; "
+                f"only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
+            )
     return given
 
 
@@ -136,8 +150,11 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
     _refuse_existing(path, overwrite)
     config, source = model.config, getattr(model, "source", None)
     if config.dms is not None and config.dms.variant == "borrowed":
-        warnings.warn(f"{path}: a borrowed-channel policy is read only by dms_jax and Model-Optimizer; plain transformers opens this "
-                      f"folder without a word and computes wrong logits", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{path}: a borrowed-channel policy is read only by dms_jax and Model-Optimizer; plain transformers opens this "
+            f"folder without a word and computes wrong logits",
+            stacklevel=2,
+        )
     original = json.loads(source.config_json) if source and source.config_json else None
     writer = jax.process_index() == 0
 
@@ -225,7 +242,11 @@ def base_hash(model) -> str:
     """
     source = getattr(model, "source", None)
     if source is None:
-        return _hash(sorted((w.name, w.dtype, w.shape, lambda w=w: [w.value()]) for w in model_writes(model) if EVICT not in w.name))
+        return _hash(
+            sorted(
+                (w.name, w.dtype, w.shape, lambda w=w: [w.value()]) for w in model_writes(model) if EVICT not in w.name
+            )
+        )
     if not os.path.exists(source.path):
         raise ConfigError(f"the base of this model, {source.path}, is not there any more; load it from where it is now")
     return _source_hash(source.path, _stamp(source.path))
@@ -238,7 +259,9 @@ def _source_hash(path: str, stamp: tuple) -> str:
     names = sorted(name for entry in entries(config.with_dms(None)) for name in entry.names)
 
     def chunks(name):
-        return lambda: (tensors.read(name, index) for index in row_chunks(tensors.shape(name), tensors.dtype(name).itemsize))
+        return lambda: (
+            tensors.read(name, index) for index in row_chunks(tensors.shape(name), tensors.dtype(name).itemsize)
+        )
 
     return _hash((name, tensors.dtype(name), tensors.shape(name), chunks(name)) for name in names)
 
@@ -253,5 +276,9 @@ def _hash(items) -> str:
 
 
 def _stamp(path: str) -> tuple:
-    files = [path] if os.path.isfile(path) else [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith((".safetensors", ".json"))]
+    files = (
+        [path]
+        if os.path.isfile(path)
+        else [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith((".safetensors", ".json"))]
+    )
     return tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)

@@ -12,19 +12,32 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import ConfigError, ModelConfig, naming, shown
+from dms_jax.config import ModelConfig
+from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.hf.gguf_header import read_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-INSIDE = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-          "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm",
-          "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}  # fmt: skip
+INSIDE = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SAME_MATRIX = 0.2  # relative difference below which two quantisations are of one tied matrix (seen: 0.04 and 0.08)
 
 # Text splitting by `tokenizer.ggml.pre`, as the original tokenizer.json files have it.
-QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
@@ -36,9 +49,13 @@ class GGUFTensors:
         self.fields, tensors = read_gguf(path)
         architecture = self.fields.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
-            raise ConfigError(f"{path}: GGUF architecture {shown(architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}")
+            raise ConfigError(
+                f"{path}: GGUF architecture {shown(architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            )
         self.architecture: str = architecture
-        self.rope_table = tensors.pop("rope_freqs.weight", None)  # llama3 scaling as a table; refused in `config` unless it is known
+        self.rope_table = tensors.pop(
+            "rope_freqs.weight", None
+        )  # llama3 scaling as a table; refused in `config` unless it is known
         self.tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
         if EMBED not in self.tensors:
             raise ConfigError(f"{path} lacks the tensor token_embd.weight")
@@ -60,7 +77,9 @@ class GGUFTensors:
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
         rows = index[0] if index else slice(None)
-        if self.architecture == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+        if self.architecture == "llama" and name.endswith(
+            ("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")
+        ):
             heads = self.config.num_q_heads if ".q_proj." in name else self.config.num_kv_heads
             value = unpermute(self._dequantize(name, slice(None)), heads)[rows]
         else:
@@ -74,7 +93,9 @@ class GGUFTensors:
         try:
             return np.asarray(dequantize(tensor.data[rows], tensor.kind), np.float32)
         except NotImplementedError as why:
-            raise ConfigError(f"{self.where}: tensor {name} has quantisation {tensor.kind.name}, which gguf cannot dequantise") from why
+            raise ConfigError(
+                f"{self.where}: tensor {name} has quantisation {tensor.kind.name}, which gguf cannot dequantise"
+            ) from why
 
     def _hf_name(self, name: str) -> str:
         parts = name.split(".")
@@ -108,7 +129,9 @@ class GGUFTensors:
     def _size(self, key: str, default: int | None = None) -> int:
         value = self._field(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.where}: {self.architecture}.{key} must be a positive whole number, got {shown(value)}")
+            raise ConfigError(
+                f"{self.where}: {self.architecture}.{key} must be a positive whole number, got {shown(value)}"
+            )
         return value
 
     def _real(self, key: str, default: float | None = None) -> float:
@@ -120,7 +143,9 @@ class GGUFTensors:
     def token_id(self, kind: str) -> int | None:
         """Of "bos", "eos", "padding" or "unknown", within the vocabulary."""
         value = self.fields.get(f"tokenizer.ggml.{kind}_token_id")
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.shape(EMBED)[0]):
+        if value is not None and (
+            not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.shape(EMBED)[0]
+        ):
             raise ConfigError(f"{self.where}: tokenizer.ggml.{kind}_token_id must be a token id, got {shown(value)}")
         return value
 
@@ -128,7 +153,9 @@ class GGUFTensors:
     def config(self) -> ModelConfig:
         scaling = self._field("rope.scaling.type", "none")
         if scaling != "none" or self.rope_table is not None:
-            raise ConfigError(f"{self.where}: rope scaling {shown(scaling)} from a GGUF file is not supported; use the Hugging Face folder")
+            raise ConfigError(
+                f"{self.where}: rope scaling {shown(scaling)} from a GGUF file is not supported; use the Hugging Face folder"
+            )
         hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
         eos = self.token_id("eos")
         with naming(self.where):
@@ -189,8 +216,12 @@ def write_tokenizer(path: str, folder: str) -> None:
     except Exception as why:  # the library has no types of its own for what it refuses
         raise ConfigError(f"{path}: its vocabulary makes no tokenizer: {why}") from why
     tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": False, "clean_up_tokenization_spaces": False,
-                "model_max_length": tensors.config.max_position_embeddings}  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": tensors.config.max_position_embeddings,
+    }
     for name, kind in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
         if (token := ids[kind]) is not None:
             settings[name] = tokens[token]
@@ -202,18 +233,24 @@ def write_tokenizer(path: str, folder: str) -> None:
 
 def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
     """The tokens: different texts, each of a type, with merges and template that are texts, and the special ids among them."""
-    texts = lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)  # noqa: E731
+    texts = lambda value: isinstance(value, list) and all(isinstance(item, str) for item in value)
     found: list[Any] = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")]
     tokens, types, merges = found
     wrong = (
-        "tokens are no list of texts" if not texts(tokens)
-        else "a token stands twice" if len(set(tokens)) != len(tokens)
-        else "token_type is no number for each token" if not isinstance(types, list) or len(types) != len(tokens)
-        else "merges are no list of pairs" if not texts(merges) or not all(" " in merge for merge in merges)
-        else "a special token is not among its tokens" if any(i is not None and i >= len(tokens) for i in ids)
-        else "chat_template is no text" if not isinstance(fields.get("tokenizer.chat_template", ""), str)
+        "tokens are no list of texts"
+        if not texts(tokens)
+        else "a token stands twice"
+        if len(set(tokens)) != len(tokens)
+        else "token_type is no number for each token"
+        if not isinstance(types, list) or len(types) != len(tokens)
+        else "merges are no list of pairs"
+        if not texts(merges) or not all(" " in merge for merge in merges)
+        else "a special token is not among its tokens"
+        if any(i is not None and i >= len(tokens) for i in ids)
+        else "chat_template is no text"
+        if not isinstance(fields.get("tokenizer.chat_template", ""), str)
         else ""
-    )  # fmt: skip
+    )
     if wrong:
         raise ConfigError(f"{where}: its tokenizer is damaged: {wrong}")
     return tokens
@@ -232,10 +269,16 @@ def build_tokenizer(fields: dict, where: str):
         "llama-bpe": pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
     }
     if kind != "gpt2" or not isinstance(split, str) or split not in first:
-        raise ConfigError(f"{where}: tokenizer {shown(kind)} with splits {shown(split)} is not supported; supported: gpt2 with {', '.join(first)}")
+        raise ConfigError(
+            f"{where}: tokenizer {shown(kind)} with splits {shown(split)} is not supported; supported: gpt2 with {', '.join(first)}"
+        )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=split == "llama-bpe"))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)}, merges=merges, ignore_merges=split == "llama-bpe"
+        )
+    )
     if split == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([first[split], byte_level])
@@ -245,5 +288,7 @@ def build_tokenizer(fields: dict, where: str):
         tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in added])
     bos = fields.get("tokenizer.ggml.bos_token_id")
     if bos is not None and fields.get("tokenizer.ggml.add_bos_token", split == "llama-bpe"):
-        tokenizer.post_processor = processors.TemplateProcessing(single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
+        )
     return tokenizer

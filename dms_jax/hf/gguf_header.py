@@ -11,9 +11,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dms_jax.config import ConfigError, shown
+from dms_jax.errors import ConfigError, shown
 
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF type -> struct code
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # GGUF type -> struct code
 STRING, ARRAY = 8, 9
 MOST_DIMENSIONS = 4  # of ggml
 
@@ -119,7 +131,11 @@ def _tensors(path: str, infos: list[_Info], start: int, alignment: object) -> di
 
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {shown(alignment)}")
-    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16, GGMLQuantizationType.F64: np.float64}
+    plain = {
+        GGMLQuantizationType.F32: np.float32,
+        GGMLQuantizationType.F16: np.float16,
+        GGMLQuantizationType.F64: np.float64,
+    }
     whole = np.memmap(path, np.uint8, "r")
     start += -start % alignment
     tensors, expected = {}, 0
@@ -134,11 +150,21 @@ def _tensors(path: str, infos: list[_Info], start: int, alignment: object) -> di
         nbytes = math.prod(dimensions) // block * size
         begin = start + offset
         if name in tensors or offset != expected or begin + nbytes > len(whole):
-            what = "stands twice" if name in tensors else "is not where the one before it ends" if offset != expected else "is cut off"
+            what = (
+                "stands twice"
+                if name in tensors
+                else "is not where the one before it ends"
+                if offset != expected
+                else "is cut off"
+            )
             raise ValueError(f"tensor {shown(name)} {what} ({len(whole)} bytes in all)")
         expected += nbytes + -nbytes % alignment
         shape, data = tuple(reversed(dimensions)), whole[begin : begin + nbytes]
-        rows = data.view(plain[kind]).reshape(shape) if kind in plain else data.reshape(quant_shape_to_byte_shape(shape, kind))
+        rows = (
+            data.view(plain[kind]).reshape(shape)
+            if kind in plain
+            else data.reshape(quant_shape_to_byte_shape(shape, kind))
+        )
         tensors[name] = GGUFTensor(shape, kind, rows)
     if start + expected < len(whole):  # something was put in, and each tensor would be read from the wrong place
         raise ValueError(f"{len(whole) - start - expected} bytes follow its last tensor")

@@ -10,21 +10,57 @@ import os
 from difflib import get_close_matches
 from typing import Any
 
-from dms_jax.config import MOST, ConfigError, DMSConfig, ModelConfig, RopeScaling, build, naming, shown
-from dms_jax.strict_json import read_json
+from dms_jax.config import DMSConfig, ModelConfig, RopeScaling
+from dms_jax.config_reader import MAX_INT, build
+from dms_jax.errors import ConfigError, naming, shown
+from dms_jax.files import read_json
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 HANDLED = {
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings",
-    "tie_word_embeddings", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
 # One value each; null and absence mean the same. Any other value changes the logits in a way the decoder does not have.
-FIXED = {"hidden_act": "silu", "partial_rotary_factor": 1.0, "rope_interleaved": False, "pruned_heads": {}, "add_cross_attention": False,
-         "is_encoder_decoder": False, "is_decoder": False, "tie_encoder_decoder": False, "cross_attention_hidden_size": None,
-         "dms_disable_eviction": False}  # fmt: skip
+FIXED = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "pruned_heads": {},
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+    "dms_disable_eviction": False,
+}
 HARMLESS = {
     "names and versions": "architectures auto_map transformers_version transformers.js_config finetuning_task task_specific_params "
     "problem_type tokenizer_class prefix is_llama_config unsloth_fixed unsloth_version model_name",
@@ -42,7 +78,11 @@ HARMLESS = {
 BIASES = {"attention_bias": ("llama", "qwen2", "qwen3"), "mlp_bias": ("llama",)}
 HARMLESS_KEYS = {key for keys in HARMLESS.values() for key in keys.split()}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-ROPE_KIND_KEYS = {"default": set(), "linear": {"factor"}, "llama3": {f.name for f in dataclasses.fields(RopeScaling)} - {"kind"}}
+ROPE_KIND_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {f.name for f in dataclasses.fields(RopeScaling)} - {"kind"},
+}
 
 # DMSConfig field -> the key in config.json, and its value when absent (the class defaults of Model-Optimizer's Qwen3ConfigDMS).
 DMS_KEYS = {
@@ -58,8 +98,13 @@ DMS_KEYS = {
 SEPARATE = "dms_separate_alpha"  # true: own projection; false: the borrowed query channel
 # FastDMS trains token t to decide pair t, with the borrowed channel live in the scores (`dms.md` 1.5, 3.4, 8.2).
 FASTDMS_DEFAULTS = {"window_size": 256, "decision_shift": 0, "zero_borrowed": "none"}
-FASTDMS_SPELLINGS = {"window_size": ("window_size",), "target_cr": ("target_cr",), "tau": ("tau",), "evict_logit_scale": ("alpha_scale",),
-                     "evict_logit_bias": ("alpha_offset", "dms_alpha_offset")}  # fmt: skip
+FASTDMS_SPELLINGS = {
+    "window_size": ("window_size",),
+    "target_cr": ("target_cr",),
+    "tau": ("tau",),
+    "evict_logit_scale": ("alpha_scale",),
+    "evict_logit_bias": ("alpha_offset", "dms_alpha_offset"),
+}
 FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
 FASTDMS_HARMLESS = {"context_len", "compression_mode"}
 
@@ -83,15 +128,23 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     if not isinstance(family, str) or family not in FAMILIES:
         raise ConfigError(f"model_type {shown(family)} is not supported; supported: {', '.join(FAMILIES)}")
     _refuse_unknown(raw)
-    heads, hidden, layers = _need(raw, "num_attention_heads"), _need(raw, "hidden_size"), _need(raw, "num_hidden_layers")
+    heads, hidden, layers = (
+        _need(raw, "num_attention_heads"),
+        _need(raw, "hidden_size"),
+        _need(raw, "num_hidden_layers"),
+    )
     # An explicit null is not the class default of Qwen 3.
     head_dim = (
-        _need(raw, "head_dim") if raw.get("head_dim") is not None else (128 if family == "qwen3" and "head_dim" not in raw else hidden // heads)
+        _need(raw, "head_dim")
+        if raw.get("head_dim") is not None
+        else (128 if family == "qwen3" and "head_dim" not in raw else hidden // heads)
     )
     for key, having in BIASES.items():
         if _flag(raw, key) and family not in having:
             raise ConfigError(f"{key}=true in config.json: a {family} model has no such bias")
-    bias = _flag(raw, "attention_bias") and family != "qwen2"  # Qwen 2 has q, k, v biases and no o bias whatever the key says
+    bias = (
+        _flag(raw, "attention_bias") and family != "qwen2"
+    )  # Qwen 2 has q, k, v biases and no o bias whatever the key says
     no_groups = family == "llama" and raw.get("num_key_value_heads") is None  # Llama 1 and 2 files leave it out
     theta, scaling = _rope(raw)
     return ModelConfig(
@@ -106,7 +159,9 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_position_embeddings=4096 if raw.get("max_position_embeddings") is None else _need(raw, "max_position_embeddings"),
+        max_position_embeddings=4096
+        if raw.get("max_position_embeddings") is None
+        else _need(raw, "max_position_embeddings"),
         tie_word_embeddings=_flag(raw, "tie_word_embeddings"),  # false is the class default of all four families
         qkv_bias=bias or family == "qwen2",
         o_bias=bias,
@@ -142,7 +197,9 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
 def dms_keys(dms: DMSConfig) -> dict:
     """The `dms_*` keys of a policy, all of them explicit: what `dms_config` reads back to an equal DMSConfig."""
     keys = {SEPARATE: dms.variant == "projection"} | {key: getattr(dms, field) for field, (key, _) in DMS_KEYS.items()}
-    return keys | {"dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr}  # a whole number elsewhere
+    return keys | {
+        "dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr
+    }  # a whole number elsewhere
 
 
 def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
@@ -160,17 +217,30 @@ def fresh_config(config: ModelConfig) -> dict:
     scaling = config.rope_scaling
     rope = None
     if scaling is not None:
-        rope = {"rope_type": scaling.kind} | {name: getattr(scaling, name) for name in sorted(ROPE_KIND_KEYS[scaling.kind])}
+        rope = {"rope_type": scaling.kind} | {
+            name: getattr(scaling, name) for name in sorted(ROPE_KIND_KEYS[scaling.kind])
+        }
     eos = config.eos_token_ids
     raw = {
-        "model_type": config.model_type, "vocab_size": config.vocab_size, "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size, "num_hidden_layers": config.num_layers, "num_attention_heads": config.num_q_heads,
-        "num_key_value_heads": config.num_kv_heads, "head_dim": config.head_dim, "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps, "rope_theta": config.rope_theta, "rope_scaling": rope,
-        "max_position_embeddings": config.max_position_embeddings, "tie_word_embeddings": config.tie_word_embeddings,
-        "bos_token_id": config.bos_token_id, "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
-        "pad_token_id": config.pad_token_id, "use_cache": True,
-    }  # fmt: skip
+        "model_type": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_q_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
+        "pad_token_id": config.pad_token_id,
+        "use_cache": True,
+    }
     if config.model_type in ("llama", "qwen3"):
         raw["attention_bias"] = config.o_bias
     if config.model_type == "llama":
@@ -179,13 +249,19 @@ def fresh_config(config: ModelConfig) -> dict:
         raw["sliding_window"] = config.sliding_window
     if config.model_type in ("qwen2", "qwen3"):
         window = config.sliding_window
-        raw |= {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0 if window else config.num_layers}
+        raw |= {
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "max_window_layers": 0 if window else config.num_layers,
+        }
     return raw
 
 
 def _refuse_unknown(raw: dict) -> None:
     if raw.get("quantization_config") is not None:
-        raise ConfigError("config.json has quantization_config: give the unquantized folder (bf16, fp16 or fp32 weights)")
+        raise ConfigError(
+            "config.json has quantization_config: give the unquantized folder (bf16, fp16 or fp32 weights)"
+        )
     for key, value in FIXED.items():
         if raw.get(key) is not None and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool)):
             raise ConfigError(f"{key}={shown(raw[key])} in config.json is not supported; only {value!r} is")
@@ -195,7 +271,11 @@ def _refuse_unknown(raw: dict) -> None:
         if key.startswith("_"):  # private to transformers: paths, hashes, attention implementation
             continue
         near = get_close_matches(key, read, n=1)
-        hint = f"did you mean {near[0]}?" if near else "handle it in dms_jax/hf/hf_config.py, or list it as HARMLESS there with the reason"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else "handle it in dms_jax/hf/hf_config.py, or list it as HARMLESS there with the reason"
+        )
         raise ConfigError(f"unknown key `{key}` in config.json may change the mathematics; {hint}")
 
 
@@ -208,7 +288,9 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     rope = {key: value for part in given for key, value in part.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in ROPE_KIND_KEYS:
-        raise ConfigError(f"rope type {shown(kind)} in config.json is not supported; supported: {', '.join(ROPE_KIND_KEYS)}")
+        raise ConfigError(
+            f"rope type {shown(kind)} in config.json is not supported; supported: {', '.join(ROPE_KIND_KEYS)}"
+        )
     for key in sorted(rope.keys() - ROPE_KEYS - ROPE_KIND_KEYS[kind]):
         raise ConfigError(f"unknown key `{key}` in the {kind} rope parameters of config.json")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -220,7 +302,9 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     if missing:
         raise ConfigError(f"rope type {kind} in config.json lacks {', '.join(sorted(missing))}")
     length = "original_max_position_embeddings"
-    values: dict[str, Any] = {key: _need(rope, key) if key == length else _number(rope, key, 0.0) for key in ROPE_KIND_KEYS[kind]}
+    values: dict[str, Any] = {
+        key: _need(rope, key) if key == length else _number(rope, key, 0.0) for key in ROPE_KIND_KEYS[kind]
+    }
     return theta, RopeScaling(kind=kind, **values)
 
 
@@ -231,7 +315,9 @@ def _sliding_window(raw: dict, family: str, layers: int) -> int | None:
         raise ConfigError(f"layer_types in config.json must be a list or null, got {shown(kinds)}")
     for kind in kinds or ():
         if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(f"layer type {shown(kind)} in config.json is not supported; supported: full_attention, sliding_attention")
+            raise ConfigError(
+                f"layer type {shown(kind)} in config.json is not supported; supported: full_attention, sliding_attention"
+            )
     window = None if family == "llama" else 4096  # the class default of the other three
     if "sliding_window" in raw:
         window = None if raw["sliding_window"] is None else _need(raw, "sliding_window")
@@ -275,7 +361,7 @@ def _checked_dms(values: dict) -> DMSConfig:
 
 def _need(raw: dict, key: str, least: int = 1) -> int:
     value = raw.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_INT:
         rule = "a positive whole number" if least else "a whole number"
         raise ConfigError(f"config.json needs {rule} `{key}`, got {shown(value)}")
     return value
@@ -286,7 +372,9 @@ def _number(raw: dict, key: str, default: float) -> float:
     value = raw.get(key)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value > 1e300:  # a larger int is no float
+    if (
+        isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf or value > 1e300
+    ):  # a larger int is no float
         raise ConfigError(f"`{key}` in config.json must be a positive number, got {shown(value)}")
     return float(value)
 
@@ -302,7 +390,9 @@ def _flag(raw: dict, key: str) -> bool:
 def _token_id(key: str, value: object) -> int | None:
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MOST:  # -1: old files mean none by it
+    if (
+        not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MAX_INT
+    ):  # -1: old files mean none by it
         raise ConfigError(f"`{key}` must be a token id, got {shown(value)}")
     return value
 

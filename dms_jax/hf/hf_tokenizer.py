@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.hf import gguf_file
 from dms_jax.hf.folder import resolve
 
@@ -36,7 +36,9 @@ class Tokenizer:
         try:
             return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
         except Exception as why:  # a template raises whatever its author wrote
-            raise ConfigError(f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}") from why
+            raise ConfigError(
+                f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}"
+            ) from why
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
         return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
@@ -88,13 +90,17 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _read(folder: str, where: str):
     if not any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZER_FILES):
-        raise ConfigError(f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of the base model there")
+        raise ConfigError(
+            f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of the base model there"
+        )
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would lament that torch is not installed
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer("a \U0010fffd")  # what no vocabulary holds: an unknown token that is itself unknown is found now, not in the millionth line
+        tokenizer(
+            "a \U0010fffd"
+        )  # what no vocabulary holds: an unknown token that is itself unknown is found now, not in the millionth line
         f"{tokenizer.chat_template}".encode()  # JSON can spell half a surrogate pair, which no text may hold
         return tokenizer
     except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: many types

@@ -14,7 +14,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from dms_jax.config import ConfigError, ModelConfig
+from dms_jax.config import ModelConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf.safetensors_files import Tensors, Write, row_chunks, shorten
 from dms_jax.models.decoder import Decoder
 from dms_jax.sharding import named_sharding
@@ -115,8 +116,20 @@ class Entry:
 @lru_cache
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """Every parameter a model of this config has, in the order of the table."""
-    sizes = tuple(zip("VDNKHF", (config.vocab_size, config.hidden_size, config.num_q_heads, config.num_kv_heads, config.head_dim,
-                                 config.intermediate_size), strict=True))  # fmt: skip
+    sizes = tuple(
+        zip(
+            "VDNKHF",
+            (
+                config.vocab_size,
+                config.hidden_size,
+                config.num_q_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                config.intermediate_size,
+            ),
+            strict=True,
+        )
+    )
     has = {path for path, _ in _variables(abstract_state(config, jnp.float32)[1])}
     found = []
     for name, (path, axes) in WEIGHTS.items():
@@ -132,7 +145,9 @@ def abstract_state(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef,
     return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
-def read_model(tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, fresh_evict_head: bool) -> Decoder:
+def read_model(
+    tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, fresh_evict_head: bool
+) -> Decoder:
     """A Decoder from named tensors, born sharded. `fresh_evict_head`: the file has none, start one that never evicts.
 
     Evict parameters are fp32 whatever `dtype`. Raises ConfigError, naming tensors, when any is missing, extra or misshapen.
@@ -149,7 +164,9 @@ def read_model(tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Me
             variable.set_value(placement.build(_reader(tensors, entry, variable)))
         else:
             fill = 1.0 if entry.path.endswith("norm") else 0.0
-            variable.set_value(placement.build(lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype)))
+            variable.set_value(
+                placement.build(lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype))
+            )
     return nnx.merge(graph, state)
 
 
@@ -207,11 +224,14 @@ def _check_tied(tensors: Tensors) -> None:
     """A tied model may carry its head twice; two different ones would be decided silently, so they are refused."""
     shape = tensors.shape(EMBED)
     same = tensors.shape(HEAD) == shape and all(
-        np.array_equal(tensors.read(EMBED, index), tensors.read(HEAD, index)) for index in row_chunks(shape, tensors.dtype(EMBED).itemsize)
+        np.array_equal(tensors.read(EMBED, index), tensors.read(HEAD, index))
+        for index in row_chunks(shape, tensors.dtype(EMBED).itemsize)
     )
     if not same:
-        raise ConfigError(f"{tensors.where}: config.json ties the embeddings, but {HEAD} differs from {EMBED}; "
-                          f"set tie_word_embeddings to false to keep both")  # fmt: skip
+        raise ConfigError(
+            f"{tensors.where}: config.json ties the embeddings, but {HEAD} differs from {EMBED}; "
+            f"set tie_word_embeddings to false to keep both"
+        )
 
 
 def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[[tuple[slice, ...]], np.ndarray]:
@@ -219,7 +239,9 @@ def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
-            return entry.layout.to_ours(tensors.read(entry.names[0], entry.layout.file_index(index))).astype(variable.dtype)
+            return entry.layout.to_ours(tensors.read(entry.names[0], entry.layout.file_index(index))).astype(
+                variable.dtype
+            )
         out = np.empty(_extent(index, variable.shape), variable.dtype)
         for row, name in enumerate(entry.names[index[0]]):
             out[row] = entry.layout.to_ours(tensors.read(name, entry.layout.file_index(index[1:])))
@@ -243,7 +265,9 @@ class _Placement:
         devices_of: dict[tuple, list[jax.Device]] = {}
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
             # pyrefly: ignore[bad-argument-type]  # a device that is addressable has an index
-            devices_of.setdefault(tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)), []).append(device)
+            devices_of.setdefault(
+                tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)), []
+            ).append(device)
         shards = []
         for spans, devices in devices_of.items():
             host = block(tuple(slice(*span) for span in spans))

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 
 def open_dataset(name: str) -> Any:
@@ -12,7 +12,11 @@ def open_dataset(name: str) -> Any:
     Raises ConfigError.
     """
     dataset, *rest = re.split(r":(?![^\[]*\])", name.removeprefix("hf:"))  # not the colon of a slice, `train[:1000]`
-    split = rest.pop() if len(rest) == 2 or (rest and re.match(r"(train|valid|validation|dev|test)\b", rest[0])) else "train"
+    split = (
+        rest.pop()
+        if len(rest) == 2 or (rest and re.match(r"(train|valid|validation|dev|test)\b", rest[0]))
+        else "train"
+    )
     if not dataset or len(rest) > 1:
         raise ConfigError(f"a dataset is named hf:NAME[:CONFIG][:SPLIT], got {name!r}")
     try:
@@ -22,4 +26,6 @@ def open_dataset(name: str) -> Any:
     try:
         return datasets.load_dataset(dataset, *rest, split=split)
     except Exception as why:  # the hub, the network and the dataset's own files raise errors without a common base
-        raise ConfigError(f"cannot load {name}: {type(why).__name__}: {' '.join(str(why).split())}; offline, give files instead") from why
+        raise ConfigError(
+            f"cannot load {name}: {type(why).__name__}: {' '.join(str(why).split())}; offline, give files instead"
+        ) from why

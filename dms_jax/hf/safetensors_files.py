@@ -10,8 +10,8 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 
-from dms_jax.config import ConfigError, shown
-from dms_jax.strict_json import read_json
+from dms_jax.errors import ConfigError, shown
+from dms_jax.files import read_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CONTENT_HASH = "content_sha256"  # in the header of files of ours
@@ -48,7 +48,9 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> np.dtype:
         dtype = self.handle_of[name].get_slice(name).get_dtype()
         if dtype not in DTYPES:
-            raise ConfigError(f"tensor {name} in {self.where} is {dtype}; supported are {', '.join(DTYPES)}. Convert it to BF16 first")
+            raise ConfigError(
+                f"tensor {name} in {self.where} is {dtype}; supported are {', '.join(DTYPES)}. Convert it to BF16 first"
+            )
         return DTYPES[dtype]
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -61,7 +63,9 @@ class SafetensorsFiles:
         metadata = self.metadata
         written = metadata.pop(CONTENT_HASH, None)
         if written != _content_hash(self.names(), self.read, metadata):
-            raise ConfigError(f"{self.where} is damaged: its content is not what its header says ({CONTENT_HASH}); write it again")
+            raise ConfigError(
+                f"{self.where} is damaged: its content is not what its header says ({CONTENT_HASH}); write it again"
+            )
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -76,15 +80,21 @@ def open_folder(folder: str) -> SafetensorsFiles:
         if os.path.isfile(os.path.join(folder, "model.safetensors")):
             return SafetensorsFiles(folder, [os.path.join(folder, "model.safetensors")])
         found = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pth", ".gguf")))
-        raise ConfigError(f"{folder} has neither model.safetensors nor {INDEX}" + (f"; it has {shorten(found)}" if found else ""))
+        raise ConfigError(
+            f"{folder} has neither model.safetensors nor {INDEX}" + (f"; it has {shorten(found)}" if found else "")
+        )
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
     # A plain name only: a downloaded index must not make us read outside its folder.
     if strange := [
-        name for name in file_of.values() if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
+        name
+        for name in file_of.values()
+        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
     ]:
-        raise ConfigError(f"{index} names {shown(strange[0])}, which is no .safetensors file of its folder; download the folder again")
+        raise ConfigError(
+            f"{index} names {shown(strange[0])}, which is no .safetensors file of its folder; download the folder again"
+        )
     files = sorted(set(file_of.values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
     if absent:
@@ -158,10 +168,17 @@ def write_folder(folder: str, writes: list[Write], limit: int = SHARD_BYTES, wri
     every process must make the values, since gathering a sharded array takes all of them."""
     shards = plan_shards(writes, limit)
     for file, group in shards:
-        save_file(os.path.join(folder, file), {w.name: w.value() for w in group} if writer else _drain(group), {"format": "pt"}, writer)
+        save_file(
+            os.path.join(folder, file),
+            {w.name: w.value() for w in group} if writer else _drain(group),
+            {"format": "pt"},
+            writer,
+        )
     if len(shards) > 1 and writer:
-        index = {"metadata": {"total_size": sum(w.nbytes for w in writes)},
-                 "weight_map": {w.name: shard.file for shard in shards for w in shard.writes}}  # fmt: skip
+        index = {
+            "metadata": {"total_size": sum(w.nbytes for w in writes)},
+            "weight_map": {w.name: shard.file for shard in shards for w in shard.writes},
+        }
         with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2)
 
@@ -207,7 +224,9 @@ def open_own(path: str | os.PathLike[str], what: str, kind: str, version: str) -
     if tensors.metadata.get("kind") != kind:
         raise ConfigError(f"{path} is not {what} of dms_jax (its header has no kind={kind})")
     if tensors.metadata.get("version") != version:
-        raise ConfigError(f"{path} is {what} of version {tensors.metadata.get('version')}, this dms_jax reads {version}")
+        raise ConfigError(
+            f"{path} is {what} of version {tensors.metadata.get('version')}, this dms_jax reads {version}"
+        )
     return tensors
 
 

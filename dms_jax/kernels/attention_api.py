@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.core import chunked_attention, compact_cache, slot_attention
-from dms_jax.core.compact_cache import LayerCache, Verdict
+from dms_jax.core.compact_cache import Expiries, LayerCache
 from dms_jax.core.rotary import rotate
 from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_use, unfold_queries
 from dms_jax.core.visibility import expiry_of
@@ -57,12 +57,16 @@ def gated_attention(
     else:
         assert isinstance(blocks, TrainBlocks)
         blocks = blocks.fit(q.shape[1])
-        attend = partial(_kernel("train_attention", "attend", name), window_size=window_size, blocks=blocks, interpret=interpret)
+        attend = partial(
+            _kernel("train_attention", "attend", name), window_size=window_size, blocks=blocks, interpret=interpret
+        )
         multiple = math.lcm(blocks.q, blocks.k)
     n, kv_heads = q.shape[2], k.shape[2]
     q, k, v, log_keep = deal_out(q, k, v, log_keep)
     rows = "batch heads . . ."
-    run = _per_device(attend, (q.shape[0], k.shape[2]), [rows, "batch heads . .", "batch heads . .", "batch heads .", "batch ."], rows)
+    run = _per_device(
+        attend, (q.shape[0], k.shape[2]), [rows, "batch heads . .", "batch heads . .", "batch heads .", "batch ."], rows
+    )
     return collect(chunked_attention.with_heads_folded(run, multiple, q, k, v, log_keep, segment_ids), n, kv_heads)
 
 
@@ -71,7 +75,7 @@ def extend_layer(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
-    verdict: Verdict,
+    expiries: Expiries,
     position: Int[Array, "B T"],
     count: Int[Array, "B"],
     window_size: int,
@@ -79,17 +83,21 @@ def extend_layer(
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
     """`core.slot_attention.extend_layer` for a policy that decides about each head by itself: no device waits for another."""
     own = partial(
-        slot_attention.extend_layer, window_size=window_size,
-        attend=partial(attend_to_slots, implementation=implementation), place=partial(place, implementation=implementation),
-    )  # fmt: skip
-    cache_form, verdict_form = cast(Any, LayerCache), cast(Any, Verdict)  # of axes instead of arrays
+        slot_attention.extend_layer,
+        window_size=window_size,
+        attend=partial(attend_to_slots, implementation=implementation),
+        write_pairs=partial(write_pairs, implementation=implementation),
+    )
+    cache_form, verdict_form = cast(Any, LayerCache), cast(Any, Expiries)  # of axes instead of arrays
     cache = cache_form(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
-    last = None if verdict.last_expiry is None else "batch kv_heads"
+    last = None if expiries.last_expiry is None else "batch kv_heads"
     run = _per_device(
-        own, k.shape[:2], [cache, "batch . kv_heads .", VECTORS, VECTORS, verdict_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        own,
+        k.shape[:2],
+        [cache, "batch . kv_heads .", VECTORS, VECTORS, verdict_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
         ("batch . kv_heads .", cache),
-    )  # fmt: skip
-    return run(layer, q, k, v, verdict, position, count)
+    )
+    return run(layer, q, k, v, expiries, position, count)
 
 
 @typed
@@ -106,7 +114,9 @@ def attend_to_slots(
     """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
     why = None if read is None else "cannot leave out slots that a policy does not want to read"
     kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
-    name, blocks = choose(kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks)
+    name, blocks = choose(
+        kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks
+    )
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
     attend_slots = _kernel("slot_attention", "attend_slots", name)
@@ -114,20 +124,23 @@ def attend_to_slots(
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
     run = _per_device(
         partial(attend_slots, blocks=blocks, interpret=interpret),
-        rows.shape[:2], [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"],
+        rows.shape[:2],
+        [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"],
         cast(Any, Partial)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
-    )  # fmt: skip
+    )
     parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
     if chunk is not None:
         k, v, expiry = chunk
         k_position = jnp.broadcast_to(position[:, None], expiry.shape)
-        parts.append(run(rows, row_position, k, v, k_position, expiry, jnp.full(expiry.shape[:2], k.shape[2], jnp.int32)))
+        parts.append(
+            run(rows, row_position, k, v, k_position, expiry, jnp.full(expiry.shape[:2], k.shape[2], jnp.int32))
+        )
     merged = merge(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
     return unfold_queries(merged.divided().astype(q.dtype), q.shape[1])
 
 
 @typed
-def place(
+def write_pairs(
     layer: LayerCache,
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
@@ -140,12 +153,16 @@ def place(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> LayerCache:
-    """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.place`."""
-    name, blocks = choose("compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
+    """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.write_pairs`."""
+    name, blocks = choose(
+        "compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks
+    )
     if name == XLA or k.shape[2] == 1:  # one pair is no stream
-        return compact_cache.place(layer, k, v, position, expiry, score, stays, comes)
-    kernel = _kernel("compaction", "place", name)
-    run = _per_device(partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER))
+        return compact_cache.write_pairs(layer, k, v, position, expiry, score, stays, comes)
+    kernel = _kernel("compaction", "write_pairs", name)
+    run = _per_device(
+        partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER)
+    )
     new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
     return _with_arrays(layer, new)
 
@@ -174,16 +191,19 @@ def decode_update(
     `logit` is the token's own decision score: above `threshold` it evicts pair seen - 1 (`decision_shift` 1) or its own (0); None:
     nothing is ever marked. Rows of `count` 0 stay as they are.
     """
-    name, _ = choose("decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks)
+    name, _ = choose(
+        "decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks
+    )
     threshold = jnp.asarray(threshold, jnp.float32)
     if name == XLA:
         return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)
     kernel = _kernel("decode_update", "decode_update", name)
     run = _per_device(  # the query heads of a group are with their key head
         partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
-        k.shape[:2], [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
+        k.shape[:2],
+        [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
         (SLOTS, *LAYER, "batch kv_heads"),
-    )  # fmt: skip
+    )
     q, *new, forced = run(q, k, v, cos, sin, logit, *_arrays(layer), seen, count, threshold)
     layer = _with_arrays(layer, new)
     return q, replace(layer, forced_evictions=layer.forced_evictions + forced)
@@ -191,26 +211,34 @@ def decode_update(
 
 def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift):
     """The same of the parts that `core` has: what the kernel is tested against and timed next to."""
-    turn = lambda x: rotate(x, cos[:, None], sin[:, None])  # noqa: E731
+    turn = lambda x: rotate(x, cos[:, None], sin[:, None])
     marked, score = (logit > threshold)[..., None], logit[..., None]
     position, nothing = seen[:, None, None], jnp.zeros_like(score)
     unmarked = expiry_of(jnp.zeros_like(marked), position, window_size)
     if decision_shift == 0:
-        verdict = Verdict(expiry_of(marked, position, window_size), score, None, None)
+        expiries = Expiries(expiry_of(marked, position, window_size), score, None, None)
     elif decision_shift == 1:
-        verdict = Verdict(unmarked, nothing, expiry_of(marked, position - 1, window_size)[..., 0], logit)
+        expiries = Expiries(unmarked, nothing, expiry_of(marked, position - 1, window_size)[..., 0], logit)
     else:
-        verdict = Verdict(unmarked, nothing, None, None)
-    settled = compact_cache.settle(layer, verdict, seen, count)
-    return turn(q), compact_cache.append(settled, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, window_size)
+        expiries = Expiries(unmarked, nothing, None, None)
+    settled = compact_cache.apply_pending(layer, expiries, seen, count)
+    return turn(q), compact_cache.append(
+        settled, turn(k)[:, :, None], v[:, :, None], expiries, seen, count, window_size
+    )
 
 
 @functools.cache
 def _kernel(file: str, function: str, implementation: str) -> Any:
     """A kernel for one accelerator, whose file needs not load where another one runs. Jitted: the layers of a model that decodes are
     unrolled, and what they all call is lowered and compiled once (minutes, for 36 layers)."""
-    found = getattr(importlib.import_module(f"dms_jax.kernels.{file}_{'gpu' if implementation == GPU else 'tpu'}"), function)
-    fixed = [name for name, parameter in inspect.signature(found).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    found = getattr(
+        importlib.import_module(f"dms_jax.kernels.{file}_{'gpu' if implementation == GPU else 'tpu'}"), function
+    )
+    fixed = [
+        name
+        for name, parameter in inspect.signature(found).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
     return jax.jit(found, static_argnames=fixed)
 
 
@@ -230,13 +258,17 @@ def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: An
     form in which `f` returns them.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:  # manual: each device runs this for itself already
+    if (
+        mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes
+    ):  # manual: each device runs this for itself already
         return f
     size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1]}
 
     def of(axes: str):
         names = axes.split()
-        return spec(tuple(None if name == "." else name for name in names), tuple(size_of[name] for name in names), mesh)
+        return spec(
+            tuple(None if name == "." else name for name in names), tuple(size_of[name] for name in names), mesh
+        )
 
     def run(*args):
         specs = tuple(None if x is None else jax.tree.map(of, axes) for axes, x in zip(axes_in, args, strict=True))

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from dms_jax.config import ConfigError
-from dms_jax.strict_json import parse_json
+from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 
 KERNELS = {
     "train_attention": "attention with the eviction gate, value and gradient",
@@ -50,7 +50,12 @@ class PlaceBlocks(NamedTuple):
 
 
 Blocks = TrainBlocks | SlotBlocks | PlaceBlocks
-KINDS: dict[str, type] = {"train_attention": TrainBlocks, "decode_attention": SlotBlocks, "chunk_attention": SlotBlocks, "compaction": PlaceBlocks}
+KINDS: dict[str, type] = {
+    "train_attention": TrainBlocks,
+    "decode_attention": SlotBlocks,
+    "chunk_attention": SlotBlocks,
+    "compaction": PlaceBlocks,
+}
 
 
 class TunedEntry(NamedTuple):
@@ -96,12 +101,18 @@ def candidates(kernel: str, implementation: str, head_dim: int, dtype: str) -> l
     others: list[Blocks] = []
     if isinstance(default, TrainBlocks):
         sizes = (64, 128, 256) if implementation == "mosaic_gpu" else (256, 512, 1024)
-        others = [default._replace(k=k, steps=steps) for k in sizes for steps in ((2, 3) if implementation == "mosaic_gpu" else (2,))]
+        others = [
+            default._replace(k=k, steps=steps)
+            for k in sizes
+            for steps in ((2, 3) if implementation == "mosaic_gpu" else (2,))
+        ]
         others += [default._replace(q=q) for q in ((256,) if implementation == "mosaic_gpu" else (256, 512))]
     elif isinstance(default, SlotBlocks):
         keys = (max(64, default.keys // 2), default.keys, default.keys * 2)
         if implementation == "mosaic_gpu":  # `parts` is not tuned: it depends on the number of rows and heads
-            others = [default._replace(keys=k, steps=s) for k in keys for s in ((2, 4, 6) if default.rows == 64 else (2, 3))]
+            others = [
+                default._replace(keys=k, steps=s) for k in keys for s in ((2, 4, 6) if default.rows == 64 else (2, 3))
+            ]
         else:
             others = [default._replace(keys=k) for k in (*keys, default.keys * 4)]
     else:
@@ -142,7 +153,11 @@ def _entry(fields: dict) -> TunedEntry:
     for name, kind in NUMBERS.items():
         if type(value := getattr(entry, name)) is not kind or value != value:
             raise ValueError(f"{name} is {value!r}")
-    if wrong := [name for name in TunedEntry._fields if name not in NUMBERS and name != "blocks" and not isinstance(getattr(entry, name), str)]:
+    if wrong := [
+        name
+        for name in TunedEntry._fields
+        if name not in NUMBERS and name != "blocks" and not isinstance(getattr(entry, name), str)
+    ]:
         raise ValueError(f"{wrong[0]} is no text")
     if any(type(size) is not int or size < 0 for size in entry.blocks or ()):
         raise ValueError(f"blocks are {entry.blocks}")
@@ -151,5 +166,11 @@ def _entry(fields: dict) -> TunedEntry:
 
 def tuned_entry(kernel: str, implementation: str, device: str, head_dim: int, dtype: str) -> TunedEntry | None:
     """The measurement of a kernel on a kind of device, or on one with the same multiprocessors; None where there is none."""
-    found = {entry.device: entry for entry in _tuned(TUNED) if (*entry[:2], *entry[3:5]) == (kernel, implementation, head_dim, dtype)}
-    return found.get(device) or next((entry for other, entry in found.items() if any(t in other and o in device for t, o in ALIKE)), None)
+    found = {
+        entry.device: entry
+        for entry in _tuned(TUNED)
+        if (*entry[:2], *entry[3:5]) == (kernel, implementation, head_dim, dtype)
+    }
+    return found.get(device) or next(
+        (entry for other, entry in found.items() if any(t in other and o in device for t, o in ALIKE)), None
+    )

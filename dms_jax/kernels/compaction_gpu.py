@@ -19,7 +19,7 @@ from dms_jax.kernels.mosaic_gpu import update_in_place
 ROW_BYTES = 128  # copies want their end in shared memory aligned to this
 
 
-def place(
+def write_pairs(
     k: Float[Array, "B K C H"],
     v: Float[Array, "B K C H"],
     position: Int[Array, "B K C"],
@@ -36,7 +36,7 @@ def place(
     blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
-    """`core.compact_cache.place` on the five arrays of a layer; in place where the caller donates them."""
+    """`core.compact_cache.write_pairs` on the five arrays of a layer; in place where the caller donates them."""
     b, heads, capacity, h = k.shape
     pairs = min(blocks.pairs, -(-comes.shape[2] // 32) * 32)  # a copy on hardware is a multiple of 128 bytes
     pad, least = -comes.shape[2] % pairs, ROW_BYTES // k.dtype.itemsize
@@ -46,7 +46,13 @@ def place(
         x = jnp.pad(x.astype(dtype), widths, constant_values=fill)
         return x.reshape(b * heads, *x.shape[2:])
 
-    new = tile(new_k, k.dtype), tile(new_v, v.dtype), tile(new_position, jnp.int32), tile(new_expiry, jnp.int32), tile(new_score, jnp.float32)
+    new = (
+        tile(new_k, k.dtype),
+        tile(new_v, v.dtype),
+        tile(new_position, jnp.int32),
+        tile(new_expiry, jnp.int32),
+        tile(new_score, jnp.float32),
+    )
     slot = tile(slots_of(stays, comes), jnp.int32, capacity)
     flat = [x.reshape(b * heads, *x.shape[2:]) for x in (k, v, position, expiry, score)]
     moved = _send(flat, new, slot, pairs, interpret)
@@ -57,9 +63,26 @@ def _send(layer, new, slot, pairs, interpret):
     flat_heads, capacity, h = layer[0].shape
 
     def send_rows(
-        k_ref, v_ref, position_ref, expiry_ref, score_ref, new_k_ref, new_v_ref, new_position_ref, new_expiry_ref, new_score_ref, slot_ref,
-        *, k_s, v_s, position_s, expiry_s, score_s, slot_s, arrived,
-    ):  # fmt: skip
+        k_ref,
+        v_ref,
+        position_ref,
+        expiry_ref,
+        score_ref,
+        new_k_ref,
+        new_v_ref,
+        new_position_ref,
+        new_expiry_ref,
+        new_score_ref,
+        slot_ref,
+        *,
+        k_s,
+        v_s,
+        position_s,
+        expiry_s,
+        score_s,
+        slot_s,
+        arrived,
+    ):
         head, of_tile = lax.axis_index("head"), pl.ds(lax.axis_index("tile") * pairs, pairs)
         sources = new_k_ref, new_v_ref, new_position_ref, new_expiry_ref, new_score_ref, slot_ref
         for source, target in zip(sources, (k_s, v_s, position_s, expiry_s, score_s, slot_s), strict=True):
@@ -83,6 +106,10 @@ def _send(layer, new, slot, pairs, interpret):
     smem = [plgpu.SMEM((pairs, *x.shape[2:]), x.dtype) for x in (*new, slot)]
     names = "k_s", "v_s", "position_s", "expiry_s", "score_s", "slot_s"
     return update_in_place(
-        send_rows, layer, [*new, slot], grid={"head": flat_heads, "tile": slot.shape[1] // pairs},
-        scratch={**dict(zip(names, smem, strict=True)), "arrived": plgpu.Barrier(num_arrivals=len(names))}, interpret=interpret,
-    )  # fmt: skip
+        send_rows,
+        layer,
+        [*new, slot],
+        grid={"head": flat_heads, "tile": slot.shape[1] // pairs},
+        scratch={**dict(zip(names, smem, strict=True)), "arrived": plgpu.Barrier(num_arrivals=len(names))},
+        interpret=interpret,
+    )

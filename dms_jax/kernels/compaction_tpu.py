@@ -22,7 +22,7 @@ from dms_jax.kernels.mosaic_tpu import VMEM_LIMIT, column, in_hbm, slots_in_lane
 NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
 
 
-def place(
+def write_pairs(
     k: Float[Array, "B K C H"],
     v: Float[Array, "B K C H"],
     position: Int[Array, "B K C"],
@@ -39,11 +39,11 @@ def place(
     blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array]:
-    """The five arrays of the layer after `core.compact_cache.place`. Keys and values are updated in place where they are donated."""
+    """The five arrays of the layer after `core.compact_cache.write_pairs`. Keys and values are updated in place where they are donated."""
     b, heads, capacity, h = k.shape
     length = new_k.shape[2]
     block_s, block_t = min(blocks.slots, capacity), min(blocks.pairs, length)
-    folded = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
+    folded = lambda x: x.reshape(b * heads, *x.shape[2:])
 
     freed, came = (jnp.cumsum(folded(x), axis=-1, dtype=jnp.int32) for x in (~stays, comes))
     receives = ~folded(stays) & (freed <= came[:, -1:])
@@ -51,12 +51,13 @@ def place(
     pair_rank = jnp.where(folded(comes), came - 1, NO_SLOT)
     slot_block, pair_block, count = _staircase(freed, came, block_s, block_t)
     pairs = jnp.stack(
-        [pair_rank, folded(new_position), folded(new_expiry), lax.bitcast_convert_type(folded(new_score), jnp.int32)], axis=1
+        [pair_rank, folded(new_position), folded(new_expiry), lax.bitcast_convert_type(folded(new_score), jnp.int32)],
+        axis=1,
     )  # [B K, 4, T]
 
     # Which blocks a step is about; `at` are head and step, then the scalars.
-    slots_of = lambda head, i, slot_block, pair_block, count: slot_block[head, i]  # noqa: E731
-    pairs_of = lambda head, i, slot_block, pair_block, count: pair_block[head, i]  # noqa: E731
+    slots_of = lambda head, i, slot_block, pair_block, count: slot_block[head, i]
+    pairs_of = lambda head, i, slot_block, pair_block, count: pair_block[head, i]
     lanes = slots_in_lanes(h)
 
     def rows_spec(size, which):
@@ -64,8 +65,8 @@ def place(
             return pl.BlockSpec((None, h, size), lambda *at: (at[0], 0, which(*at)))
         return pl.BlockSpec((None, size, h), lambda *at: (at[0], which(*at), 0))
 
-    numbers_spec = lambda number, size, which: pl.BlockSpec((None, number, size), lambda *at: (at[0], 0, which(*at)))  # noqa: E731
-    in_layout = lambda x: x.swapaxes(-1, -2) if lanes else x  # noqa: E731
+    numbers_spec = lambda number, size, which: pl.BlockSpec((None, number, size), lambda *at: (at[0], 0, which(*at)))
+    in_layout = lambda x: x.swapaxes(-1, -2) if lanes else x
     new_k, new_v = (in_layout(folded(x.astype(k.dtype))) for x in (new_k, new_v))
     old_k, old_v = (in_hbm(in_layout(folded(x)), interpret) for x in (k, v))
     old_spec = rows_spec(block_s, slots_of)
@@ -75,37 +76,50 @@ def place(
             num_scalar_prefetch=3,
             grid=(b * heads, jnp.maximum(jnp.max(count), 1)),
             in_specs=[
-                numbers_spec(1, block_s, slots_of), numbers_spec(4, block_t, pairs_of),
-                rows_spec(block_t, pairs_of), rows_spec(block_t, pairs_of), old_spec, old_spec,
+                numbers_spec(1, block_s, slots_of),
+                numbers_spec(4, block_t, pairs_of),
+                rows_spec(block_t, pairs_of),
+                rows_spec(block_t, pairs_of),
+                old_spec,
+                old_spec,
             ],
             out_specs=[old_spec, old_spec, numbers_spec(3, block_s, slots_of)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(old_k.shape, k.dtype), jax.ShapeDtypeStruct(old_v.shape, v.dtype),
+            jax.ShapeDtypeStruct(old_k.shape, k.dtype),
+            jax.ShapeDtypeStruct(old_v.shape, v.dtype),
             jax.ShapeDtypeStruct((b * heads, 3, capacity), jnp.int32),
         ],
         input_output_aliases={7: 0, 8: 1},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=interpret,
-        name="place",
-    )(slot_block, pair_block, count, slot_rank[:, None], pairs, new_k, new_v, old_k, old_v)  # fmt: skip
+        name="write_pairs",
+    )(slot_block, pair_block, count, slot_rank[:, None], pairs, new_k, new_v, old_k, old_v)
     receives = receives.reshape(stays.shape)
     # Where nothing is received, `moved` is not written.
-    number = lambda i, old: jnp.where(receives, lax.bitcast_convert_type(moved[:, i].reshape(stays.shape), old.dtype), old)  # noqa: E731
+    number = lambda i, old: jnp.where(
+        receives, lax.bitcast_convert_type(moved[:, i].reshape(stays.shape), old.dtype), old
+    )
     return (
-        in_layout(moved_k).reshape(k.shape), in_layout(moved_v).reshape(v.shape), number(0, position), number(1, expiry), number(2, score),
-    )  # fmt: skip
+        in_layout(moved_k).reshape(k.shape),
+        in_layout(moved_v).reshape(v.shape),
+        number(0, position),
+        number(1, expiry),
+        number(2, score),
+    )
 
 
 def _staircase(freed: Int[Array, "A C"], came: Int[Array, "A T"], block_s: int, block_t: int):
     """The blocks of slots [A N] and of pairs [A N] that meet, in order, and how many such steps each head has [A].
 
     `freed` and `came` count free slots and coming pairs up to and including each. What follows the last step repeats it."""
-    ends = lambda x, size: jnp.concatenate([x[:, size - 1 : x.shape[1] - 1 : size], x[:, -1:]], axis=1)  # noqa: E731
+    ends = lambda x, size: jnp.concatenate([x[:, size - 1 : x.shape[1] - 1 : size], x[:, -1:]], axis=1)
     came_by = ends(came, block_t)  # [A pair blocks]
     until = jnp.minimum(ends(freed, block_s), came[:, -1:])  # ranks that the blocks of slots up to each one receive
     since = jnp.pad(until, ((0, 0), (1, 0)))[:, :-1]
-    block_with = lambda rank: jnp.sum(came_by[:, None] <= rank[..., None], axis=-1, dtype=jnp.int32)  # noqa: E731
+    block_with = lambda rank: jnp.sum(came_by[:, None] <= rank[..., None], axis=-1, dtype=jnp.int32)
     first = block_with(since)
     steps = jnp.where(until > since, block_with(until - 1) - first + 1, 0)
     end = jnp.cumsum(steps, axis=1, dtype=jnp.int32)
@@ -118,14 +132,22 @@ def _staircase(freed: Int[Array, "A C"], came: Int[Array, "A T"], block_s: int, 
 
 
 def _kernel(
-    slot_block_ref, pair_block_ref, count_ref,  # [B K, N] x2, [B K]: the staircase
-    slot_rank_ref,                              # [1, slots]: which of the pairs that come it receives
-    pairs_ref,                                  # [4, pairs]: rank among those that come; position, expiry, bits of the score
-    new_k_ref, new_v_ref,                       # [pairs, H] x2, or [H, pairs] x2 with slots in lanes
-    old_k_ref, old_v_ref,                       # [slots, H] x2, or [H, slots] x2
-    k_ref, v_ref, moved_ref,                    # the same, in place; [3, slots]: position, expiry, bits of the score
-    *, length, lanes,
-):  # fmt: skip
+    slot_block_ref,
+    pair_block_ref,
+    count_ref,  # [B K, N] x2, [B K]: the staircase
+    slot_rank_ref,  # [1, slots]: which of the pairs that come it receives
+    pairs_ref,  # [4, pairs]: rank among those that come; position, expiry, bits of the score
+    new_k_ref,
+    new_v_ref,  # [pairs, H] x2, or [H, pairs] x2 with slots in lanes
+    old_k_ref,
+    old_v_ref,  # [slots, H] x2, or [H, slots] x2
+    k_ref,
+    v_ref,
+    moved_ref,  # the same, in place; [3, slots]: position, expiry, bits of the score
+    *,
+    length,
+    lanes,
+):
     head, i = pl.program_id(0), pl.program_id(1)
     slot_block = slot_block_ref[head, i]
 
@@ -144,7 +166,9 @@ def _kernel(
         match = columns[:, :1] == slot_rank_ref[...]  # [pairs, slots]
         hit = jnp.max(jnp.where(match, 1.0, 0.0), axis=0, keepdims=True)
         for row in range(3):
-            moved_ref[row : row + 1] += jnp.sum(jnp.where(match, columns[:, 5 + row : 6 + row], 0), axis=0, keepdims=True)
+            moved_ref[row : row + 1] += jnp.sum(
+                jnp.where(match, columns[:, 5 + row : 6 + row], 0), axis=0, keepdims=True
+            )
 
         dtype = jnp.float32 if k_ref.dtype == jnp.float32 else jnp.bfloat16  # which holds fp8 exactly
         precision = EXACT if dtype == jnp.float32 else None
@@ -154,5 +178,7 @@ def _kernel(
         for ref, new_ref in ((k_ref, new_k_ref), (v_ref, new_v_ref)):
             new = jnp.where(came, new_ref[...].astype(dtype), 0)  # 0 * NaN is NaN
             left, right, axes = (new, one_hot, ((1,), (0,))) if lanes else (one_hot, new, ((0,), (0,)))
-            rows = lax.dot_general(left, right, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+            rows = lax.dot_general(
+                left, right, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
+            )
             ref[...] = jnp.where(hit, rows, ref[...].astype(jnp.float32)).astype(ref.dtype)

@@ -1,4 +1,4 @@
-"""What happens to a layer's cache when one token per row comes, in one Hopper kernel: RoPE, settle, find a slot, write.
+"""What happens to a layer's cache when one token per row comes, in one Hopper kernel: RoPE, apply_pending, find a slot, write.
 
 Grid (batch, KV head); each CTA rotates the queries of its group and its key, scans the integers of its head for the lowest
 free slot, only when there is none also for the pair that leaves, and writes one row of keys and of values. In place. Bound by
@@ -46,19 +46,35 @@ def decode_update(
     decision_shift: int | None,
     interpret: bool = False,
 ) -> tuple[Array, ...]:
-    """(q rotated [B N H], the five arrays, forced [B K] 0/1): `settle` and `append` of `core.compact_cache` under
-    `LearnedEviction.judge` for one token, which `count` 0 leaves out. `decision_shift` None: nothing is ever marked."""
+    """(q rotated [B N H], the five arrays, forced [B K] 0/1): `apply_pending` and `append` of `core.compact_cache` under
+    `LearnedEviction.mark` for one token, which `count` 0 leaves out. `decision_shift` None: nothing is ever marked."""
     b, heads, capacity, h = k_cache.shape
     group, lanes = q.shape[1] // heads, math.gcd(capacity, LANES)
-    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)  # noqa: E731
+    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)
     kernel, out_type, scratch = _program(
-        b, heads, group, h, capacity, lanes, q.dtype, k_cache.dtype, v_cache.dtype, window_size=window_size, shift=decision_shift, ops=Ops(interpret),
-    )  # fmt: skip
+        b,
+        heads,
+        group,
+        h,
+        capacity,
+        lanes,
+        q.dtype,
+        k_cache.dtype,
+        v_cache.dtype,
+        window_size=window_size,
+        shift=decision_shift,
+        ops=Ops(interpret),
+    )
     inputs = [q, k, v, cos, sin, logit, seen, count, threshold.reshape(1)]
     k_cache, v_cache, position, expiry, score, q, forced = update_in_place(
-        kernel, [k_cache, v_cache, *map(as_rows, (position, expiry, score))], inputs, out_type,
-        grid={"batch": b, "head": heads}, scratch=scratch, interpret=interpret,
-    )  # fmt: skip
+        kernel,
+        [k_cache, v_cache, *map(as_rows, (position, expiry, score))],
+        inputs,
+        out_type,
+        grid={"batch": b, "head": heads},
+        scratch=scratch,
+        interpret=interpret,
+    )
     return q, k_cache, v_cache, *(x.reshape(b, heads, capacity) for x in (position, expiry, score)), forced
 
 
@@ -70,23 +86,55 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
 
     def turned(ref, cos, sin):
         """Channel pairs (i, i + half) of a vector, rotated in fp32."""
-        low, high = (ops.load(ref.at[pl.ds(start, half)], ROW, optimized=False).astype(jnp.float32) for start in (0, half))
+        low, high = (
+            ops.load(ref.at[pl.ds(start, half)], ROW, optimized=False).astype(jnp.float32) for start in (0, half)
+        )
         return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
 
     def narrowed(x, dtype):
         return x.astype(jnp.float32).astype(dtype) if x.dtype != dtype else x  # 8 bits are reached from 32 only
 
     def update(
-        k_cache_ref, v_cache_ref, position_ref, expiry_ref, score_ref,
-        q_ref, k_ref, v_ref, cos_ref, sin_ref, logit_ref, seen_ref, count_ref, threshold_ref, q_out_ref, forced_ref,
-        *, q_s, k_s, v_s, cos_s, sin_s, k_out_s, v_out_s, position_s, expiry_s, score_s, token_here, slots_here, scores_here,
-    ):  # fmt: skip
+        k_cache_ref,
+        v_cache_ref,
+        position_ref,
+        expiry_ref,
+        score_ref,
+        q_ref,
+        k_ref,
+        v_ref,
+        cos_ref,
+        sin_ref,
+        logit_ref,
+        seen_ref,
+        count_ref,
+        threshold_ref,
+        q_out_ref,
+        forced_ref,
+        *,
+        q_s,
+        k_s,
+        v_s,
+        cos_s,
+        sin_s,
+        k_out_s,
+        v_out_s,
+        position_s,
+        expiry_s,
+        score_s,
+        token_here,
+        slots_here,
+        scores_here,
+    ):
         batch, head = lax.axis_index("batch"), lax.axis_index("head")
         heads_of_group = pl.ds(head * group, group)
         copies = (
-            (q_ref.at[batch, heads_of_group], q_s), (k_ref.at[batch, head], k_s), (v_ref.at[batch, head], v_s),
-            (cos_ref.at[batch], cos_s), (sin_ref.at[batch], sin_s),
-        )  # fmt: skip
+            (q_ref.at[batch, heads_of_group], q_s),
+            (k_ref.at[batch, head], k_s),
+            (v_ref.at[batch, head], v_s),
+            (cos_ref.at[batch], cos_s),
+            (sin_ref.at[batch], sin_s),
+        )
         for source, target in copies:
             plgpu.copy_gmem_to_smem(source, target, token_here)
         seen, real, logit = seen_ref[batch], count_ref[batch] > 0, logit_ref[batch, head]
@@ -96,14 +144,20 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
         def scan(fold, start, with_score=False):
             """Fold `fold(carry, index, position, expiry, score)`, settled, over the slots in tiles; the last may overlap the one
             before it. Where a tile is larger than all slots, index is at least `capacity` and the rest is arbitrary."""
-            first_row = lambda i: jnp.minimum(i * tile, slot_rows - tile)  # noqa: E731
+            first_row = lambda i: jnp.minimum(i * tile, slot_rows - tile)
 
             def fetch(i):
                 buffer, of_tile = lax.rem(i, jnp.int32(BUFFERS)), (batch, head, pl.ds(first_row(i), tile))
-                plgpu.copy_gmem_to_smem(position_ref.at[of_tile], position_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer])
-                plgpu.copy_gmem_to_smem(expiry_ref.at[of_tile], expiry_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer])
+                plgpu.copy_gmem_to_smem(
+                    position_ref.at[of_tile], position_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer]
+                )
+                plgpu.copy_gmem_to_smem(
+                    expiry_ref.at[of_tile], expiry_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer]
+                )
                 if with_score:
-                    plgpu.copy_gmem_to_smem(score_ref.at[of_tile], score_s.at[buffer, pl.ds(0, tile)], scores_here.at[buffer])
+                    plgpu.copy_gmem_to_smem(
+                        score_ref.at[of_tile], score_s.at[buffer, pl.ds(0, tile)], scores_here.at[buffer]
+                    )
 
             def one_tile(i, carry):
                 pl.when(i + 1 < tiles)(lambda: fetch(i + 1))
@@ -131,7 +185,7 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
 
         def victim():
             """core.compact_cache.victim of slots that are all alive and of the new pair: a slot, or `capacity` for the pair itself."""
-            outside = lambda index, position: (index < capacity) & (position + window_size < seen)  # noqa: E731
+            outside = lambda index, position: (index < capacity) & (position + window_size < seen)
 
             def highest(best, index, position, _, score):
                 return jnp.maximum(best, _most(jnp.where(outside(index, position), score, LOWEST)))
@@ -147,7 +201,9 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
             first = scan(oldest, jnp.int32(EMPTY), with_score=True)
 
             def slot_of(slot, index, position, _, score):
-                return jnp.minimum(slot, _least(jnp.where(leaves(index, position, score) & (position == first), index, capacity)))
+                return jnp.minimum(
+                    slot, _least(jnp.where(leaves(index, position, score) & (position == first), index, capacity))
+                )
 
             slot = scan(slot_of, jnp.int32(capacity), with_score=True)
             return jnp.where(first > seen, capacity, slot)
@@ -188,15 +244,22 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
         plgpu.wait_smem_to_gmem(0)
 
     out_type = jax.ShapeDtypeStruct((b, heads * group, h), dtype), jax.ShapeDtypeStruct((b, heads), jnp.int32)
-    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, lanes), dtype)  # noqa: E731
+    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, lanes), dtype)
     scratch = {
-        "q_s": plgpu.SMEM((group, h), dtype), "k_s": plgpu.SMEM((h,), dtype), "v_s": plgpu.SMEM((h,), dtype),
-        "cos_s": plgpu.SMEM((half,), jnp.float32), "sin_s": plgpu.SMEM((half,), jnp.float32),
-        "k_out_s": plgpu.SMEM((h,), k_dtype), "v_out_s": plgpu.SMEM((h,), v_dtype),
-        "position_s": tiles_of(jnp.int32), "expiry_s": tiles_of(jnp.int32), "score_s": tiles_of(jnp.float32),
-        "token_here": plgpu.Barrier(num_arrivals=5), "slots_here": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
+        "q_s": plgpu.SMEM((group, h), dtype),
+        "k_s": plgpu.SMEM((h,), dtype),
+        "v_s": plgpu.SMEM((h,), dtype),
+        "cos_s": plgpu.SMEM((half,), jnp.float32),
+        "sin_s": plgpu.SMEM((half,), jnp.float32),
+        "k_out_s": plgpu.SMEM((h,), k_dtype),
+        "v_out_s": plgpu.SMEM((h,), v_dtype),
+        "position_s": tiles_of(jnp.int32),
+        "expiry_s": tiles_of(jnp.int32),
+        "score_s": tiles_of(jnp.float32),
+        "token_here": plgpu.Barrier(num_arrivals=5),
+        "slots_here": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
         "scores_here": plgpu.Barrier(num_barriers=BUFFERS),
-    }  # fmt: skip
+    }
     return update, out_type, scratch
 
 

@@ -1,4 +1,4 @@
-"""What one decoded token does to a layer of the cache, on TPU, in one kernel and in place: RoPE, settle what was pending, append.
+"""What one decoded token does to a layer of the cache, on TPU, in one kernel and in place: RoPE, apply_pending what was pending, append.
 
 Grid (blocks of rows of the batch, blocks of heads); a step owns [rows, heads, C] of position, expiry and score in VMEM, finds the
 slot of each of its heads, and copies to and from HBM only the tiles of keys, values and book-keeping that hold it. It is bound by
@@ -46,7 +46,7 @@ def decode_update(
     decision_shift: int | None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
-    """The rotated queries, the layer's five arrays after `settle` and `append` of one token, and which heads [B K] pushed a pair out.
+    """The rotated queries, the layer's five arrays after `apply_pending` and `append` of one token, and which heads [B K] pushed a pair out.
 
     `k` and `v` are not rotated yet; `decision_shift` None marks nothing. The arrays are updated in place where they are donated.
     """
@@ -58,13 +58,17 @@ def decode_update(
     along = LANES if lanes else SUBLANES[itemsize]
     tile = along if capacity % along == 0 else capacity  # whole heads where tiles do not divide them
     if (size := 2 * block_b * block_h * tile * h * itemsize) > VMEM_LIMIT // 2 and not interpret:
-        raise NotImplementedError(f"tiles of {capacity} slots would take {size / 2**20:.0f} MiB; make the capacity a multiple of {along}")
+        raise NotImplementedError(
+            f"tiles of {capacity} slots would take {size / 2**20:.0f} MiB; make the capacity a multiple of {along}"
+        )
 
     seen, count = (jnp.broadcast_to(x[:, None], (b, heads)) for x in (seen, count))
-    numbers = jnp.stack([seen, count, lax.bitcast_convert_type(logit, jnp.int32), (logit > threshold).astype(jnp.int32)], axis=-1)
-    in_layout = lambda x: x.swapaxes(2, 3) if lanes else x  # noqa: E731
+    numbers = jnp.stack(
+        [seen, count, lax.bitcast_convert_type(logit, jnp.int32), (logit > threshold).astype(jnp.int32)], axis=-1
+    )
+    in_layout = lambda x: x.swapaxes(2, 3) if lanes else x
     cache = tuple(in_hbm(in_layout(x), interpret) for x in (k_cache, v_cache))
-    by_heads = lambda *shape: pl.BlockSpec((block_b, *shape), lambda i, j: (i, j, 0))  # noqa: E731
+    by_heads = lambda *shape: pl.BlockSpec((block_b, *shape), lambda i, j: (i, j, 0))
     angle_spec = pl.BlockSpec((block_b, 1, h // 2), lambda i, j: (i, 0, 0))
     hbm_spec = pl.BlockSpec(memory_space=pltpu.HBM)
     query_heads = q.shape[1] // heads * block_h
@@ -74,8 +78,15 @@ def decode_update(
         partial(_kernel, window_size=window_size, decision_shift=decision_shift, lanes=lanes, tile=tile),
         grid=(b // block_b, heads // block_h),
         in_specs=[
-            by_heads(block_h, 4), angle_spec, angle_spec, by_heads(query_heads, h), by_heads(block_h, h), by_heads(block_h, h),
-            *[by_heads(block_h, capacity)] * 3, hbm_spec, hbm_spec,
+            by_heads(block_h, 4),
+            angle_spec,
+            angle_spec,
+            by_heads(query_heads, h),
+            by_heads(block_h, h),
+            by_heads(block_h, h),
+            *[by_heads(block_h, capacity)] * 3,
+            hbm_spec,
+            hbm_spec,
         ],
         out_specs=[by_heads(query_heads, h), by_heads(block_h, 1), *[hbm_spec] * 5],
         out_shape=[
@@ -83,17 +94,21 @@ def decode_update(
             for x in (q, jax.ShapeDtypeStruct((b, heads, 1), jnp.int32), position, expiry, score, *cache)
         ],
         scratch_shapes=[
-            pltpu.VMEM(slots, jnp.int32), pltpu.VMEM(slots, jnp.int32), pltpu.VMEM(slots, jnp.float32),
+            pltpu.VMEM(slots, jnp.int32),
+            pltpu.VMEM(slots, jnp.int32),
+            pltpu.VMEM(slots, jnp.float32),
             *[pltpu.VMEM((block_b, block_h, h), jnp.float32)] * 2,
             *[pltpu.VMEM((block_b, block_h, *tile_shape), k_cache.dtype)] * 2,
-            pltpu.VMEM((block_b, block_h, LANES), jnp.int32), pltpu.SMEM((block_b, block_h, LANES), jnp.int32),
-            pltpu.SemaphoreType.DMA, pltpu.SemaphoreType.DMA,
+            pltpu.VMEM((block_b, block_h, LANES), jnp.int32),
+            pltpu.SMEM((block_b, block_h, LANES), jnp.int32),
+            pltpu.SemaphoreType.DMA,
+            pltpu.SemaphoreType.DMA,
         ],
         input_output_aliases={6: 2, 7: 3, 8: 4, 9: 5, 10: 6},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="decode_update",
-    )(numbers, cos[:, None], sin[:, None], q, k, v, position, expiry, score, *cache)  # fmt: skip
+    )(numbers, cos[:, None], sin[:, None], q, k, v, position, expiry, score, *cache)
     q, forced, position, expiry, score, k_cache, v_cache = out
     return q, in_layout(k_cache), in_layout(v_cache), position, expiry, score, forced[:, :, 0]
 
@@ -129,20 +144,41 @@ def _victim(position, score, seen, window_size):
 
 
 def _kernel(
-    numbers_ref,                              # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, is it marked
-    cos_ref, sin_ref,                         # [rows, 1, H/2] x2
-    q_ref, k_ref, v_ref,                      # [rows, G heads, H], [rows, heads, H] x2
-    old_position_ref, old_expiry_ref, old_score_ref,  # [rows, heads, C] x3
-    _old_k_ref, _old_v_ref,                   # the outputs are the same memory
-    q_out_ref, forced_ref,                    # [rows, G heads, H], [rows, heads, 1]
-    position_hbm, expiry_hbm, score_hbm, k_hbm, v_hbm,  # [B, K, C] x3, [B, K, C, H] x2 or [B, K, H, C] x2
-    position_ref, expiry_ref, score_ref,      # [rows, heads, C] x3: after this token
-    new_k_ref, new_v_ref,                     # [rows, heads, H] x2
-    k_tile_ref, v_tile_ref,                   # [rows, heads, tile, H] x2 or [rows, heads, H, tile] x2
-    target_ref, target_smem,                  # [rows, heads, 128] x2: the slot that the pair takes (-1: none), the one decided about
-    ready, done,
-    *, window_size, decision_shift, lanes, tile,
-):  # fmt: skip
+    numbers_ref,  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, is it marked
+    cos_ref,
+    sin_ref,  # [rows, 1, H/2] x2
+    q_ref,
+    k_ref,
+    v_ref,  # [rows, G heads, H], [rows, heads, H] x2
+    old_position_ref,
+    old_expiry_ref,
+    old_score_ref,  # [rows, heads, C] x3
+    _old_k_ref,
+    _old_v_ref,  # the outputs are the same memory
+    q_out_ref,
+    forced_ref,  # [rows, G heads, H], [rows, heads, 1]
+    position_hbm,
+    expiry_hbm,
+    score_hbm,
+    k_hbm,
+    v_hbm,  # [B, K, C] x3, [B, K, C, H] x2 or [B, K, H, C] x2
+    position_ref,
+    expiry_ref,
+    score_ref,  # [rows, heads, C] x3: after this token
+    new_k_ref,
+    new_v_ref,  # [rows, heads, H] x2
+    k_tile_ref,
+    v_tile_ref,  # [rows, heads, tile, H] x2 or [rows, heads, H, tile] x2
+    target_ref,
+    target_smem,  # [rows, heads, 128] x2: the slot that the pair takes (-1: none), the one decided about
+    ready,
+    done,
+    *,
+    window_size,
+    decision_shift,
+    lanes,
+    tile,
+):
     block_b, block_h, capacity = position_ref.shape
     cos, sin = cos_ref[...], sin_ref[...]
     q_out_ref[...] = rotate(q_ref[...], cos, sin)
@@ -151,7 +187,9 @@ def _kernel(
 
     numbers, position = numbers_ref[...], old_position_ref[...]
     seen, real = numbers[..., 0:1], numbers[..., 1:2] > 0
-    expiry, score, decided, new_expiry, new_score = _settled(numbers, position, old_expiry_ref[...], old_score_ref[...], window_size, decision_shift)
+    expiry, score, decided, new_expiry, new_score = _settled(
+        numbers, position, old_expiry_ref[...], old_score_ref[...], window_size, decision_shift
+    )
     slot = _lowest(expiry < seen)
     full = real & (slot == capacity)
     forced_ref[...] = full.astype(jnp.int32)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dms_jax.config import ConfigError, nearest_name
+from dms_jax.errors import ConfigError, suggestion
 from dms_jax.kernels.block_sizes import Blocks, default_blocks, tuned_entry
 from dms_jax.sharding import target_device
 
@@ -70,7 +70,10 @@ def _refuses(facts: Facts, dtypes: set[str], multiple: int) -> str | None:
         return f"is written for head sizes 64 and 128, this model has {facts.head_dim}"
     if (name := jnp.dtype(facts.dtype).name) not in dtypes:
         return f"computes in {' or '.join(sorted(dtypes))}, not in {name}"
-    if facts.cache_dtype is not None and (name := jnp.dtype(facts.cache_dtype).name) not in dtypes | {"float8_e4m3fn", "float8_e5m2"}:
+    if facts.cache_dtype is not None and (name := jnp.dtype(facts.cache_dtype).name) not in dtypes | {
+        "float8_e4m3fn",
+        "float8_e5m2",
+    }:
         return f"reads caches of {', '.join(sorted(dtypes))} or fp8, not of {name}"
     if facts.capacity % multiple:
         return f"wants a capacity that is a multiple of {multiple}, this cache has {facts.capacity}"
@@ -80,7 +83,11 @@ def _refuses(facts: Facts, dtypes: set[str], multiple: int) -> str | None:
 # The book-keeping of all slots of eight heads must fit into VMEM.
 MOST_SLOTS = {("decode_update", TPU): 65536}
 # In order of preference.
-IMPLEMENTATIONS = {GPU: Implementation("gpu", _gpu_refuses), TPU: Implementation("tpu", _tpu_refuses), XLA: Implementation(None, _takes_all)}
+IMPLEMENTATIONS = {
+    GPU: Implementation("gpu", _gpu_refuses),
+    TPU: Implementation("tpu", _tpu_refuses),
+    XLA: Implementation(None, _takes_all),
+}
 
 
 def why_not(kernel: str, implementation: str, facts: Facts, interpret: bool = False) -> str | None:
@@ -105,8 +112,10 @@ def not_preferred(kernel: str, implementation: str, facts: Facts) -> str | None:
     entry = tuned_entry(kernel, implementation, kind, facts.head_dim, jnp.dtype(facts.cache_dtype or facts.dtype).name)
     if entry is None:
         dtype = jnp.dtype(facts.cache_dtype or facts.dtype).name
-        return (f"not measured on {kind} with head size {facts.head_dim} and {dtype} yet; `python -m benchmarks.autotune` measures bfloat16 and "
-                f"float8_e4m3fn, and implementation= names it unmeasured")  # fmt: skip
+        return (
+            f"not measured on {kind} with head size {facts.head_dim} and {dtype} yet; `python -m benchmarks.autotune` measures bfloat16 and "
+            f"float8_e4m3fn, and implementation= names it unmeasured"
+        )
     if entry.speed_to_xla < 1:
         return f"slower than xla on {kind}: {entry.speed_to_xla:.2f}x, measured {entry.date}"
     return None
@@ -117,7 +126,9 @@ def reasons(kernel: str, facts: Facts) -> dict[str, str | None]:
     return {name: why_not(kernel, name, facts) or not_preferred(kernel, name, facts) for name in IMPLEMENTATIONS}
 
 
-def choose(kernel: str, facts: Facts, implementation: str = AUTO, interpret: bool = False, blocks: Blocks | None = None) -> Chosen:
+def choose(
+    kernel: str, facts: Facts, implementation: str = AUTO, interpret: bool = False, blocks: Blocks | None = None
+) -> Chosen:
     """The implementation that runs, with its block sizes (`blocks` where given). Raises ConfigError for a name that cannot run."""
     check_name(implementation)
     if implementation == AUTO:
@@ -144,6 +155,5 @@ def check_name(implementation: str) -> str:
     """The same; ConfigError when there is no such implementation."""
     if implementation not in (AUTO, *IMPLEMENTATIONS):
         known = (AUTO, *IMPLEMENTATIONS)
-        nearest = nearest_name(str(implementation), known)
-        raise ConfigError(f"unknown implementation {implementation!r}; did you mean {nearest}? Known: {', '.join(known)}")
+        raise ConfigError(f"unknown implementation {implementation!r}; {suggestion(str(implementation), known)}")
     return implementation

@@ -36,8 +36,14 @@ def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
     if copies == 1:
         return []
     computed = copies * group * kv_heads
-    more = "no query head is computed twice" if computed == q_heads else f"{computed} query heads are computed for {q_heads}"
-    return [f"attention over {devices} devices (model x context) copies each of {kv_heads} KV heads {copies} times; {more}"]
+    more = (
+        "no query head is computed twice"
+        if computed == q_heads
+        else f"{computed} query heads are computed for {q_heads}"
+    )
+    return [
+        f"attention over {devices} devices (model x context) copies each of {kv_heads} KV heads {copies} times; {more}"
+    ]
 
 
 def deal_out(

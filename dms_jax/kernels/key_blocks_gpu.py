@@ -57,7 +57,7 @@ class KeySections(NamedTuple):
     @classmethod
     def of(cls, first: Array, rows: int, block: int, window_size: int) -> "KeySections":
         """Of the queries [first, first + rows)."""
-        count = lambda length: lax.div(jnp.maximum(length, 0), jnp.int32(block))  # noqa: E731
+        count = lambda length: lax.div(jnp.maximum(length, 0), jnp.int32(block))
         outside, past = count(first - window_size), count(first)
         inside = jnp.minimum(jnp.maximum(count(first + rows - 1 - window_size + block - 1), outside), past)
         return cls(outside, inside, past, count(first + rows - 1) + 1)
@@ -94,9 +94,11 @@ class Tile(NamedTuple):
 
 def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, gate: str | None, causal: bool) -> Array:
     """Raw scores with the gate's part and the mask; `keep_s` and `segments_s` are those of the keys."""
-    over_rows = lambda x: lax.broadcast_in_dim(x, tile.shape, [1])  # noqa: E731
+    over_rows = lambda x: lax.broadcast_in_dim(x, tile.shape, [1])
     # Few distinct numbers a thread: its two rows on one side, its columns on the other.
-    later_than = lambda shift: ops.iota(tile.shape, 0) + (tile.q_first - tile.k_first - shift) >= ops.iota(tile.shape, 1)  # noqa: E731
+    later_than = lambda shift: (
+        ops.iota(tile.shape, 0) + (tile.q_first - tile.k_first - shift) >= ops.iota(tile.shape, 1)
+    )
     if gate is not None:
         gated = s + over_rows(ops.load(keep_s, ROW))
         s = gated if gate == "all" else jnp.where(later_than(tile.window_size + 1), gated, s)
@@ -108,7 +110,9 @@ def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, g
     return s
 
 
-def copy_key_blocks(sections: KeySections, num_live: Array, live_ref: Any, steps: int, parts: Sequence[tuple[Any, Callable[..., None]]]) -> None:
+def copy_key_blocks(
+    sections: KeySections, num_live: Array, live_ref: Any, steps: int, parts: Sequence[tuple[Any, Callable[..., None]]]
+) -> None:
     """The copying warpgroup's walk. Each of `parts` is the barrier that says a slot is free again, and copy(block, slot)."""
     near = sections.end - sections.outside
     total = near + num_live

@@ -46,7 +46,9 @@ def _compile_once() -> None:
     run = jax.jit(lambda jaxpr, consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None, static_argnums=0)
     if not hasattr(thread_map, "_run"):
         thread_map._run = run  # pyrefly: ignore[missing-attribute]  # a module takes attributes
-        thread_map._run_jaxpr = lambda jaxpr, consts, *args: run.trace(jaxpr, consts, *args).lower().compile()(consts, *args)
+        thread_map._run_jaxpr = lambda jaxpr, consts, *args: (
+            run.trace(jaxpr, consts, *args).lower().compile()(consts, *args)
+        )
 
 
 class Ops:
@@ -69,7 +71,9 @@ class Ops:
             return plgpu.SMEM(shape, dtype)
         size = jnp.dtype(dtype).itemsize
         swizzle = min(128, shape[-1] * size)
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)))
+        return plgpu.SMEM(
+            shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+        )
 
     def full(self, shape: tuple[int, ...], value: float, layout: Any, dtype: Any = jnp.float32) -> Array:
         return self.cast(jnp.full(shape, value, dtype), layout)
@@ -96,7 +100,10 @@ class Ops:
         return self.dots([(a, b, transpose_a, transpose_b)], shape, meanwhile)[0]
 
     def dots(
-        self, products: Sequence[tuple[Any, Any, bool, bool]], shape: tuple[int, int], meanwhile: Callable[[], None] | None = None
+        self,
+        products: Sequence[tuple[Any, Any, bool, bool]],
+        shape: tuple[int, int],
+        meanwhile: Callable[[], None] | None = None,
     ) -> list[Array]:
         """Several `dot`s (a, b, transpose_a, transpose_b) of one shape, all in flight before the first is waited for."""
         meanwhile = meanwhile or (lambda: None)
@@ -130,7 +137,7 @@ class Ops:
 
     @staticmethod
     def _wgmma(accumulator, a, b, transpose_a, transpose_b):
-        swapped = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref  # noqa: E731
+        swapped = lambda ref, wanted: ref.transpose((1, 0)) if wanted else ref
         plgpu.wgmma(accumulator, swapped(a, transpose_a), swapped(b, transpose_b))
 
     @staticmethod
@@ -156,8 +163,10 @@ def update_in_place(
     The kernel has one warpgroup. (`plgpu.kernel` is this but for the vmap rule, which in jax 0.10 rejects references.)
     """
     refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in updated]
-    body = lambda *refs: pl.run_scoped(partial(kernel, *refs), collective_axes=(), **scratch)  # noqa: E731
+    body = lambda *refs: pl.run_scoped(partial(kernel, *refs), collective_axes=(), **scratch)
     body.__name__ = kernel.__name__
     mesh = plgpu.Mesh(grid=tuple(grid.values()), grid_names=tuple(grid))
-    outputs: Any = pl.kernel(body, tuple(out_type), mesh=mesh, interpret=interpreter() if interpret else None)(*refs, *inputs)
+    outputs: Any = pl.kernel(body, tuple(out_type), mesh=mesh, interpret=interpreter() if interpret else None)(
+        *refs, *inputs
+    )
     return [*(jax.freeze(ref) for ref in refs), *outputs]

@@ -58,12 +58,21 @@ def attend_slots(
     q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=NOBODY)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
         rows = rows.astype(jnp.float16)  # holds both 8-bit types exactly, one instruction away; bfloat16 is three
-    flat = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
+    flat = lambda x: x.reshape(b * heads, *x.shape[2:])
     high, total, acc = _parts(
-        flat(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))), q_position, _bounds(q_position), flat(keys), flat(values),
-        flat(k_position), flat(expiry), flat(used), heads=heads, blocks=blocks, interpret=interpret,
-    )  # fmt: skip
-    split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]  # noqa: E731
+        flat(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))),
+        q_position,
+        _bounds(q_position),
+        flat(keys),
+        flat(values),
+        flat(k_position),
+        flat(expiry),
+        flat(used),
+        heads=heads,
+        blocks=blocks,
+        interpret=interpret,
+    )
+    split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]
     return Partial(split(high), split(total), split(acc))
 
 
@@ -82,7 +91,9 @@ def _divisible(keys, values, k_position, expiry, block):
     """A block size that divides the number of slots; for a number that is no multiple of 64, more slots, empty ones."""
     slots = keys.shape[2]
     block = block if slots % block == 0 else min(block, GROUP)
-    pad = lambda x, fill: jnp.pad(x, [(0, -slots % block if axis == 2 else 0) for axis in range(x.ndim)], constant_values=fill)  # noqa: E731
+    pad = lambda x, fill: jnp.pad(
+        x, [(0, -slots % block if axis == 2 else 0) for axis in range(x.ndim)], constant_values=fill
+    )
     if slots % block:
         keys, values, k_position, expiry = pad(keys, 0), pad(values, 0), pad(k_position, NEVER), pad(expiry, NOBODY)
     return keys, values, k_position, expiry, block
@@ -102,22 +113,45 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
     alternate, block, steps = blocks.rows == GROUP, blocks.keys, blocks.steps
     groups, piece, own_groups = q_position.shape[1] // GROUP, min(GROUP, padded), blocks.rows // GROUP
     to_exponent = h**-0.5 * math.log2(math.e)  # scores are kept as products; exp2 is what the hardware has
-    wide = lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])  # noqa: E731
+    wide = lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])
 
     def kernel(
-        rows_ref, q_position_ref, bounds_ref, keys_ref, values_ref, k_position_ref, expiry_ref, used_ref,
-        high_ref, total_ref, acc_ref,
-        *, rows_s, q_position_s, k_s, v_s, k_position_s, expiry_s, high_s, total_s, acc_s, rows_full, full, empty,
-        k_wide_s: Any = None, v_wide_s: Any = None, buried: Any = None,
-    ):  # fmt: skip
+        rows_ref,
+        q_position_ref,
+        bounds_ref,
+        keys_ref,
+        values_ref,
+        k_position_ref,
+        expiry_ref,
+        used_ref,
+        high_ref,
+        total_ref,
+        acc_ref,
+        *,
+        rows_s,
+        q_position_s,
+        k_s,
+        v_s,
+        k_position_s,
+        expiry_s,
+        high_s,
+        total_s,
+        acc_s,
+        rows_full,
+        full,
+        empty,
+        k_wide_s: Any = None,
+        v_wide_s: Any = None,
+        buried: Any = None,
+    ):
         head, row_block, part, thread = (lax.axis_index(name) for name in ("head", "rows", "part", "thread"))
         batch = lax.div(head, jnp.int32(heads))
         in_use = lax.div(used_ref[head] + jnp.int32(block - 1), jnp.int32(block))  # blocks
         share = lax.div(in_use + jnp.int32(blocks.parts - 1), jnp.int32(blocks.parts))
         first = part * share
         number = jnp.clip(in_use - first, 0, share)
-        group_of = lambda thread: row_block if alternate else 2 * row_block + thread  # noqa: E731
-        of_group = lambda thread, size: pl.ds(group_of(thread) * GROUP, size)  # noqa: E731
+        group_of = lambda thread: row_block if alternate else 2 * row_block + thread
+        of_group = lambda thread, size: pl.ds(group_of(thread) * GROUP, size)
 
         @pl.when(thread < 2)
         def _compute():
@@ -164,7 +198,9 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
                     k, v = k_s.at[stage], v_s.at[stage]
                     if narrow:
                         k_wide_s.at[thread][...] = ops.load(k, ROWS).astype(dtype)
-                        v_wide_s.at[thread][...] = lax.cond(some_dead, bury, lambda v: v, ops.load(v, ROWS).astype(dtype))
+                        v_wide_s.at[thread][...] = lax.cond(
+                            some_dead, bury, lambda v: v, ops.load(v, ROWS).astype(dtype)
+                        )
                         plgpu.commit_smem()
                         k, v = k_wide_s.at[thread], v_wide_s.at[thread]
                     s = ops.dot(rows_s.at[own], k, (GROUP, block), transpose_b=True)
@@ -186,7 +222,11 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
                 plgpu.barrier_arrive(empty.at[stage])
                 return carry
 
-            nothing = ops.full((GROUP,), MASKED, COLUMN), ops.full((GROUP,), 0.0, COLUMN), ops.full((GROUP, h), 0.0, ROWS)
+            nothing = (
+                ops.full((GROUP,), MASKED, COLUMN),
+                ops.full((GROUP,), 0.0, COLUMN),
+                ops.full((GROUP, h), 0.0, ROWS),
+            )
             mine = lax.div(number + 1 - thread, jnp.int32(2)) if alternate else number
             high, total, acc = lax.fori_loop(0, mine, one_block, nothing)
             high_s.at[thread][...] = jnp.where(high <= MASKED / 2, MASKED, high * h**-0.5)
@@ -215,20 +255,25 @@ def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, 
                 return _
 
             lax.fori_loop(0, number, one_block, None)
-            drain = lambda j, _: plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(steps))])  # noqa: E731
+            drain = lambda j, _: plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(steps))])
             lax.fori_loop(jnp.maximum(number - steps, 0), number, drain, None)
 
-    matrix = lambda shape, dtype: ops.matrix((*shape, h), dtype)  # noqa: E731
+    matrix = lambda shape, dtype: ops.matrix((*shape, h), dtype)
     ints, floats = lambda *shape: plgpu.SMEM(shape, jnp.int32), lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch = {
-        "rows_s": matrix((own_groups, GROUP), dtype), "q_position_s": ints(own_groups, GROUP),
-        "k_s": matrix((steps, block), keys.dtype), "v_s": matrix((steps, block), values.dtype),
-        "k_position_s": ints(steps, block), "expiry_s": ints(steps, block),
-        "high_s": floats(2, GROUP), "total_s": floats(2, GROUP), "acc_s": matrix((2, GROUP), jnp.float32),
+        "rows_s": matrix((own_groups, GROUP), dtype),
+        "q_position_s": ints(own_groups, GROUP),
+        "k_s": matrix((steps, block), keys.dtype),
+        "v_s": matrix((steps, block), values.dtype),
+        "k_position_s": ints(steps, block),
+        "expiry_s": ints(steps, block),
+        "high_s": floats(2, GROUP),
+        "total_s": floats(2, GROUP),
+        "acc_s": matrix((2, GROUP), jnp.float32),
         "rows_full": plgpu.Barrier(num_arrivals=2 * own_groups),
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=steps),
         "empty": plgpu.Barrier(num_arrivals=1 if alternate else 2, num_barriers=steps),
-    }  # fmt: skip
+    }
     if narrow:
         scratch["k_wide_s"] = scratch["v_wide_s"] = matrix((2, block), dtype)
     elif not alternate:

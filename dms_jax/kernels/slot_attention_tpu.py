@@ -43,11 +43,13 @@ def attend_slots(
     slots = keys.shape[2]
     block_r, block_s = min(blocks.rows, num_rows), min(blocks.keys, slots)
     row_blocks, pad = pl.cdiv(num_rows, block_r), -num_rows % block_r
-    folded = lambda x: x.reshape(b * heads, *x.shape[2:])  # noqa: E731
+    folded = lambda x: x.reshape(b * heads, *x.shape[2:])
     rows = folded(jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0))))
     # Padding before the first position sees nothing, and does not widen the range of positions of its block.
     low, high = (
-        limit(jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=fill).reshape(b, row_blocks, block_r), axis=-1).reshape(-1)
+        limit(
+            jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=fill).reshape(b, row_blocks, block_r), axis=-1
+        ).reshape(-1)
         for limit, fill in ((jnp.min, LAST), (jnp.max, FIRST))
     )
     q_position = jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=FIRST)[:, None]
@@ -81,7 +83,10 @@ def attend_slots(
             num_scalar_prefetch=3,
             grid=(cores, heads_per_core, row_blocks, steps),
             in_specs=[
-                pl.BlockSpec((None, 1, block_r), lambda core, head, i, j, *_: (lax.div(core * heads_per_core + head, heads), 0, i)),
+                pl.BlockSpec(
+                    (None, 1, block_r),
+                    lambda core, head, i, j, *_: (lax.div(core * heads_per_core + head, heads), 0, i),
+                ),
                 pl.BlockSpec((None, block_r, h), rows_of),
                 slot_spec,
                 slot_spec,
@@ -102,25 +107,37 @@ def attend_slots(
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
             jax.ShapeDtypeStruct((b * heads, 2, rows.shape[1]), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=interpret,
         name="attend_slots",
     )(used, low, high, q_position, rows, *(in_hbm(folded(x), interpret) for x in (keys, values)), k_position, expiry)
-    part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])  # noqa: E731
+    part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])
     return Partial(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
 
 
 def _kernel(
-    used_ref, low_ref, high_ref,  # [B K], [B row blocks] x2: slots in use, first and last position of each block of rows
-    q_position_ref,               # [1, rows]
-    rows_ref,                     # [rows, H]
-    keys_ref, values_ref,         # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
-    k_position_hbm, expiry_hbm,   # [B, K, S] x2
-    acc_ref, statistics_ref,      # [rows, H], [2, rows]: max, sum
-    column_ref, max_ref, sum_ref, # [rows, 128] x3, all lanes equal: position of each row, online softmax
-    slots_ref, ready,             # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
-    *, heads, lanes,
-):  # fmt: skip
+    used_ref,
+    low_ref,
+    high_ref,  # [B K], [B row blocks] x2: slots in use, first and last position of each block of rows
+    q_position_ref,  # [1, rows]
+    rows_ref,  # [rows, H]
+    keys_ref,
+    values_ref,  # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
+    k_position_hbm,
+    expiry_hbm,  # [B, K, S] x2
+    acc_ref,
+    statistics_ref,  # [rows, H], [2, rows]: max, sum
+    column_ref,
+    max_ref,
+    sum_ref,  # [rows, 128] x3, all lanes equal: position of each row, online softmax
+    slots_ref,
+    ready,  # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
+    *,
+    heads,
+    lanes,
+):
     core, local, i, j = (pl.program_id(axis) for axis in range(4))
     heads_per_core, row_blocks, steps = (pl.num_programs(axis) for axis in (1, 2, 3))
     head = core * heads_per_core + local
@@ -144,7 +161,10 @@ def _kernel(
 
     same_rows, same_head = j + 1 < steps, i + 1 < row_blocks
     next_local = jnp.where(same_rows | same_head, local, local + 1)
-    next_head, next_j = core * heads_per_core + jnp.minimum(next_local, heads_per_core - 1), jnp.where(same_rows, j + 1, 0)
+    next_head, next_j = (
+        core * heads_per_core + jnp.minimum(next_local, heads_per_core - 1),
+        jnp.where(same_rows, j + 1, 0),
+    )
 
     @pl.when((next_local < heads_per_core) & (next_j * block_s < used_ref[next_head]))
     def _():
@@ -159,10 +179,16 @@ def _kernel(
 
     def attend(visible):
         """`visible` [rows, keys], or None where every row sees every slot."""
-        s = lax.dot_general(
-            rows_ref[...], keys_ref[...].astype(dtype), (((1,), (0 if lanes else 1,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        ) * scale  # fmt: skip
+        s = (
+            lax.dot_general(
+                rows_ref[...],
+                keys_ref[...].astype(dtype),
+                (((1,), (0 if lanes else 1,)), ((), ())),
+                precision=precision,
+                preferred_element_type=jnp.float32,
+            )
+            * scale
+        )
         values = values_ref[...].astype(dtype)
         if visible is not None:
             s = jnp.where(visible, s, MASKED)
@@ -177,9 +203,12 @@ def _kernel(
         max_ref[...] = jnp.broadcast_to(new_max, max_ref.shape)
         sum_ref[...] = sum_ref[...] * shrink + p.sum(axis=1, keepdims=True)
         acc_ref[...] = acc_ref[...] * shrink + lax.dot_general(
-            p.astype(dtype), values, (((1,), (1 if lanes else 0,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
+            p.astype(dtype),
+            values,
+            (((1,), (1 if lanes else 0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=jnp.float32,
+        )
 
     @pl.when(start < used)
     def _():

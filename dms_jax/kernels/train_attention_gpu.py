@@ -19,12 +19,23 @@ from dms_jax.axes import Array, typed
 from dms_jax.core.chunked_attention import named, row_products
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.key_blocks_gpu import COMPUTE, KeySections, Tile, copy_key_blocks, exponent, gated_scores, live_blocks, raw_gate
+from dms_jax.kernels.key_blocks_gpu import (
+    COMPUTE,
+    KeySections,
+    Tile,
+    copy_key_blocks,
+    exponent,
+    gated_scores,
+    live_blocks,
+    raw_gate,
+)
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, interpreter
 from dms_jax.kernels.train_attention_gpu_backward import dkv_blocks, gradient_of_queries, gradients_of_keys
 
 
-def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool) -> tuple[Array, Array]:
+def _forward(
+    q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool
+) -> tuple[Array, Array]:
     """Output [B K G T H], and of each row the base-2 logarithm of its sum of exponentials [B K G T]."""
     b, heads, group, length, h = q.shape
     rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
@@ -32,7 +43,20 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
     has_segments = segments is not None
 
     def train_attention_forward(
-        *refs, q_s, k_s, v_s, keep_s, total_s, q_ready, k_ready, v_ready, k_free, v_free, turn, q_seg_s: Any = None, k_seg_s: Any = None
+        *refs,
+        q_s,
+        k_s,
+        v_s,
+        keep_s,
+        total_s,
+        q_ready,
+        k_ready,
+        v_ready,
+        k_free,
+        v_free,
+        turn,
+        q_seg_s: Any = None,
+        k_seg_s: Any = None,
     ):
         q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, *maybe_segments, out_ref, total_ref = refs
         segments_ref: Any = maybe_segments[0] if has_segments else None
@@ -62,7 +86,9 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
                 plgpu.barrier_wait(k_ready.at[slot])
                 s = ops.dot(q_w, k_s.at[slot], (rows, block), transpose_b=True, meanwhile=change_turns)
                 tile = Tile(own, sections.block_of(n) * block, (rows, block), window_size, q_segments)
-                s = gated_scores(ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal)
+                s = gated_scores(
+                    ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal
+                )
                 plgpu.barrier_arrive(k_free.at[slot])
                 new_high = jnp.maximum(high, s.max(axis=1) * factor)
                 p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_high, s.shape, [0]))
@@ -81,7 +107,11 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
             pl.when(wg == 1)(change_turns)
             # Higher than any masked score: a row that has met nothing else holds zeros. (Against a maximum that is itself MASKED the
             # fused multiply-add below would leave the product's rounding error, 1e21 and of either sign, to the exponential.)
-            start = ops.full((rows,), MASKED * factor / 2, COLUMN), ops.full((rows,), 0.0, COLUMN), ops.full((rows, h), 0.0, ROWS)
+            start = (
+                ops.full((rows,), MASKED * factor / 2, COLUMN),
+                ops.full((rows,), 0.0, COLUMN),
+                ops.full((rows, h), 0.0, ROWS),
+            )
             high, total, acc = sections.fold(step, num_live, block, blocks.q, window_size, start)
             pl.when(wg == 0)(change_turns)
             q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
@@ -94,18 +124,22 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
         @pl.when(wg == COMPUTE)
         def copy():
             plgpu.set_max_registers(24, action="decrease")
-            rows_of = lambda ref, j: ref.at[batch, head, pl.ds(j * block, block)]  # noqa: E731
+            rows_of = lambda ref, j: ref.at[batch, head, pl.ds(j * block, block)]
 
             def with_keys(j, slot):
                 plgpu.copy_gmem_to_smem(rows_of(k_ref, j), k_s.at[slot], k_ready.at[slot])
                 plgpu.copy_gmem_to_smem(rows_of(keep_ref, j), keep_s.at[slot], k_ready.at[slot])
                 if has_segments:
-                    plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], k_ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], k_ready.at[slot]
+                    )
 
-            with_values = lambda j, slot: plgpu.copy_gmem_to_smem(rows_of(v_ref, j), v_s.at[slot], v_ready.at[slot])  # noqa: E731
-            copy_key_blocks(sections, num_live, live_ref.at[batch, head], steps, [(k_free, with_keys), (v_free, with_values)])
+            with_values = lambda j, slot: plgpu.copy_gmem_to_smem(rows_of(v_ref, j), v_s.at[slot], v_ready.at[slot])
+            copy_key_blocks(
+                sections, num_live, live_ref.at[batch, head], steps, [(k_free, with_keys), (v_free, with_values)]
+            )
 
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)
     scratch: dict[str, Any] = {
         "q_s": operand(COMPUTE, rows),
         "k_s": operand(steps, block),
@@ -132,7 +166,9 @@ def _forward(q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpreter() if interpret else None,
     )
-    return tuple(run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, block), *([segments] if has_segments else [])))
+    return tuple(
+        run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, block), *([segments] if has_segments else []))
+    )
 
 
 @typed
@@ -150,7 +186,9 @@ def attend(
     """See `core.chunked_attention.with_heads_folded`; gradients reach q, k, v and log_keep. T is a multiple of both blocks."""
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
-    assert interpret or (blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16), (blocks, q)
+    assert interpret or (
+        blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16
+    ), (blocks, q)
     # Position differences reach T - 1, so a longer window is the same window; capped, sums with it stay within int32.
     return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
 

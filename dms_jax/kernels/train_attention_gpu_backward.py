@@ -36,15 +36,33 @@ def dkv_blocks(blocks: TrainBlocks) -> TrainBlocks:
     return TrainBlocks(q=min(blocks.k, 64), k=blocks.q, steps=blocks.steps)
 
 
-def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool) -> Array:
+def gradient_of_queries(
+    q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
+) -> Array:
     """[B K G T H]. `log_total` is the forward pass's, `delta` of each row the product of its output and that one's gradient."""
     b, heads, group, length, h = q.shape
     rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
 
-    def train_attention_dq(*refs, q_s, do_s, k_s, v_s, keep_s, total_s, delta_s, q_ready, ready, free, q_seg_s: Any = None, k_seg_s: Any = None):
-        q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, total_ref, delta_ref, do_ref, *maybe_segments, dq_ref = refs
+    def train_attention_dq(
+        *refs,
+        q_s,
+        do_s,
+        k_s,
+        v_s,
+        keep_s,
+        total_s,
+        delta_s,
+        q_ready,
+        ready,
+        free,
+        q_seg_s: Any = None,
+        k_seg_s: Any = None,
+    ):
+        q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, total_ref, delta_ref, do_ref, *maybe_segments, dq_ref = (
+            refs
+        )
         segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
         first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
@@ -63,7 +81,7 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
             plgpu.barrier_wait(q_ready.at[wg])
             log_total, delta = ops.load(total_s.at[wg], COLUMN), ops.load(delta_s.at[wg], COLUMN)
             q_segments = ops.load(q_seg_s.at[wg], COLUMN) if has_segments else None
-            over_keys = lambda x: lax.broadcast_in_dim(x, (rows, block), [0])  # noqa: E731
+            over_keys = lambda x: lax.broadcast_in_dim(x, (rows, block), [0])
 
             def step(n, dq, gate, causal):
                 slot = lax.rem(n, jnp.int32(steps))
@@ -71,7 +89,9 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
                 products = [(q_s.at[wg], k_s.at[slot], False, True), (do_s.at[wg], v_s.at[slot], False, True)]
                 s, dp = ops.dots(products, (rows, block))
                 tile = Tile(own, sections.block_of(n) * block, (rows, block), window_size, q_segments)
-                s = gated_scores(ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal)
+                s = gated_scores(
+                    ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal
+                )
                 ds = jnp.exp2(s * factor - over_keys(log_total)) * (dp - over_keys(delta))
                 dq = ops.add_dot(dq, ds.astype(dtype), k_s.at[slot])
                 plgpu.barrier_arrive(free.at[slot])
@@ -89,13 +109,17 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
 
             def with_keys_and_values(j, slot):
                 for ref, buffer in ((k_ref, k_s), (v_ref, v_s), (keep_ref, keep_s)):
-                    plgpu.copy_gmem_to_smem(ref.at[batch, head, pl.ds(j * block, block)], buffer.at[slot], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        ref.at[batch, head, pl.ds(j * block, block)], buffer.at[slot], ready.at[slot]
+                    )
                 if has_segments:
-                    plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], ready.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], ready.at[slot]
+                    )
 
             copy_key_blocks(sections, num_live, live_ref.at[batch, head], steps, [(free, with_keys_and_values)])
 
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)
     scratch: dict[str, Any] = {
         "q_s": operand(COMPUTE, rows),
         "do_s": operand(COMPUTE, rows),
@@ -121,7 +145,17 @@ def gradient_of_queries(q, k, v, log_keep, segments, log_total, delta, d_out, wi
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpreter() if interpret else None,
     )
-    return run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, block), log_total, delta, d_out, *([segments] if has_segments else []))
+    return run(
+        q,
+        k,
+        v,
+        raw_gate(log_keep, h),
+        *live_blocks(log_keep, block),
+        log_total,
+        delta,
+        d_out,
+        *([segments] if has_segments else []),
+    )
 
 
 def gradients_of_keys(
@@ -134,15 +168,41 @@ def gradients_of_keys(
     has_segments = segments is not None
 
     def train_attention_dkv(
-        *refs, k_s, v_s, keep_s, dkeep_s, q_s, do_s, total_s, delta_s, k_ready, ready, free, k_seg_s: Any = None, q_seg_s: Any = None
+        *refs,
+        k_s,
+        v_s,
+        keep_s,
+        dkeep_s,
+        q_s,
+        do_s,
+        total_s,
+        delta_s,
+        k_ready,
+        ready,
+        free,
+        k_seg_s: Any = None,
+        q_seg_s: Any = None,
     ):
-        q_ref, k_ref, v_ref, keep_ref, live_ref, total_ref, delta_ref, do_ref, *maybe_segments, dk_ref, dv_ref, dkeep_ref = refs
+        (
+            q_ref,
+            k_ref,
+            v_ref,
+            keep_ref,
+            live_ref,
+            total_ref,
+            delta_ref,
+            do_ref,
+            *maybe_segments,
+            dk_ref,
+            dv_ref,
+            dkeep_ref,
+        ) = refs
         segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, owned, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
         first = owned * blocks.k
         # Blocks of queries: [start, past) hold the diagonal, [past, inside) lie within the window of all keys,
         # [inside, outside) straddle its edge, [outside, end) lie beyond it and are skipped when all keys are gone.
-        count = lambda queries: jnp.minimum(lax.div(queries + block - 1, jnp.int32(block)), length // block)  # noqa: E731
+        count = lambda queries: jnp.minimum(lax.div(queries + block - 1, jnp.int32(block)), length // block)
         start, past = lax.div(first, jnp.int32(block)), count(first + blocks.k - 1)
         outside = jnp.maximum(count(first + blocks.k + window_size), past)
         inside = jnp.minimum(jnp.maximum(lax.div(first + window_size + 1, jnp.int32(block)), past), outside)
@@ -159,8 +219,8 @@ def gradients_of_keys(
                 plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(own, rows)], k_seg_s.at[wg], k_ready.at[wg])
             plgpu.barrier_wait(k_ready.at[wg])
             shape = (rows, block)
-            over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])  # noqa: E731
-            over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])  # noqa: E731
+            over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
+            over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])
             keep = ops.load(keep_s.at[wg], COLUMN)
             k_segments = ops.load(k_seg_s.at[wg], COLUMN) if has_segments else None
 
@@ -168,8 +228,10 @@ def gradients_of_keys(
                 dk, dv, dkeep = carry
                 slot = lax.rem(g * (end - start) + (i - start), jnp.int32(steps))
                 plgpu.barrier_wait(ready.at[slot])
-                s, dp = ops.dots([(k_s.at[wg], q_s.at[slot], False, True), (v_s.at[wg], do_s.at[slot], False, True)], shape)
-                later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (own - i * block + shift)  # noqa: E731
+                s, dp = ops.dots(
+                    [(k_s.at[wg], q_s.at[slot], False, True), (v_s.at[wg], do_s.at[slot], False, True)], shape
+                )
+                later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (own - i * block + shift)
                 gated = later_than(window_size + 1) if gate == "outside" else None
                 if gate is not None:
                     s = s + over_queries(keep) if gated is None else jnp.where(gated, s + over_queries(keep), s)
@@ -181,17 +243,27 @@ def gradients_of_keys(
                 ds = p * (dp - over_keys(ops.load(delta_s.at[slot], ROW)))
                 if gate is not None:
                     dkeep = dkeep + (ds if gated is None else jnp.where(gated, ds, 0.0)).sum(axis=1)
-                products = [(p.astype(dtype), do_s.at[slot], False, False), (ds.astype(dtype), q_s.at[slot], False, False)]
+                products = [
+                    (p.astype(dtype), do_s.at[slot], False, False),
+                    (ds.astype(dtype), q_s.at[slot], False, False),
+                ]
                 dv, dk = ops.add_dots([dv, dk], products)
                 plgpu.barrier_arrive(free.at[slot])
                 return dk, dv, dkeep
 
             near = "outside" if window_size < blocks.k + block else None
-            sections = ((start, past, near, True), (past, inside, None, False), (inside, outside, "outside", False), (outside, end, "all", False))
+            sections = (
+                (start, past, near, True),
+                (past, inside, None, False),
+                (inside, outside, "outside", False),
+                (outside, end, "all", False),
+            )
 
             def head_of_group(g, carry):
                 for low, high, gate, causal in sections:
-                    carry = lax.fori_loop(low, high, lambda i, carry, how=(gate, causal): step(g, i, carry, *how), carry)
+                    carry = lax.fori_loop(
+                        low, high, lambda i, carry, how=(gate, causal): step(g, i, carry, *how), carry
+                    )
                 return carry
 
             zeros = ops.full((rows, h), 0.0, ROWS), ops.full((rows, h), 0.0, ROWS), ops.full((rows,), 0.0, COLUMN)
@@ -229,8 +301,8 @@ def gradients_of_keys(
             lax.fori_loop(0, total, copy_queries, None)
             lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)
 
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)  # noqa: E731
-    row = lambda *shape: plgpu.SMEM(shape, jnp.float32)  # noqa: E731
+    operand = lambda *shape: ops.matrix((*shape, h), dtype)
+    row = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch: dict[str, Any] = {
         "k_s": operand(COMPUTE, rows),
         "v_s": operand(COMPUTE, rows),
@@ -248,7 +320,11 @@ def gradients_of_keys(
         scratch |= {"k_seg_s": plgpu.SMEM((COMPUTE, rows), jnp.int32), "q_seg_s": plgpu.SMEM((steps, block), jnp.int32)}
     run = plgpu.kernel(
         train_attention_dkv,
-        out_type=[jax.ShapeDtypeStruct(k.shape, dtype), jax.ShapeDtypeStruct(v.shape, dtype), jax.ShapeDtypeStruct(log_keep.shape, jnp.float32)],
+        out_type=[
+            jax.ShapeDtypeStruct(k.shape, dtype),
+            jax.ShapeDtypeStruct(v.shape, dtype),
+            jax.ShapeDtypeStruct(log_keep.shape, jnp.float32),
+        ],
         scratch_types=scratch,
         grid=(b, heads, length // blocks.k),
         grid_names=("batch", "head", "block"),
@@ -258,4 +334,6 @@ def gradients_of_keys(
         interpret=interpreter() if interpret else None,
     )
     live = is_live(log_keep, blocks.k).astype(jnp.int32)
-    return tuple(run(q, k, v, raw_gate(log_keep, h), live, log_total, delta, d_out, *([segments] if has_segments else [])))
+    return tuple(
+        run(q, k, v, raw_gate(log_keep, h), live, log_total, delta, d_out, *([segments] if has_segments else []))
+    )

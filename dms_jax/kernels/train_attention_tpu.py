@@ -27,7 +27,9 @@ from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.mosaic_tpu import LANES
 
 LOG2_E = math.log2(math.e)  # scores are kept in powers of 2 inside the kernels: exp2 is what the hardware has
-INSIDE, OUTSIDE, MIXED = range(3)  # where a block of scores lies: no gate, gate everywhere, or cut by the window or by causality
+INSIDE, OUTSIDE, MIXED = range(
+    3
+)  # where a block of scores lies: no gate, gate everywhere, or cut by the window or by causality
 
 
 def attend(
@@ -83,7 +85,9 @@ class Walk(NamedTuple):
     def distance(self, i, j, query_axis):
         """q_pos - k_pos over the block."""
         shape = (self.q, self.k) if query_axis == 0 else (self.k, self.q)
-        within = lax.broadcasted_iota(jnp.int32, shape, query_axis) - lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis)
+        within = lax.broadcasted_iota(jnp.int32, shape, query_axis) - lax.broadcasted_iota(
+            jnp.int32, shape, 1 - query_axis
+        )
         return within + (i * self.q - j * self.k)
 
 
@@ -106,7 +110,9 @@ def _lookup(next_alive_ref, b, h, j, heads, walk):
 def _dot(a, b, contract):
     """fp32 product over axis 1 of `a` and axis `contract` of `b`; fp32 operands are multiplied as such, not as bf16."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot_general(a, b, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        a, b, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _column(row):
@@ -165,7 +171,14 @@ def _forward_kernel(
     def meet(place):
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.k) == k_segment_ref[...]
         distance = walk.distance(i, j, 0) if place == MIXED else None
-        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E), keep_ref[...] * LOG2_E, same_segment, place, distance, walk.window)
+        s = _masked_scores(
+            _dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E),
+            keep_ref[...] * LOG2_E,
+            same_segment,
+            place,
+            distance,
+            walk.window,
+        )
         # A row that has met only MASKED scores holds finite rubbish, which the first real score, of its own pair at the latest,
         # multiplies by 2 ** (MASKED - score) = 0.
         high = high_ref[...]
@@ -220,7 +233,14 @@ def _dq_kernel(
     def meet(place):
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.k) == k_segment_ref[...]
         distance = walk.distance(i, j, 0) if place == MIXED else None
-        s = _masked_scores(_dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E), keep_ref[...] * LOG2_E, same_segment, place, distance, walk.window)
+        s = _masked_scores(
+            _dot(q_ref[...], k_ref[...], 1) * (scale * LOG2_E),
+            keep_ref[...] * LOG2_E,
+            same_segment,
+            place,
+            distance,
+            walk.window,
+        )
         p = jnp.exp2(s - _spread(log_total_column_ref[...], walk.k))
         ds = p * (_dot(d_out_ref[...], v_ref[...], 1) - _spread(delta_column_ref[...], walk.k))
         acc_ref[...] += _dot(ds.astype(k_ref.dtype), k_ref[...], 0)
@@ -273,7 +293,9 @@ def _dkv_kernel(
         same_segment = None if segment_ref is None else _spread(segment_ref[...], walk.q) == q_segment_ref[...]
         distance = walk.distance(i, j, 1) if place == MIXED else None
         keep = None if place == INSIDE else _spread(keep_column_ref[...], walk.q)
-        s = _masked_scores(_dot(k_ref[...], q_ref[...], 1) * (scale * LOG2_E), keep, same_segment, place, distance, walk.window)
+        s = _masked_scores(
+            _dot(k_ref[...], q_ref[...], 1) * (scale * LOG2_E), keep, same_segment, place, distance, walk.window
+        )
         p = jnp.exp2(s - log_total_ref[...] * LOG2_E)
         ds = p * (_dot(v_ref[...], d_out_ref[...], 1) - delta_ref[...])
         dv_acc_ref[...] += _dot(p.astype(d_out_ref.dtype), d_out_ref[...], 0)
@@ -314,7 +336,7 @@ def _specs(walk, heads, h, indices):
 def _by_queries(walk, q):
     """Grid, semantics and specs of the kernels that hold a block of queries."""
     b, heads, group, _, h = q.shape
-    needed_keys = lambda b, head, i, j, table: walk.key_block(i, j, _lookup(table, b, head, j, heads, walk))  # noqa: E731
+    needed_keys = lambda b, head, i, j, table: walk.key_block(i, j, _lookup(table, b, head, j, heads, walk))
     specs = _specs(walk, heads, h, lambda b, head, g, i, j, table: (b, head, g, i, needed_keys(b, head, i, j, table)))
     return (b, heads, group, walk.num_q, walk.num_k), ("parallel",) * 4 + ("arbitrary",), specs
 
@@ -322,7 +344,7 @@ def _by_queries(walk, q):
 def _by_keys(walk, q):
     """Grid, semantics and specs of the kernel that holds a block of keys."""
     b, heads, group, _, h = q.shape
-    needing = lambda b, head, i, j, table: walk.query_block(i, j, _lookup(table, b, head, j, heads, walk))  # noqa: E731
+    needing = lambda b, head, i, j, table: walk.query_block(i, j, _lookup(table, b, head, j, heads, walk))
     specs = _specs(walk, heads, h, lambda b, head, j, g, i, table: (b, head, g, needing(b, head, i, j, table), j))
     return (b, heads, walk.num_k, group, walk.num_q), ("parallel",) * 3 + ("arbitrary",) * 2, specs
 
@@ -331,7 +353,9 @@ def _call(kernel, walk, head_dim, grid, semantics, in_specs, out_specs, out_shap
     """A pallas_call over `grid` with the table of needed blocks in scalar memory; `out_shapes` are (shape, dtype)."""
     return pl.pallas_call(
         partial(kernel, walk=walk, scale=head_dim**-0.5),
-        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs, scratch_shapes=scratch
+        ),
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out_shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
@@ -348,7 +372,15 @@ def _inputs(q, k, v, log_keep, segments, walk, specs):
     by_q, by_k, _, keep_row, q_segments, k_segments = specs
     row = None if segments is None else segments[:, None]
     segment_specs = [None, None] if segments is None else [q_segments, k_segments]
-    return [by_q, by_k, by_k, keep_row, *segment_specs], (_next_alive(log_keep, walk), q, k, v, log_keep[:, :, None], row, row)
+    return [by_q, by_k, by_k, keep_row, *segment_specs], (
+        _next_alive(log_keep, walk),
+        q,
+        k,
+        v,
+        log_keep[:, :, None],
+        row,
+        row,
+    )
 
 
 def _forward(q, k, v, log_keep, segments, window_size, blocks, interpret):
@@ -359,7 +391,9 @@ def _forward(q, k, v, log_keep, segments, window_size, blocks, interpret):
     column, acc = pltpu.VMEM((walk.q, LANES), jnp.float32), pltpu.VMEM((walk.q, h), jnp.float32)
     scratch = [column, column, acc, _segment_column(segments, walk.q)]
     out_shapes = [(q.shape, q.dtype), ((b, heads, group, 1, t), jnp.float32)]
-    out, log_total = _call(_forward_kernel, walk, h, grid, semantics, in_specs, [specs[0], specs[2]], out_shapes, scratch, interpret, *args)
+    out, log_total = _call(
+        _forward_kernel, walk, h, grid, semantics, in_specs, [specs[0], specs[2]], out_shapes, scratch, interpret, *args
+    )
     return out, log_total.reshape(b, heads, group, t)
 
 
@@ -380,16 +414,37 @@ def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     column = pltpu.VMEM((walk.q, LANES), jnp.float32)
     scratch = [pltpu.VMEM((walk.q, h), jnp.float32), column, column, _segment_column(segments, walk.q)]
     in_specs += [specs[0], specs[2], specs[2]]
-    (dq,) = _call(_dq_kernel, walk, h, grid, semantics, in_specs, [specs[0]], [(q.shape, q.dtype)], scratch, interpret, *args, *rows)
+    (dq,) = _call(
+        _dq_kernel,
+        walk,
+        h,
+        grid,
+        semantics,
+        in_specs,
+        [specs[0]],
+        [(q.shape, q.dtype)],
+        scratch,
+        interpret,
+        *args,
+        *rows,
+    )
 
     grid, semantics, specs = _by_keys(walk, q)
     in_specs, args = _inputs(q, k, v, log_keep, segments, walk, specs)
     acc, lanes = pltpu.VMEM((walk.k, h), jnp.float32), min(LANES, walk.q)
-    scratch = [acc, acc, pltpu.VMEM((walk.k, lanes), jnp.float32), pltpu.VMEM((walk.k, LANES), jnp.float32), _segment_column(segments, walk.k)]
+    scratch = [
+        acc,
+        acc,
+        pltpu.VMEM((walk.k, lanes), jnp.float32),
+        pltpu.VMEM((walk.k, LANES), jnp.float32),
+        _segment_column(segments, walk.k),
+    ]
     in_specs += [specs[0], specs[2], specs[2]]
     out_specs = [specs[1], specs[1], specs[3]]
     out_shapes = [(k.shape, k.dtype), (v.shape, v.dtype), (args[4].shape, jnp.float32)]
-    dk, dv, dkeep = _call(_dkv_kernel, walk, h, grid, semantics, in_specs, out_specs, out_shapes, scratch, interpret, *args, *rows)
+    dk, dv, dkeep = _call(
+        _dkv_kernel, walk, h, grid, semantics, in_specs, out_specs, out_shapes, scratch, interpret, *args, *rows
+    )
     return dq, dk, dv, dkeep[:, :, 0], None
 
 

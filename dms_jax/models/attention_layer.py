@@ -13,7 +13,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.core import eviction, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, turns
-from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, place
+from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
 from dms_jax.kernels.dispatch import Facts, runs
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
@@ -87,10 +87,18 @@ class AttentionLayer(nnx.Module):
         """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
         q, k, v, logits = self.heads(x, normed, channel, position, frequency, "sequence")
         # Whole rows of some heads, as in attention, or of all: what a token decides about its neighbour stays on one device.
-        log_keep, decision = gate(constrain(logits, "batch", "heads" if logits.shape[1] % ways("heads") == 0 else None, None))
+        log_keep, decision = gate(
+            constrain(logits, "batch", "heads" if logits.shape[1] % ways("heads") == 0 else None, None)
+        )
         out = gated_attention(
-            q, k, v, log_keep, window_size=window_size, segment_ids=segment_ids, implementation=self.config.implementation
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            log_keep,
+            window_size=window_size,
+            segment_ids=segment_ids,
+            implementation=self.config.implementation,
+        )
         return self.output(out), decision
 
     def extend(
@@ -104,31 +112,56 @@ class AttentionLayer(nnx.Module):
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
         """The same for a chunk that continues the rows of a cache, and the cache after it."""
-        if normed.shape[1] == 1 and type(policy) in (LearnedEviction, KeepAll) and self._updates_in_one_kernel(cache, normed.dtype):
+        if (
+            normed.shape[1] == 1
+            and type(policy) in (LearnedEviction, KeepAll)
+            and self._updates_in_one_kernel(cache, normed.dtype)
+        ):
             return self._extend_by_one(x, normed, cache, policy, chunk, channel, frequency)
         q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
-        verdict = policy.judge(logits, chunk.position, chunk.count, chunk.threshold)
+        expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         implementation = self.config.implementation
-        if type(policy).read is CachePolicy.read and type(policy).choose is CachePolicy.choose:
-            out, cache = extend_layer(cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size, implementation)
+        if type(policy).read is CachePolicy.read and type(policy).select is CachePolicy.select:
+            out, cache = extend_layer(
+                cache, q, k, v, expiries, chunk.position, chunk.count, policy.window_size, implementation
+            )
         else:
             out, cache = slot_attention.extend_layer(
-                cache, q, k, v, verdict, chunk.position, chunk.count, policy.window_size,
+                cache,
+                q,
+                k,
+                v,
+                expiries,
+                chunk.position,
+                chunk.count,
+                policy.window_size,
                 read=lambda settled: policy.read(q, settled, chunk.position),
-                choose=lambda settled: policy.choose(q, k, verdict, settled, chunk.position, chunk.count),
-                attend=partial(attend_to_slots, implementation=implementation), place=partial(place, implementation=implementation),
-            )  # fmt: skip
+                choose=lambda settled: policy.select(q, k, expiries, settled, chunk.position, chunk.count),
+                attend=partial(attend_to_slots, implementation=implementation),
+                write_pairs=partial(write_pairs, implementation=implementation),
+            )
         return self.output(out), cache
 
     def _updates_in_one_kernel(self, cache: LayerCache, dtype: jnp.dtype) -> bool:
         """The kernel knows two policies; for others, and without it, a decode step is composed of its parts."""
-        return runs("decode_update", Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity), self.config.implementation)
+        return runs(
+            "decode_update",
+            Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity),
+            self.config.implementation,
+        )
 
     def _extend_by_one(
-        self, x: Array, normed: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
+        self,
+        x: Array,
+        normed: Array,
+        cache: LayerCache,
+        policy: CachePolicy,
+        chunk: Chunk,
+        channel: ChannelScale,
+        frequency: Array,
     ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """A decode step whose rotation, decision, slot choice and write are one kernel."""
+        """A decode step whose rotation, decision, slot selection and write are one kernel."""
         q, k, v = self.project(normed, channel)
         logits, shift = self.evict_logits(x, q), None
         if isinstance(policy, LearnedEviction):
@@ -136,9 +169,19 @@ class AttentionLayer(nnx.Module):
         q = self._scale_borrowed(q, channel.before_rope)
         seen, implementation = chunk.position[:, 0], self.config.implementation
         q, cache = decode_update(
-            q[:, 0], k[:, 0], v[:, 0], *turns(seen, frequency), logits[..., 0], cache, seen, chunk.count, chunk.threshold,
-            window_size=policy.window_size, decision_shift=shift, implementation=implementation,
-        )  # fmt: skip
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            *turns(seen, frequency),
+            logits[..., 0],
+            cache,
+            seen,
+            chunk.count,
+            chunk.threshold,
+            window_size=policy.window_size,
+            decision_shift=shift,
+            implementation=implementation,
+        )
         q = self._scale_borrowed(q[:, None], channel.after_rope)
         return self.output(attend_to_slots(q, cache, chunk.position, None, implementation=implementation)), cache
 
@@ -154,7 +197,9 @@ class AttentionLayer(nnx.Module):
         """Queries [B T N H] and keys [B T K H] after RoPE, values [B T K H], evict logits [B K T]. `length` is the logical axis of T."""
         q, k, v = self.project(normed, channel, length)
         logits = self.evict_logits(x, q, length)
-        q = self._scale_borrowed(rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope)
+        q = self._scale_borrowed(
+            rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope
+        )
         return (
             constrain(q, "batch", length, "q_heads", "head_dim"),
             constrain(rope(k, position, frequency), "batch", length, "kv_heads", "head_dim"),
@@ -167,20 +212,32 @@ class AttentionLayer(nnx.Module):
         out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
         return out + self.o_bias[...] if self.config.o_bias else out
 
-    def project(self, normed: Float[Array, "B T D"], channel: ChannelScale, length: str | None = None) -> tuple[Array, Array, Array]:
+    def project(
+        self, normed: Float[Array, "B T D"], channel: ChannelScale, length: str | None = None
+    ) -> tuple[Array, Array, Array]:
         """Queries [B T N H], keys and values [B T K H] before RoPE."""
         for_q, for_kv = normed, normed
         if length is not None:
-            for_q, for_kv = (to_split(normed, axis, w[...].shape[1]) for axis, w in (("q_heads", self.q), ("kv_heads", self.k)))
-        q, k, v = (jnp.einsum("btd,dnh->btnh", rows, w[...]) for rows, w in ((for_q, self.q), (for_kv, self.k), (for_kv, self.v)))
+            for_q, for_kv = (
+                to_split(normed, axis, w[...].shape[1]) for axis, w in (("q_heads", self.q), ("kv_heads", self.k))
+            )
+        q, k, v = (
+            jnp.einsum("btd,dnh->btnh", rows, w[...])
+            for rows, w in ((for_q, self.q), (for_kv, self.k), (for_kv, self.v))
+        )
         if self.config.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = self._scale_borrowed(q, channel.before_norm)
         if self.config.qk_norm:
-            q, k = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps), rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
+            q, k = (
+                rms_norm(q, self.q_norm[...], self.config.rms_norm_eps),
+                rms_norm(k, self.k_norm[...], self.config.rms_norm_eps),
+            )
         return q, k, v
 
-    def evict_logits(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"], length: str | None = None) -> Float[Array, "B K T"]:
+    def evict_logits(
+        self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"], length: str | None = None
+    ) -> Float[Array, "B K T"]:
         """Each token's own decision score, fp32, > 0 evicts: read from the residual stream before the input norm
         (projection) or from the borrowed channel after the query norm and before RoPE. `length` is the logical axis of T."""
         dms = self.config.dms
@@ -191,7 +248,9 @@ class AttentionLayer(nnx.Module):
         else:
             # The norm's weight multiplies the projection, not every token: the same product, and a cheaper gradient.
             weights = self.evict_norm[...][:, None] * self.evict_proj[...]
-            if length is not None:  # all heads of a device's own tokens: logits are smaller than the stream they are read from
+            if (
+                length is not None
+            ):  # all heads of a device's own tokens: logits are smaller than the stream they are read from
                 weights = reshard(weights, (None, None), (None, "kv_heads"))
             raw = unit_rms(x, self.config.rms_norm_eps) @ weights
             if length is not None:

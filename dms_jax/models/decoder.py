@@ -27,7 +27,8 @@ from dms_jax.sharding import constrain, reshard
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # the residual stream only: least memory
     "matmuls": jax.checkpoint_policies.save_from_both_policies(  # projections and attention: no matrix product runs twice
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names("attention")
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names("attention"),
     ),
 }
 
@@ -41,18 +42,33 @@ class Block(nnx.Module):
         self.attention, self.mlp = AttentionLayer(config, param), MLP(config, param)
 
     def __call__(
-        self, x: Array, gate: Gate, window_size: int, channel: ChannelScale, position: Array, frequency: Array, segment_ids: Array | None
+        self,
+        x: Array,
+        gate: Gate,
+        window_size: int,
+        channel: ChannelScale,
+        position: Array,
+        frequency: Array,
+        segment_ids: Array | None,
     ) -> tuple[Array, Array]:
         """Between the products the residual stream is split over all devices that share a row."""
-        return self._around(x, lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids), "sequence")
+        return self._around(
+            x,
+            lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids),
+            "sequence",
+        )
 
     def extend(
         self, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
     ) -> tuple[Array, LayerCache]:
         """The block for a chunk that continues the rows of a cache."""
-        return self._around(x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency), None)
+        return self._around(
+            x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency), None
+        )
 
-    def _around(self, x: Array, attention: Callable[[Array], tuple[Array, Any]], length: str | None) -> tuple[Array, Any]:
+    def _around(
+        self, x: Array, attention: Callable[[Array], tuple[Array, Any]], length: str | None
+    ) -> tuple[Array, Any]:
         out, extra = attention(rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps))
         x = x + constrain(out, "batch", length, None)
         out = self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), length)
@@ -90,44 +106,61 @@ class Decoder(nnx.Module):
         return self.logits(hidden), evict
 
     def hard(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        threshold: float | Float[Array, ""] = 0.0,
     ) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
         """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision: evict iff
         its logit exceeds `threshold`."""
         hidden, evict = self.hard_hidden(tokens, segment_ids, threshold)
         return self.logits(hidden), evict
 
-    def dense_hidden(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+    def dense_hidden(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T D"]:
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
     def relaxed_hidden(
-        self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None, remat: str = "full"
+        self,
+        tokens: Int[Array, "B T"],
+        noise: Float[Array, "L B K T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: str = "full",
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
-        dms = self.config.policy
+        dms = self.config.require_dms()
 
         def gate_of(layer_noise):
             def gate(logits):
                 z = eviction.share_heads(eviction.relax(logits, layer_noise, dms.tau), dms.granularity)
-                return eviction.log_keep(eviction.align_to_pairs(z, dms.decision_shift, 0.0)), eviction.straight_through(z)
+                return eviction.log_keep(
+                    eviction.align_to_pairs(z, dms.decision_shift, 0.0)
+                ), eviction.straight_through(z)
 
             return gate
 
         return self._run(tokens, segment_ids, gate_of, dms.window_size, self._channel(), noise, remat)
 
     def hard_hidden(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        threshold: float | Float[Array, ""] = 0.0,
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
         hidden, (evict, _) = self._hard(tokens, segment_ids, threshold)
         return hidden, evict
 
     def hard_scores(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None, threshold: float | Float[Array, ""] = 0.0
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        threshold: float | Float[Array, ""] = 0.0,
     ) -> Float[Array, "L B K T"]:
         """Each token's own evict logit when those above `threshold` evict: what a lower layer forgets changes the upper ones'."""
         return self._hard(tokens, segment_ids, threshold)[1][1]
 
     def _hard(self, tokens, segment_ids, threshold):
-        dms = self.config.policy
+        dms = self.config.require_dms()
 
         def gate(logits):
             evict = eviction.decide(logits, dms.granularity, threshold)
@@ -137,15 +170,23 @@ class Decoder(nnx.Module):
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
 
     def marked_hidden(
-        self, tokens: Int[Array, "B T"], marked: Bool[Array, "T"], window_size: int, segment_ids: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        marked: Bool[Array, "T"],
+        window_size: int,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The base model when the same pairs, `marked`, leave every head `window_size` steps after they came: a policy
         that looks at positions only, such as a sliding window with sinks."""
-        gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))  # noqa: E731
+        gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
     def ramped_hidden(
-        self, tokens: Int[Array, "B T"], channel_scale: Float[Array, ""], segment_ids: Int[Array, "B T"] | None = None, remat: str = "full"
+        self,
+        tokens: Int[Array, "B T"],
+        channel_scale: Float[Array, ""],
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: str = "full",
     ) -> Float[Array, "B T D"]:
         """Dense attention with the borrowed channel multiplied by `channel_scale`, before the query norm and after RoPE.
         At 0 the channel's weights have no effect at all and may be set to 0 (`free_borrowed_channel`)."""
@@ -166,15 +207,21 @@ class Decoder(nnx.Module):
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:
-            raise ValueError(f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}")
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}"
+            )
         if segment_ids is not None:
-            segment_ids = constrain(segment_ids, "batch", None)  # a few bytes a token: attention and positions need whole rows of them
+            segment_ids = constrain(
+                segment_ids, "batch", None
+            )  # a few bytes a token: attention and positions need whole rows of them
         frequency, position = rope_frequencies(self.config), positions(tokens.shape[1], segment_ids)
         graph, weights = nnx.split(self.layers)
 
         def block(x, layer):
             layer_weights, layer_input = layer
-            return nnx.merge(graph, _gathered(layer_weights))(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
+            return nnx.merge(graph, _gathered(layer_weights))(
+                x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids
+            )
 
         if remat != "none":
             block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
@@ -188,7 +235,9 @@ def _gathered(weights: nnx.State) -> nnx.State:
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata("axes")[1:]
-        return variable.replace(reshard(variable.get_value(), tuple(None if axis == "embed" else axis for axis in axes), axes))
+        return variable.replace(
+            reshard(variable.get_value(), tuple(None if axis == "embed" else axis for axis in axes), axes)
+        )
 
     return jax.tree.map(gather, weights, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
@@ -209,16 +258,16 @@ def free_borrowed_channel(model: Decoder) -> None:
 
 def fold_threshold(model: Decoder, threshold: float) -> None:
     """Make `threshold` part of the model, in place: a logit above it becomes one above 0."""
-    dms = model.config.policy
+    dms = model.config.require_dms()
     _reconfigure(model, replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
 
 
 def with_window(model: Decoder, window_size: int) -> Decoder:
     """The same weights and policy under another window."""
-    if model.config.policy.window_size == window_size:
+    if model.config.require_dms().window_size == window_size:
         return model
     other = nnx.merge(*nnx.split(model))
-    _reconfigure(other, replace(model.config.policy, window_size=window_size))
+    _reconfigure(other, replace(model.config.require_dms(), window_size=window_size))
     return other
 
 

@@ -27,14 +27,25 @@ class ParamFactory:
 
     def size(self, axis: str) -> int:
         c = self.config
-        return {"layers": c.num_layers, "embed": c.hidden_size, "mlp": c.intermediate_size, "vocab": c.vocab_size,
-                "q_heads": c.num_q_heads, "kv_heads": c.num_kv_heads, "head_dim": c.head_dim}[axis]  # fmt: skip
+        return {
+            "layers": c.num_layers,
+            "embed": c.hidden_size,
+            "mlp": c.intermediate_size,
+            "vocab": c.vocab_size,
+            "q_heads": c.num_q_heads,
+            "kv_heads": c.num_kv_heads,
+            "head_dim": c.head_dim,
+        }[axis]
 
     def __call__(self, *axes: str, fill: float | None = None, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
         """A parameter [sizes of `axes`]: constant `fill`, or normal with deviation 0.02. Evict parameters are fp32."""
         shape = tuple(map(self.size, axes))
         dtype = jnp.float32 if kind is EvictParam else self.dtype
-        value = jnp.full(shape, fill, dtype) if fill is not None else 0.02 * jax.random.normal(self.rngs.params(), shape, dtype)
+        value = (
+            jnp.full(shape, fill, dtype)
+            if fill is not None
+            else 0.02 * jax.random.normal(self.rngs.params(), shape, dtype)
+        )
         return kind(value, axes=axes)
 
 
@@ -61,7 +72,9 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
     if scaling.kind == "linear":
         return frequency / scaling.factor
     turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # over the original context
-    smooth = jnp.clip((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0)
+    smooth = jnp.clip(
+        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+    )
     return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
@@ -72,7 +85,9 @@ def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[
     index = jnp.arange(length)[None]
     if segment_ids is None:
         return index
-    starts = jnp.concatenate([jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    starts = jnp.concatenate(
+        [jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 

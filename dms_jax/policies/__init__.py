@@ -3,7 +3,8 @@
 import re
 from dataclasses import asdict
 
-from dms_jax.config import ConfigError, ModelConfig, naming, nearest_name, shown
+from dms_jax.config import ModelConfig
+from dms_jax.errors import ConfigError, naming, shown, suggestion
 from dms_jax.policies.budget_policy import BudgetPolicy
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.h2o import H2O
@@ -52,26 +53,32 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
     text = policy.removeprefix(f"{PROMPT}:")
     name, _, budget = text.partition(":")
     if name not in POLICIES:
-        raise ConfigError(f"unknown policy {name!r}; did you mean {nearest_name(name, POLICIES)}?")
+        raise ConfigError(f"unknown policy {name!r}; {suggestion(name, POLICIES)}")
     method = _built(POLICIES[name], name, budget, config)
     if text == policy:
         return method
     if not isinstance(method, BudgetPolicy):
-        raise ConfigError(f"policy {policy!r}: {name} does not rank pairs, so it cannot compress a prompt; use {text!r}")
+        raise ConfigError(
+            f"policy {policy!r}: {name} does not rank pairs, so it cannot compress a prompt; use {text!r}"
+        )
     return PromptCompression(method)
 
 
 def _built(kind: type, name: str, budget: str, config: ModelConfig) -> CachePolicy:
     if issubclass(kind, BudgetPolicy | Quest):
         if not re.fullmatch("[0-9]{1,9}", budget):
-            raise ConfigError(f"policy {name} needs a budget in pairs per KV head, e.g. {name}:256; got {shown(budget)}")
+            raise ConfigError(
+                f"policy {name} needs a budget in pairs per KV head, e.g. {name}:256; got {shown(budget)}"
+            )
         with naming(f"policy {name}:{budget}"):
             return kind(int(budget))
     if budget:
         raise ConfigError(f"policy {name} has no budget; use {name!r}")
     if issubclass(kind, LearnedEviction):
         if config.dms is None:
-            raise ConfigError(f"policy {name} needs a retrofitted model, this one is plain; load it with its evict head")
+            raise ConfigError(
+                f"policy {name} needs a retrofitted model, this one is plain; load it with its evict head"
+            )
         return kind(config.dms)
     return kind()
 

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.config import ConfigError
-from dms_jax.core.compact_cache import Choice, LayerCache, Verdict, alive_pairs
+from dms_jax.core.compact_cache import Expiries, LayerCache, Selection, alive_pairs
 from dms_jax.core.slot_attention import attention_weights
-from dms_jax.policies.cache_policy import CachePolicy, Room
+from dms_jax.errors import ConfigError
+from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
 from dms_jax.policies.keep_all import unmarked
 
 
@@ -52,7 +52,9 @@ class BudgetPolicy(CachePolicy):
 
     def __post_init__(self):
         if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < self.least_budget:
-            raise ConfigError(f"budget of {type(self).__name__} must be a whole number >= {self.least_budget}, got {self.budget!r}")
+            raise ConfigError(
+                f"budget of {type(self).__name__} must be a whole number >= {self.least_budget}, got {self.budget!r}"
+            )
 
     @property
     def least_budget(self) -> int:
@@ -68,8 +70,8 @@ class BudgetPolicy(CachePolicy):
     def window_size(self) -> int:
         return 0  # never asked: a budget never fills a buffer that has room for it
 
-    def room(self) -> Room:
-        return Room(self.budget, self.budget, f"a budget of {self.budget} pairs")
+    def slot_bounds(self) -> SlotBounds:
+        return SlotBounds(self.budget, self.budget, f"a budget of {self.budget} pairs")
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
         """A full cache is ranked after attention: the token that makes one pair too many has read them all."""
@@ -84,50 +86,66 @@ class BudgetPolicy(CachePolicy):
         return jnp.zeros((*k.shape[:3], self.features), jnp.float32) if self.features else None
 
     def observe(
-        self, statistic: Float[Array, "B K S F"], weights: Float[Array, "B K n S"], real: Bool[Array, "B n"], alive: Bool[Array, "B K S"]
+        self,
+        statistic: Float[Array, "B K S F"],
+        weights: Float[Array, "B K n S"],
+        real: Bool[Array, "B n"],
+        alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S F"]:
         """What is remembered after the last n queries paid attention `weights` (averaged over the query heads of each KV
         head); of those only the `real` ones exist, which are the last of the n."""
         return statistic
 
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
+    def mark(
+        self,
+        logits: Float[Array, "B K T"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        threshold: float | Float[Array, ""],
+    ) -> Expiries:
         return unmarked(logits)
 
-    def choose(
+    def select(
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B K T H"],
-        verdict: Verdict,
+        expiries: Expiries,
         slots: LayerCache,
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
-    ) -> Choice | None:
-        pairs = self.after(q, k, verdict, slots, position, count)
-        return Choice(best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, leaving=k.shape[2]), pairs.statistic)
+    ) -> Selection | None:
+        pairs = self.after(q, k, expiries, slots, position, count)
+        return Selection(
+            best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, leaving=k.shape[2]), pairs.statistic
+        )
 
-    def after(self, q, k, verdict, slots, position, count) -> Pairs:
+    def after(self, q, k, expiries, slots, position, count) -> Pairs:
         """All pairs after a chunk, its attention observed."""
         now, length = position[:, 0] + count - 1, k.shape[2]
-        chunk_position = jnp.broadcast_to(position[:, None], verdict.expiry.shape)
-        both = lambda slot, new: jnp.concatenate([slot, new.astype(slot.dtype)], axis=2)  # noqa: E731
+        chunk_position = jnp.broadcast_to(position[:, None], expiries.expiry.shape)
+        both = lambda slot, new: jnp.concatenate([slot, new.astype(slot.dtype)], axis=2)
         keys, positions = both(slots.k, k), both(slots.position, chunk_position)
-        alive = alive_pairs(slots, verdict.expiry, now, count)
+        alive = alive_pairs(slots, expiries.expiry, now, count)
         coming = self.arrive(k)
         statistic = None if slots.statistic is None or coming is None else both(slots.statistic, coming)
         if (number := min(self.observed, length)) and statistic is not None:
             index = count[:, None] - number + jnp.arange(number)  # of the last `number` queries; below 0 there is none
             real, at = index >= 0, jnp.maximum(index, 0)
             last = jnp.take_along_axis(q, at[..., None, None], axis=1)
-            weights = attention_weights(last, position[:, :1] + at, keys, positions, both(slots.expiry, verdict.expiry))
+            weights = attention_weights(
+                last, position[:, :1] + at, keys, positions, both(slots.expiry, expiries.expiry)
+            )
             statistic = self.observe(statistic, weights, real, alive)
         return Pairs(keys, positions, alive, statistic, now)
 
 
 @typed
 def best(
-    scores: Float[Array, "B K S"], alive: Bool[Array, "B K S"], position: Int[Array, "B K S"], budget: int, leaving: int | None = None
+    scores: Float[Array, "B K S"],
+    alive: Bool[Array, "B K S"],
+    position: Int[Array, "B K S"],
+    budget: int,
+    leaving: int | None = None,
 ) -> Bool[Array, "B K S"]:
     """The `budget` alive pairs with the highest scores, of equals the newest. At most `leaving` of the alive ones are too many."""
     scores = jnp.where(alive, scores, -jnp.inf)

@@ -1,6 +1,6 @@
 """What tells cache policies apart. The engine asks four questions and nothing else; most policies answer one of them.
 
-1. `judge`, when pairs come: until when is each one visible? Enough for whatever follows from the tokens alone.
+1. `mark`, when pairs come: until when is each one visible? Enough for whatever follows from the tokens alone.
 2. `read`, before attention: which slots are worth reading now? All, by default.
 3. `choose`, after attention: which pairs stay? By default those whose time has not come. Methods with a budget rank here.
 4. `room`, before anything runs: how many pairs must a head be able to hold?
@@ -11,15 +11,15 @@ from typing import NamedTuple, Protocol
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import Choice, LayerCache, Verdict
+from dms_jax.core.compact_cache import Expiries, LayerCache, Selection
 
 
-class Room(NamedTuple):
+class SlotBounds(NamedTuple):
     """Pairs per row and KV head."""
 
-    least: int  # a head holds this many as soon as so many have come
-    most: int | None  # and never more than this; None: it depends on the tokens
-    why: str
+    min: int  # a head holds this many as soon as so many have come
+    max: int | None  # and never more than this; None: it depends on the tokens
+    reason: str
 
 
 class CachePolicy(Protocol):
@@ -35,16 +35,22 @@ class CachePolicy(Protocol):
         """How many numbers the cache keeps of each pair for this policy."""
         return 0
 
-    def room(self) -> Room: ...
+    def slot_bounds(self) -> SlotBounds: ...
 
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
+    def mark(
+        self,
+        logits: Float[Array, "B K T"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        threshold: float | Float[Array, ""],
+    ) -> Expiries:
         """What becomes of the pairs at `position`, of which the first `count` of each row are real, and of the pair before
         them. `logits` are the evict logits of their tokens."""
         ...
 
-    def read(self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]) -> Bool[Array, "B K T C"] | None:
+    def read(
+        self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]
+    ) -> Bool[Array, "B K T C"] | None:
         """Slots that each query at `position` looks at, of those it may see; None: all."""
         return None
 
@@ -52,14 +58,14 @@ class CachePolicy(Protocol):
         """How many pairs a decoded token reads of `live` ones; what it costs."""
         return live
 
-    def choose(
+    def select(
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B K T H"],
-        verdict: Verdict,
+        expiries: Expiries,
         slots: LayerCache,
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
-    ) -> Choice | None:
+    ) -> Selection | None:
         """Which slots and pairs of the chunk stay after it, and what to remember of them; None: those that have not expired."""
         return None

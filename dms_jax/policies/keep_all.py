@@ -6,16 +6,16 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.compact_cache import Expiries
 from dms_jax.core.visibility import NEVER
-from dms_jax.policies.cache_policy import CachePolicy, Room
+from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
 
 EVERYTHING = 2**30  # more than any row has
 
 
-def unmarked(logits: Float[Array, "B K T"]) -> Verdict:
+def unmarked(logits: Float[Array, "B K T"]) -> Expiries:
     """No pair has a time to leave."""
-    return Verdict(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
+    return Expiries(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,14 @@ class KeepAll(CachePolicy):
     def window_size(self) -> int:
         return EVERYTHING  # so everything is inside, and the overflow rule picks the oldest
 
-    def room(self) -> Room:
-        return Room(EVERYTHING, None, "a cache that keeps everything")
+    def slot_bounds(self) -> SlotBounds:
+        return SlotBounds(EVERYTHING, None, "a cache that keeps everything")
 
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
+    def mark(
+        self,
+        logits: Float[Array, "B K T"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        threshold: float | Float[Array, ""],
+    ) -> Expiries:
         return unmarked(logits)

@@ -26,7 +26,11 @@ class ObservedAttention(BudgetPolicy):
         return 1  # attention received so far
 
     def observe(
-        self, statistic: Float[Array, "B K S 1"], weights: Float[Array, "B K n S"], real: Bool[Array, "B n"], alive: Bool[Array, "B K S"]
+        self,
+        statistic: Float[Array, "B K S 1"],
+        weights: Float[Array, "B K n S"],
+        real: Bool[Array, "B n"],
+        alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S 1"]:
         return statistic + jnp.sum(jnp.where(real[:, None, :, None], weights, 0.0), axis=2)[..., None]
 

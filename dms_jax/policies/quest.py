@@ -7,8 +7,8 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.config import ConfigError
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.errors import ConfigError
 from dms_jax.policies.keep_all import KeepAll
 
 
@@ -29,22 +29,28 @@ class Quest(KeepAll):
 
     def __post_init__(self):
         if self.page_size < 1 or self.budget < 2 * self.page_size:
-            raise ConfigError(f"Quest wants page_size >= 1 and a budget >= two pages; got pages of {self.page_size} and a budget of {self.budget}")
+            raise ConfigError(
+                f"Quest wants page_size >= 1 and a budget >= two pages; got pages of {self.page_size} and a budget of {self.budget}"
+            )
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
         return jnp.minimum(live, self.budget // self.page_size * self.page_size)
 
-    def read(self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]) -> Bool[Array, "B K T C"] | None:
+    def read(
+        self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]
+    ) -> Bool[Array, "B K T C"] | None:
         if q.shape[1] > self.page_size:
             return None
-        page_of = jnp.where(slots.position < position[:, :1, None], slots.position // self.page_size, -1)  # -1: not there
+        page_of = jnp.where(
+            slots.position < position[:, :1, None], slots.position // self.page_size, -1
+        )  # -1: not there
         pages = -(-slots.capacity // self.page_size)  # nothing leaves, so the slot of a pair is its position
         pad = pages * self.page_size - slots.capacity
         low, high = (self._bound(slots.k, page_of >= 0, pad, extreme) for extreme in (jnp.min, jnp.max))
         b, t, _, h = q.shape
         rows = q.reshape(b, t, low.shape[1], -1, h).transpose(0, 2, 1, 3, 4).astype(jnp.float32)  # [B K T G H]
         # The largest q.k that keys between the bounds allow: each channel takes the bound of its own sign.
-        product = lambda x, y: jnp.einsum("bktgh,bkph->bktgp", x, y, precision=lax.Precision.HIGHEST)  # noqa: E731
+        product = lambda x, y: jnp.einsum("bktgh,bkph->bktgp", x, y, precision=lax.Precision.HIGHEST)
         bound = jnp.max(product(jnp.maximum(rows, 0), high) + product(jnp.minimum(rows, 0), low), axis=3)
         filled = jnp.arange(pages) * self.page_size < position[:, :1, None]
         own = jnp.arange(pages) == position[..., None] // self.page_size
@@ -53,7 +59,9 @@ class Quest(KeepAll):
         chosen = jnp.repeat(rank < self.budget // self.page_size, self.page_size, axis=-1)
         return chosen[..., : slots.capacity] & (page_of >= 0)[:, :, None]
 
-    def _bound(self, k: Float[Array, "B K C H"], there: Bool[Array, "B K C"], pad: int, extreme) -> Float[Array, "B K P H"]:
+    def _bound(
+        self, k: Float[Array, "B K C H"], there: Bool[Array, "B K C"], pad: int, extreme
+    ) -> Float[Array, "B K P H"]:
         """The smallest or largest value of each channel in each page; 0 for a page with nothing in it."""
         fill = jnp.inf if extreme is jnp.min else -jnp.inf
         keys = jnp.where(there[..., None], k.astype(jnp.float32), fill)

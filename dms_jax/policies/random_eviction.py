@@ -19,6 +19,6 @@ class RandomEviction(BudgetPolicy):
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
         heads = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.seed), jnp.arange(pairs.k.shape[1]))
-        draw = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))  # noqa: E731
+        draw = lambda key, position: jax.random.uniform(jax.random.fold_in(key, position))
         of_head = jax.vmap(draw, (None, 0))
         return jax.vmap(jax.vmap(of_head), (None, 0))(heads, pairs.position)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from dms_jax.axes import Array
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 
@@ -43,10 +43,16 @@ class SnapKV(BudgetPolicy):
         return self.observation_window  # what each of the last queries paid, the latest last
 
     def observe(
-        self, statistic: Float[Array, "B K S F"], weights: Float[Array, "B K n S"], real: Bool[Array, "B n"], alive: Bool[Array, "B K S"]
+        self,
+        statistic: Float[Array, "B K S F"],
+        weights: Float[Array, "B K n S"],
+        real: Bool[Array, "B n"],
+        alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S F"]:
         size, number = self.observation_window, weights.shape[2]
-        both = jnp.concatenate([statistic, weights.swapaxes(2, 3)], axis=-1)  # oldest first; those not real are in between
+        both = jnp.concatenate(
+            [statistic, weights.swapaxes(2, 3)], axis=-1
+        )  # oldest first; those not real are in between
         new = jnp.sum(real, axis=-1)[:, None]
         back = jnp.arange(size)[::-1]  # how many queries ago
         source = jnp.where(back < new, size + number - 1 - back, size - 1 - (back - new))

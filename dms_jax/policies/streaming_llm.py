@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.config import ConfigError
-from dms_jax.core.compact_cache import Verdict
+from dms_jax.core.compact_cache import Expiries
 from dms_jax.core.visibility import expiry_of
+from dms_jax.errors import ConfigError
 from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 
@@ -25,7 +25,9 @@ class StreamingLLM(BudgetPolicy):
 
     def __post_init__(self):
         if self.budget <= self.num_sinks:
-            raise ConfigError(f"a sliding window of {self.budget} pairs has no room beside {self.num_sinks} sinks; use a budget > {self.num_sinks}")
+            raise ConfigError(
+                f"a sliding window of {self.budget} pairs has no room beside {self.num_sinks} sinks; use a budget > {self.num_sinks}"
+            )
         super().__post_init__()
 
     @property
@@ -35,13 +37,17 @@ class StreamingLLM(BudgetPolicy):
     def marked(self, position: Int[Array, "*A"]) -> Bool[Array, "*A"]:
         return position >= self.num_sinks
 
-    def judge(
-        self, logits: Float[Array, "B K T"], position: Int[Array, "B T"], count: Int[Array, "B"], threshold: float | Float[Array, ""]
-    ) -> Verdict:
+    def mark(
+        self,
+        logits: Float[Array, "B K T"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+        threshold: float | Float[Array, ""],
+    ) -> Expiries:
         expiry = expiry_of(self.marked(position), position, self.window_size)[:, None]
-        return Verdict(jnp.broadcast_to(expiry, logits.shape), jnp.zeros(logits.shape, jnp.float32), None, None)
+        return Expiries(jnp.broadcast_to(expiry, logits.shape), jnp.zeros(logits.shape, jnp.float32), None, None)
 
-    def choose(self, q, k, verdict, slots, position, count) -> None:
+    def select(self, q, k, expiries, slots, position, count) -> None:
         return None  # the expiries say it all
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:

@@ -25,7 +25,11 @@ class TOVA(BudgetPolicy):
         return 1  # what the last query paid
 
     def observe(
-        self, statistic: Float[Array, "B K S 1"], weights: Float[Array, "B K n S"], real: Bool[Array, "B n"], alive: Bool[Array, "B K S"]
+        self,
+        statistic: Float[Array, "B K S 1"],
+        weights: Float[Array, "B K n S"],
+        real: Bool[Array, "B n"],
+        alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S 1"]:
         return jnp.where(real[:, -1, None, None, None], weights[:, :, -1, :, None], statistic)
 

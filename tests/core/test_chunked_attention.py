@@ -16,7 +16,10 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 def inputs(seed, batch, length, kv_heads, group, head_dim, hard=False, segments=False):
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(batch, length, heads, head_dim)), jnp.float32) for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(batch, length, heads, head_dim)), jnp.float32)
+        for heads in (kv_heads * group, kv_heads, kv_heads)
+    )
     shape = (batch, kv_heads, length)
     log_keep = np.where(rng.random(shape) < 0.5, MASKED, 0.0) if hard else -np.logaddexp(0, rng.normal(size=shape) * 5)
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (batch, length)), axis=1), jnp.int32) if segments else None
@@ -67,7 +70,9 @@ def test_the_gate_gets_a_gradient_only_where_it_acts():
     q, k, v, log_keep, _ = inputs(1, 1, 40, 2, 2, 8)
     window = 10
     gradient = value_and_gradients(gated_attention, q, k, v, log_keep, None, window_size=window)[1][3]
-    assert np.all(np.asarray(gradient[:, :, 40 - 1 - window :]) == 0) and np.all(np.asarray(gradient[:, :, : 40 - 1 - window]) != 0)
+    assert np.all(np.asarray(gradient[:, :, 40 - 1 - window :]) == 0) and np.all(
+        np.asarray(gradient[:, :, : 40 - 1 - window]) != 0
+    )
 
 
 def test_an_evicted_key_leaves_no_trace():
@@ -93,7 +98,9 @@ def arrays_of(jaxpr):
 @pytest.mark.parametrize("block", [128, 512])
 def test_no_array_is_quadratic_in_the_length(block):
     def largest(length):
-        q, k, lk = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, 4, 16), (1, length, 2, 16), (1, 2, length)))
+        q, k, lk = (
+            jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, 4, 16), (1, length, 2, 16), (1, 2, length))
+        )
         step = jax.grad(lambda *a: gated_attention(*a, window_size=64, block=block).sum(), argnums=(0, 1, 2, 3))
         shapes = list(arrays_of(jax.make_jaxpr(step)(q, k, k, lk).jaxpr))
         assert shapes and all(sum(n >= length for n in shape) <= 1 for shape in shapes)

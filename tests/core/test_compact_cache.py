@@ -11,10 +11,11 @@ from cases import decode, visible
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.config import DMSConfig
 from dms_jax.core import compact_cache
-from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, LayerCache, Verdict, empty_layer
+from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, Expiries, LayerCache, empty_layer
 from dms_jax.core.slot_attention import extend_layer, slot_attention
+from dms_jax.errors import ConfigError
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
@@ -26,8 +27,10 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 def extend(layer, q, k, v, logits, seen, count, policy, block=5):
     """What an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
-    verdict = policy.judge(logits, position, count, 0.0)
-    return extend_layer(layer, q, k, v, verdict, position, count, policy.window_size, attend=partial(slot_attention, block=block))
+    expiries = policy.mark(logits, position, count, 0.0)
+    return extend_layer(
+        layer, q, k, v, expiries, position, count, policy.window_size, attend=partial(slot_attention, block=block)
+    )
 
 
 def poisoned(layer: LayerCache, seen) -> LayerCache:
@@ -55,7 +58,7 @@ def run(seed: int, window: int, shift: int, fraction: float, schedule: list[int]
             break
         count = np.minimum(rng.integers(0, size + 1, B), lengths - seen).astype(np.int32)
         rows = np.minimum(seen[:, None] + np.arange(size), T - 1)
-        part = lambda x: jnp.asarray(np.stack([x[b][:, rows[b]] for b in range(B)]), jnp.float32)  # noqa: B023, E731
+        part = lambda x: jnp.asarray(np.stack([x[b][:, rows[b]] for b in range(B)]), jnp.float32)  # noqa: B023
         chunk_q = jnp.asarray(np.stack([q[b, rows[b]] for b in range(B)]), jnp.float32)
         out, layer = extend(poisoned(layer, seen), chunk_q, part(k), part(v), part(logits), seen, count, policy)
         for b in range(B):
@@ -74,9 +77,11 @@ def run(seed: int, window: int, shift: int, fraction: float, schedule: list[int]
 
 
 CASES = {
-    "seed": st.integers(0, 2**31), "shift": st.integers(0, 1), "fraction": st.sampled_from([0.0, 0.3, 0.7, 1.0]),
+    "seed": st.integers(0, 2**31),
+    "shift": st.integers(0, 1),
+    "fraction": st.sampled_from([0.0, 0.3, 0.7, 1.0]),
     "schedule": st.lists(st.sampled_from([1, 6]), max_size=30),
-}  # fmt: skip
+}
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,7 +138,9 @@ def test_an_overfull_head_gives_up_pairs_one_by_one_and_its_neighbour_none(rng):
             part = slice(start, start + size)
             at = np.array([start], np.int32)
             q = jnp.zeros((1, size, 4, H))
-            _, layer = extend(layer, q, k[:, :, part], v[:, :, part], logits[:, :, part], at, np.full(1, size, np.int32), policy)
+            _, layer = extend(
+                layer, q, k[:, :, part], v[:, :, part], logits[:, :, part], at, np.full(1, size, np.int32), policy
+            )
             pairs += range(start, start + size)
             now = start + size - 1
             score = np.append(logits[0, 0, 1 : now + 1], 0.0)
@@ -154,7 +161,16 @@ def test_a_larger_buffer_holds_the_same(rng):
     layer = empty_layer(1, 1, 4, H, jnp.float32)
     policy = LearnedEviction(DMSConfig(window_size=2))
     x = jnp.asarray(rng.normal(size=(1, 1, 3, H)), jnp.float32)
-    _, layer = extend(layer, jnp.zeros((1, 3, 1, H)), x, x, -jnp.ones((1, 1, 3)), np.zeros(1, np.int32), np.full(1, 3, np.int32), policy)
+    _, layer = extend(
+        layer,
+        jnp.zeros((1, 3, 1, H)),
+        x,
+        x,
+        -jnp.ones((1, 1, 3)),
+        np.zeros(1, np.int32),
+        np.full(1, 3, np.int32),
+        policy,
+    )
     larger = compact_cache.grown(layer, 9)
     assert larger.capacity == 9
     np.testing.assert_array_equal(larger.k[:, :, :4], layer.k)
@@ -163,12 +179,14 @@ def test_a_larger_buffer_holds_the_same(rng):
 
 def test_nothing_is_decided_about_a_pair_by_a_row_without_tokens():
     layer = dataclasses.replace(empty_layer(1, 1, 2, H, jnp.float32), position=jnp.asarray([[[0, EMPTY]]], jnp.int32))
-    gone = Verdict(jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)), jnp.full((1, 1), 5, jnp.int32), jnp.zeros((1, 1)))
+    gone = Expiries(
+        jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)), jnp.full((1, 1), 5, jnp.int32), jnp.zeros((1, 1))
+    )
     one = np.ones(1, np.int32)
-    assert int(compact_cache.settle(layer, gone, one, one).expiry[0, 0, 0]) == 5
-    assert int(compact_cache.settle(layer, gone, one, one * 0).expiry[0, 0, 0]) == GONE
+    assert int(compact_cache.apply_pending(layer, gone, one, one).expiry[0, 0, 0]) == 5
+    assert int(compact_cache.apply_pending(layer, gone, one, one * 0).expiry[0, 0, 0]) == GONE
     # A fresh row has seen nothing: the "pair before" its first token is none, and no empty slot is mistaken for it.
-    fresh = compact_cache.settle(empty_layer(1, 1, 2, H, jnp.float32), gone, one * 0, one)
+    fresh = compact_cache.apply_pending(empty_layer(1, 1, 2, H, jnp.float32), gone, one * 0, one)
     assert np.all(np.asarray(fresh.expiry) == GONE)
 
 
@@ -179,7 +197,9 @@ def test_ratio_is_tokens_over_live_pairs():
     assert compact_cache.compression_ratio(cache) == 6 / 2
     assert compact_cache.row_compression_ratios(cache).tolist() == [8 / 3, 4.0]
     empty = CompactCache((empty_layer(1, 1, 4, H, jnp.float32),), jnp.zeros(1, jnp.int32), KeepAll())
-    assert compact_cache.compression_ratio(empty) == 1.0 and compact_cache.row_compression_ratios(empty).tolist() == [1.0]
+    assert compact_cache.compression_ratio(empty) == 1.0 and compact_cache.row_compression_ratios(empty).tolist() == [
+        1.0
+    ]
     assert cache.bytes == 2 * 2 * 8 * (2 * H * 4 + 12) + 16 + 8
 
 

@@ -18,7 +18,9 @@ def test_noise_belongs_to_the_example_not_to_the_batch():
     np.testing.assert_array_equal(whole[:1], noise([4, 5, 6, 7], layers=1))
     for other in (noise([4, 5, 6, 7], step=4), noise([4, 5, 6, 7], seed=8)):
         assert not np.any(np.asarray(other) == np.asarray(whole))
-    assert not np.any(np.asarray(whole[0]) == np.asarray(whole[1])) and not np.any(np.asarray(whole[:, 0]) == np.asarray(whole[:, 1]))
+    assert not np.any(np.asarray(whole[0]) == np.asarray(whole[1])) and not np.any(
+        np.asarray(whole[:, 0]) == np.asarray(whole[:, 1])
+    )
 
 
 def test_noise_is_logistic():

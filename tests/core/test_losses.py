@@ -28,13 +28,17 @@ def test_masks_and_the_empty_mask():
     rng = np.random.default_rng(0)
     s, t = (jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32) for _ in "st")
     mask = jnp.asarray(rng.random((2, 5)) < 0.5)
-    expected = optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(s), jax.nn.log_softmax(t))  # KL(targets || predictions)
+    expected = optax.losses.kl_divergence_with_log_targets(
+        jax.nn.log_softmax(s), jax.nn.log_softmax(t)
+    )  # KL(targets || predictions)
     np.testing.assert_allclose(kl_teacher_student(s, t, mask), np.asarray(expected)[np.asarray(mask)].mean(), rtol=1e-5)
     assert float(kl_student_teacher(s, t, jnp.zeros((2, 5), bool))) == 0.0
     assert float(kl_student_teacher(s, s, mask)) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize("order, dense", [("student_teacher", kl_student_teacher), ("teacher_student", kl_teacher_student)])
+@pytest.mark.parametrize(
+    "order, dense", [("student_teacher", kl_student_teacher), ("teacher_student", kl_teacher_student)]
+)
 @pytest.mark.parametrize("chunk", [1, 8, 37, 64])
 def test_chunked_distillation_equals_the_dense_one(rng, order, dense, chunk):
     student, teacher, embedding, teacher_embedding, weight = problem(rng)
@@ -67,9 +71,12 @@ def test_tied_embedding_gets_the_students_gradient_only(rng):
 def test_distillation_never_holds_all_logits(rng):
     def largest(length):
         student, teacher, embedding, _, weight = (
-            jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, length, 16), (1, length, 16), (5000, 16), (1,), (1, length))
+            jax.ShapeDtypeStruct(s, jnp.float32)
+            for s in ((1, length, 16), (1, length, 16), (5000, 16), (1,), (1, length))
         )
-        jaxpr = jax.make_jaxpr(jax.grad(lambda s, t, e, w: distill_sum(s, t, e, e, w), argnums=(0, 2)))(student, teacher, embedding, weight)
+        jaxpr = jax.make_jaxpr(jax.grad(lambda s, t, e, w: distill_sum(s, t, e, e, w), argnums=(0, 2)))(
+            student, teacher, embedding, weight
+        )
         return str(jaxpr).count(f"f32[1,{length},5000]"), str(jaxpr).count("f32[1,256,5000]")
 
     assert largest(4096)[0] == 0 and largest(4096)[1] > 0
@@ -79,20 +86,30 @@ def test_compression_loss_is_one_sided_and_global(rng):
     evict = jnp.asarray(rng.random((3, 2, 4, 10)) < 0.3, jnp.float32)
     mean = np.asarray(evict).mean(axis=(0, 2, 3))  # per example
     np.testing.assert_allclose(compression_loss(evict, 0.6), np.maximum(0, 0.6 - mean).mean(), rtol=1e-6)
-    assert float(compression_loss(evict, 0.05)) == 0.0 and np.all(np.asarray(jax.grad(compression_loss)(evict, 0.05)) == 0)
+    assert float(compression_loss(evict, 0.05)) == 0.0 and np.all(
+        np.asarray(jax.grad(compression_loss)(evict, 0.05)) == 0
+    )
     np.testing.assert_allclose(jax.grad(compression_loss)(evict, 0.9), np.full(evict.shape, -1 / evict.size), rtol=1e-6)
     per_head = np.asarray(evict).mean(axis=3)
-    np.testing.assert_allclose(compression_loss(evict, 0.3, scope="head"), np.maximum(0, 0.3 - per_head).mean(), rtol=1e-6)
-    np.testing.assert_allclose(compression_loss(evict, 0.3, scope="layer"), np.maximum(0, 0.3 - per_head.mean(2)).mean(), rtol=1e-6)
+    np.testing.assert_allclose(
+        compression_loss(evict, 0.3, scope="head"), np.maximum(0, 0.3 - per_head).mean(), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        compression_loss(evict, 0.3, scope="layer"), np.maximum(0, 0.3 - per_head.mean(2)).mean(), rtol=1e-6
+    )
 
 
 def test_counted_tokens_only(rng):
     evict = jnp.asarray(rng.random((3, 2, 4, 10)) < 0.5, jnp.float32)
     counted = decidable(10, 3, 1)
-    np.testing.assert_array_equal(np.flatnonzero(counted), [1, 2, 3, 4, 5, 6])  # token t decides pair t - 1, which must be gone by token 9
+    np.testing.assert_array_equal(
+        np.flatnonzero(counted), [1, 2, 3, 4, 5, 6]
+    )  # token t decides pair t - 1, which must be gone by token 9
     np.testing.assert_array_equal(np.flatnonzero(decidable(10, 3, 0)), [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(np.flatnonzero(decidable(4, 3, 1)), [])
-    np.testing.assert_allclose(compression_loss(evict, 0.9, counted=counted), compression_loss(evict[..., 1:7], 0.9), rtol=1e-6)
+    np.testing.assert_allclose(
+        compression_loss(evict, 0.9, counted=counted), compression_loss(evict[..., 1:7], 0.9), rtol=1e-6
+    )
     # flipping a decision that is not decidable changes no live count, flipping one that is does
     base = evict[0, 0] > 0
     for token in range(10):
@@ -104,9 +121,16 @@ def test_token_metrics(rng):
     student, teacher, embedding, teacher_embedding, _ = problem(rng)
     following = jnp.asarray(rng.integers(0, 53, (2, 37)), jnp.int32)
     metrics = token_metrics(student, teacher, embedding, teacher_embedding, following, chunk=8)
-    log_s, log_t = (np.asarray(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", h, e))) for h, e in ((student, embedding), (teacher, teacher_embedding)))
-    np.testing.assert_allclose(metrics.kl_teacher_student, (np.exp(log_t) * (log_t - log_s)).sum(-1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics.kl_student_teacher, (np.exp(log_s) * (log_s - log_t)).sum(-1), rtol=1e-4, atol=1e-5)
+    log_s, log_t = (
+        np.asarray(jax.nn.log_softmax(jnp.einsum("btd,vd->btv", h, e)))
+        for h, e in ((student, embedding), (teacher, teacher_embedding))
+    )
+    np.testing.assert_allclose(
+        metrics.kl_teacher_student, (np.exp(log_t) * (log_t - log_s)).sum(-1), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics.kl_student_teacher, (np.exp(log_s) * (log_s - log_t)).sum(-1), rtol=1e-4, atol=1e-5
+    )
     rows, columns = np.indices((2, 37))
     np.testing.assert_allclose(metrics.student_nll, -log_s[rows, columns, following], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(metrics.teacher_nll, -log_t[rows, columns, following], rtol=1e-4, atol=1e-5)

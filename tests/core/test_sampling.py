@@ -15,7 +15,9 @@ def keys(*seeds):
 
 
 def kept(logits, **numbers):
-    return np.flatnonzero(np.asarray(allowed(jnp.asarray([logits], jnp.float32), SamplingNumbers(**numbers), True))[0]).tolist()
+    return np.flatnonzero(
+        np.asarray(allowed(jnp.asarray([logits], jnp.float32), SamplingNumbers(**numbers), True))[0]
+    ).tolist()
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,9 @@ def test_frequencies_are_probabilities():
     mode, many = SamplingMode(greedy=False), jax.random.split(jax.random.key(1), 20000)
     drawn = np.bincount(np.asarray(sample(logits, many, None, SamplingNumbers(), mode)), minlength=4) / 20000
     np.testing.assert_allclose(drawn, p, atol=0.015)
-    colder = np.bincount(np.asarray(sample(logits, many, None, SamplingNumbers(temperature=0.5), mode)), minlength=4) / 20000
+    colder = (
+        np.bincount(np.asarray(sample(logits, many, None, SamplingNumbers(temperature=0.5), mode)), minlength=4) / 20000
+    )
     np.testing.assert_allclose(colder, p**2 / (p**2).sum(), atol=0.015)
 
 
@@ -52,7 +56,9 @@ def test_a_row_draws_the_same_in_any_company(rng):
     for seeds in ([1, 2, 3], [4, 5, 6]):
         together = np.asarray(sample(logits, keys(*seeds), None, numbers, SAMPLES))
         order = np.array([2, 0, 1])
-        np.testing.assert_array_equal(sample(logits[order], keys(*np.array(seeds)[order]), None, numbers, SAMPLES), together[order])
+        np.testing.assert_array_equal(
+            sample(logits[order], keys(*np.array(seeds)[order]), None, numbers, SAMPLES), together[order]
+        )
         assert int(sample(logits[1:2], keys(seeds[1]), None, numbers, SAMPLES)[0]) == together[1]
 
 
@@ -60,10 +66,15 @@ def test_greedy_takes_the_best_after_the_penalty():
     logits, used = jnp.asarray([[3.0, 2.0, -1.0]]), jnp.asarray([[True, False, True]])
     np.testing.assert_allclose(penalise(logits, used, 2.0), [[1.5, 2.0, -2.0]])
     assert int(sample(logits, keys(0), None, SamplingNumbers(), SamplingMode())[0]) == 0
-    assert int(sample(logits, keys(0), used, SamplingNumbers(repetition_penalty=2.0), SamplingMode(penalises=True))[0]) == 1
+    assert (
+        int(sample(logits, keys(0), used, SamplingNumbers(repetition_penalty=2.0), SamplingMode(penalises=True))[0])
+        == 1
+    )
 
 
 def test_logprobs_are_those_of_the_model(rng):
     logits = jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
     want = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(token_logprobs(logits, jnp.asarray([4, 0], jnp.int32)), [want[0, 4], want[1, 0]], atol=1e-6)
+    np.testing.assert_allclose(
+        token_logprobs(logits, jnp.asarray([4, 0], jnp.int32)), [want[0, 4], want[1, 0]], atol=1e-6
+    )

@@ -12,21 +12,61 @@ from fuzz.fuzz_case import Target
 from fuzz.model_targets import typed
 from fuzz.mutations import HUGE, change_value, damage, nested, odd_value, replace_file, rewrite
 
-from dms_jax.config import ConfigError, DMSConfig
-from dms_jax.generation_config import GenerationConfig
+from dms_jax.config import DMSConfig
+from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.errors import ConfigError
+from dms_jax.planning.hardware import hardware_of
 from dms_jax.policies import describe, policy_of
 from dms_jax.sharding import parse_mesh
-from dms_jax.target_hardware import hardware_of
-from train.retrofit_config import RetrofitConfig, read_config
+from dms_jax.training.retrofit_config import RetrofitConfig, read_config
 
-YAML = {"model": "some/folder", "data": {"paths": ["a.txt", "b.jsonl"], "rows": "packed", "held_out_fraction": 0.1}, "steps": 300, "length": 2048,
-        "batch_size": 8, "seed": 3, "mesh": "8x1", "dtype": "bfloat16", "dms": {"window_size": 256, "target_cr": 8, "decision_shift": 1, "tau": 0.1},
-        "loss": {"order": "teacher_student", "compression_weight": 1.0}, "optimizer": {"learning_rate": 1e-5, "warmup_steps": 10, "b1": 0.9},
-        "save_every": 100, "tensorboard": False}  # fmt: skip
+YAML = {
+    "model": "some/folder",
+    "data": {"paths": ["a.txt", "b.jsonl"], "rows": "packed", "held_out_fraction": 0.1},
+    "steps": 300,
+    "length": 2048,
+    "batch_size": 8,
+    "seed": 3,
+    "mesh": "8x1",
+    "dtype": "bfloat16",
+    "dms": {"window_size": 256, "target_cr": 8, "decision_shift": 1, "tau": 0.1},
+    "loss": {"order": "teacher_student", "compression_weight": 1.0},
+    "optimizer": {"learning_rate": 1e-5, "warmup_steps": 10, "b1": 0.9},
+    "save_every": 100,
+    "tensorboard": False,
+}
 FILE = "run.yaml"
-ODD_YAML = ["1:30", "2024-99-99", "!!python/object/apply:os.system ['true']", "!!binary x", "!!int x", "&a [*a]", "*unknown", "{a: 1, a: 2}", "[",
-            "0o17", "~", "yes", ".nan", ".inf", "-.inf", "1e400", "9" * 5000, "[" * 3000, "{" * 3000, "? [x]", "<<: 3", "\t", "'\0'", "!!set {a}",
-            "1_000", "0x10", "|\n x", "&a {x: &b [1, 2], y: *b}", "\ud800"]  # fmt: skip
+ODD_YAML = [
+    "1:30",
+    "2024-99-99",
+    "!!python/object/apply:os.system ['true']",
+    "!!binary x",
+    "!!int x",
+    "&a [*a]",
+    "*unknown",
+    "{a: 1, a: 2}",
+    "[",
+    "0o17",
+    "~",
+    "yes",
+    ".nan",
+    ".inf",
+    "-.inf",
+    "1e400",
+    "9" * 5000,
+    "[" * 3000,
+    "{" * 3000,
+    "? [x]",
+    "<<: 3",
+    "\t",
+    "'\0'",
+    "!!set {a}",
+    "1_000",
+    "0x10",
+    "|\n x",
+    "&a {x: &b [1, 2], y: *b}",
+    "\ud800",
+]
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
 )
@@ -139,13 +179,54 @@ def make_options(folder: Path) -> None:
 
 
 def mutate_options(rng: random.Random, folder: Path) -> str:
-    values = [*ODD_YAML, "0", "-1", "1", "3", "0.5", "nan", "inf", "1e-4", "''", "[a, b]", "{x: 1}", "null", "true", "x=y", "8x1", "adapter",
-              str(HUGE), "a" * 3000]  # fmt: skip
+    values = [
+        *ODD_YAML,
+        "0",
+        "-1",
+        "1",
+        "3",
+        "0.5",
+        "nan",
+        "inf",
+        "1e-4",
+        "''",
+        "[a, b]",
+        "{x: 1}",
+        "null",
+        "true",
+        "x=y",
+        "8x1",
+        "adapter",
+        str(HUGE),
+        "a" * 3000,
+    ]
     chosen = [f"{rng.choice(KEYS)}={rng.choice(values)}" for _ in range(rng.choice([1, 1, 1, 2]))]
     if rng.random() < 0.3:
-        text = rng.choice(["=", "steps", "steps=", "=3", ".=3", "steps.x=3", "dms=3", "dms={}", "data=x", "data.=x", "data..paths=x",
-                           " steps =7", "a.b.c.d=1", "stepz=3", "dms.window=3", "\0=1", "x" * 5000, "." * 3000 + "=1", "optimizer=null",
-                           "data=[a]", "loss.order.x=1"])  # fmt: skip
+        text = rng.choice(
+            [
+                "=",
+                "steps",
+                "steps=",
+                "=3",
+                ".=3",
+                "steps.x=3",
+                "dms=3",
+                "dms={}",
+                "data=x",
+                "data.=x",
+                "data..paths=x",
+                " steps =7",
+                "a.b.c.d=1",
+                "stepz=3",
+                "dms.window=3",
+                "\0=1",
+                "x" * 5000,
+                "." * 3000 + "=1",
+                "optimizer=null",
+                "data=[a]",
+                "loss.order.x=1",
+            ]
+        )
         chosen.append(text)
     options = {"set": chosen, "mesh": rng.choice([None, "8x1", "x", "", "1" * 5000])}
     (folder / "options.json").write_text(json.dumps(options))
@@ -172,7 +253,9 @@ def text_target(name: str, count: int, good: list[str], read, means, names: str)
         text = rng.choice(good)
         for _ in range(rng.choice([1, 1, 2, 3])):
             at = rng.randrange(len(text) + 1)
-            piece = rng.choice(["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)])
+            piece = rng.choice(
+                ["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)]
+            )
             text = text[:at] + piece + text[at + rng.choice([0, 0, 1, 3]) :]
         (folder / "option.json").write_text(json.dumps(text))
         return f"{text[:50]!r}"
@@ -210,14 +293,31 @@ def meant_policy(text: str) -> dict:
     if text.startswith("prompt:"):
         return {"name": "prompt", "method": meant_policy(text.removeprefix("prompt:"))}
     name, _, budget = text.partition(":")
-    return (describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), f"{name}:{int(budget)}")) | {"name": name}) if budget else {"name": name}
+    return (
+        (describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), f"{name}:{int(budget)}")) | {"name": name})
+        if budget
+        else {"name": name}
+    )
 
 
 # --- generation ---
 
-GENERATION = {"max_new_tokens": 8, "temperature": 0.7, "top_k": 3, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1, "stop_ids": [1, 2],
-              "stop_strings": ["x"], "seed": [1, 2], "capacity": 16, "overflow": "evict", "chunk_size": 4, "threshold": 0.5,
-              "policy": "tova:4"}  # fmt: skip
+GENERATION = {
+    "max_new_tokens": 8,
+    "temperature": 0.7,
+    "top_k": 3,
+    "top_p": 0.9,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "stop_ids": [1, 2],
+    "stop_strings": ["x"],
+    "seed": [1, 2],
+    "capacity": 16,
+    "overflow": "evict",
+    "chunk_size": 4,
+    "threshold": 0.5,
+    "policy": "tova:4",
+}
 
 
 def make_generation(folder: Path) -> None:
@@ -226,7 +326,27 @@ def make_generation(folder: Path) -> None:
 
 def mutate_generation(rng: random.Random, folder: Path) -> str:
     raw, key = dict(GENERATION), rng.choice(list(GENERATION))
-    raw[key] = rng.choice([odd_value(rng), 0, -1, 1, 2**32, HUGE, 1e999, "x", "grow", [1], [-1], [[1]], [2**32], nested(2), True, None, 0.5])
+    raw[key] = rng.choice(
+        [
+            odd_value(rng),
+            0,
+            -1,
+            1,
+            2**32,
+            HUGE,
+            1e999,
+            "x",
+            "grow",
+            [1],
+            [-1],
+            [[1]],
+            [2**32],
+            nested(2),
+            True,
+            None,
+            0.5,
+        ]
+    )
     (folder / "generation.json").write_text(json.dumps(raw))
     return f"{key} = {str(raw[key])[:40]!r}"
 
@@ -244,20 +364,47 @@ def read_generation(folder: Path) -> dict:
 def meant_generation(folder: Path) -> dict:
     """Exactly what was given, where it is within its range."""
     raw = json.loads((folder / "generation.json").read_text())
-    ranges = {"max_new_tokens": (1, 2**31), "temperature": (0, 1e308), "top_k": (0, 2**31), "top_p": (1e-300, 1), "min_p": (0, 0.999999999),
-              "repetition_penalty": (1e-300, 1e308), "chunk_size": (1, 2**31), "threshold": (float("-inf"), float("inf"))}  # fmt: skip
+    ranges = {
+        "max_new_tokens": (1, 2**31),
+        "temperature": (0, 1e308),
+        "top_k": (0, 2**31),
+        "top_p": (1e-300, 1),
+        "min_p": (0, 0.999999999),
+        "repetition_penalty": (1e-300, 1e308),
+        "chunk_size": (1, 2**31),
+        "threshold": (float("-inf"), float("inf")),
+    }
     for key, (least, most) in ranges.items():
         assert raw[key] is None or least <= raw[key] <= most, key
     return {key: repr(tuple(value) if isinstance(value, list) else value) for key, value in raw.items()}
 
 
 TARGETS = [
-    Target("run YAML", 200, make_yaml, mutate_yaml, lambda folder: read_run(read_config(str(folder / FILE), [], None)),
-           lambda folder: meant_run(once(folder / FILE))),
+    Target(
+        "run YAML",
+        200,
+        make_yaml,
+        mutate_yaml,
+        lambda folder: read_run(read_config(str(folder / FILE), [], None)),
+        lambda folder: meant_run(once(folder / FILE)),
+    ),
     Target("--set and --mesh", 200, make_options, mutate_options, read_options, meant_options, " "),
     text_target("mesh", 80, ["8x1", "1x1", "4x2"], parse_mesh, meant_mesh, "mesh"),
-    text_target("hardware name", 120, ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"], lambda text: tuple(hardware_of(text)[1:]),
-                meant_hardware, "ardware"),
-    text_target("policy name", 120, ["tova:256", "dms", "prompt:snapkv:64", "dense", "quest:8"], read_policy, meant_policy, "policy"),
+    text_target(
+        "hardware name",
+        120,
+        ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"],
+        lambda text: tuple(hardware_of(text)[1:]),
+        meant_hardware,
+        "ardware",
+    ),
+    text_target(
+        "policy name",
+        120,
+        ["tova:256", "dms", "prompt:snapkv:64", "dense", "quest:8"],
+        read_policy,
+        meant_policy,
+        "policy",
+    ),
     Target("generation settings", 120, make_generation, mutate_generation, read_generation, meant_generation, " "),
-]  # fmt: skip
+]

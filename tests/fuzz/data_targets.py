@@ -20,11 +20,18 @@ from fuzz.mutations import damage, replace_file, rewrite
 from fuzz.own_targets import mutate_lines
 
 from dms_jax.checkpoint import COMMIT_MARKER, Checkpoints
-from infer.prompts import read_prompts
-from train.documents import Keys, expand_paths, read_documents
+from dms_jax.engine.prompts import read_prompts
+from dms_jax.training.data.documents import Keys, expand_paths, read_documents
 
 KEYS = Keys("text", "messages")
-JSONL, ZIPPED, TXT, NPY, TABLE, PROMPTS = "data.jsonl", "data.jsonl.gz", "data.txt", "ids.npy", "table.parquet", "prompts.jsonl"
+JSONL, ZIPPED, TXT, NPY, TABLE, PROMPTS = (
+    "data.jsonl",
+    "data.jsonl.gz",
+    "data.txt",
+    "ids.npy",
+    "table.parquet",
+    "prompts.jsonl",
+)
 CHAT = [{"role": "user", "content": "one and one?"}, {"role": "assistant", "content": "two"}]
 RECORDS = [
     {"text": "a first text\nof two lines"},
@@ -49,13 +56,20 @@ ODD_PROMPTS = ['{"prompt": 3}', '{"prompt": ""}', '{"messages": []}', '{"prompt"
 def read(name: str):
     def read_in(folder: Path) -> Any:
         (path,) = expand_paths((str(folder / name),))
-        return [document.tolist() if isinstance(document, np.ndarray) else document for _, document in read_documents(path, KEYS)]
+        return [
+            document.tolist() if isinstance(document, np.ndarray) else document
+            for _, document in read_documents(path, KEYS)
+        ]
 
     return read_in
 
 
 def lines_of(path: Path) -> list[Any]:
-    return [oracles.strict_json(line.decode().removeprefix("\ufeff").encode()) for line in path.read_bytes().split(b"\n") if line.strip()]
+    return [
+        oracles.strict_json(line.decode().removeprefix("\ufeff").encode())
+        for line in path.read_bytes().split(b"\n")
+        if line.strip()
+    ]
 
 
 def meant_jsonl(folder: Path) -> Any:
@@ -74,7 +88,9 @@ def make_jsonl(folder: Path) -> None:
 
 
 def make_zipped(folder: Path) -> None:
-    (folder / ZIPPED).write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in RECORDS).encode(), mtime=0))
+    (folder / ZIPPED).write_bytes(
+        gzip.compress("".join(json.dumps(record) + "\n" for record in RECORDS).encode(), mtime=0)
+    )
 
 
 def meant_zipped(folder: Path) -> Any:
@@ -122,7 +138,9 @@ def meant_npy(folder: Path) -> Any:
     size = int.from_bytes(data[8 : 12 if wide else 10], "little")
     start = (12 if wide else 10) + size
     header = ast.literal_eval(data[start - size : start].decode("latin-1"))
-    ids = np.frombuffer(data[start:], np.dtype(header["descr"])).reshape(header["shape"], order="F" if header["fortran_order"] else "C")
+    ids = np.frombuffer(data[start:], np.dtype(header["descr"])).reshape(
+        header["shape"], order="F" if header["fortran_order"] else "C"
+    )
     assert ids.dtype.kind in "iu"
     return [row.tolist() for row in (ids if ids.ndim == 2 else ids[None])]
 
@@ -132,7 +150,16 @@ def mutate_npy(rng: random.Random, folder: Path) -> str:
     if kind == 0:
         return replace_file(rng, path)
     if kind == 1:
-        other = rng.choice([np.zeros((2, 3)), np.zeros((2, 2, 2), np.int32), np.array(["a"]), np.zeros(3, bool), np.int32(3), np.array([{}], object)])
+        other = rng.choice(
+            [
+                np.zeros((2, 3)),
+                np.zeros((2, 2, 2), np.int32),
+                np.array(["a"]),
+                np.zeros(3, bool),
+                np.int32(3),
+                np.array([{}], object),
+            ]
+        )
         np.save(path, other, allow_pickle=True)
         return f"{other.dtype} of shape {other.shape}"
     if kind < 4:
@@ -168,9 +195,16 @@ def mutate_table(rng: random.Random, folder: Path) -> str:
         return replace_file(rng, path)
     data = path.read_bytes()
     at = rng.randrange(len(data))
-    how, new = rng.choice([("cut", data[:at]), ("end", data[:-8] + rng.randbytes(8)), ("start", rng.randbytes(8) + data[at:]),
-                           ("none", rng.randbytes(at)), ("text", b"PAR1" + b"x" * at + b"PAR1"),
-                           ("long footer", data[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1")])  # fmt: skip
+    how, new = rng.choice(
+        [
+            ("cut", data[:at]),
+            ("end", data[:-8] + rng.randbytes(8)),
+            ("start", rng.randbytes(8) + data[at:]),
+            ("none", rng.randbytes(at)),
+            ("text", b"PAR1" + b"x" * at + b"PAR1"),
+            ("long footer", data[:-8] + (2**31 - 1).to_bytes(4, "little") + b"PAR1"),
+        ]
+    )
     path.write_bytes(new)
     return f"{how} at {at}"
 
@@ -191,7 +225,9 @@ def meant_prompts(folder: Path) -> Any:
             record = oracles.strict_json(line)
             assert len({"prompt", "messages"} & record.keys()) == 1
             content = record["prompt"] if "prompt" in record else record["messages"]
-            assert content and all(isinstance(text, str) for text in ([content] if "prompt" in record else [m["content"] for m in content]))
+            assert content and all(
+                isinstance(text, str) for text in ([content] if "prompt" in record else [m["content"] for m in content])
+            )
             found.append(content)
     return found
 
@@ -251,18 +287,28 @@ def read_checkpoints(folder: Path) -> Any:
     if found is None:
         return "none"
     saved = int(found.state["step"])
-    same = jax.tree.map(lambda a, b: bool((a == b).all()), found.state, state(saved)) if saved in (1, 2) else {"step": False}
+    same = (
+        jax.tree.map(lambda a, b: bool((a == b).all()), found.state, state(saved))
+        if saved in (1, 2)
+        else {"step": False}
+    )
     return "whole" if all(same.values()) else f"step {found.step}: {same}"
 
 
 def meant_checkpoints(folder: Path) -> Any:
-    assert not [path for path in (folder / "checkpoints").iterdir() if path.name.isdigit() and (path / COMMIT_MARKER).exists()]
+    assert not [
+        path for path in (folder / "checkpoints").iterdir() if path.name.isdigit() and (path / COMMIT_MARKER).exists()
+    ]
     return "none"
 
 
 def mutate_text(name: str):
     def mutate(rng: random.Random, folder: Path) -> str:
-        return replace_file(rng, folder / name) if rng.random() < 0.1 else rewrite(folder / name, lambda data: damage(rng, data))
+        return (
+            replace_file(rng, folder / name)
+            if rng.random() < 0.1
+            else rewrite(folder / name, lambda data: damage(rng, data))
+        )
 
     return mutate
 
@@ -273,6 +319,14 @@ TARGETS = [
     Target("text", 120, make_txt, mutate_text(TXT), read(TXT), meant_txt),
     Target("token ids", 140, make_npy, mutate_npy, read(NPY), meant_npy),
     Target("prompts", 120, make_prompts, mutate_lines(PROMPTS, ODD_PROMPTS), read_prompt_file, meant_prompts),
-    Target("checkpoints", 140, make_checkpoints, mutate_checkpoints, read_checkpoints, meant_checkpoints, names="checkpoint"),
+    Target(
+        "checkpoints",
+        140,
+        make_checkpoints,
+        mutate_checkpoints,
+        read_checkpoints,
+        meant_checkpoints,
+        names="checkpoint",
+    ),
     *([Target("parquet table", 60, make_table, mutate_table, read(TABLE))] if has_tables() else []),
-]  # fmt: skip
+]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dms_jax.command import one_line
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
 DEADLINE = 20  # seconds for one input; they take milliseconds, a loaded machine seconds
 MEMORY = 2 * 2**30  # bytes of address space beyond what the process has
@@ -31,7 +31,9 @@ class Target(NamedTuple):
     make: Callable[[Path], None]  # write a good input into an empty folder
     mutate: Callable[[random.Random, Path], str]  # damage it, say how
     read: Callable[[Path], Any]  # as a command would; what it means, as plain comparable values
-    means: Callable[[Path], Any] | None = None  # the same by independent means; None: the result must be that of the good input
+    means: Callable[[Path], Any] | None = (
+        None  # the same by independent means; None: the result must be that of the good input
+    )
     names: str = ""  # what each message has to contain; "": the folder's path
 
 
@@ -72,7 +74,9 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
             try:
                 wanted = target.means(folder) if target.means else None
             except Exception as why:
-                raise Wrong(f"{case}: accepted, but read on its own it is none: {type(why).__name__} {why}"[:400]) from why
+                raise Wrong(
+                    f"{case}: accepted, but read on its own it is none: {type(why).__name__} {why}"[:400]
+                ) from why
             if got != wanted:
                 raise Wrong(f"{case}: silently read as something else: {difference(got, wanted)}")
             outcome = AS_WRITTEN, how
@@ -85,7 +89,9 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
 def difference(got: Any, wanted: Any) -> str:
     if isinstance(got, dict) and isinstance(wanted, dict):
         keys = [key for key in {**got, **wanted} if got.get(key, "absent") != wanted.get(key, "absent")]
-        return "; ".join(f"{key}: {str(got.get(key, 'absent'))[:80]} for {str(wanted.get(key, 'absent'))[:80]}" for key in keys[:4])
+        return "; ".join(
+            f"{key}: {str(got.get(key, 'absent'))[:80]} for {str(wanted.get(key, 'absent'))[:80]}" for key in keys[:4]
+        )
     return f"{str(got)[:200]} for {str(wanted)[:200]}"
 
 
@@ -116,7 +122,11 @@ def listing(folder: Path) -> dict[str, str]:
         for name in (*folders, *files):
             path = Path(base, name)
             found[str(path.relative_to(folder))] = (
-                f"link to {os.readlink(path)}" if path.is_symlink() else "folder" if path.is_dir() else hashlib.sha256(path.read_bytes()).hexdigest()
+                f"link to {os.readlink(path)}"
+                if path.is_symlink()
+                else "folder"
+                if path.is_dir()
+                else hashlib.sha256(path.read_bytes()).hexdigest()
             )
     return found
 
@@ -126,5 +136,8 @@ def tally(outcomes: dict[str, list[str]]) -> str:
     kinds = (REFUSED, SAME, AS_WRITTEN)
     rows = [(name, len(found), *(found.count(kind) for kind in kinds)) for name, found in sorted(outcomes.items())]
     rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, 5))))
-    lines = ["| input | mutated | refused | harmless: same result | harmless: read as written |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| input | mutated | refused | harmless: same result | harmless: read as written |",
+        "|---|---:|---:|---:|---:|",
+    ]
     return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])

@@ -47,20 +47,30 @@ def change_field(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     key = rng.choice(list(fields))
     begin, value_at, end = fields[key]
     code = rng.choice(list(KINDS))
-    value = {"I": rng.choice([0, 1, 2, 3, 7, 33, 2**32 - 1]), "Q": rng.choice([0, 1, HUGE, 2**64 - 1]), "?": True,
-             "f": rng.choice([0.0, -1.0, 0.5, float("nan"), float("inf")]), "d": rng.choice([1e300, -1e-300, 1e-5])}[code]  # fmt: skip
+    value = {
+        "I": rng.choice([0, 1, 2, 3, 7, 33, 2**32 - 1]),
+        "Q": rng.choice([0, 1, HUGE, 2**64 - 1]),
+        "?": True,
+        "f": rng.choice([0.0, -1.0, 0.5, float("nan"), float("inf")]),
+        "d": rng.choice([1e300, -1e-300, 1e-5]),
+    }[code]
     scalar = struct.pack("<I" + code, KINDS[code], value)
     text = rng.choice([b"", b"qwen3", b"\xff\xfe", b"gpt2", b"a" * 1000, b"\0"])
-    new, how = rng.choice([
-        (scalar, f"{value!r} as {code}"),
-        (scalar, f"{value!r} as {code}"),
-        (struct.pack("<IQ", 8, len(text)) + text, f"text {text[:20]!r}"),
-        (struct.pack("<IIQ", 9, rng.choice([0, 4, 8, 9, 99]), rng.choice([0, HUGE, 2**40])), "an array longer than the file"),
-        (struct.pack("<IIQ", 9, 9, 1) * 5000 + struct.pack("<IIQ", 9, 4, 0), "arrays in arrays"),
-        (struct.pack("<IIQIII", 9, 4, 3, 5, 0, 2**31), "three numbers"),
-        (struct.pack("<I", rng.choice([13, 99, 2**32 - 1])), "an unknown type"),
-        (data[value_at:end], "the same"),
-    ])  # fmt: skip
+    new, how = rng.choice(
+        [
+            (scalar, f"{value!r} as {code}"),
+            (scalar, f"{value!r} as {code}"),
+            (struct.pack("<IQ", 8, len(text)) + text, f"text {text[:20]!r}"),
+            (
+                struct.pack("<IIQ", 9, rng.choice([0, 4, 8, 9, 99]), rng.choice([0, HUGE, 2**40])),
+                "an array longer than the file",
+            ),
+            (struct.pack("<IIQ", 9, 9, 1) * 5000 + struct.pack("<IIQ", 9, 4, 0), "arrays in arrays"),
+            (struct.pack("<IIQIII", 9, 4, 3, 5, 0, 2**31), "three numbers"),
+            (struct.pack("<I", rng.choice([13, 99, 2**32 - 1])), "an unknown type"),
+            (data[value_at:end], "the same"),
+        ]
+    )
     count = struct.unpack_from("<Q", data, 16)[0]
     if rng.random() < 0.1:
         return repad(data, data[:begin] + data[end:], count - 1), f"drop {key}"
@@ -83,7 +93,9 @@ def change_tensor(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if what == 0:
         return data[: start + 1] + b"_" + data[start + 2 :], "a tensor's name"
     if what == 1:
-        return data[:name_end] + struct.pack("<I", rng.choice([0, 1, dims + 1, 5, 2**32 - 1])) + data[at:], "the number of dimensions"
+        return data[:name_end] + struct.pack("<I", rng.choice([0, 1, dims + 1, 5, 2**32 - 1])) + data[
+            at:
+        ], "the number of dimensions"
     if what == 2:
         size = rng.choice([0, 1, 2, 31, 33, HUGE, 2**63, 2**64 - 1, struct.unpack_from("<Q", data, at)[0] // 2])
         return data[:at] + struct.pack("<Q", size) + data[at + 8 :], f"a dimension of {size}"
@@ -135,14 +147,20 @@ def read(folder: Path) -> Any:
     config = model.config
     tokenizer = dms_jax.load_tokenizer(folder / FILE)
     ids = tokenizer.encode("ab b").tolist()
-    return tensors | {"config": config, "ids": (ids, tokenizer.decode(ids), tokenizer.bos_id, tokenizer.eos_id, len(tokenizer))}
+    return tensors | {
+        "config": config,
+        "ids": (ids, tokenizer.decode(ids), tokenizer.bos_id, tokenizer.eos_id, len(tokenizer)),
+    }
 
 
 def meant(folder: Path) -> Any:
     """The tensors and the numbers of the config as the file's bytes say; the tokenizer as it was, or as its own damaged tokens say."""
     fields, tensors = oracles.gguf(folder / FILE)
     raw = json.loads((GOLDEN / SOURCE / "config.json").read_text())
-    heads, groups = fields["llama.attention.head_count"], fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"])
+    heads, groups = (
+        fields["llama.attention.head_count"],
+        fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"]),
+    )
     found = {}
     for name, value in tensors.items():
         *front, part, kind = name.split(".")
@@ -152,7 +170,11 @@ def meant(folder: Path) -> Any:
         found[hf] = oracles.plain(np.ascontiguousarray(value))
     seen = dms_jax.load(folder / FILE).config
     assert seen.model_type == fields["general.architecture"] == raw["model_type"]
-    assert (seen.num_layers, seen.hidden_size, seen.num_q_heads) == (fields["llama.block_count"], fields["llama.embedding_length"], heads)
+    assert (seen.num_layers, seen.hidden_size, seen.num_q_heads) == (
+        fields["llama.block_count"],
+        fields["llama.embedding_length"],
+        heads,
+    )
     assert (seen.num_kv_heads, seen.intermediate_size) == (groups, fields["llama.feed_forward_length"])
     assert np.float32(seen.rms_norm_eps) == np.float32(fields["llama.attention.layer_norm_rms_epsilon"])
     assert np.float32(seen.rope_theta) == np.float32(fields.get("llama.rope.freq_base", 10000.0))
@@ -163,7 +185,13 @@ def meant(folder: Path) -> Any:
     assert all(piece in ids.inner.get_vocab() for piece in tokens)
     return found | {
         "config": seen,
-        "ids": (text, "ab b", fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id"), len(tokens)),
+        "ids": (
+            text,
+            "ab b",
+            fields.get("tokenizer.ggml.bos_token_id"),
+            fields.get("tokenizer.ggml.eos_token_id"),
+            len(tokens),
+        ),
     }
 
 

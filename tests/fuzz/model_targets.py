@@ -20,7 +20,15 @@ from dms_jax.hf.hf_config import HANDLED, fresh_config, read_folder
 from dms_jax.hf.hf_weights import model_writes
 
 POLICY = DMSConfig(window_size=8)
-SHAPE_KEYS = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"}
+SHAPE_KEYS = {
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+}
 
 
 @cache
@@ -43,14 +51,20 @@ def read_weights(folder: Path) -> dict[str, Any]:
 def meant_weights(folder: Path) -> dict[str, Any]:
     """The tensors in the files that the index names, or in the one file, as fp32."""
     index = folder / "model.safetensors.index.json"
-    files = sorted(set(oracles.strict_json(index.read_bytes())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    files = (
+        sorted(set(oracles.strict_json(index.read_bytes())["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     assert all("/" not in name for name in files), "a file outside the folder"
     found: dict[str, np.ndarray] = {}
     for name in files:
         tensors = oracles.safetensors(folder / name)[1]
         assert not found.keys() & tensors.keys(), "a tensor twice"
         found |= tensors
-    return {name: oracles.plain(value.astype(np.float32)) for name, value in found.items() if not name.endswith("inv_freq")}
+    return {
+        name: oracles.plain(value.astype(np.float32)) for name, value in found.items() if not name.endswith("inv_freq")
+    }
 
 
 # --- config.json ---
@@ -63,10 +77,41 @@ def mutate_config(rng: random.Random, folder: Path) -> str:
     if rng.random() < 0.4:  # a known key, as the mutations of a tree would rarely choose one that is absent
         path = folder / "config.json"
         raw = json.loads(path.read_text())
-        key = rng.choice(sorted(HANDLED | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "hidden_act", "quantization_config"}))
-        raw[key] = rng.choice([None, 0, -1, 1, 2, 3, 7, HUGE, 10**400, 1e999, 0.5, "2", "", "true", True, False, [], [1], ["x"], {},
-                               {"rope_type": "linear"}, {"rope_type": "llama3", "factor": "x"}, {"rope_type": [1]}, {"type": "linear", "factor": -1},
-                               float("nan")])  # fmt: skip
+        key = rng.choice(
+            sorted(
+                HANDLED
+                | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "hidden_act", "quantization_config"}
+            )
+        )
+        raw[key] = rng.choice(
+            [
+                None,
+                0,
+                -1,
+                1,
+                2,
+                3,
+                7,
+                HUGE,
+                10**400,
+                1e999,
+                0.5,
+                "2",
+                "",
+                "true",
+                True,
+                False,
+                [],
+                [1],
+                ["x"],
+                {},
+                {"rope_type": "linear"},
+                {"rope_type": "llama3", "factor": "x"},
+                {"rope_type": [1]},
+                {"type": "linear", "factor": -1},
+                float("nan"),
+            ]
+        )
         path.write_text(json.dumps(raw))
         return f"{key} = {str(raw[key])[:40]}"
     return rewrite(path, lambda data: change_json(rng, data))
@@ -84,8 +129,16 @@ def meant_config(folder: Path) -> dict[str, Any]:
     generation = folder / "generation_config.json"
     more = oracles.strict_json(generation.read_bytes()).get("eos_token_id") if generation.exists() else None
     wanted = fresh_config(read_folder(str(folder))[1])  # the keys of this family
-    defaults = {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
-                "attention_bias": False, "mlp_bias": False, "use_cache": True}  # fmt: skip
+    defaults = {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_cache": True,
+    }
     said = {key: raw[key] if raw.get(key) is not None else defaults.get(key) for key in wanted}
     said |= {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"], "use_cache": True}
     if not raw.get("num_key_value_heads"):
@@ -95,18 +148,26 @@ def meant_config(folder: Path) -> dict[str, Any]:
     rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     said["rope_theta"] = float(rope.pop("rope_theta", said["rope_theta"]))
-    said["rope_scaling"] = None if kind == "default" else {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}
+    said["rope_scaling"] = (
+        None if kind == "default" else {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}
+    )
     if kind == "llama3":
         said["rope_scaling"]["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
-    as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]  # noqa: E731
+    as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
     own = as_list(raw.get("eos_token_id"))
     eos = list(dict.fromkeys(own + as_list(more)))
     said["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
-    dms = {"window_size": raw.get("dms_window_size", 512), "target_cr": float(raw.get("dms_cr", 8)), "tau": float(raw.get("dms_tau", 0.1)),
-           "evict_logit_scale": float(raw.get("dms_alpha_scale", 100)), "evict_logit_bias": float(raw.get("dms_initial_alpha_offset", 5)),
-           "granularity": raw.get("dms_alpha_per", "head"), "decision_shift": raw.get("dms_decision_shift", 1),
-           "zero_borrowed": raw.get("dms_zero_mode", "pre+post"), 
-            "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed"}  # fmt: skip
+    dms = {
+        "window_size": raw.get("dms_window_size", 512),
+        "target_cr": float(raw.get("dms_cr", 8)),
+        "tau": float(raw.get("dms_tau", 0.1)),
+        "evict_logit_scale": float(raw.get("dms_alpha_scale", 100)),
+        "evict_logit_bias": float(raw.get("dms_initial_alpha_offset", 5)),
+        "granularity": raw.get("dms_alpha_per", "head"),
+        "decision_shift": raw.get("dms_decision_shift", 1),
+        "zero_borrowed": raw.get("dms_zero_mode", "pre+post"),
+        "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed",
+    }
     return typed(said | {"eos": tuple(eos), "dms": DMSConfig(**dms)})
 
 
@@ -139,21 +200,48 @@ def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if how == 0:
         entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I32", "U8", "F8_E4M3", "f32", "Q4", None, 3])
     elif how == 1:
-        entry["shape"] = rng.choice([entry["shape"][::-1], [*entry["shape"], 1], [1, *entry["shape"]], [int(np.prod(entry["shape"]))], [], [HUGE],
-                                      [-1], "x",
-                                     [0], [HUGE, HUGE], [*entry["shape"][:-1], 1.0]])  # fmt: skip
+        entry["shape"] = rng.choice(
+            [
+                entry["shape"][::-1],
+                [*entry["shape"], 1],
+                [1, *entry["shape"]],
+                [int(np.prod(entry["shape"]))],
+                [],
+                [HUGE],
+                [-1],
+                "x",
+                [0],
+                [HUGE, HUGE],
+                [*entry["shape"][:-1], 1.0],
+            ]
+        )
     elif how == 2:
         entry["data_offsets"] = rng.choice(
-            [[0, HUGE], [end, begin], [begin, end - 4], [begin + 4, end], [-4, end], [0, 0], [begin], None, [begin, 2**64]]
+            [
+                [0, HUGE],
+                [end, begin],
+                [begin, end - 4],
+                [begin + 4, end],
+                [-4, end],
+                [0, 0],
+                [begin],
+                None,
+                [begin, 2**64],
+            ]
         )
     elif how == 3:
-        header[name]["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], entry["data_offsets"]
+        header[name]["data_offsets"], header[other]["data_offsets"] = (
+            header[other]["data_offsets"],
+            entry["data_offsets"],
+        )
     elif how == 4:
         header[name], header[other] = header[other], header[name]
     elif how == 5:
         del header[name]
     elif how == 6:
-        header[rng.choice([name + "x", name.upper(), name.replace("0", "9"), "", "../" + name, "\ud800"])] = header.pop(name)
+        header[rng.choice([name + "x", name.upper(), name.replace("0", "9"), "", "../" + name, "\ud800"])] = header.pop(
+            name
+        )
     elif how == 7:  # in half the precision, rightly written: harmless for weights
         tensor = np.frombuffer(body[begin:end], np.float32).astype(np.float16).tobytes()
         body = body[:begin] + tensor + body[end:]
@@ -199,7 +287,21 @@ def mutate_shards(rng: random.Random, folder: Path) -> str:
         name = rng.choice(list(raw["weight_map"]))
         outside = folder.parent / "outside.safetensors"
         value = rng.choice(
-            [f"../{outside.name}", str(outside), f"./{one.name}", "", ".", "..", None, 3, [one.name], "x\0", "\ud800", other.name, "config.json"]
+            [
+                f"../{outside.name}",
+                str(outside),
+                f"./{one.name}",
+                "",
+                ".",
+                "..",
+                None,
+                3,
+                [one.name],
+                "x\0",
+                "\ud800",
+                other.name,
+                "config.json",
+            ]
         )
         raw["weight_map"][name] = value
         if kind == 6:
@@ -237,12 +339,25 @@ def meant_tokenizer(folder: Path) -> Any:
     inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = inner("hello world, reply hello", add_special_tokens=False)["input_ids"]
     begins = inner.bos_token_id is not None and inner("a")["input_ids"][:1] == [inner.bos_token_id]
-    return ids, (inner.bos_token_id, inner.eos_token_id, begins), inner.decode(ids, skip_special_tokens=True), 64, len(inner) > 0
+    return (
+        ids,
+        (inner.bos_token_id, inner.eos_token_id, begins),
+        inner.decode(ids, skip_special_tokens=True),
+        64,
+        len(inner) > 0,
+    )
 
 
 TARGETS = [
     Target("model config.json", 250, make_folder, mutate_config, read_config, meant_config),
     Target("model weights", 250, make_folder, mutate_weights, read_weights, meant_weights),
-    Target("model shards and index", 160, lambda folder: make_folder(folder, 20_000), mutate_shards, read_weights, meant_weights),
+    Target(
+        "model shards and index",
+        160,
+        lambda folder: make_folder(folder, 20_000),
+        mutate_shards,
+        read_weights,
+        meant_weights,
+    ),
     Target("tokenizer", 150, make_tokenizer, mutate_tokenizer, read_tokenizer, meant_tokenizer),
 ]

@@ -9,17 +9,60 @@ from pathlib import Path
 from typing import Any
 
 HUGE = 2**60
-ODD_TEXTS = ["", " ", "\0", "../x", "/etc/hostname", "a" * 5000, "\ud800", "\u202e𝔘🙂", "nan", "1e999", "true", "-1", "null", "%s{}", "x\ny"]
-ODD_NUMBERS: list[Any] = [0, -1, 1, 2, 3, 7, 2**31, 2**63, HUGE, 10**400, -HUGE, 0.5, 1e308, math.nan, math.inf, -math.inf, 1.0]
+ODD_TEXTS = [
+    "",
+    " ",
+    "\0",
+    "../x",
+    "/etc/hostname",
+    "a" * 5000,
+    "\ud800",
+    "\u202e𝔘🙂",
+    "nan",
+    "1e999",
+    "true",
+    "-1",
+    "null",
+    "%s{}",
+    "x\ny",
+]
+ODD_NUMBERS: list[Any] = [
+    0,
+    -1,
+    1,
+    2,
+    3,
+    7,
+    2**31,
+    2**63,
+    HUGE,
+    10**400,
+    -HUGE,
+    0.5,
+    1e308,
+    math.nan,
+    math.inf,
+    -math.inf,
+    1.0,
+]
 
 
 def odd_value(rng: random.Random) -> Any:
     """A JSON value that nobody expects."""
-    return rng.choice([
-        lambda: rng.choice(ODD_NUMBERS), lambda: rng.choice(ODD_TEXTS), lambda: rng.choice([True, False]), lambda: None,
-        lambda: [], lambda: {}, lambda: [rng.choice(ODD_NUMBERS)], lambda: {"x": rng.choice(ODD_TEXTS)}, lambda: [[]],
-         lambda: nested(rng.choice([3, 200])),
-    ])()  # fmt: skip
+    return rng.choice(
+        [
+            lambda: rng.choice(ODD_NUMBERS),
+            lambda: rng.choice(ODD_TEXTS),
+            lambda: rng.choice([True, False]),
+            lambda: None,
+            lambda: [],
+            lambda: {},
+            lambda: [rng.choice(ODD_NUMBERS)],
+            lambda: {"x": rng.choice(ODD_TEXTS)},
+            lambda: [[]],
+            lambda: nested(rng.choice([3, 200])),
+        ]
+    )()
 
 
 def nested(depth: int) -> list:
@@ -48,13 +91,17 @@ def change_value(rng: random.Random, root: Any) -> str:
         where[key], other[there] = other[there], old
         return f"swap {key!r} and {there!r}"
     if action in (3, 4) and isinstance(old, (int, float)) and not isinstance(old, bool):
-        where[key] = rng.choice([old + 1, old - 1, old * 2, -old, float(old) + 0.5, str(old), [old], HUGE, math.nan, math.inf])
+        where[key] = rng.choice(
+            [old + 1, old - 1, old * 2, -old, float(old) + 0.5, str(old), [old], HUGE, math.nan, math.inf]
+        )
         return f"{key!r}: {old} -> {str(where[key])[:40]}"
     if action == 5 and isinstance(where, dict):
         where[rng.choice(["unknown", "x.y", "\ud800", "__class__"])] = odd_value(rng)
         return "add a key"
     if action == 6 and isinstance(old, str):
-        where[key] = rng.choice([old[:-1], old + "x", old.upper(), f"../{old}", old + "\0", "\u00e9" + old, old * 500, [old]])
+        where[key] = rng.choice(
+            [old[:-1], old + "x", old.upper(), f"../{old}", old + "\0", "\u00e9" + old, old * 500, [old]]
+        )
         return f"text of {key!r}"
     where[key] = odd_value(rng)
     return f"{key!r} becomes {str(where[key])[:40]!r}"
@@ -78,10 +125,25 @@ def change_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
     stripped = text.strip()
     if kind == 6 and stripped.startswith(b"{") and (names := list(json.loads(text))):
         name = rng.choice(names)
-        return b"{%s: %s, %s" % (json.dumps(name).encode(), json.dumps(odd_value(rng)).encode(), stripped[1:]), f"{name!r} twice"
+        return b"{%s: %s, %s" % (
+            json.dumps(name).encode(),
+            json.dumps(odd_value(rng)).encode(),
+            stripped[1:],
+        ), f"{name!r} twice"
     if kind == 7:
         return rng.choice(
-            [b"[" * 100_000, b'{"a":' * 100_000, b"", b"null", b"[]", b'"x"', b"{}", b"1" * 10_000, b"// c\n" + text, text + b","]
+            [
+                b"[" * 100_000,
+                b'{"a":' * 100_000,
+                b"",
+                b"null",
+                b"[]",
+                b'"x"',
+                b"{}",
+                b"1" * 10_000,
+                b"// c\n" + text,
+                text + b",",
+            ]
         ), "other JSON"
     return damage(rng, text)
 
@@ -130,7 +192,9 @@ def damage_head(rng: random.Random, data: bytes, head: int) -> tuple[bytes, str]
 
 def replace_file(rng: random.Random, path: Path) -> str:
     """A file gone, empty, a folder, a link to nothing, to itself, or to a copy (which is harmless)."""
-    kind = rng.choice(["gone", "empty", "a folder", "a link to nothing", "a link to itself", "a link to a copy", "a full folder"])
+    kind = rng.choice(
+        ["gone", "empty", "a folder", "a link to nothing", "a link to itself", "a link to a copy", "a full folder"]
+    )
     copy = path.with_name(f".copy-of-{path.name}")
     if kind == "a link to a copy":
         shutil.copyfile(path, copy)

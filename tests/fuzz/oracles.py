@@ -9,7 +9,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-SAFE = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64, "I32": np.int32, "I64": np.int64, "U8": np.uint8}
+SAFE = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F64": np.float64,
+    "I32": np.int32,
+    "I64": np.int64,
+    "U8": np.uint8,
+}
 GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 
 
@@ -33,7 +41,9 @@ def safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         assert begin == at, "a hole"
-        tensors[name] = np.frombuffer(data[8 + size + begin : 8 + size + end], SAFE[entry["dtype"]]).reshape(entry["shape"])
+        tensors[name] = np.frombuffer(data[8 + size + begin : 8 + size + end], SAFE[entry["dtype"]]).reshape(
+            entry["shape"]
+        )
         at = end
     assert 8 + size + at == len(data), "bytes after the last tensor"
     return metadata, tensors

@@ -17,13 +17,19 @@ from fuzz.mutations import change_json, change_value, damage, damage_head, neste
 from synthetic_results import records, write
 
 import dms_jax
+from dms_jax.evaluation import aggregate as report_data
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.kernels.block_sizes import KERNELS, SlotBlocks, TrainBlocks, TunedEntry, read_tuned, write_tuned
-from infer import report_data
-from train.data import DataConfig, tokenise
-from train.metrics import MetricsFile, read_steps
+from dms_jax.training.data.token_store import DataConfig, tokenise
+from dms_jax.training.metrics import MetricsFile, read_steps
 
-ADAPTER, CACHE, TUNED, METRICS, RESULTS = "policy.safetensors", "prompt.cache", "tuned.json", "metrics.jsonl", "results.jsonl"
+ADAPTER, CACHE, TUNED, METRICS, RESULTS = (
+    "policy.safetensors",
+    "prompt.cache",
+    "tuned.json",
+    "metrics.jsonl",
+    "results.jsonl",
+)
 
 
 # --- adapters and caches: safetensors with a header of ours ---
@@ -53,15 +59,35 @@ def change_metadata(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if kind == 0:
         del metadata[key]
     elif kind == 1:
-        metadata[key] = rng.choice(["", "{", "null", "[]", "{}", "x" * 5000, "\ud800", "\0", old.upper(), old[::-1], "[" * 5000, "9" * 5000,
-                                    '{"name": "tova"}', '{"name": "tova", "budget": "x"}', '{"name": []}', '{"name": "prompt"}'])  # fmt: skip
+        metadata[key] = rng.choice(
+            [
+                "",
+                "{",
+                "null",
+                "[]",
+                "{}",
+                "x" * 5000,
+                "\ud800",
+                "\0",
+                old.upper(),
+                old[::-1],
+                "[" * 5000,
+                "9" * 5000,
+                '{"name": "tova"}',
+                '{"name": "tova", "budget": "x"}',
+                '{"name": []}',
+                '{"name": "prompt"}',
+            ]
+        )
     elif kind == 2:
         metadata[rng.choice(["x", "content_sha256", "kind"])] = "y"
     else:
         changed, how = change_json(rng, old.encode()) if old.startswith("{") else damage(rng, old.encode())
         metadata[key] = changed.decode("latin-1")
     text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + size :], f"header's {key} becomes {metadata.get(key, 'absent')[:60]!r}"
+    return len(text).to_bytes(8, "little") + text + data[
+        8 + size :
+    ], f"header's {key} becomes {metadata.get(key, 'absent')[:60]!r}"
 
 
 def make_adapter(folder: Path) -> None:
@@ -70,13 +96,17 @@ def make_adapter(folder: Path) -> None:
 
 def read_adapter(folder: Path) -> Any:
     adapted = dms_jax.load_adapter(small_model(), folder / ADAPTER)
-    return adapted.config, {write.name: oracles.plain(write.value()) for write in model_writes(adapted) if EVICT in write.name}
+    return adapted.config, {
+        write.name: oracles.plain(write.value()) for write in model_writes(adapted) if EVICT in write.name
+    }
 
 
 @cache
 def filled_cache(policy: str | None, rows: int):
     ids = np.arange(20 * rows, dtype=np.int32).reshape(rows, 20) % 97
-    return dms_jax.prefill(small_model(), dms_jax.init_cache(small_model(), rows, 24, policy=policy), ids, [20, 9][:rows])[1]
+    return dms_jax.prefill(
+        small_model(), dms_jax.init_cache(small_model(), rows, 24, policy=policy), ids, [20, 9][:rows]
+    )[1]
 
 
 def make_cache(policy: str | None, rows: int):
@@ -106,7 +136,9 @@ def mutate_tokens(rng: random.Random, folder: Path) -> str:
     path = rng.choice([*files, files[0].parent] if rng.random() < 0.2 else files)
     if path.is_dir():
         shutil.rmtree(path)
-        rng.choice([lambda: None, lambda: path.write_text("x"), lambda: path.mkdir(), lambda: path.symlink_to("nothing")])()
+        rng.choice(
+            [lambda: None, lambda: path.write_text("x"), lambda: path.mkdir(), lambda: path.symlink_to("nothing")]
+        )()
         return "the entry itself"
     if rng.random() < 0.15:
         return replace_file(rng, path)
@@ -122,7 +154,18 @@ def read_tokens(folder: Path) -> Any:
 
 # --- tuned block sizes ---
 
-ENTRY = TunedEntry("train_attention", "mosaic_gpu", "NVIDIA H200", 128, "bfloat16", TrainBlocks(128, 64, 3), 1.5, 0.01, "2026-08-01", "0.10.2")
+ENTRY = TunedEntry(
+    "train_attention",
+    "mosaic_gpu",
+    "NVIDIA H200",
+    128,
+    "bfloat16",
+    TrainBlocks(128, 64, 3),
+    1.5,
+    0.01,
+    "2026-08-01",
+    "0.10.2",
+)
 
 
 def make_tuned(folder: Path) -> None:
@@ -152,11 +195,16 @@ def meant_tuned(folder: Path) -> Any:
             wanted = kinds.get(key, str) if key != "blocks" else (dict, type(None))
             assert isinstance(value, wanted) and value == value, key
         assert all(type(size) is int and size >= 0 for size in (entry["blocks"] or {}).values())
-    return tuple(tuple(entry[key] if key != "blocks" else entry[key] and tuple(entry[key].values()) for key in ENTRY._fields) for entry in raw)
+    return tuple(
+        tuple(entry[key] if key != "blocks" else entry[key] and tuple(entry[key].values()) for key in ENTRY._fields)
+        for entry in raw
+    )
 
 
 def read_tuned_file(folder: Path) -> Any:
-    return tuple(tuple(entry._replace(blocks=entry.blocks and tuple(entry.blocks))) for entry in read_tuned(folder / TUNED))
+    return tuple(
+        tuple(entry._replace(blocks=entry.blocks and tuple(entry.blocks))) for entry in read_tuned(folder / TUNED)
+    )
 
 
 # --- metrics of a run, when it is resumed ---
@@ -189,11 +237,30 @@ def mutate_lines(name: str, broken: list[str]):
             del lines[at]
             how = "gone"
         else:
-            lines[at] = rng.choice([*broken, json.dumps(nested(2)), json.dumps(odd_value(rng)), "[" * 50_000, "9" * 5000, "x" * 200_000,
-                                   lines[at][:-1], lines[at][1:],
-                                   "null", "3", '"x"', "{}", "", " ", "\0", "{" + '"a": 1, "a": 2, ' + lines[at][1:]])  # fmt: skip
+            lines[at] = rng.choice(
+                [
+                    *broken,
+                    json.dumps(nested(2)),
+                    json.dumps(odd_value(rng)),
+                    "[" * 50_000,
+                    "9" * 5000,
+                    "x" * 200_000,
+                    lines[at][:-1],
+                    lines[at][1:],
+                    "null",
+                    "3",
+                    '"x"',
+                    "{}",
+                    "",
+                    " ",
+                    "\0",
+                    "{" + '"a": 1, "a": 2, ' + lines[at][1:],
+                ]
+            )
             how = f"becomes {lines[at][:40]!r}"
-        path.write_bytes(("\n".join(lines) + rng.choice(["\n", "\n", "\n", "", "\n\n"])).encode("utf-8", "surrogatepass"))
+        path.write_bytes(
+            ("\n".join(lines) + rng.choice(["\n", "\n", "\n", "", "\n\n"])).encode("utf-8", "surrogatepass")
+        )
         return f"line {at + 1}: {how}"
 
     return mutate
@@ -215,7 +282,12 @@ def meant_metrics(folder: Path) -> Any:
             record = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(record, dict) and "loss/total" in record and type(record.get("step")) in (int, float) and record["step"] < 6:
+        if (
+            isinstance(record, dict)
+            and "loss/total" in record
+            and type(record.get("step")) in (int, float)
+            and record["step"] < 6
+        ):
             found.append((record["step"], record["loss/total"]))
     return repr(found)
 
@@ -224,9 +296,25 @@ def meant_metrics(folder: Path) -> Any:
 
 
 def make_results(folder: Path) -> None:
-    chosen = [r for r in records(length=64, rows=2, repeats=1, layers=2, heads=2, policies=("dms", "tova")) if r["task"] != "kept"][::7]
-    kept = {"task": "kept", "policy": "dms", "budget": "cr4", "unit": "prose/0", "domain": "prose", "pieces": ["a", "b"], "kept": [1.0, 0.5],
-            "live_per_head": [[1.0, 2.0]], "live_by_position": [1.0, 1.5], "length": 2, "window_size": 1, "realised_cr": 1.3}  # fmt: skip
+    chosen = [
+        r
+        for r in records(length=64, rows=2, repeats=1, layers=2, heads=2, policies=("dms", "tova"))
+        if r["task"] != "kept"
+    ][::7]
+    kept = {
+        "task": "kept",
+        "policy": "dms",
+        "budget": "cr4",
+        "unit": "prose/0",
+        "domain": "prose",
+        "pieces": ["a", "b"],
+        "kept": [1.0, 0.5],
+        "live_per_head": [[1.0, 2.0]],
+        "live_by_position": [1.0, 1.5],
+        "length": 2,
+        "window_size": 1,
+        "realised_cr": 1.3,
+    }
     write(folder / RESULTS, [*chosen, kept])
 
 
@@ -247,7 +335,11 @@ def meant_results(folder: Path) -> Any:
     lines = (folder / RESULTS).read_bytes().decode().split("\n")[:-1]
     found = [oracles.strict_json(line.encode()) for line in lines]
     assert "header" in found[0]
-    return repr(list({repr(report_data.clean(line)): report_data.clean(line) for line in found if "header" not in line}.values()))
+    return repr(
+        list(
+            {repr(report_data.clean(line)): report_data.clean(line) for line in found if "header" not in line}.values()
+        )
+    )
 
 
 TARGETS = [
@@ -256,8 +348,21 @@ TARGETS = [
     Target("cache file, tova", 100, make_cache("tova:8", 1), mutate_tensors(CACHE), read_cache),
     Target("token cache", 120, make_tokens, mutate_tokens, read_tokens, names="data.cache_dir"),
     Target("tuned.json", 120, make_tuned, mutate_tuned, read_tuned_file, meant_tuned),
-    Target("metrics.jsonl", 100, make_metrics, mutate_lines(METRICS, ['{"step": "x"}', '{"step": null, "loss/total": 1}', '{"step": [1]}']),
-           read_metrics, meant_metrics, names=METRICS),
-    Target("results.jsonl", 200, make_results, mutate_lines(RESULTS, ['{"header": 3}', '{"header": {}, "options": [1]}', '{"options": {}}']),
-           read_report, meant_results),
-]  # fmt: skip
+    Target(
+        "metrics.jsonl",
+        100,
+        make_metrics,
+        mutate_lines(METRICS, ['{"step": "x"}', '{"step": null, "loss/total": 1}', '{"step": [1]}']),
+        read_metrics,
+        meant_metrics,
+        names=METRICS,
+    ),
+    Target(
+        "results.jsonl",
+        200,
+        make_results,
+        mutate_lines(RESULTS, ['{"header": 3}', '{"header": {}, "options": [1]}', '{"options": {}}']),
+        read_report,
+        meant_results,
+    ),
+]

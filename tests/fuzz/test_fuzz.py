@@ -10,7 +10,11 @@ import pytest
 from fuzz import config_targets, data_targets, gguf_targets, model_targets, own_targets
 from fuzz.fuzz_case import run_case, tally
 
-TARGETS = [target for group in (config_targets, model_targets, gguf_targets, own_targets, data_targets) for target in group.TARGETS]
+TARGETS = [
+    target
+    for group in (config_targets, model_targets, gguf_targets, own_targets, data_targets)
+    for target in group.TARGETS
+]
 QUICK = 12  # seeds of each target that the default suite runs
 
 

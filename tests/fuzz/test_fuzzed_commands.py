@@ -21,9 +21,18 @@ def dry_run(*options: str, **changes) -> Callable[[Path, Path], list[str]]:
     """A training command on the damaged folder, with a model and data that are good unless `changes` say otherwise."""
 
     def command(folder: Path, beside: Path) -> list[str]:
-        settings = run_settings(beside) | {key.replace("__", "."): str(value).format(folder=folder) for key, value in changes.items()}
+        settings = run_settings(beside) | {
+            key.replace("__", "."): str(value).format(folder=folder) for key, value in changes.items()
+        }
         pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-        return ["train.retrofit", "--dry-run", "--mesh", "1x1", *pairs, *(option.format(folder=folder) for option in options)]
+        return [
+            "train.retrofit",
+            "--dry-run",
+            "--mesh",
+            "1x1",
+            *pairs,
+            *(option.format(folder=folder) for option in options),
+        ]
 
     return command
 
@@ -32,16 +41,41 @@ def generate(*options: str) -> Callable[[Path, Path], list[str]]:
     def command(folder: Path, beside: Path) -> list[str]:
         make_folder(beside)
         make_tokenizer(beside)
-        return ["infer.generate", "--model", str(beside), "--max-new-tokens", "2", *(option.format(folder=folder) for option in options)]
+        return [
+            "infer.generate",
+            "--model",
+            str(beside),
+            "--max-new-tokens",
+            "2",
+            *(option.format(folder=folder) for option in options),
+        ]
 
     return command
 
 
 COMMANDS = {
     "run YAML": dry_run("--config", "{folder}/run.yaml"),
-    "model config.json": lambda folder, beside: ["train.plan", "--model", str(folder), "--hardware", "h100x8", "--analytic", "--length", "64"],
+    "model config.json": lambda folder, beside: [
+        "train.plan",
+        "--model",
+        str(folder),
+        "--hardware",
+        "h100x8",
+        "--analytic",
+        "--length",
+        "64",
+    ],
     "model weights": dry_run(model="{folder}"),
-    "GGUF file": lambda folder, beside: ["train.plan", "--model", f"{folder}/model.gguf", "--hardware", "cpu", "--analytic", "--length", "64"],
+    "GGUF file": lambda folder, beside: [
+        "train.plan",
+        "--model",
+        f"{folder}/model.gguf",
+        "--hardware",
+        "cpu",
+        "--analytic",
+        "--length",
+        "64",
+    ],
     "token ids": dry_run(data="{folder}/ids.npy"),
     "prompts": generate("--prompts", "{folder}/prompts.jsonl"),
     "adapter file": generate("--adapter", "{folder}/policy.safetensors", "--prompt", "one"),
@@ -52,8 +86,14 @@ COMMANDS = {
 
 def run(command: list[str]) -> subprocess.CompletedProcess:
     module, *arguments = command
-    return subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, timeout=DEADLINE,
-                          capture_output=True, text=True)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        timeout=DEADLINE,
+        capture_output=True,
+        text=True,
+    )
 
 
 def inputs(name: str, tmp_path: Path) -> tuple[Target, Path, Path]:
@@ -76,7 +116,11 @@ def test_undamaged_input_is_taken(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name, seed",
-    [pytest.param(name, seed, id=f"{name}-{seed}", marks=[] if seed == 0 else pytest.mark.slow) for name in COMMANDS for seed in range(SEEDS)],
+    [
+        pytest.param(name, seed, id=f"{name}-{seed}", marks=[] if seed == 0 else pytest.mark.slow)
+        for name in COMMANDS
+        for seed in range(SEEDS)
+    ],
 )
 def test_command(name, seed, tmp_path):
     target, folder, beside = inputs(name, tmp_path)
@@ -86,5 +130,7 @@ def test_command(name, seed, tmp_path):
     said = f"{how}: exit code {done.returncode}\n{done.stderr[-3000:]}"
     assert done.returncode in (0, 2) and "Traceback" not in done.stderr, said
     if done.returncode == 2:
-        assert [line for line in done.stderr.splitlines() if line.startswith(f"{command[0]}:")] == done.stderr.splitlines()[-1:], said
+        assert [
+            line for line in done.stderr.splitlines() if line.startswith(f"{command[0]}:")
+        ] == done.stderr.splitlines()[-1:], said
     assert listing(folder) == before, said

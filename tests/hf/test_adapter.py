@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf.safetensors_files import SafetensorsFiles
 from dms_jax.sharding import make_mesh
 
@@ -23,7 +24,10 @@ def base(tmp_path) -> Path:
     """The dense base of the trained golden model."""
     folder = tmp_path / "base"
     folder.mkdir()
-    save_file({k: v for k, v in load_file(TRAINED / "model.safetensors").items() if "dms_proj" not in k}, folder / "model.safetensors")
+    save_file(
+        {k: v for k, v in load_file(TRAINED / "model.safetensors").items() if "dms_proj" not in k},
+        folder / "model.safetensors",
+    )
     raw = json.loads((TRAINED / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("dms_")}))
     return folder
@@ -40,7 +44,10 @@ def test_it_holds_two_tensors_a_layer_under_model_optimizers_names(adapter):
     assert len(load_file(adapter)) == 2 * 3
 
 
-@pytest.mark.parametrize("dms, dtype, mesh", [(None, jnp.float32, None), (DMSConfig(window_size=99), jnp.float32, None), (None, jnp.float32, (4, 2))])
+@pytest.mark.parametrize(
+    "dms, dtype, mesh",
+    [(None, jnp.float32, None), (DMSConfig(window_size=99), jnp.float32, None), (None, jnp.float32, (4, 2))],
+)
 def test_base_plus_adapter_is_the_trained_model(base, adapter, dms, dtype, mesh):
     trained = dms_jax.load(TRAINED)
     plain = dms_jax.load(base, dtype=dtype, dms=dms, mesh=mesh and make_mesh(*mesh))
@@ -93,12 +100,18 @@ def another_scale(path: Path) -> str:
         (lambda p: rewrite(p, dms="{"), "damaged"),
         (lambda p: rewrite(p, base_sha256=None), "damaged"),
         (lambda p: rewrite(p, dms=json.dumps({"dms_separate_alpha": False})), "no projection policy"),
-        (lambda p: rewrite(p, {k: v for k, v in load_file(p).items() if ".2." not in k}), r"lacks 2 tensors: model\.layers\.2"),
-        (lambda p: rewrite(p, {k: np.nextafter(v, np.float32(2)) for k, v in load_file(p).items()}), "is damaged: its content is not"),
+        (
+            lambda p: rewrite(p, {k: v for k, v in load_file(p).items() if ".2." not in k}),
+            r"lacks 2 tensors: model\.layers\.2",
+        ),
+        (
+            lambda p: rewrite(p, {k: np.nextafter(v, np.float32(2)) for k, v in load_file(p).items()}),
+            "is damaged: its content is not",
+        ),
         (lambda p: rewrite(p, dms=another_scale(p)), "is damaged: its content is not"),
         (lambda p: rewrite(p, {k: v[..., :-1].copy() for k, v in load_file(p).items()}), r"dms_proj_alpha.* has shape"),
     ],
-)  # fmt: skip
+)
 def test_damaged_or_foreign_files_are_refused_in_one_line(base, adapter, damage, words):
     damage(adapter)
     with pytest.raises(ConfigError, match=words) as refusal:

@@ -7,7 +7,8 @@ from cases import tiny_model, tokens
 from models.test_golden import GOLDEN
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig
+from dms_jax.config import DMSConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf import cache_file, safetensors_files
 
 POLICY = DMSConfig(window_size=3, evict_logit_bias=0.0)

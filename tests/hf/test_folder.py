@@ -15,7 +15,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf import folder as folder_module
 from dms_jax.models.decoder import Decoder
 from dms_jax.sharding import make_mesh
@@ -29,12 +30,18 @@ PLAIN = GOLDEN / "qwen3_qk_norm"
 def as_dtype(tmp_path: Path, source: Path, dtype) -> Path:
     folder = tmp_path / f"{source.name}_{np.dtype(dtype).name}"
     shutil.copytree(source, folder)
-    save_file({k: v.astype(dtype) for k, v in load_file(source / "model.safetensors").items()}, folder / "model.safetensors")
+    save_file(
+        {k: v.astype(dtype) for k, v in load_file(source / "model.safetensors").items()}, folder / "model.safetensors"
+    )
     return folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {name: value.tobytes() for file in sorted(folder.glob("model*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value.tobytes()
+        for file in sorted(folder.glob("model*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def test_saved_folders_load_to_the_same_policy_and_logits(tmp_path):
@@ -63,12 +70,22 @@ def test_an_exported_head_has_the_names_shapes_and_keys_of_model_optimizer(tmp_p
     raw = json.loads((PROJECTION / "config.json").read_text())
     (tmp_path / "base").mkdir()
     save_file(base, tmp_path / "base" / "model.safetensors")
-    (tmp_path / "base" / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if not k.startswith("dms_")}))
+    (tmp_path / "base" / "config.json").write_text(
+        json.dumps({k: v for k, v in raw.items() if not k.startswith("dms_")})
+    )
     dms_jax.save(dms_jax.load(tmp_path / "base", dms=dms), tmp_path / "out")
     theirs, ours = (load_file(folder / "model.safetensors") for folder in (PROJECTION, tmp_path / "out"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
     written = json.loads((tmp_path / "out" / "config.json").read_text())
-    for key in ("dms_alpha_scale", "dms_initial_alpha_offset", "dms_window_size", "dms_cr", "dms_separate_alpha", "dms_alpha_per", "dms_tau"):
+    for key in (
+        "dms_alpha_scale",
+        "dms_initial_alpha_offset",
+        "dms_window_size",
+        "dms_cr",
+        "dms_separate_alpha",
+        "dms_alpha_per",
+        "dms_tau",
+    ):
         assert written[key] == raw[key], key
     assert written["architectures"] == ["Qwen3ForCausalLM"]
 
@@ -117,7 +134,9 @@ def test_the_source_rides_through_split_merge_and_jit():
     assert nnx.merge(graph, state).source == model.source
     assert hash(graph) == hash(nnx.split(dms_jax.load(PLAIN))[0]), "two loads of one folder share compiled functions"
     np.testing.assert_allclose(jax.jit(lambda t: model.dense(t))(TOKENS), model.dense(TOKENS), atol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda s: nnx.merge(graph, s).dense(TOKENS))(state), model.dense(TOKENS), atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(lambda s: nnx.merge(graph, s).dense(TOKENS))(state), model.dense(TOKENS), atol=1e-5
+    )
 
 
 def test_shards_have_an_index_and_load_back(tmp_path):
@@ -134,16 +153,30 @@ def test_shards_have_an_index_and_load_back(tmp_path):
 
 def test_tokenizer_files_are_copied_and_nothing_else(tmp_path):
     source = as_dtype(tmp_path, PLAIN, np.float32)
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "README.md", "evil.py"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+        "evil.py",
+    ):
         (source / name).write_text("{}")
     dms_jax.save(dms_jax.load(source), tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "config.json", "model.safetensors"
-    }  # fmt: skip
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_a_random_model_saves_and_loads(tmp_path):
-    config = ModelConfig("llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, dms=DMSConfig(window_size=4))
+    config = ModelConfig(
+        "llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, dms=DMSConfig(window_size=4)
+    )
     model = Decoder(config, rngs=nnx.Rngs(0))
     dms_jax.save(model, tmp_path / "out")
     again = dms_jax.load(tmp_path / "out")
@@ -205,7 +238,9 @@ def test_a_rename_that_fails_half_way_puts_the_old_folder_back(tmp_path, monkeyp
 
 
 def test_base_hash_is_of_the_base_alone(tmp_path):
-    assert dms_jax.base_hash(dms_jax.load(PLAIN)) == dms_jax.base_hash(dms_jax.load(PLAIN, dtype=jnp.bfloat16, dms=DMSConfig()))
+    assert dms_jax.base_hash(dms_jax.load(PLAIN)) == dms_jax.base_hash(
+        dms_jax.load(PLAIN, dtype=jnp.bfloat16, dms=DMSConfig())
+    )
     other = as_dtype(tmp_path, PLAIN, ml_dtypes.bfloat16)
     assert dms_jax.base_hash(dms_jax.load(other)) != dms_jax.base_hash(dms_jax.load(PLAIN))
     model = dms_jax.load(other)
@@ -216,9 +251,14 @@ def test_base_hash_is_of_the_base_alone(tmp_path):
 
 @pytest.mark.parametrize(
     "path, words",
-    [("nowhere", "no such folder"), ("/no/such/place", "no such folder"), ("./a/b", "no such folder"),
-     (GOLDEN, "no config.json"), (PLAIN / "config.json", "give the folder")],
-)  # fmt: skip
+    [
+        ("nowhere", "no such folder"),
+        ("/no/such/place", "no such folder"),
+        ("./a/b", "no such folder"),
+        (GOLDEN, "no config.json"),
+        (PLAIN / "config.json", "give the folder"),
+    ],
+)
 def test_wrong_paths_are_told_apart(path, words):
     with pytest.raises(ConfigError, match=words):
         dms_jax.load(path)
@@ -242,13 +282,17 @@ def test_paths_may_be_non_ascii_and_relative(tmp_path, monkeypatch):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["qwen3_dms_projection_per_head", "llama3_rope_scaled", "qwen2_qkv_bias", "mistral", "biased"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_dms_projection_per_head", "llama3_rope_scaled", "qwen2_qkv_bias", "mistral", "biased"]
+)
 def test_transformers_opens_a_saved_folder_as_the_dense_base(tmp_path, name):
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     if name == "biased":  # every bias there is, from a config.json of our own making
-        model = Decoder(ModelConfig("llama", 64, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True), rngs=nnx.Rngs(0))
+        model = Decoder(
+            ModelConfig("llama", 64, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True), rngs=nnx.Rngs(0)
+        )
         for part in (model.layers.attention, model.layers.mlp):
             for key in [key for key in vars(part) if key.endswith("_bias")]:
                 getattr(part, key)[...] = 0.1 * jax.random.normal(jax.random.key(len(key)), getattr(part, key).shape)

@@ -10,30 +10,56 @@ import pytest
 from safetensors.numpy import load_file
 
 import dms_jax
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.hf.gguf_file import GGUFTensors, unpermute
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-OURS_TO_GGUF = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k",
-                "v_proj": "attn_v", "o_proj": "attn_output", "q_norm": "attn_q_norm", "k_norm": "attn_k_norm", "gate_proj": "ffn_gate",
-                "up_proj": "ffn_up", "down_proj": "ffn_down"}  # fmt: skip
+OURS_TO_GGUF = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
 TOKENS = ["<s>", "</s>", *(chr(97 + i) for i in range(26)), "ab", "Ġ", "Ġab", "1", "2"]
 
 
 def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     """llama.cpp `convert_hf_to_gguf.py`, LlamaModel.permute, as published."""
-    return weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+    return (
+        weights.reshape(heads, 2, weights.shape[0] // heads // 2, *weights.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(weights.shape)
+    )
 
 
 def write_gguf(path: Path, name: str, *, edit=None, quantise=None, skip_fields=(), tokenizer=None) -> Path:
     raw = json.loads((GOLDEN / name / "config.json").read_text())
-    tensors, family, heads = load_file(GOLDEN / name / "model.safetensors"), raw["model_type"], raw["num_attention_heads"]
+    tensors, family, heads = (
+        load_file(GOLDEN / name / "model.safetensors"),
+        raw["model_type"],
+        raw["num_attention_heads"],
+    )
     writer = gguf.GGUFWriter(path, "llama" if family == "mistral" else family)
     head_dim = raw.get("head_dim", raw["hidden_size"] // heads)
-    fields = {"block_count": raw["num_hidden_layers"], "context_length": raw["max_position_embeddings"],
-              "embedding_length": raw["hidden_size"], "feed_forward_length": raw["intermediate_size"], "head_count": heads,
-              "head_count_kv": raw["num_key_value_heads"], "layer_norm_rms_eps": raw["rms_norm_eps"],
-              "rope_freq_base": raw["rope_parameters"]["rope_theta"], "key_length": head_dim, "value_length": head_dim}  # fmt: skip
+    fields = {
+        "block_count": raw["num_hidden_layers"],
+        "context_length": raw["max_position_embeddings"],
+        "embedding_length": raw["hidden_size"],
+        "feed_forward_length": raw["intermediate_size"],
+        "head_count": heads,
+        "head_count_kv": raw["num_key_value_heads"],
+        "layer_norm_rms_eps": raw["rms_norm_eps"],
+        "rope_freq_base": raw["rope_parameters"]["rope_theta"],
+        "key_length": head_dim,
+        "value_length": head_dim,
+    }
     for field, value in fields.items():
         if field not in skip_fields:
             getattr(writer, f"add_{field}")(value)
@@ -77,7 +103,11 @@ def test_logits_are_those_of_transformers(tmp_path, name):
 
 def test_slices_of_quantised_and_permuted_tensors_are_slices_of_the_whole(tmp_path):
     tensors = GGUFTensors(str(write_gguf(tmp_path / "m.gguf", "llama_untied", quantise=gguf.GGMLQuantizationType.Q8_0)))
-    for name in ("model.layers.1.mlp.down_proj.weight", "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"):
+    for name in (
+        "model.layers.1.mlp.down_proj.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+        "model.embed_tokens.weight",
+    ):
         whole = tensors.read(name)
         assert whole.shape == tensors.shape(name)
         np.testing.assert_array_equal(tensors.read(name, (slice(12, 24), slice(8, 16))), whole[12:24, 8:16])
@@ -89,13 +119,20 @@ def test_slices_of_quantised_and_permuted_tensors_are_slices_of_the_whole(tmp_pa
 def test_a_tied_matrix_stored_twice_keeps_the_finer_copy(tmp_path):
     def doubled(tensors):
         embed = tensors["model.embed_tokens.weight"]
-        return tensors | {"model.embed_tokens.weight": embed + 0.01 * np.random.default_rng(0).standard_normal(embed.shape).astype(np.float32),
-                          "lm_head.weight": embed}  # fmt: skip
+        return tensors | {
+            "model.embed_tokens.weight": embed
+            + 0.01 * np.random.default_rng(0).standard_normal(embed.shape).astype(np.float32),
+            "lm_head.weight": embed,
+        }
 
-    coarse = lambda tensors: {k: v.astype(np.float16) if k == "model.embed_tokens.weight" else v for k, v in doubled(tensors).items()}  # noqa: E731
+    coarse = lambda tensors: {
+        k: v.astype(np.float16) if k == "model.embed_tokens.weight" else v for k, v in doubled(tensors).items()
+    }
     model = dms_jax.load(write_gguf(tmp_path / "m.gguf", "qwen3_qk_norm", edit=coarse))
     assert model.config.tie_word_embeddings
-    np.testing.assert_array_equal(model.embed[...], load_file(GOLDEN / "qwen3_qk_norm" / "model.safetensors")["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(
+        model.embed[...], load_file(GOLDEN / "qwen3_qk_norm" / "model.safetensors")["model.embed_tokens.weight"]
+    )
 
 
 def test_converting_writes_a_folder_with_the_same_weights_and_a_tokenizer(tmp_path):
@@ -132,7 +169,13 @@ def test_an_unknown_tokenizer_costs_the_tokenizer_not_the_weights(tmp_path):
 def test_damaged_files_and_foreign_architectures_are_one_line(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", "llama_untied")
     whole = path.read_bytes()
-    for content in (b"", b"GGUF", b"not a model at all, but long enough to be read", whole[:200], whole[: len(whole) // 2]):
+    for content in (
+        b"",
+        b"GGUF",
+        b"not a model at all, but long enough to be read",
+        whole[:200],
+        whole[: len(whole) // 2],
+    ):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"m\.gguf is damaged or not a GGUF file") as refusal:
             dms_jax.load(path)
@@ -148,7 +191,7 @@ def test_damaged_files_and_foreign_architectures_are_one_line(tmp_path):
 def test_missing_fields_and_tensors_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"lacks llama\.context_length"):
         dms_jax.load(write_gguf(tmp_path / "a.gguf", "llama_untied", skip_fields=["context_length"]))
-    short = lambda tensors: {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"}  # noqa: E731
+    short = lambda tensors: {k: v for k, v in tensors.items() if k != "model.layers.1.mlp.up_proj.weight"}
     with pytest.raises(ConfigError, match=r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"):
         dms_jax.load(write_gguf(tmp_path / "b.gguf", "llama_untied", edit=short))
 

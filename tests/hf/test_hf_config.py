@@ -6,42 +6,97 @@ from pathlib import Path
 
 import pytest
 
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig, RopeScaling
-from dms_jax.hf.hf_config import DMS_KEYS, FAMILIES, dms_config, dms_keys, folder_config, fresh_config, model_config, read_folder
+from dms_jax.config import DMSConfig, ModelConfig, RopeScaling
+from dms_jax.errors import ConfigError
+from dms_jax.hf.hf_config import (
+    DMS_KEYS,
+    FAMILIES,
+    dms_config,
+    dms_keys,
+    folder_config,
+    fresh_config,
+    model_config,
+    read_folder,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LLAMA2 = {"model_type": "llama", "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-          "num_attention_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-5}  # fmt: skip
+LLAMA2 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+}
 # NVIDIA's released folder, `dms.md` 8.1: only these of the policy keys.
-NVIDIA = LLAMA2 | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16, "dms_cr": 8, "dms_window_size": 512,
-                   "dms_alpha_scale": 100.0, "dms_initial_alpha_offset": 5.0}  # fmt: skip
+NVIDIA = LLAMA2 | {
+    "model_type": "qwen3",
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "dms_cr": 8,
+    "dms_window_size": 512,
+    "dms_alpha_scale": 100.0,
+    "dms_initial_alpha_offset": 5.0,
+}
 
 
 @pytest.mark.parametrize(
     "old, new",
     [
         ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
-        ({"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
-         {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}),
-        ({"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                              "original_max_position_embeddings": 8192}, "torch_dtype": "bfloat16"},
-         {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5,
-                              "original_max_position_embeddings": 8192}, "dtype": "bfloat16"}),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}},
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+                "torch_dtype": "bfloat16",
+            },
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "rope_theta": 5e5,
+                    "original_max_position_embeddings": 8192,
+                },
+                "dtype": "bfloat16",
+            },
+        ),
     ],
-)  # fmt: skip
+)
 def test_old_and_new_spellings_mean_the_same(old, new):
     assert model_config(LLAMA2 | old) == model_config(LLAMA2 | new)
 
 
 def test_what_a_llama2_file_leaves_out_takes_the_class_defaults():
     config = model_config(LLAMA2)
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.tie_word_embeddings) == (4, 16, 10000.0, False)
+    assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.tie_word_embeddings) == (
+        4,
+        16,
+        10000.0,
+        False,
+    )
     assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
 
 
 def test_families_differ_in_biases_and_norms():
     common = LLAMA2 | {"num_key_value_heads": 2}
-    assert model_config(common | {"model_type": "qwen2"}).qkv_bias and not model_config(common | {"model_type": "qwen2"}).o_bias
+    assert (
+        model_config(common | {"model_type": "qwen2"}).qkv_bias
+        and not model_config(common | {"model_type": "qwen2"}).o_bias
+    )
     assert model_config(common | {"model_type": "qwen3"}).qk_norm
     biased = model_config(common | {"attention_bias": True, "mlp_bias": True})
     assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
@@ -56,7 +111,11 @@ def test_families_differ_in_biases_and_norms():
         ("qwen2", {"sliding_window": 32, "use_sliding_window": False}, None),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, 32),
-        ("qwen3", {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}, 32),
+        (
+            "qwen3",
+            {"sliding_window": 32, "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            32,
+        ),
         ("qwen3", {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, None),
     ],
 )
@@ -97,7 +156,9 @@ def test_refusals_are_one_line_and_name_the_key(keys, words):
 
 def test_nvidias_folder_is_borrowed_shift_one_and_zeroed_twice():
     dms = model_config(NVIDIA).dms
-    assert dms == DMSConfig(variant="borrowed", window_size=512, target_cr=8.0, decision_shift=1, zero_borrowed="pre+post")
+    assert dms == DMSConfig(
+        variant="borrowed", window_size=512, target_cr=8.0, decision_shift=1, zero_borrowed="pre+post"
+    )
     assert dms_config(NVIDIA | {"dms_separate_alpha": True}).variant == "projection"
     assert model_config(LLAMA2).dms is None
 
@@ -118,29 +179,57 @@ def test_fastdms_folders_decide_about_themselves_with_the_channel_live(tmp_path)
     write(tmp_path / "run", training_log={"config": metadata})
     assert read_folder(write(tmp_path / "run" / "final", config=LLAMA2))[1].dms == want
     # An explicit key wins, also for the convention itself.
-    explicit = read_folder(write(tmp_path / "d", config=LLAMA2 | {"dms_window_size": 64, "dms_decision_shift": 1}, dms_metadata=metadata))[1].dms
-    assert (explicit.window_size, explicit.decision_shift, explicit.evict_logit_bias, explicit.zero_borrowed) == (64, 1, 4.0, "none")
+    explicit = read_folder(
+        write(tmp_path / "d", config=LLAMA2 | {"dms_window_size": 64, "dms_decision_shift": 1}, dms_metadata=metadata)
+    )[1].dms
+    assert (explicit.window_size, explicit.decision_shift, explicit.evict_logit_bias, explicit.zero_borrowed) == (
+        64,
+        1,
+        4.0,
+        "none",
+    )
 
 
 @pytest.mark.parametrize("variant", ["projection", "borrowed"])
 def test_policy_keys_round_trip_and_none_is_left_implicit(variant):
     dms = DMSConfig(variant, 7, 3.5, 0.25, 50.0, 2.0, "layer", 0, "pre")
     assert dms_config(dms_keys(dms)) == dms
-    assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items()), "every field differs from its default here"
+    assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items()), (
+        "every field differs from its default here"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_config_reads_back(family):
-    config = ModelConfig(family, 131, 48, 96, 2, 4, 2, 16, rope_theta=5e5, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
-                         qkv_bias=family == "qwen2", qk_norm=family == "qwen3", sliding_window=None if family == "llama" else 64,
-                         eos_token_ids=(3, 5), bos_token_id=1, tie_word_embeddings=True)  # fmt: skip
+    config = ModelConfig(
+        family,
+        131,
+        48,
+        96,
+        2,
+        4,
+        2,
+        16,
+        rope_theta=5e5,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        sliding_window=None if family == "llama" else 64,
+        eos_token_ids=(3, 5),
+        bos_token_id=1,
+        tie_word_embeddings=True,
+    )
     assert model_config(fresh_config(config)) == config
-    linear = dataclasses.replace(config, rope_scaling=RopeScaling("linear", 2.0), sliding_window=None, eos_token_ids=(3,), dms=DMSConfig())
+    linear = dataclasses.replace(
+        config, rope_scaling=RopeScaling("linear", 2.0), sliding_window=None, eos_token_ids=(3,), dms=DMSConfig()
+    )
     assert model_config(folder_config(linear)) == linear
 
 
 def test_the_original_config_is_kept_but_for_the_policy():
-    original = json.loads((GOLDEN / "qwen3_dms_projection_per_head" / "config.json").read_text()) | {"auto_map": {"AutoConfig": "x.Y"}}
+    original = json.loads((GOLDEN / "qwen3_dms_projection_per_head" / "config.json").read_text()) | {
+        "auto_map": {"AutoConfig": "x.Y"}
+    }
     config = model_config(original)
     written = folder_config(config.with_dms(dataclasses.replace(config.dms, window_size=99)), original)
     changed = {key for key in written.keys() | original.keys() if written.get(key) != original.get(key)}

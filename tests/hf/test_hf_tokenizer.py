@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 import dms_jax
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 
-TEMPLATE = "{% for m in messages %}{% if m['role'] == 'villain' %}{{ raise_exception('no\nvillains') }}{% endif %}hello {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}reply{% endif %}"  # noqa: E501
+TEMPLATE = "{% for m in messages %}{% if m['role'] == 'villain' %}{{ raise_exception('no\nvillains') }}{% endif %}hello {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}reply{% endif %}"
 VOCABULARY = {"[unk]": 0, "hello": 1, "world": 2, "reply": 3, "</s>": 4}
 
 
@@ -69,7 +69,9 @@ def test_remote_code_is_not_run(tmp_path):
     folder = write(tmp_path)
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Evil: pass\n")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}})
+    )
     with contextlib.suppress(ConfigError):
         dms_jax.load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()

@@ -13,7 +13,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
-from dms_jax.config import ConfigError, DMSConfig, ModelConfig
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.errors import ConfigError
 from dms_jax.hf import hf_weights, safetensors_files
 from dms_jax.hf.safetensors_files import SafetensorsFiles, open_folder
 from dms_jax.models.decoder import Decoder
@@ -22,14 +23,18 @@ from dms_jax.sharding import make_mesh
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "model.safetensors").is_file())
 # Every parameter the decoder can have, with sizes that differ from each other where they may.
-EVERYTHING = ModelConfig("llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, dms=DMSConfig())
+EVERYTHING = ModelConfig(
+    "llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, dms=DMSConfig()
+)
 
 
 def randomised(model: Decoder) -> Decoder:
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return nnx.merge(graph, tree.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]))
+    return nnx.merge(
+        graph, tree.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+    )
 
 
 class InMemory:
@@ -62,7 +67,9 @@ def state_arrays(model) -> list[np.ndarray]:
 def test_export_then_import_is_bit_equal_for_every_parameter_on_every_mesh(mesh, dtype):
     model = randomised(Decoder(EVERYTHING, rngs=nnx.Rngs(0), dtype=dtype))
     tensors = InMemory({w.name: w.value() for w in hf_weights.model_writes(model)})
-    again = hf_weights.read_model(tensors, EVERYTHING, jnp.dtype(dtype), mesh and make_mesh(*mesh), fresh_evict_head=False)
+    again = hf_weights.read_model(
+        tensors, EVERYTHING, jnp.dtype(dtype), mesh and make_mesh(*mesh), fresh_evict_head=False
+    )
     for got, want in zip(state_arrays(again), state_arrays(model), strict=True):
         assert got.dtype == want.dtype and got.tobytes() == want.tobytes()
 
@@ -72,7 +79,7 @@ def test_the_table_against_hand_written_transposes():
     model = randomised(Decoder(EVERYTHING, rngs=nnx.Rngs(0)))
     file = {w.name: w.value() for w in hf_weights.model_writes(model)}
     attention, mlp = model.layers.attention, model.layers.mlp
-    of = lambda name: file[f"model.layers.1.{name}"]  # noqa: E731
+    of = lambda name: file[f"model.layers.1.{name}"]
     head, channel, d, f = 5, 2, 7, 11
     assert of("self_attn.q_proj.weight")[head * 6 + channel, d] == attention.q[...][1, d, head, channel]
     assert of("self_attn.k_proj.weight")[3 * 6 + channel, d] == attention.k[...][1, d, 3, channel]
@@ -114,7 +121,9 @@ def test_each_byte_is_read_once_and_only_a_shard_at_a_time(monkeypatch):
     monkeypatch.undo()
     on_disk = {name: value.nbytes for name, value in load_file(GOLDEN / "qwen3_qk_norm" / "model.safetensors").items()}
     assert sum(size for _, size in reads) == sum(on_disk.values())
-    assert all(size * 8 <= on_disk[name] for name, size in reads if on_disk[name] > 64)  # the 64 byte norms [H] are replicated
+    assert all(
+        size * 8 <= on_disk[name] for name, size in reads if on_disk[name] > 64
+    )  # the 64 byte norms [H] are replicated
     assert max(blocks) * 8 <= max(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     assert model.layers.mlp.gate[...].sharding.spec == jax.sharding.PartitionSpec(None, "data", "model")
 
@@ -161,14 +170,26 @@ def reshaped(name, shape):
     "change, words",
     [
         (without("model.layers.1.mlp.up_proj.weight"), r"lacks 1 tensors: model\.layers\.1\.mlp\.up_proj\.weight"),
-        (reshaped("model.layers.0.self_attn.q_proj.bias", (64,)), r"has 1 tensors .*model\.layers\.0\.self_attn\.q_proj\.bias"),
+        (
+            reshaped("model.layers.0.self_attn.q_proj.bias", (64,)),
+            r"has 1 tensors .*model\.layers\.0\.self_attn\.q_proj\.bias",
+        ),
         (reshaped("model.layers.2.self_attn.q_proj.weight", (64, 48)), r"model\.layers\.2\.self_attn\.q_proj\.weight"),
-        (reshaped("model.layers.0.mlp.up_proj.weight", (95, 48)), r"model\.layers\.0\.mlp\.up_proj\.weight.*\[95, 48\].*\[96, 48\]"),
-        (reshaped("model.embed_tokens.weight", (160, 48)), r"\[160, 48\].*padded: set vocab_size in config.json to 160"),
+        (
+            reshaped("model.layers.0.mlp.up_proj.weight", (95, 48)),
+            r"model\.layers\.0\.mlp\.up_proj\.weight.*\[95, 48\].*\[96, 48\]",
+        ),
+        (
+            reshaped("model.embed_tokens.weight", (160, 48)),
+            r"\[160, 48\].*padded: set vocab_size in config.json to 160",
+        ),
         (reshaped("lm_head.weight", (131, 48)), "ties the embeddings, but lm_head.weight differs"),
         (reshaped("model.layers.0.self_attn.dms_proj_alpha.weight", (2, 48)), "dms_separate_alpha"),
         (lambda tensors: {f"base.{key}": value for key, value in tensors.items()}, "lacks .*it has base.model"),
-        (lambda tensors: tensors | {"model.norm.weight": np.zeros(48, ml_dtypes.float8_e4m3fn)}, "model.norm.weight.*F8_E4M3.*BF16"),
+        (
+            lambda tensors: tensors | {"model.norm.weight": np.zeros(48, ml_dtypes.float8_e4m3fn)},
+            "model.norm.weight.*F8_E4M3.*BF16",
+        ),
     ],
 )
 def test_wrong_tensors_are_named_in_one_line(tmp_path, change, words):
@@ -188,14 +209,27 @@ def test_a_missing_head_suggests_tying(tmp_path):
 
 def test_an_equal_second_copy_of_the_tied_matrix_and_rotary_buffers_are_harmless(tmp_path):
     folder = copy(tmp_path, "qwen3_qk_norm")
-    edit(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].copy(),
-                                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})  # fmt: skip
+    edit(
+        folder,
+        lambda t: (
+            t
+            | {
+                "lm_head.weight": t["model.embed_tokens.weight"].copy(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+            }
+        ),
+    )
     np.testing.assert_array_equal(dms_jax.load(folder).embed[...], dms_jax.load(GOLDEN / "qwen3_qk_norm").embed[...])
 
 
 @pytest.mark.parametrize(
     "content, words",
-    [(b"", "0 bytes"), (b"\x00" * 4, "damaged"), (b"\xff" * 64, "damaged"), (b"\x10" + b"\x00" * 7 + b"{not json at all", "damaged")],
+    [
+        (b"", "0 bytes"),
+        (b"\x00" * 4, "damaged"),
+        (b"\xff" * 64, "damaged"),
+        (b"\x10" + b"\x00" * 7 + b"{not json at all", "damaged"),
+    ],
 )
 def test_damaged_files_are_named(tmp_path, content, words):
     folder = copy(tmp_path, "mistral")

@@ -10,14 +10,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
+from lowering import abstract_cache, lower_extend
 
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core.compact_cache import empty_layer
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.dispatch import GPU, TPU
-from dms_jax.lowering import abstract_cache, lower_extend
 from dms_jax.models.parameters import abstract_model
-from dms_jax.target_hardware import missing_compiler, parse_hardware, target_mesh
+from dms_jax.planning.hardware import missing_compiler, parse_hardware, target_mesh
 
 pytestmark = pytest.mark.aot
 TARGETS = ["v5e-1", "v6e-1", "v5p-1", "h100x1", "h200x1"]
@@ -63,21 +63,30 @@ def collectives(program) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("head_dim", "group", "segments"), [(128, 4, False), (64, 4, True), (128, 1, True), (64, 8, False)])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "segments"), [(128, 4, False), (64, 4, True), (128, 1, True), (64, 8, False)]
+)
 def test_training_attention_compiles_and_its_memory_is_linear(target, head_dim, group, segments):
     mesh, kv_heads = mesh_of(target), 2
 
     def step(q, k, v, log_keep, ids):
         def loss(q, k, v, log_keep):
-            out = attention_api.gated_attention(q, k, v, log_keep, window_size=256, segment_ids=ids, implementation=kernel_of(target))
+            out = attention_api.gated_attention(
+                q, k, v, log_keep, window_size=256, segment_ids=ids, implementation=kernel_of(target)
+            )
             return jnp.sum(out.astype(jnp.float32))
 
         return jax.grad(loss, argnums=(0, 1, 2, 3))(q, k, v, log_keep)
 
     temporary = {}
     for length in (8192, 32768):
-        args = (shape(1, length, kv_heads * group, head_dim), shape(1, length, kv_heads, head_dim), shape(1, length, kv_heads, head_dim),
-                shape(1, kv_heads, length, dtype=jnp.float32), shape(1, length, dtype=jnp.int32) if segments else None)  # fmt: skip
+        args = (
+            shape(1, length, kv_heads * group, head_dim),
+            shape(1, length, kv_heads, head_dim),
+            shape(1, length, kv_heads, head_dim),
+            shape(1, kv_heads, length, dtype=jnp.float32),
+            shape(1, length, dtype=jnp.int32) if segments else None,
+        )
         temporary[length] = compiled(mesh, step, *args).memory_analysis().temp_size_in_bytes / bytes_of(args)
     # Arguments are linear in T; a quadratic program would need hundreds of times as much. (None at all: it was kept in VMEM.)
     assert max(temporary.values()) < 8, temporary
@@ -98,7 +107,14 @@ def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, que
         pair = shape(batch, kv_heads, queries, head_dim)
         chunk = None if queries == 1 else (pair, pair, shape(batch, kv_heads, queries, dtype=jnp.int32))
         attend = functools.partial(attention_api.attend_to_slots, implementation=kernel_of(target))
-        program = compiled(mesh, attend, shape(batch, queries, kv_heads * group, head_dim), layer, shape(batch, queries, dtype=jnp.int32), chunk)
+        program = compiled(
+            mesh,
+            attend,
+            shape(batch, queries, kv_heads * group, head_dim),
+            layer,
+            shape(batch, queries, dtype=jnp.int32),
+            chunk,
+        )
         temporary[capacity] = program.memory_analysis().temp_size_in_bytes
     # What depends on the capacity is book-keeping, never a copy of keys or values.
     assert temporary[32768] - temporary[1024] < bytes_of(layer.k) // 4 + 2**20, (temporary, bytes_of(layer.k))
@@ -114,14 +130,31 @@ def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, d
         layer = layer_shapes(batch, kv_heads, capacity, head_dim, dtype)
         pair, whole = shape(batch, kv_heads, pairs, head_dim), shape(batch, kv_heads, pairs, dtype=jnp.int32)
         flags = shape(batch, kv_heads, capacity, dtype=bool), shape(batch, kv_heads, pairs, dtype=bool)
-        place = functools.partial(attention_api.place, implementation=kernel_of(target))
-        program = compiled(mesh, place, layer, pair, pair, whole, whole, shape(*whole.shape, dtype=jnp.float32), *flags, donate=0)
+        write_pairs = functools.partial(attention_api.write_pairs, implementation=kernel_of(target))
+        program = compiled(
+            mesh, write_pairs, layer, pair, pair, whole, whole, shape(*whole.shape, dtype=jnp.float32), *flags, donate=0
+        )
         in_place(program, layer)
         heads, row = shape(batch, kv_heads, head_dim), shape(batch, dtype=jnp.int32)
         turn = shape(batch, head_dim // 2, dtype=jnp.float32)
-        update = functools.partial(attention_api.decode_update, window_size=256, decision_shift=1, implementation=kernel_of(target))
-        program = compiled(mesh, update, shape(batch, kv_heads * group, head_dim), heads, heads, turn, turn,
-                           shape(batch, kv_heads, dtype=jnp.float32), layer, row, row, shape(dtype=jnp.float32), donate=6)  # fmt: skip
+        update = functools.partial(
+            attention_api.decode_update, window_size=256, decision_shift=1, implementation=kernel_of(target)
+        )
+        program = compiled(
+            mesh,
+            update,
+            shape(batch, kv_heads * group, head_dim),
+            heads,
+            heads,
+            turn,
+            turn,
+            shape(batch, kv_heads, dtype=jnp.float32),
+            layer,
+            row,
+            row,
+            shape(dtype=jnp.float32),
+            donate=6,
+        )
         in_place(program, layer)
 
 
@@ -134,7 +167,19 @@ def in_place(program, layer):
 
 # --- whole steps ---
 
-SMALL = ModelConfig("qwen3", 32768, 1024, 2048, 2, 16, 8, 128, qk_norm=True, max_position_embeddings=1 << 20, dms=DMSConfig(window_size=256))
+SMALL = ModelConfig(
+    "qwen3",
+    32768,
+    1024,
+    2048,
+    2,
+    16,
+    8,
+    128,
+    qk_norm=True,
+    max_position_embeddings=1 << 20,
+    dms=DMSConfig(window_size=256),
+)
 
 
 @pytest.mark.parametrize("target", SLICES)
@@ -173,14 +218,25 @@ def test_a_prefill_chunk_compiles(target, kernels):
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
 def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
-    from train.retrofit_config import LossConfig, OptimizerConfig
-    from train.step import Retrofit, StepConfig
+    from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
+    from dms_jax.training.step import Retrofit, StepConfig
 
     mesh = mesh_of(target, 4, 2)
     config = with_kernels(SMALL, target, kernels)
     length = 16384
-    step = StepConfig(mode="adapter", seed=0, length=length, steps=100, accumulate=1, initial_cr=1.0, ramp_steps=0, cr_steps=80, remat="full",
-                      loss=LossConfig(), optimizer=OptimizerConfig())  # fmt: skip
+    step = StepConfig(
+        mode="adapter",
+        seed=0,
+        length=length,
+        steps=100,
+        accumulate=1,
+        initial_cr=1.0,
+        ramp_steps=0,
+        cr_steps=80,
+        remat="full",
+        loss=LossConfig(),
+        optimizer=OptimizerConfig(),
+    )
     program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
     # A row a device: about 40 KiB for each of its tokens, of any length. Scores of a single layer, [T, T] for each of 8 local heads in
     # fp32, would be 512 KiB for each token of such a row.

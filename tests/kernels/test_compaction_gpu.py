@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.kernels.block_sizes import PlaceBlocks
-from dms_jax.kernels.compaction_gpu import place
+from dms_jax.kernels.compaction_gpu import write_pairs
 
-RUN = jax.jit(partial(place, interpret=True), static_argnames="blocks")
+RUN = jax.jit(partial(write_pairs, interpret=True), static_argnames="blocks")
 
 
 def arrays(rng, shape, head_dim, dtype):
@@ -27,16 +27,20 @@ def arrays(rng, shape, head_dim, dtype):
 def check(seed, batch, heads, capacity, length, stays, comes, pairs, dtype=jnp.float32, head_dim=8):
     """Head by head: the share of slots that stay, and of pairs that come."""
     rng = np.random.default_rng(seed)
-    old, new = (arrays(rng, (batch, heads, size), head_dim, t) for size, t in ((capacity, dtype), (length, jnp.float32)))
+    old, new = (
+        arrays(rng, (batch, heads, size), head_dim, t) for size, t in ((capacity, dtype), (length, jnp.float32))
+    )
     staying = rng.random((batch, heads, capacity)) < np.array(stays)[:, None]
     coming = rng.random((batch, heads, length)) < np.array(comes)[:, None]
     coming &= np.cumsum(coming, axis=-1) <= (~staying).sum(-1, keepdims=True)  # there must be room
     staying, coming = jnp.asarray(staying), jnp.asarray(coming)
     layer = LayerCache(*old, jnp.zeros((batch, heads), jnp.int32))
-    expected = compact_cache.place(layer, *new, staying, coming)
+    expected = compact_cache.write_pairs(layer, *new, staying, coming)
     actual = RUN(*old, *new, staying, coming, blocks=PlaceBlocks(pairs))
     for got, name in zip(actual, ("k", "v", "position", "expiry", "score"), strict=True):
-        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(getattr(expected, name), np.float32), name)
+        np.testing.assert_array_equal(
+            np.asarray(got, np.float32), np.asarray(getattr(expected, name), np.float32), name
+        )
 
 
 @hypothesis.settings(max_examples=3, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])

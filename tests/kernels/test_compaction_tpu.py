@@ -1,4 +1,4 @@
-"""Compaction on TPU, interpreted, against `core.compact_cache.place`: bit for bit, whatever dead slots and staying pairs hold."""
+"""Compaction on TPU, interpreted, against `core.compact_cache.write_pairs`: bit for bit, whatever dead slots and staying pairs hold."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.kernels.block_sizes import PlaceBlocks
-from dms_jax.kernels.compaction_tpu import _staircase, place
+from dms_jax.kernels.compaction_tpu import _staircase, write_pairs
 
 B, K = 2, 3
 FIELDS = ("k", "v", "position", "expiry", "score")
@@ -18,9 +18,11 @@ FIELDS = ("k", "v", "position", "expiry", "score")
 
 def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come: float):
     """A layer, a chunk, who stays and who comes; one head in which all stay, one in which none does, one where nobody comes."""
-    numbers = lambda n: (jnp.asarray(rng.integers(-(2**31), 2**31 - 1, (B, K, n), np.int64).astype(np.int32)) for _ in range(2))  # noqa: E731
-    score = lambda n: jnp.asarray(rng.normal(size=(B, K, n)), jnp.float32)  # noqa: E731
-    rows = lambda n, kind: (jnp.asarray(rng.normal(size=(B, K, n, head_dim)), kind) for _ in range(2))  # noqa: E731
+    numbers = lambda n: (
+        jnp.asarray(rng.integers(-(2**31), 2**31 - 1, (B, K, n), np.int64).astype(np.int32)) for _ in range(2)
+    )
+    score = lambda n: jnp.asarray(rng.normal(size=(B, K, n)), jnp.float32)
+    rows = lambda n, kind: (jnp.asarray(rng.normal(size=(B, K, n, head_dim)), kind) for _ in range(2))
     layer = LayerCache(*rows(capacity, cache_dtype), *numbers(capacity), score(capacity), jnp.zeros((B, K), jnp.int32))
     chunk = (*rows(length, dtype), *numbers(length), score(length))
     stays = rng.random((B, K, capacity)) < full
@@ -34,10 +36,10 @@ def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dty
     rng = np.random.default_rng(seed)
     layer, chunk, stays, comes = case(rng, capacity, length, head_dim, dtype, cache_dtype or dtype, full, come)
     k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])  # what does not come may hold anything
-    actual = jax.jit(lambda *arrays: place(*arrays, blocks=blocks, interpret=True))(
+    actual = jax.jit(lambda *arrays: write_pairs(*arrays, blocks=blocks, interpret=True))(
         *(getattr(layer, name) for name in FIELDS), k, v, *chunk[2:], stays, comes
     )
-    expected = compact_cache.place(layer, *chunk, stays, comes)
+    expected = compact_cache.write_pairs(layer, *chunk, stays, comes)
     for name, array in zip(FIELDS, actual, strict=True):
         want = getattr(expected, name)
         assert array.dtype == want.dtype
@@ -46,15 +48,19 @@ def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dty
 
 @settings(max_examples=10, deadline=None)
 @given(
-    seed=st.integers(0, 999), sizes=st.sampled_from([(1, 1), (40, 1), (40, 13), (24, 40)]), blocks=st.sampled_from([(4, 8), (5, 16), (64, 64)]),
-    full=st.sampled_from([0.0, 0.6, 0.95]), come=st.sampled_from([0.5, 1.0]),
-)  # fmt: skip
+    seed=st.integers(0, 999),
+    sizes=st.sampled_from([(1, 1), (40, 1), (40, 13), (24, 40)]),
+    blocks=st.sampled_from([(4, 8), (5, 16), (64, 64)]),
+    full=st.sampled_from([0.0, 0.6, 0.95]),
+    come=st.sampled_from([0.5, 1.0]),
+)
 def test_place_is_that_of_core(seed, sizes, blocks, full, come):
     check(seed, *sizes, 8, PlaceBlocks(*blocks), full=full, come=come)
 
 
 @pytest.mark.parametrize(
-    "dtype, cache_dtype", [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")]
+    "dtype, cache_dtype",
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")],
 )
 def test_rows_of_all_lanes_and_small_types(dtype, cache_dtype):
     check(1, 40, 13, 128, PlaceBlocks(8, 16), jnp.dtype(dtype), jnp.dtype(cache_dtype))
@@ -68,9 +74,14 @@ def test_steps_are_the_blocks_that_meet(rng):
     """Of each block of slots that receives, the pairs' blocks from the first to the last that gives; no other block of slots."""
     stays, comes = rng.random((20, 64)) < np.linspace(0, 1, 20)[:, None], rng.random((20, 24)) < rng.random((20, 1))
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
-    slot_block, pair_block, count = _staircase(jnp.cumsum(~stays, -1, dtype=jnp.int32), jnp.cumsum(comes, -1, dtype=jnp.int32), 8, 4)
+    slot_block, pair_block, count = _staircase(
+        jnp.cumsum(~stays, -1, dtype=jnp.int32), jnp.cumsum(comes, -1, dtype=jnp.int32), 8, 4
+    )
     for a in range(20):
-        met = [(slot // 8, pair // 4) for slot, pair in zip(np.flatnonzero(~stays[a]), np.flatnonzero(comes[a]), strict=False)]
+        met = [
+            (slot // 8, pair // 4)
+            for slot, pair in zip(np.flatnonzero(~stays[a]), np.flatnonzero(comes[a]), strict=False)
+        ]
         gives = {block: [pair for slot, pair in met if slot == block] for block, _ in met}
         steps = [(block, pair) for block, pairs in gives.items() for pair in range(pairs[0], pairs[-1] + 1)]
         assert [*zip(slot_block[a, : count[a]].tolist(), pair_block[a, : count[a]].tolist(), strict=True)] == steps

@@ -1,4 +1,4 @@
-"""The fused decode update for Hopper, interpreted, against RoPE, a policy's verdict, `settle` and `append`."""
+"""The fused decode update for Hopper, interpreted, against RoPE, a policy's verdict, `apply_pending` and `append`."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, settle
+from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, apply_pending
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.decode_update_gpu import decode_update
@@ -29,21 +29,31 @@ def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8,
     for row, tokens in enumerate(seen):
         for head in range(heads):
             number = min(int(filled * capacity), tokens)
-            held = np.append(rng.choice(tokens - 1, number - 1, replace=False), tokens - 1) if number else np.zeros(0, int)
+            held = (
+                np.append(rng.choice(tokens - 1, number - 1, replace=False), tokens - 1) if number else np.zeros(0, int)
+            )
             at = rng.choice(capacity, number, replace=False)
             position[row, head, at] = held
             leaves = (rng.random(number) < marked) & (held < tokens - 1)
             expiry[row, head, at] = np.where(leaves, held + window, NEVER)
     k, v = (jnp.asarray(rng.normal(size=(*shape, head_dim)), dtype) for _ in range(2))
     score = jnp.asarray(rng.integers(0, 3, shape), jnp.float32)
-    return LayerCache(k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros(shape[:2], jnp.int32))
+    return LayerCache(
+        k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros(shape[:2], jnp.int32)
+    )
 
 
 def layer_of(position, expiry, score):
     """One head whose slots are given."""
     layer = random_layer(np.random.default_rng(0), 1, len(position), [1], 0, 0.0, 0.0)
     given = (jnp.asarray(x)[None, None] for x in (position, expiry, score))
-    return replace(layer, **{name: x.astype(getattr(layer, name).dtype) for name, x in zip(("position", "expiry", "score"), given, strict=True)})
+    return replace(
+        layer,
+        **{
+            name: x.astype(getattr(layer, name).dtype)
+            for name, x in zip(("position", "expiry", "score"), given, strict=True)
+        },
+    )
 
 
 def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=jnp.float32, logit=None):
@@ -57,21 +67,37 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     policy = KeepAll() if shift is None else LearnedEviction(DMSConfig(window_size=window, decision_shift=shift))
 
     threshold = jnp.float32(threshold)
-    verdict = policy.judge(logit[..., None], seen[:, None], count, threshold)
-    turn = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]  # noqa: E731
-    expected = settle(layer, verdict, seen, count)
+    verdict = policy.mark(logit[..., None], seen[:, None], count, threshold)
+    turn = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]
+    expected = apply_pending(layer, verdict, seen, count)
     expected = append(expected, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, policy.window_size)
 
     arrays = layer.k, layer.v, layer.position, layer.expiry, layer.score
     turned, *updated, forced = RUN(
-        q, k, v, jnp.cos(angle), jnp.sin(angle), logit, *arrays, seen, count, threshold, window_size=policy.window_size, decision_shift=shift
+        q,
+        k,
+        v,
+        jnp.cos(angle),
+        jnp.sin(angle),
+        logit,
+        *arrays,
+        seen,
+        count,
+        threshold,
+        window_size=policy.window_size,
+        decision_shift=shift,
     )
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    as_float = lambda x: np.asarray(x, np.float32)  # noqa: E731
+    as_float = lambda x: np.asarray(x, np.float32)
     np.testing.assert_allclose(as_float(turned), as_float(turn(q)), **tolerance)
     np.testing.assert_array_equal(forced, expected.forced_evictions)
     for got, name in zip(updated, ("k", "v", "position", "expiry", "score"), strict=True):
-        np.testing.assert_allclose(as_float(got), as_float(getattr(expected, name)), err_msg=name, **(tolerance if name in "kv" else {"rtol": 0}))
+        np.testing.assert_allclose(
+            as_float(got),
+            as_float(getattr(expected, name)),
+            err_msg=name,
+            **(tolerance if name in "kv" else {"rtol": 0}),
+        )
     return forced, updated[2]
 
 
@@ -125,7 +151,10 @@ def test_the_lowest_slot_that_this_token_no_longer_sees():
 
 def test_a_row_without_a_token_and_an_empty_one():
     layer = random_layer(np.random.default_rng(3), 1, 8, [20, 1], 4, 1.0, marked=0.0)
-    layer = replace(layer, **{name: getattr(layer, name).at[1].set(value) for name, value in (("position", EMPTY), ("expiry", GONE))})
+    layer = replace(
+        layer,
+        **{name: getattr(layer, name).at[1].set(value) for name, value in (("position", EMPTY), ("expiry", GONE))},
+    )
     check(3, layer, [20, 0], [0, 1], 1, 4, 1)
 
 
@@ -134,7 +163,11 @@ def test_slots_in_several_tiles_that_overlap():
     seen = [300]
     layer = random_layer(np.random.default_rng(4), 1, 130, seen, 4, 1.0, marked=0.0)
     for free, pending in ((129, 128), (0, 1)):
-        position = jnp.where(layer.position == 299, layer.position[..., pending : pending + 1], layer.position).at[..., pending].set(299)
+        position = (
+            jnp.where(layer.position == 299, layer.position[..., pending : pending + 1], layer.position)
+            .at[..., pending]
+            .set(299)
+        )
         moved = replace(layer, position=position, expiry=jnp.full_like(layer.expiry, NEVER).at[..., free].set(10))
         assert not check(4, moved, seen, [1], 1, 4, 1)[0].any()
 

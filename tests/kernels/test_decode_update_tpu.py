@@ -1,4 +1,4 @@
-"""One token's update on TPU, interpreted, step by step against `settle` and `append` of core: ragged rows, full heads, dead slots."""
+"""One token's update on TPU, interpreted, step by step against `apply_pending` and `append` of core: ragged rows, full heads, dead slots."""
 
 import dataclasses
 from functools import partial
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, settle
+from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, apply_pending
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels import decode_update_tpu
@@ -28,20 +28,35 @@ def policy(shift: int | None, window: int):
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_core(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
     rules = policy(shift, window)
-    verdict = rules.judge(logit[..., None], position, count, THRESHOLD)
+    verdict = rules.mark(logit[..., None], position, count, THRESHOLD)
     k = rope(k[:, None], position, frequency)[:, 0]
-    layer = settle(layer, verdict, seen, count)
-    return rope(q[:, None], position, frequency)[:, 0], append(layer, k[:, :, None], v[:, :, None], verdict, seen, count, rules.window_size)
+    layer = apply_pending(layer, verdict, seen, count)
+    return rope(q[:, None], position, frequency)[:, 0], append(
+        layer, k[:, :, None], v[:, :, None], verdict, seen, count, rules.window_size
+    )
 
 
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
     angle = position * frequency
     q, *arrays, forced = decode_update(
-        q, k, v, jnp.cos(angle), jnp.sin(angle), logit, *(getattr(layer, name) for name in FIELDS), seen, count, jnp.float32(THRESHOLD),
-        window_size=policy(shift, window).window_size, decision_shift=shift, interpret=True,
-    )  # fmt: skip
-    return q, dataclasses.replace(layer, **dict(zip(FIELDS, arrays, strict=True)), forced_evictions=layer.forced_evictions + forced)
+        q,
+        k,
+        v,
+        jnp.cos(angle),
+        jnp.sin(angle),
+        logit,
+        *(getattr(layer, name) for name in FIELDS),
+        seen,
+        count,
+        jnp.float32(THRESHOLD),
+        window_size=policy(shift, window).window_size,
+        decision_shift=shift,
+        interpret=True,
+    )
+    return q, dataclasses.replace(
+        layer, **dict(zip(FIELDS, arrays, strict=True)), forced_evictions=layer.forced_evictions + forced
+    )
 
 
 def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCache, np.ndarray]:
@@ -55,9 +70,14 @@ def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCac
     expiry[0, 0] = NEVER
     position[-1, -1], expiry[-1, -1] = EMPTY, GONE
     gone = (expiry < seen[:, None, None] - 1)[..., None]
-    k, v = (jnp.asarray(np.where(gone, np.nan, rng.normal(size=(B, heads, capacity, head_dim))), cache_dtype) for _ in range(2))
+    k, v = (
+        jnp.asarray(np.where(gone, np.nan, rng.normal(size=(B, heads, capacity, head_dim))), cache_dtype)
+        for _ in range(2)
+    )
     score = jnp.asarray(rng.integers(0, 3, position.shape), jnp.float32)  # with equals among them
-    return LayerCache(k, v, jnp.asarray(position), jnp.asarray(expiry, jnp.int32), score, jnp.zeros((B, heads), jnp.int32)), seen
+    return LayerCache(
+        k, v, jnp.asarray(position), jnp.asarray(expiry, jnp.int32), score, jnp.zeros((B, heads), jnp.int32)
+    ), seen
 
 
 def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype=None, steps=12, full=False):
@@ -69,16 +89,22 @@ def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype
     expected = layer
     for _ in range(steps):
         count = (rng.random(B) < 0.8).astype(np.int32)
-        rows = lambda n: jnp.asarray(rng.normal(size=(B, n, head_dim)), dtype)  # noqa: E731
+        rows = lambda n: jnp.asarray(rng.normal(size=(B, n, head_dim)), dtype)
         token = (rows(heads * G), rows(heads), rows(heads), jnp.asarray(seen)[:, None], frequency)
         logit = jnp.asarray(rng.normal(size=(B, heads)), jnp.float32)
         q, layer = by_kernel(layer, *token, logit, seen, count, shift, window)
         want, expected = by_core(expected, *token, logit, seen, count, shift, window)
         tolerance = 1e-5 if dtype == "float32" else 2e-2
-        np.testing.assert_allclose(np.asarray(q, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(q, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
+        )
         for name in (*FIELDS[1:], "forced_evictions"):
-            np.testing.assert_array_equal(*(np.asarray(getattr(x, name), np.float64) for x in (layer, expected)), err_msg=name)
-        np.testing.assert_allclose(*(np.asarray(x.k, np.float32) for x in (layer, expected)), rtol=tolerance, atol=tolerance)
+            np.testing.assert_array_equal(
+                *(np.asarray(getattr(x, name), np.float64) for x in (layer, expected)), err_msg=name
+            )
+        np.testing.assert_allclose(
+            *(np.asarray(x.k, np.float32) for x in (layer, expected)), rtol=tolerance, atol=tolerance
+        )
         seen = seen + count
     return layer
 
@@ -95,7 +121,9 @@ def test_full_heads_push_out_who_core_says(shift):
     assert (np.asarray(layer.forced_evictions)[:, 0] > 0).all()
 
 
-@pytest.mark.parametrize("head_dim, capacity", [(8, 256), (128, 64), (128, 20)])  # tiles of slots in lanes; of rows; of neither
+@pytest.mark.parametrize(
+    "head_dim, capacity", [(8, 256), (128, 64), (128, 20)]
+)  # tiles of slots in lanes; of rows; of neither
 def test_only_a_tile_is_written(head_dim, capacity):
     check(1, 9, 2, capacity, head_dim, steps=6)
 

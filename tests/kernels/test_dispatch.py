@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dms_jax.config import ConfigError
+from dms_jax.errors import ConfigError
 from dms_jax.kernels import block_sizes, dispatch
 from dms_jax.kernels.block_sizes import SlotBlocks, TunedEntry, read_tuned, write_tuned
 from dms_jax.kernels.dispatch import Facts, choose, reasons, runs, why_not
@@ -28,7 +28,18 @@ def on(monkeypatch, tmp_path):
 
 
 def entry(**fields):
-    base = TunedEntry("decode_attention", "mosaic_gpu", H100, 128, "bfloat16", SlotBlocks(64, 128, 4, 3), 2.5, 1e-3, "2026-11-26", "0.11.2")
+    base = TunedEntry(
+        "decode_attention",
+        "mosaic_gpu",
+        H100,
+        128,
+        "bfloat16",
+        SlotBlocks(64, 128, 4, 3),
+        2.5,
+        1e-3,
+        "2026-11-26",
+        "0.11.2",
+    )
     return base._replace(**fields)
 
 
@@ -76,12 +87,19 @@ def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on, monkeyp
     with pytest.raises(ConfigError, match="multiple of 128, this cache has 192"):
         choose("decode_attention", FACTS._replace(capacity=192), "pallas_tpu")
     on("cpu", "cpu")
-    assert why_not("decode_attention", "mosaic_gpu", FACTS) is not None and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
+    assert (
+        why_not("decode_attention", "mosaic_gpu", FACTS) is not None
+        and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
+    )
 
 
 def test_the_fused_update_is_left_out_where_it_cannot_run(on):
     on("tpu", "TPU v5 lite")
-    assert runs("decode_update", FACTS, "pallas_tpu") and not runs("decode_update", FACTS, "xla") and not runs("decode_update", FACTS)
+    assert (
+        runs("decode_update", FACTS, "pallas_tpu")
+        and not runs("decode_update", FACTS, "xla")
+        and not runs("decode_update", FACTS)
+    )
     assert not runs("decode_update", FACTS._replace(capacity=1 << 17), "pallas_tpu")
     assert choose("decode_attention", FACTS._replace(capacity=1 << 17), "pallas_tpu").name == "pallas_tpu"
     with pytest.raises(ConfigError, match="at most 65536 slots"):
@@ -93,7 +111,12 @@ def test_what_was_measured_survives_the_file(tmp_path):
     entries = entry(), entry(kernel="decode_update", blocks=None)
     write_tuned(path, entries)
     assert read_tuned(path) == entries
-    for damaged in ("[{]", '[{"kernel": "decode_attention"}]', "{}x", '[{"blocks": {"keys": 3}, "kernel": "decode_attention"}]'):
+    for damaged in (
+        "[{]",
+        '[{"kernel": "decode_attention"}]',
+        "{}x",
+        '[{"blocks": {"keys": 3}, "kernel": "decode_attention"}]',
+    ):
         path.write_text(damaged)
         with pytest.raises(ConfigError, match="holds no tuned block sizes"):
             read_tuned(path)

@@ -22,7 +22,11 @@ BLOCKS = {
         "chunk_attention": SlotBlocks(8, 8),
         "compaction": PlaceBlocks(4, 8),
     },
-    GPU: {"decode_attention": SlotBlocks(64, 64, 1, 2), "chunk_attention": SlotBlocks(64, 64, 1, 2), "compaction": PlaceBlocks(32)},
+    GPU: {
+        "decode_attention": SlotBlocks(64, 64, 1, 2),
+        "chunk_attention": SlotBlocks(64, 64, 1, 2),
+        "compaction": PlaceBlocks(32),
+    },
 }
 NO_BLOCKS = SlotBlocks(0, 0)  # of a kernel without any
 
@@ -47,7 +51,7 @@ def interpreted(monkeypatch):
 
         interpret("gated_attention", lambda *_: "train_attention")
         interpret("attend_to_slots", lambda q, *_: "decode_attention" if q.shape[1] == 1 else "chunk_attention")
-        interpret("place", lambda *_: "compaction")
+        interpret("write_pairs", lambda *_: "compaction")
         interpret("decode_update", lambda *_: "decode_update")
         monkeypatch.setattr(attention_layer, "runs", functools.partial(runs, interpret=True))
         return ran
@@ -103,9 +107,13 @@ def test_the_training_path(rng, interpreted):
 
         return jax.value_and_grad(loss)(params_of(model))
 
-    wanted = value_and_gradient(tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, **fields))
+    wanted = value_and_gradient(
+        tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, **fields)
+    )
     ran = interpreted(TPU)
-    model = tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, implementation=TPU, **fields)
+    model = tiny_model(
+        DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, implementation=TPU, **fields
+    )
     actual = value_and_gradient(model)
     assert ran == {"train_attention"}
     for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):

@@ -25,11 +25,18 @@ def random_slots(seed, heads, slots, head_dim, seen, length, share_used, dtype=j
     rng = np.random.default_rng(seed)
     position = rng.integers(0, seen + length + 4, (1, heads, slots))
     expiry = np.where(rng.random(position.shape) < 0.4, position + rng.integers(0, 12, position.shape), NEVER)
-    kinds = [(0, seen, NEVER, NEVER + 1), (0, seen, seen - 1, seen + length - 1), (seen, seen + length, NEVER, NEVER + 1),
-             (seen, seen + length + 3, NEVER, NEVER + 1)]  # fmt: skip
+    kinds = [
+        (0, seen, NEVER, NEVER + 1),
+        (0, seen, seen - 1, seen + length - 1),
+        (seen, seen + length, NEVER, NEVER + 1),
+        (seen, seen + length + 3, NEVER, NEVER + 1),
+    ]
     for block, (first, last, soonest, latest) in enumerate(kinds[: slots // 8]):
         of_block, shape = np.s_[..., 8 * block : 8 * block + 8], (1, heads, 8)
-        position[of_block], expiry[of_block] = rng.integers(first, last, shape), rng.integers(soonest, max(latest, soonest + 1), shape)
+        position[of_block], expiry[of_block] = (
+            rng.integers(first, last, shape),
+            rng.integers(soonest, max(latest, soonest + 1), shape),
+        )
     empty = np.arange(slots) >= np.array(share_used)[:, None] * slots
     position, expiry = np.where(empty, EMPTY, position), np.where(empty, GONE, expiry)
     now = np.arange(seen, seen + length)
@@ -38,7 +45,9 @@ def random_slots(seed, heads, slots, head_dim, seen, length, share_used, dtype=j
     bad = np.where(rng.random(k.shape) < 0.5, np.nan, np.inf if dtype == jnp.float32 else np.nan)
     k, v = (jnp.asarray(np.where(seen_by.any(-1)[..., None], x, bad), dtype) for x in (k, v))
     score = jnp.zeros(position.shape, jnp.float32)
-    return LayerCache(k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros((1, heads), jnp.int32))
+    return LayerCache(
+        k, v, jnp.asarray(position, jnp.int32), jnp.asarray(expiry, jnp.int32), score, jnp.zeros((1, heads), jnp.int32)
+    )
 
 
 def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32):
@@ -46,7 +55,9 @@ def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32)
     rows = jnp.asarray(np.random.default_rng(1).normal(size=(1, heads, group * length, head_dim)), dtype)
     position = jnp.arange(seen, seen + length, dtype=jnp.int32)[None]
     used = slots_in_use(layer, position)
-    parts = RUN(rows, jnp.tile(position, (1, group)), layer.k, layer.v, layer.position, layer.expiry, used, blocks=blocks)
+    parts = RUN(
+        rows, jnp.tile(position, (1, group)), layer.k, layer.v, layer.position, layer.expiry, used, blocks=blocks
+    )
     assert parts.high.shape == (blocks.parts * (2 if blocks.rows == 64 else 1), *rows.shape[:3])
     expected = slot_attention(unfold_queries(rows, length), layer, position, None)
     actual = unfold_queries(merge(parts).divided(), length)
@@ -59,8 +70,14 @@ def test_decode_in_parts_of_a_ragged_cache():
     layer = random_slots(0, 2, 44, 16, seen=30, length=1, share_used=[1.0, 0.0])
     parts = check(layer, 3, 30, 1, SlotBlocks(64, 8, 2, 2))
     of_empty_head = jax.tree.map(lambda x: x[:, 0, 1], parts)
-    assert (of_empty_head.high == jnp.float32(MASKED)).all() and not of_empty_head.total.any() and not of_empty_head.acc.any()
-    np.testing.assert_array_equal(parts.total[:, 0, 0, 0] > 0, [True, False, True, True])  # the second met the expired block only
+    assert (
+        (of_empty_head.high == jnp.float32(MASKED)).all()
+        and not of_empty_head.total.any()
+        and not of_empty_head.acc.any()
+    )
+    np.testing.assert_array_equal(
+        parts.total[:, 0, 0, 0] > 0, [True, False, True, True]
+    )  # the second met the expired block only
 
 
 def test_a_row_that_sees_nothing_among_rows_that_do():

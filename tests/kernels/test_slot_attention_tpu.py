@@ -35,14 +35,26 @@ def poisoned(layer: LayerCache, position) -> tuple[jax.Array, jax.Array]:
     """Keys and values with NaN and inf in every slot that no query sees."""
     q = np.asarray(position)[:, None, :, None]
     seen = ((layer.position[:, :, None] <= q) & (q <= layer.expiry[:, :, None])).any(2)[..., None]
-    return jnp.where(seen, layer.k, jnp.asarray(jnp.inf, layer.k.dtype)), jnp.where(seen, layer.v, jnp.asarray(jnp.nan, layer.v.dtype))
+    return jnp.where(seen, layer.k, jnp.asarray(jnp.inf, layer.k.dtype)), jnp.where(
+        seen, layer.v, jnp.asarray(jnp.nan, layer.v.dtype)
+    )
 
 
 @partial(jax.jit, static_argnames=("heads", "blocks"))
 def by_kernel(q, position, keys, values, layer, heads, blocks):
     rows = fold_queries(q, heads)
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
-    part = attend_slots(rows, row_position, keys, values, layer.position, layer.expiry, slots_in_use(layer, position), blocks=blocks, interpret=True)
+    part = attend_slots(
+        rows,
+        row_position,
+        keys,
+        values,
+        layer.position,
+        layer.expiry,
+        slots_in_use(layer, position),
+        blocks=blocks,
+        interpret=True,
+    )
     return unfold_queries(merge(part).divided().astype(q.dtype), q.shape[1]), part
 
 
@@ -54,15 +66,19 @@ def check(seed, length, group, capacity, head_dim, blocks, dtype=jnp.float32, ca
     out, part = by_kernel(q, position, *poisoned(layer, position), layer, K, blocks)
     expected = slot_attention(q, layer, position, None, 7)
     tolerance = TOLERANCE[jnp.dtype(dtype).name]
-    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32), np.asarray(expected, np.float32), rtol=tolerance, atol=tolerance
+    )
     return part
 
 
 @settings(max_examples=6, deadline=None)
 @given(
-    seed=st.integers(0, 999), sizes=st.sampled_from([(1, 1, 1), (1, 3, 33), (5, 1, 20), (5, 3, 33)]),
-    blocks=st.sampled_from([(4, 8), (64, 16), (64, 64)]), live=st.sampled_from([0.0, 0.7, 1.0]),
-)  # fmt: skip
+    seed=st.integers(0, 999),
+    sizes=st.sampled_from([(1, 1, 1), (1, 3, 33), (5, 1, 20), (5, 3, 33)]),
+    blocks=st.sampled_from([(4, 8), (64, 16), (64, 64)]),
+    live=st.sampled_from([0.0, 0.7, 1.0]),
+)
 def test_kernel_is_attention_over_slots(seed, sizes, blocks, live):
     """Sizes: queries, query heads of a group, slots."""
     check(seed, *sizes, 8, SlotBlocks(*blocks, 1), live=live)
@@ -70,7 +86,12 @@ def test_kernel_is_attention_over_slots(seed, sizes, blocks, live):
 
 @pytest.mark.parametrize(
     "length, dtype, cache_dtype",
-    [(1, "float32", "float32"), (5, "bfloat16", "bfloat16"), (5, "bfloat16", "float8_e4m3fn"), (1, "bfloat16", "float8_e5m2")],
+    [
+        (1, "float32", "float32"),
+        (5, "bfloat16", "bfloat16"),
+        (5, "bfloat16", "float8_e4m3fn"),
+        (1, "bfloat16", "float8_e5m2"),
+    ],
 )
 def test_head_size_of_all_lanes_and_small_types(length, dtype, cache_dtype):
     check(3, length, 2, 40, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
@@ -96,7 +117,9 @@ def test_statistics_are_those_of_the_definition(rng):
     visible = np.asarray((layer.position <= 9) & (layer.expiry >= 9))[:, :, None]
     high = np.where(visible, s, MASKED).max(-1)
     np.testing.assert_allclose(part.high[0], high, rtol=1e-5)
-    np.testing.assert_allclose(part.total[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5)
+    np.testing.assert_allclose(
+        part.total[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5
+    )
 
 
 def test_slots_from_used_on_are_not_looked_at(rng):
@@ -107,6 +130,10 @@ def test_slots_from_used_on_are_not_looked_at(rng):
     rows = fold_queries(q, K)
     attend = jax.jit(partial(attend_slots, rows, position, blocks=SlotBlocks(8, 8, 1), interpret=True))
     hidden = (jnp.arange(24) >= used[..., None])[..., None]
-    actual = attend(jnp.where(hidden, jnp.nan, layer.k), jnp.where(hidden, jnp.nan, layer.v), layer.position, layer.expiry, used)
-    expected = attend(layer.k, layer.v, layer.position, jnp.where(hidden[..., 0], GONE, layer.expiry), jnp.full_like(used, 24))
+    actual = attend(
+        jnp.where(hidden, jnp.nan, layer.k), jnp.where(hidden, jnp.nan, layer.v), layer.position, layer.expiry, used
+    )
+    expected = attend(
+        layer.k, layer.v, layer.position, jnp.where(hidden[..., 0], GONE, layer.expiry), jnp.full_like(used, 24)
+    )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -18,7 +18,10 @@ from dms_jax.kernels.train_attention_gpu import attend
 
 def inputs(seed, length, kv_heads, group, head_dim, gate, segments, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, length, heads, head_dim)), dtype) for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(1, length, heads, head_dim)), dtype)
+        for heads in (kv_heads * group, kv_heads, kv_heads)
+    )
     shape = (1, kv_heads, length)
     log_keep = -np.logaddexp(0, rng.normal(size=shape) * 5)
     if gate == "hard":
@@ -40,7 +43,7 @@ def value_and_gradients(attend, multiple, q, k, v, log_keep, ids):
 
 def assert_equals_the_chunked_path(args, window, blocks, tolerance, exact_args=None):
     kernel = partial(attend, window_size=window, blocks=blocks, interpret=True)
-    oracle = lambda *args: attend_in_blocks(*args, window, 8)  # noqa: E731
+    oracle = lambda *args: attend_in_blocks(*args, window, 8)
     actual = value_and_gradients(kernel, math.lcm(blocks.q, blocks.k), *args)
     for ours, theirs in zip(actual, value_and_gradients(oracle, 8, *(exact_args or args)), strict=True):
         ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs)
@@ -71,7 +74,12 @@ def test_bf16():
 
 def folded(seed, length):
     q, k, v, log_keep, _ = inputs(seed, length, 1, 1, 8, "soft", False)
-    return q.reshape(1, 1, 1, length, 8), k.reshape(1, 1, length, 8), v.reshape(1, 1, length, 8), log_keep.at[..., :16].set(MASKED)
+    return (
+        q.reshape(1, 1, 1, length, 8),
+        k.reshape(1, 1, length, 8),
+        v.reshape(1, 1, length, 8),
+        log_keep.at[..., :16].set(MASKED),
+    )
 
 
 def test_blocks_that_are_gone_are_never_met():
@@ -85,7 +93,7 @@ def test_blocks_that_are_gone_are_never_met():
 
     late, ones = jnp.arange(48)[:, None] >= 32, jnp.ones_like(q)
     clean_out, _, *clean_keys = results(k, v, jnp.where(late, 0.0, ones))
-    poison = lambda x: x.at[:, :, :16].set(jnp.nan)  # noqa: E731
+    poison = lambda x: x.at[:, :, :16].set(jnp.nan)
     out, dq, *_ = results(poison(k), poison(v), jnp.where(late, ones, 0.0))
     np.testing.assert_array_equal(out[..., 32:, :], clean_out[..., 32:, :])
     assert np.all(np.isnan(out[..., :16, :])) and np.all(np.isfinite(dq[..., 32:, :]))
@@ -107,7 +115,9 @@ def programs_of(jaxpr):
 
 
 def equations(length, gradient_of):
-    loss = lambda *args: gradient_of(partial(attend, segments=None, window_size=256, blocks=TrainBlocks(128, 128)))(*args).sum()  # noqa: E731
+    loss = lambda *args: gradient_of(partial(attend, segments=None, window_size=256, blocks=TrainBlocks(128, 128)))(
+        *args
+    ).sum()
     shapes = (1, 2, 4, length, 64), (1, 2, length, 64), (1, 2, length, 64), (1, 2, length)
     args = [jax.ShapeDtypeStruct(s, jnp.bfloat16 if len(s) > 3 else jnp.float32) for s in shapes]
     return list(programs_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args).jaxpr))
@@ -116,7 +126,12 @@ def equations(length, gradient_of):
 def test_no_array_is_quadratic_in_the_length():
     largest = {}
     for length in (8192, 32768):
-        shapes = [v.aval.shape for e in equations(length, lambda attend: attend) for v in e.outvars if hasattr(v.aval, "shape")]
+        shapes = [
+            v.aval.shape
+            for e in equations(length, lambda attend: attend)
+            for v in e.outvars
+            if hasattr(v.aval, "shape")
+        ]
         assert shapes and all(sum(n >= length for n in shape) <= 1 for shape in shapes)
         largest[length] = max(math.prod(shape) for shape in shapes)
     assert largest[32768] == 4 * largest[8192] == 4 * 8 * 8192 * 64

@@ -38,7 +38,9 @@ SMALL = (
     Case(2, 1, 1, 32, 8, 100, TrainBlocks(8, 8), segments=True),
 )
 REAL = (
-    Case(1, 1, 1, 512, 64, 100, TrainBlocks(256, 128), segments=True),  # blocks wider than a register: columns are spread, lanes summed
+    Case(
+        1, 1, 1, 512, 64, 100, TrainBlocks(256, 128), segments=True
+    ),  # blocks wider than a register: columns are spread, lanes summed
     Case(1, 1, 2, 512, 128, 64, TrainBlocks(128, 256), "bfloat16"),
     Case(1, 1, 4, 128, 64, 20, TrainBlocks(128, 128), "bfloat16", segments=True),  # the length is one block
 )
@@ -54,7 +56,9 @@ def inputs(case, seed, gates):
         "open": np.zeros(shape),
         "soft": -np.logaddexp(0, rng.normal(size=shape) * 5),
         "hard": np.where(rng.random(shape) < 0.7, MASKED, 0.0),
-        "gone": np.where(np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -2 - rng.random(shape)),  # closed is not gone
+        "gone": np.where(
+            np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -2 - rng.random(shape)
+        ),  # closed is not gone
     }[gates]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (batch, length)), axis=1), jnp.int32) if case.segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
@@ -110,7 +114,10 @@ def test_a_block_of_gone_keys_outside_the_window_is_not_read():
     case = SMALL[0]
     q, k, v, log_keep, ids = inputs(case, 3, "soft")
     log_keep = log_keep.at[..., 16:32].set(MASKED)
-    clean, poisoned = (compiled(case)[0](q, *arrays, log_keep, ids) for arrays in ((k, v), (x.at[:, :, 16:32].set(jnp.nan) for x in (k, v))))
+    clean, poisoned = (
+        compiled(case)[0](q, *arrays, log_keep, ids)
+        for arrays in ((k, v), (x.at[:, :, 16:32].set(jnp.nan) for x in (k, v)))
+    )
     beyond = 48  # the first block of queries all of which are more than a window behind the gone keys
     for name, ours, theirs in zip(("out", "dq", "dk", "dv", "dkeep"), poisoned, clean, strict=True):
         axis = -1 if name == "dkeep" else -2

@@ -41,7 +41,9 @@ def test_hard_path_is_attention_under_the_oracles_mask(rng, dms, monkeypatch):
         for b in range(len(q)):
             heads = []
             for n in range(q.shape[2]):
-                seen = visible(decisions[layer, b, n // model.config.group_size].astype(int), dms.window_size, dms.decision_shift)
+                seen = visible(
+                    decisions[layer, b, n // model.config.group_size].astype(int), dms.window_size, dms.decision_shift
+                )
                 scores = q[b, :, n] @ k[b, :, n // model.config.group_size].T * q.shape[3] ** -0.5
                 heads.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)) @ v[b, :, n // model.config.group_size])
             out.append(jnp.stack(heads, axis=1))
@@ -148,7 +150,9 @@ def test_borrowed_query_head_ignores_the_last_key_channel(rng):
     q = q.at[:, :, ::2, -1].set(0.0)
     keep = jnp.zeros((1, 2, 9))
     scaled = k.at[..., -1].multiply(5.0)
-    change = jnp.abs(reference_attention(q, scaled, v, keep, window_size=3) - reference_attention(q, k, v, keep, window_size=3))
+    change = jnp.abs(
+        reference_attention(q, scaled, v, keep, window_size=3) - reference_attention(q, k, v, keep, window_size=3)
+    )
     touched = np.asarray(change.max(axis=(0, 1, 3)) > 1e-6)
     assert touched.tolist() == [False, True, False, True]
 

@@ -32,7 +32,9 @@ def test_dense_logits_are_those_of_transformers(name):
 def test_hard_mask_equals_the_reference_prefill_and_decode(name):
     model, want = reference(f"qwen3_dms_{name}")
     logits, evict = model.hard(want["input_ids"])
-    np.testing.assert_allclose(logits, np.concatenate([want["prefill_logits"], want["decode_logits"]], axis=1), atol=1e-4)
+    np.testing.assert_allclose(
+        logits, np.concatenate([want["prefill_logits"], want["decode_logits"]], axis=1), atol=1e-4
+    )
     assert 0.05 < evict.mean() < 0.95, "a policy that keeps or drops everything tests nothing"
 
 
@@ -49,7 +51,10 @@ def test_live_pairs_are_those_of_the_reference_cache(name):
         gone = marked[..., : now + 1] & (now - pair > window)
         # The reference leaves an expired pair in its slot until a new pair takes it; slots are only ever added.
         assert (gone.shape[-1] - gone.sum(-1) <= lengths.reshape(gone.shape[:-1])).all()
-        ever = [now_ + 1 - (marked[..., : now_ + 1] & (now_ - np.arange(now_ + 1) > window)).sum(-1) for now_ in range(PROMPT - 1, now + 1)]
+        ever = [
+            now_ + 1 - (marked[..., : now_ + 1] & (now_ - np.arange(now_ + 1) > window)).sum(-1)
+            for now_ in range(PROMPT - 1, now + 1)
+        ]
         np.testing.assert_array_equal(np.max(ever, axis=0), lengths)
 
 
@@ -79,13 +84,21 @@ def test_losses_and_gradients_are_those_of_the_reference(name, dtype):
 
         def losses(params):
             logits, evict = template.merge(params).relaxed(prompt, noise)
-            distill, compression = dms_jax.kl_student_teacher(logits, teacher, mask), dms_jax.compression_loss(evict, 0.5)
+            distill, compression = (
+                dms_jax.kl_student_teacher(logits, teacher, mask),
+                dms_jax.compression_loss(evict, 0.5),
+            )
             return distill + compression, (distill, compression)
 
         (_, (distill, compression)), gradients = jax.value_and_grad(losses, has_aux=True)(params)
     np.testing.assert_allclose(distill, want["distill_loss"][0], rtol=1e-4)
     np.testing.assert_allclose(compression, want["dms_loss"][0], rtol=1e-4, atol=1e-7)
-    ours = {"dms_proj_alpha.weight": "evict_proj", "dms_proj_alpha_norm.weight": "evict_norm", "q_proj.weight": "q", "k_proj.weight": "k"}
+    ours = {
+        "dms_proj_alpha.weight": "evict_proj",
+        "dms_proj_alpha_norm.weight": "evict_norm",
+        "q_proj.weight": "q",
+        "k_proj.weight": "k",
+    }
     compared, tolerance = 0, {"float64": 1e-4, "float32": 3e-4}[dtype]
     for key, expected in want.items():
         if key.startswith("grad."):

@@ -9,28 +9,56 @@ import pytest
 from cases import tiny_model, tokens
 
 import dms_jax
-from dms_jax import decoding
 from dms_jax.core import compact_cache
 from dms_jax.core.slot_attention import extend_layer
-from dms_jax.policies import H2O, TOVA, KeyDiff, KNorm, ObservedAttention, Quest, RandomEviction, SnapKV, StreamingLLM, policy_of
+from dms_jax.engine import decoding
+from dms_jax.policies import (
+    H2O,
+    TOVA,
+    KeyDiff,
+    KNorm,
+    ObservedAttention,
+    Quest,
+    RandomEviction,
+    SnapKV,
+    StreamingLLM,
+    policy_of,
+)
 
 B, K, G, H, T, C, BUDGET = 2, 2, 2, 8, 30, 12, 9
 METHODS = {
-    "streaming_llm": StreamingLLM(BUDGET, 2), "tova": TOVA(BUDGET), "h2o": H2O(BUDGET), "observed_attention": ObservedAttention(BUDGET),
-    "snapkv": SnapKV(BUDGET, 3, 3), "knorm": KNorm(BUDGET), "keydiff": KeyDiff(BUDGET), "random": RandomEviction(BUDGET),
-}  # fmt: skip
-SCHEDULES = {"tokens": [[1, 1]] * T, "ragged chunks": [[7, 4], [0, 7], [1, 1], [1, 0], [7, 7], [1, 1], [3, 5], [0, 0], [1, 1], [1, 1]]}
+    "streaming_llm": StreamingLLM(BUDGET, 2),
+    "tova": TOVA(BUDGET),
+    "h2o": H2O(BUDGET),
+    "observed_attention": ObservedAttention(BUDGET),
+    "snapkv": SnapKV(BUDGET, 3, 3),
+    "knorm": KNorm(BUDGET),
+    "keydiff": KeyDiff(BUDGET),
+    "random": RandomEviction(BUDGET),
+}
+SCHEDULES = {
+    "tokens": [[1, 1]] * T,
+    "ragged chunks": [[7, 4], [0, 7], [1, 1], [1, 0], [7, 7], [1, 1], [3, 5], [0, 0], [1, 1], [1, 1]],
+}
 
 
 @functools.partial(jax.jit, static_argnames="policy")
 def extend(layer, q, k, v, seen, count, policy):
     """What an attention layer does with a chunk."""
     position = seen[:, None] + np.arange(q.shape[1])
-    verdict = policy.judge(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
+    expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
     return extend_layer(
-        layer, q, k, v, verdict, position, count, policy.window_size,
-        read=lambda settled: policy.read(q, settled, position), choose=lambda settled: policy.choose(q, k, verdict, settled, position, count),
-    )  # fmt: skip
+        layer,
+        q,
+        k,
+        v,
+        expiries,
+        position,
+        count,
+        policy.window_size,
+        read=lambda settled: policy.read(q, settled, position),
+        choose=lambda settled: policy.select(q, k, expiries, settled, position, count),
+    )
 
 
 def softmax(x):
@@ -86,14 +114,16 @@ def scores(name, k, held, now, head):
 
 @pytest.mark.parametrize("name, schedule", list(itertools.product(METHODS, SCHEDULES)))
 def test_who_is_kept_and_what_is_seen(rng, name, schedule):
-    q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, T + 8, K * G, H), (B, K, T + 8, H), (B, K, T + 8, H)))
+    q, k, v = (
+        rng.normal(size=s).astype(np.float32) for s in ((B, T + 8, K * G, H), (B, K, T + 8, H), (B, K, T + 8, H))
+    )
     policy, seen = METHODS[name], np.zeros(B, np.int32)
     layer = compact_cache.empty_layer(B, K, C, H, np.float32, policy.features)
     held = [[{} for _ in range(K)] for _ in range(B)]
     for counts in SCHEDULES[schedule]:
         count, size = np.array(counts, np.int32), 1 if max(counts) <= 1 else 7
         at = [seen[b] + np.arange(size) for b in range(B)]
-        part = lambda x: np.stack([x[b][:, at[b]] for b in range(B)])  # noqa: B023, E731
+        part = lambda x: np.stack([x[b][:, at[b]] for b in range(B)])  # noqa: B023
         out, layer = extend(layer, np.stack([q[b, at[b]] for b in range(B)]), part(k), part(v), seen, count, policy)
         for b in np.flatnonzero(count):
             new = list(range(seen[b], seen[b] + count[b]))
@@ -127,10 +157,15 @@ def test_quest_reads_the_pages_with_the_largest_bounds(rng, last):
     for b, h in np.ndindex(B, K):
         rows = q[b, -1, h * G : h * G + G]
         pages = [k[b, h, i : i + 4] for i in range(0, 20, 4)]
-        bound = [max(sum(max(r[c] * page[:, c].min(), r[c] * page[:, c].max()) for c in range(H)) for r in rows) for page in pages]
+        bound = [
+            max(sum(max(r[c] * page[:, c].min(), r[c] * page[:, c].max()) for c in range(H)) for r in rows)
+            for page in pages
+        ]
         best = int(np.argmax(bound)) * 4
         there = [*range(best, best + 4), 20, 21]
-        np.testing.assert_allclose(out[b, -1, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5)
+        np.testing.assert_allclose(
+            out[b, -1, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5
+        )
     assert (np.asarray(layer.expiry) >= n - 1).sum(-1).min() == n, "nothing leaves"
 
 
@@ -152,7 +187,9 @@ def test_through_the_model_rows_are_independent_and_nothing_compiles_again(rng, 
 
     both = run([0, 1])
     np.testing.assert_allclose(both[:, 1], run([1])[:, 0], atol=1e-5)
-    out = dms_jax.generate(model, [ids[0, :20].tolist()], dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=name))
+    out = dms_jax.generate(
+        model, [ids[0, :20].tolist()], dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=name)
+    )
     assert out.live_pairs[0] == 9
 
 

@@ -9,15 +9,30 @@ from models.test_golden import GOLDEN
 from safetensors.numpy import load_file
 
 import dms_jax
-from dms_jax.config import ConfigError
-from dms_jax.policies import H2O, TOVA, KeepAll, KeyDiff, KNorm, ObservedAttention, PromptCompression, RandomEviction, SnapKV, StreamingLLM
+from dms_jax.errors import ConfigError
+from dms_jax.policies import (
+    H2O,
+    TOVA,
+    KeepAll,
+    KeyDiff,
+    KNorm,
+    ObservedAttention,
+    PromptCompression,
+    RandomEviction,
+    SnapKV,
+    StreamingLLM,
+)
 from dms_jax.policies.prompt_compression import prompt_pairs
 
 PROMPT, BUDGET = 48, 24
 METHODS = {
-    "knorm": KNorm(BUDGET), "keydiff": KeyDiff(BUDGET), "snapkv": SnapKV(BUDGET), "tova": TOVA(BUDGET),
-    "streaming_llm": StreamingLLM(BUDGET), "observed_attention": ObservedAttention(BUDGET),
-}  # fmt: skip
+    "knorm": KNorm(BUDGET),
+    "keydiff": KeyDiff(BUDGET),
+    "snapkv": SnapKV(BUDGET),
+    "tova": TOVA(BUDGET),
+    "streaming_llm": StreamingLLM(BUDGET),
+    "observed_attention": ObservedAttention(BUDGET),
+}
 
 
 def kept_positions(cache, layer, row, head) -> set[int]:
@@ -32,17 +47,26 @@ def test_scores_kept_pairs_and_logits_are_those_of_kvpress(folder):
     for name, method in METHODS.items():
         cache = dms_jax.init_cache(model, 1, 64, policy=PromptCompression(method))
         _, cache = dms_jax.prefill(model, cache, ids[:, :PROMPT], chunk_size=32)
-        scores = np.stack([np.asarray(method.keep_scores(prompt_pairs(layer, cache.seen)))[0, :, :PROMPT] for layer in cache.layers])
+        scores = np.stack(
+            [np.asarray(method.keep_scores(prompt_pairs(layer, cache.seen)))[0, :, :PROMPT] for layer in cache.layers]
+        )
         np.testing.assert_allclose(scores, want[f"{name}.scores"], atol=1e-5, err_msg=name)
         if name == "knorm":
             # The norm of a token's key in layer 0 is the same wherever it stands, and two such pairs meet at the cut.
             # Between equals torch.topk picks no matter which: here we take its pick, and only there can 1e-5 decide.
             picked = np.pad(want["knorm.keep"], ((0, 0), (0, 0), (0, 64 - PROMPT)))[:, None, :, :, None] * 1e-5
-            layers = [dataclasses.replace(layer, statistic=layer.statistic + extra) for layer, extra in zip(cache.layers, picked, strict=True)]
+            layers = [
+                dataclasses.replace(layer, statistic=layer.statistic + extra)
+                for layer, extra in zip(cache.layers, picked, strict=True)
+            ]
             cache = dataclasses.replace(cache, layers=tuple(layers))
         cache = dms_jax.compress_prompt(cache)
         for layer, head in np.ndindex(want[f"{name}.keep"].shape[:2]):
-            assert kept_positions(cache, layer, 0, head) == set(np.flatnonzero(want[f"{name}.keep"][layer, head])), (name, layer, head)
+            assert kept_positions(cache, layer, 0, head) == set(np.flatnonzero(want[f"{name}.keep"][layer, head])), (
+                name,
+                layer,
+                head,
+            )
         for step, logits in enumerate(want[f"{name}.decode_logits"]):
             ours, cache = dms_jax.decode_step(model, cache, ids[:, PROMPT + step])
             np.testing.assert_allclose(ours[0], logits, atol=1e-4, err_msg=name)
@@ -65,7 +89,9 @@ def test_every_row_is_compressed_as_if_alone(rng):
         for row in (0, 1):
             alone = compressed([row], 16)
             for layer, head in np.ndindex(2, 4):
-                assert kept_positions(both, layer, row, head) == kept_positions(alone, layer, 0, head), type(method).__name__
+                assert kept_positions(both, layer, row, head) == kept_positions(alone, layer, 0, head), type(
+                    method
+                ).__name__
         after, _ = dms_jax.decode_step(model, both, ids[:, 0])
         alone, _ = dms_jax.decode_step(model, alone, ids[1:, 0])
         np.testing.assert_allclose(after[1], alone[0], atol=1e-5)
@@ -81,7 +107,10 @@ def test_a_prompt_below_the_budget_stays_dense(rng):
 
 def test_what_is_refused():
     model = tiny_model(None, 3, num_layers=1)
-    with pytest.raises(ConfigError, match=r"compress_prompt wants a cache made with policy=PromptCompression\(method\), this one has TOVA"):
+    with pytest.raises(
+        ConfigError,
+        match=r"compress_prompt wants a cache made with policy=PromptCompression\(method\), this one has TOVA",
+    ):
         dms_jax.compress_prompt(dms_jax.init_cache(model, 1, 64, policy="tova:32"))
     with pytest.raises(ConfigError, match="capacity 16 is less than the budget of 32 pairs; use capacity >= 32"):
         dms_jax.compress_prompt(dms_jax.init_cache(model, 1, 64, policy="prompt:tova:32"), capacity=16)

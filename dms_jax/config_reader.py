@@ -1,0 +1,136 @@
+"""The strict builder that turns plain values (YAML, JSON, `--set a.b=c`) into frozen configurations, and the ranges of their fields.
+
+A field states its range in its type, `steps: Annotated[int, AtLeast(1)] = 55`; `check_ranges`, called from `__post_init__`, holds
+every instance to it, however it was made, and `--help` prints it.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from dms_jax.errors import ConfigError, shown, suggestion
+from dms_jax.files import parse_yaml
+
+MAX_INT = 2**31 - 1  # of any size or count: JAX indexes with int32
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min`."""
+
+    min: float
+    max: float = math.inf
+    exclusive_min: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            (number > self.min if self.exclusive_min else number >= self.min)
+            and number <= self.max
+            and number < math.inf
+        )
+
+    def __str__(self) -> str:
+        if self.max < math.inf:
+            return f"in {'(' if self.exclusive_min else '['}{self.min:g}, {self.max:g}]"
+        return f"{'>' if self.exclusive_min else '>='} {self.min:g}"
+
+
+def AtLeast(number: float) -> Range:
+    return Range(number)
+
+
+def Above(number: float) -> Range:
+    return Range(number, exclusive_min=True)
+
+
+def Between(low: float, high: float) -> Range:
+    return Range(low, high)
+
+
+def range_of(kind: Any) -> Range | None:
+    """The range in a field's type, `Annotated[int, AtLeast(1)]` or `Annotated[int, AtLeast(1)] | None`."""
+    for part in (kind, *typing.get_args(kind)):
+        if typing.get_origin(part) is Annotated:
+            return next((extra for extra in typing.get_args(part)[1:] if isinstance(extra, Range)), None)
+    return None
+
+
+def check_ranges(config: Any, path: str = "") -> None:
+    """Hold the fields of a configuration to the ranges in their types; whole numbers must also fit into an int32. `path` begins the
+    names of its fields in messages, e.g. "dms."."""
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value, allowed = getattr(config, name), range_of(kind)
+        if allowed is None or value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or value not in allowed:
+            raise ConfigError(f"{path}{name} must be {allowed}, got {shown(value)}")
+        if isinstance(value, int) and value > MAX_INT:
+            raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
+
+
+_KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a mapping"}
+
+
+def build(cls: type, raw: dict, path: str = "") -> Any:
+    """A frozen dataclass from nested plain values; unknown keys and wrong types are errors that name the key."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"`{path.rstrip('.') or 'config'}` must be a mapping of keys, got {shown(raw)}")
+    known = typing.get_type_hints(cls)
+    for name in raw.keys() - known.keys():
+        raise ConfigError(f"unknown config key `{path}{name}`; {suggestion(str(name), known)}")
+    return cls(**{name: _coerce(known[name], value, f"{path}{name}") for name, value in raw.items()})
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _coerce(arguments[0], value, path)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _coerce(next(a for a in arguments if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in arguments or type(value) not in map(type, arguments):  # 1 == 1.0 == True
+            raise ConfigError(f"`{path}` must be one of {', '.join(map(str, arguments))}; got {shown(value)}")
+        return value
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else build(kind, value, f"{path}.")
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_coerce(arguments[0], item, path) for item in items)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)  # YAML 1.1 reads `1e-4` as a string
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+        raise ConfigError(f"`{path}` must be a finite number, got {shown(value)}")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"`{path}` must be {_KINDS.get(kind, kind.__name__)}, got {shown(value)}")
+    return value
+
+
+def override(raw: dict, assignment: str) -> None:
+    """Apply one `--set dotted.key=value` to nested plain values, in place."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set must be key=value, e.g. dms.window_size=256; got {shown(assignment)}")
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        raw = raw.setdefault(parent, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"--set {shown(assignment)}: `{parent}` is a single value, it has no `{last}`")
+    merge(raw, {last: parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")})
+
+
+def merge(into: dict, raw: dict) -> None:
+    """Lay nested values over others, in place: a key that is given does not reset its neighbours."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,201 @@
+"""How far a retrofitted model is from its dense base on held-out rows, next to a sliding window with as many live tokens."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.eviction import live_counts
+from dms_jax.core.losses import TokenMetrics, token_metrics
+from dms_jax.models.decoder import Decoder
+from dms_jax.policies.streaming_llm import StreamingLLM
+
+
+class RowMetrics(NamedTuple):
+    """Of a batch of rows: per token [B T], and per layer, row and KV head [L B K] what a cache would hold at the end."""
+
+    tokens: TokenMetrics
+    live: Int[Array, "L B K"]
+    evict_fraction: Float[Array, "L B K"]
+
+
+class EvaluationBatch(NamedTuple):
+    """Rows to measure on; any object with these fields will do."""
+
+    tokens: np.ndarray  # int32 [B, T]
+    segment_ids: np.ndarray  # int32 [B, T]
+    loss_mask: np.ndarray  # bool [B, T]
+
+    @classmethod
+    def whole(cls, tokens: np.ndarray) -> "EvaluationBatch":
+        """Rows of one document each, without padding."""
+        return cls(tokens, np.zeros_like(tokens), np.ones(tokens.shape, bool))
+
+
+def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    return jnp.roll(tokens, -1, axis=1)
+
+
+def retrofit_rows(
+    student: Decoder,
+    teacher: Decoder,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    threshold: float | Float[Array, ""] = 0.0,
+) -> RowMetrics:
+    """Hard decisions against the dense teacher."""
+    dms = student.config.require_dms()
+    hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
+    tokens_out = token_metrics(
+        hidden,
+        teacher.dense_hidden(tokens, segment_ids),
+        student.output_embedding(),
+        teacher.output_embedding(),
+        next_tokens(tokens),
+    )
+    return RowMetrics(tokens_out, live_counts(evict, dms.window_size, dms.decision_shift), jnp.mean(evict, axis=-1))
+
+
+def sliding_window_rows(
+    teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], policy: StreamingLLM
+) -> TokenMetrics:
+    """The dense teacher against itself under a sliding window with sinks."""
+    marked = policy.marked(jnp.arange(tokens.shape[1]))
+    hidden = teacher.marked_hidden(tokens, marked, policy.window_size, segment_ids)
+    dense = teacher.dense_hidden(tokens, segment_ids)
+    return token_metrics(hidden, dense, teacher.output_embedding(), teacher.output_embedding(), next_tokens(tokens))
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the held-out table. KL is KL(teacher || student) in nats per token."""
+
+    name: str
+    live_tokens: float  # mean over layers, heads and rows of the pairs a cache holds after the row
+    realised_cr: float
+    nominal_cr: float  # 1 / (1 - fraction of decisions that evict); what the loss sees
+    kl_mean: float
+    kl_p95: float
+    kl_p99: float
+    kl_max: float
+    kl_student_teacher: float
+    perplexity: float
+    dense_perplexity: float
+    top1_agreement: float
+
+    @property
+    def perplexity_change(self) -> float:
+        return self.perplexity / self.dense_perplexity - 1
+
+
+@dataclass(frozen=True)
+class HeldOutReport:
+    """Retrofitted model and baseline on the same rows, and where the retrofitted one keeps what."""
+
+    length: int
+    num_tokens: int
+    arms: tuple[Arm, ...]
+    live_per_head: np.ndarray  # [L K] mean live pairs
+    evict_per_head: np.ndarray  # [L K] mean fraction of decisions that evict
+
+    def as_metrics(self) -> dict[str, float | list]:
+        """`group/name` keys for metrics.jsonl."""
+        dms = self.arms[0]
+        metrics: dict[str, Any] = {f"held_out/{key}": value for key, value in asdict(dms).items() if key != "name"}
+        metrics["held_out/perplexity_change"] = dms.perplexity_change
+        metrics["held_out/realised_cr_per_layer"] = (self.length / self.live_per_head.mean(axis=1)).round(4).tolist()
+        for arm in self.arms[1:]:
+            metrics |= {
+                f"{arm.name}/{key}": getattr(arm, key)
+                for key in ("live_tokens", "kl_mean", "perplexity", "perplexity_change")
+            }
+        return metrics
+
+    def table(self) -> str:
+        """What is printed at the end of a run."""
+
+        def line(name, live, cr, nominal, *kl, ppl, change, agree):
+            tails = "".join(f"{value:>8.3f}" for value in kl[1:])
+            return f"{name:<28}{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
+
+        title = f"held out, {self.num_tokens} tokens"
+        lines = [
+            f"{title:<28}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"
+        ]
+        lines.append(line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.arms[0].dense_perplexity, change=0, agree=1))
+        for arm in self.arms:
+            kl = arm.kl_mean, arm.kl_p95, arm.kl_p99, arm.kl_max
+            size = arm.live_tokens, arm.realised_cr, arm.nominal_cr
+            lines.append(
+                line(arm.name, *size, *kl, ppl=arm.perplexity, change=arm.perplexity_change, agree=arm.top1_agreement)
+            )
+        return "\n".join(lines)
+
+
+class Gathered:
+    """Per-token numbers of many batches, on the host."""
+
+    def __init__(self):
+        self.rows: list[TokenMetrics] = []
+
+    def add(self, metrics: TokenMetrics, counted: Bool[Array, "B T"]) -> None:
+        self.rows.append(TokenMetrics(*(np.asarray(x, np.float64)[np.asarray(counted)] for x in metrics)))
+
+    def arm(self, name: str, length: int, live: float, evict_fraction: float) -> Arm:
+        all_rows = TokenMetrics(*(np.concatenate(parts) for parts in zip(*self.rows, strict=True)))
+        kl = all_rows.kl_teacher_student
+        p95, p99 = np.percentile(kl, [95, 99])
+        return Arm(
+            name=name,
+            live_tokens=live,
+            realised_cr=length / live,
+            nominal_cr=1 / max(1e-9, 1 - evict_fraction),
+            kl_mean=float(kl.mean()),
+            kl_p95=float(p95),
+            kl_p99=float(p99),
+            kl_max=float(kl.max()),
+            kl_student_teacher=float(all_rows.kl_student_teacher.mean()),
+            perplexity=float(np.exp(all_rows.student_nll.mean())),
+            dense_perplexity=float(np.exp(all_rows.teacher_nll.mean())),
+            top1_agreement=float(all_rows.agree.mean()),
+        )
+
+
+def counted_tokens(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
+    """Tokens [B T] that have a next token of their own document in the row."""
+    counted = np.zeros_like(loss_mask)
+    counted[:, :-1] = loss_mask[:, :-1] & loss_mask[:, 1:] & (segment_ids[:, :-1] == segment_ids[:, 1:])
+    return counted
+
+
+def held_out_report(
+    batches: Iterable[EvaluationBatch],
+    length: int,
+    retrofit: Callable[[EvaluationBatch], RowMetrics],
+    sliding_window: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
+) -> HeldOutReport:
+    """Run the retrofitted model over `batches` (tokens, segment_ids, loss_mask), then the sliding window with as many live
+    tokens as that turned out to keep. The callables run one batch on the devices; `sliding_window` None leaves it out."""
+    batches = list(batches)
+    gathered, live, evict = Gathered(), [], []
+    for batch in batches:
+        metrics = jax.device_get(retrofit(batch))
+        gathered.add(metrics.tokens, counted_tokens(batch.loss_mask, batch.segment_ids))
+        live.append(metrics.live)
+        evict.append(metrics.evict_fraction)
+    live, evict = np.concatenate(live, axis=1).mean(axis=1), np.concatenate(evict, axis=1).mean(axis=1)
+    arms = [gathered.arm("dms", length, float(live.mean()), float(evict.mean()))]
+    if sliding_window is not None:
+        policy = StreamingLLM(budget=max(round(float(live.mean())), StreamingLLM.num_sinks + 1))
+        baseline = Gathered()
+        for batch in batches:
+            baseline.add(
+                jax.device_get(sliding_window(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids)
+            )
+        arms.append(baseline.arm("sliding_window", length, min(policy.budget, length), 1 - policy.budget / length))
+    return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(arms), live, evict)

@@ -1,0 +1,95 @@
+"""Given text through a compact cache, a few tokens at a time: what any policy loses against the dense model.
+
+Every policy runs as in decoding, at its budget from the first token to the last; the next token is the text's, not the
+model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1 pairs more.
+"""
+
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.losses import TokenMetrics, token_metrics
+from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
+from dms_jax.engine.decoding import init_cache
+from dms_jax.errors import ConfigError
+from dms_jax.evaluation.held_out import next_tokens
+from dms_jax.models.decoder import Decoder
+from dms_jax.policies import CachePolicy
+
+CHUNK = 16  # tokens between two rankings: almost decoding, at a fraction of its time
+
+
+class OnlineRows(NamedTuple):
+    """Of B rows of T tokens."""
+
+    tokens: TokenMetrics  # [B T], NumPy
+    live_by_chunk: Float[np.ndarray, "B n"]  # pairs held after each chunk, mean over layers and heads
+    cache: CompactCache  # after the last token
+
+
+def online_rows(
+    model: Decoder,
+    dense_hidden: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    policy: CachePolicy,
+    threshold: float = 0.0,
+    chunk: int = CHUNK,
+) -> OnlineRows:
+    """Run rows, T a multiple of `chunk`, under `policy` next to `dense_hidden`, the hidden states of `model.dense_hidden`.
+
+    The metrics of each row's last token compare with its first and mean nothing. Raises ConfigError.
+    """
+    rows, length = np.shape(tokens)
+    if length % chunk:
+        raise ConfigError(
+            f"rows of {length} tokens are no multiple of the chunk of {chunk}; use length {length // chunk * chunk}"
+        )
+    cache = init_cache(model, rows, min(policy.slot_bounds().max or length, length), policy=policy)
+    metrics, live, cache = _online(
+        unrolled(model), cache, jnp.asarray(tokens), dense_hidden, jnp.float32(threshold), chunk
+    )
+    return OnlineRows(jax.tree.map(np.asarray, metrics), np.asarray(live), replace(cache, bounds=None))
+
+
+@partial(jax.jit, static_argnames="chunk")
+def _online(
+    model: UnrolledDecoder, cache: CompactCache, tokens: Array, dense_hidden: Array, threshold: Array, chunk: int
+):
+    rows, length = tokens.shape
+
+    def chunks(x):
+        return x.reshape(rows, length // chunk, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    def whole(x):
+        return x.swapaxes(0, 1).reshape(rows, length)
+
+    def one(cache, part):
+        ids, dense, following = part
+        hidden, cache = model.extend(cache, ids, jnp.full(rows, chunk), threshold)
+        cache = replace(cache, bounds=None)
+        live = jnp.mean(cache.live_counts.astype(jnp.float32), axis=(0, 2))
+        return cache, (token_metrics(hidden, dense, model.head, model.head, following), live)
+
+    cache, (metrics, live) = jax.lax.scan(
+        one, replace(cache, bounds=None), tuple(map(chunks, (tokens, dense_hidden, next_tokens(tokens))))
+    )
+    return jax.tree.map(whole, metrics), live.T, cache
+
+
+def dense_hidden(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """`model.dense_hidden`, compiled."""
+    graph, weights = nnx.split(model)
+    return _dense_hidden(graph, weights, jnp.asarray(tokens))
+
+
+@partial(jax.jit, static_argnames="graph")
+def _dense_hidden(graph: nnx.GraphDef, weights: nnx.State, tokens: Array) -> Array:
+    return nnx.merge(graph, weights).dense_hidden(tokens)

@@ -1,0 +1,119 @@
+"""Reading files that a person or another program wrote, strictly, and replacing files of our own atomically.
+
+Nothing in a foreign file is passed over in silence: a duplicate key, text that is not UTF-8 or nesting without end is a `ConfigError`
+that names the file and the line.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dms_jax.errors import ConfigError, shown
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as why:  # ValueError: not UTF-8, or a path that holds a NUL
+        raise ConfigError(f"cannot read {path}: {why}") from why
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The value of a JSON text; `where` begins the message about one that is not valid. Duplicate keys are refused: the last would
+    win unseen."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as why:
+        raise ConfigError(f"{where} is not valid JSON: it is nested too deeply") from why
+    except (
+        ValueError
+    ) as why:  # a JSONDecodeError, bytes that are not UTF-8, a number of thousands of digits, a duplicate key
+        raise ConfigError(f"{where} is not valid JSON: {why}") from why
+
+
+def read_json(path: str | os.PathLike[str]) -> dict:
+    """The mapping in a JSON file."""
+    raw = parse_json(read_text(path), os.fspath(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
+    return raw
+
+
+def read_jsonl(path: str | os.PathLike[str], torn_tail_ok: bool = False) -> Iterator[tuple[str, Any]]:
+    """The values of a file of JSON lines, each with the "FILE, line N" that a message about it begins with. Blank lines are skipped.
+
+    `torn_tail_ok`: ignore a last line without a newline that does not parse, which a writer that was killed leaves behind.
+    """
+    lines = read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            value = parse_json(line, where)
+        except ConfigError:
+            if torn_tail_ok and number == len(lines):
+                return
+            raise
+        yield where, value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"duplicate key {shown(key)}")
+        found[key] = value
+    return found
+
+
+def read_yaml(path: str) -> dict:
+    """The mapping in a YAML file; an empty file is an empty mapping."""
+    raw = parse_yaml(read_text(path), f"{path} is not valid YAML")
+    if raw is not None and not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, got {type(raw).__name__}")
+    return raw or {}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses duplicate keys in one mapping: the last would win unseen."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key_node, yaml.ScalarNode) and key_node.tag != "tag:yaml.org,2002:merge":
+                if key_node.value in seen:
+                    problem = f"duplicate key {shown(key_node.value)}"
+                    raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+                seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str, complaint: str) -> Any:
+    """The value of a YAML text; `complaint` begins the message about one that is not valid."""
+    try:
+        return yaml.load(text, _StrictLoader)
+    except RecursionError as why:
+        raise ConfigError(f"{complaint}: it is nested too deeply") from why
+    except Exception as why:  # YAMLError, and whatever int(), datetime() and others raise for a scalar
+        raise ConfigError(f"{complaint}: {' '.join(str(why).split())}") from why
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary sibling of the file `path` to write to. On success it takes the place of `path` in one step; on any error it is
+    removed and `path` stays as it was. Errors of the operating system are the caller's to report."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()

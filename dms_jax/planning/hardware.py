@@ -1,0 +1,190 @@
+"""Accelerators that need not be here: what they can do by their data sheets, and devices to compile for with the real compilers.
+
+Nothing is executed: arguments are `jax.ShapeDtypeStruct`, and `memory_analysis()` of what was compiled is the target's own.
+"""
+
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from dms_jax.errors import ConfigError, shown, suggestion
+
+
+class Chip(NamedTuple):
+    """One device. Rates are those of the data sheet; what a program reaches is measured by `benchmarks.kernels`."""
+
+    platform: str  # "gpu" or "tpu"
+    hbm_bytes: float
+    bandwidth: float  # bytes/s
+    flops: float  # dense bf16, 1/s
+    link: float  # bytes/s to other devices of the host or slice, per device and direction
+    source: str
+
+
+CHIPS = {
+    "h100": Chip("gpu", 80e9, 3.35e12, 989e12, 450e9, "NVIDIA H100 SXM data sheet"),
+    "h200": Chip("gpu", 141e9, 4.8e12, 989e12, 450e9, "NVIDIA H200 SXM data sheet"),
+    "v5e": Chip("tpu", 16e9, 819e9, 197e12, 100e9, "cloud.google.com/tpu/docs/v5e"),
+    "v5p": Chip("tpu", 95e9, 2765e9, 459e12, 300e9, "cloud.google.com/tpu/docs/v5p"),
+    "v6e": Chip("tpu", 32e9, 1640e9, 918e12, 224e9, "cloud.google.com/tpu/docs/v6e"),
+}
+DEVICE_KINDS = {
+    "H100": "h100",
+    "H200": "h200",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as XLA reads them off such a device
+SLICES = {
+    2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    3: {
+        1: "2x2x1",
+        4: "2x2x1",
+        8: "2x2x2",
+        16: "2x2x4",
+        32: "2x4x4",
+        64: "4x4x4",
+        128: "4x4x8",
+        256: "4x8x8",
+        512: "8x8x8",
+    },
+}
+GPUS_A_HOST = (1, 2, 4, 8)  # that are offered
+EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
+COUNT = "[1-9][0-9]{0,3}"  # devices, or chips along a side
+USABLE = 0.92  # of a device's memory; the rest is the driver's, the compiler's and lost between allocations
+# As JAX reports them.
+KIND_NAMES = {
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h200": "NVIDIA H200",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+}
+
+
+class Hardware(NamedTuple):
+    """A number of devices of one kind, which need not be here."""
+
+    name: str
+    kind: str  # of CHIPS, or "cpu"
+    count: int
+
+    @property
+    def chip(self) -> Chip | None:
+        return CHIPS.get(self.kind)
+
+    @property
+    def platform(self) -> str:
+        return self.chip.platform if self.chip else "cpu"
+
+    @property
+    def usable_bytes(self) -> float:
+        """Of each device; of a CPU the whole machine's."""
+        return USABLE * (self.chip.hbm_bytes if self.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+    @property
+    def source(self) -> str:
+        return (
+            f"{USABLE:.0%} of the data sheet's memory ({self.chip.source})"
+            if self.chip
+            else f"{USABLE:.0%} of this machine's memory"
+        )
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The data sheet of a device that JAX reports, None for one that is not in the table."""
+    return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in device_kind), None)
+
+
+def parse_hardware(name: str) -> tuple[str, int, str | None]:
+    """`h100x8` -> (h100, 8, None); `v5e-8` and `v5e-2x4` -> (v5e, 8, "2x4"), numbers being chips. Raises ConfigError."""
+    text = name.strip().lower()
+    if match := re.fullmatch(rf"(h100|h200)x({COUNT})", text):
+        kind, count = match[1], int(match[2])
+        if not 1 <= count <= 8:
+            raise ConfigError(f"hardware {shown(name)}: one host has 1 to 8 GPUs")
+        return kind, count, None
+    if match := re.fullmatch(rf"(v5e|v6e|v5p)-({COUNT}(?:x{COUNT})*)", text):
+        kind, shape = match[1], match[2]
+        axes = 3 if kind == "v5p" else 2
+        sizes = SLICES[axes]
+        if "x" in shape:
+            if shape.count("x") != axes - 1:
+                raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {axes} sides, e.g. {sizes[16]}")
+            return kind, math.prod(map(int, shape.split("x"))), shape
+        if int(shape) not in sizes:
+            raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {', '.join(map(str, sizes))} chips")
+        return kind, int(shape), sizes[int(shape)]
+    raise ConfigError(
+        f"unknown hardware {shown(name)}; {suggestion(text, EXAMPLES.split(', '))} Known forms: {EXAMPLES}, cpu, cpux8"
+    )
+
+
+def hardware_of(name: str) -> Hardware:
+    """`parse_hardware`, or the simulated devices of this machine: `cpu`, `cpux8`. Raises ConfigError."""
+    if match := re.fullmatch(rf"cpu(?:x({COUNT}))?", name.strip().lower()):
+        return Hardware(name, "cpu", int(match[1] or 1))
+    kind, count, _ = parse_hardware(name)
+    return Hardware(name, kind, count)
+
+
+def larger(hardware: Hardware) -> Hardware | None:
+    """The next larger number of the same devices that can be had, at least twice as many; None when there is none."""
+    if hardware.kind == "cpu":
+        return None
+    separator, counts = (
+        ("x", GPUS_A_HOST) if hardware.platform == "gpu" else ("-", SLICES[3 if hardware.kind == "v5p" else 2])
+    )
+    count = next((count for count in counts if count >= 2 * hardware.count and count % hardware.count == 0), None)
+    return None if count is None else Hardware(f"{hardware.kind}{separator}{count}", hardware.kind, count)
+
+
+def missing_compiler(name: str) -> str | None:
+    """Why this machine cannot compile for `name`; None when it can."""
+    if parse_hardware(name)[2] is not None:
+        return None if importlib.util.find_spec("libtpu") else 'needs libtpu; pip install "dms-jax[tpu]"'
+    plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
+    return (
+        None
+        if any(map(importlib.util.find_spec, plugins))
+        else 'needs the CUDA plugin of JAX; pip install "dms-jax[cuda]"'
+    )
+
+
+def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("data", "model")) -> Mesh:
+    """A mesh of devices to compile for. With `jax.set_mesh` of it, `sharding.target_device` is that hardware.
+
+    Raises ConfigError for unknown hardware, a shape of another size, and when the compiler is not installed.
+    """
+    kind, count, slice_shape = parse_hardware(name)
+    if math.prod(shape) != count:
+        raise ConfigError(f"mesh {'x'.join(map(str, shape))} needs {math.prod(shape)} devices, {name} has {count}")
+    if (why := missing_compiler(name)) is not None:
+        raise ConfigError(f"{name}: {why}")
+    if slice_shape is None:
+        description = (Path(__file__).parent / "targets" / f"{GPU_DESCRIPTIONS[kind]}.textproto").read_text()
+        try:
+            devices = topologies.get_topology_desc(
+                platform="cuda", topology_name="", target_config=description, topology=f"1x1x{count}"
+            ).devices
+        except NotImplementedError as why:
+            raise ConfigError(
+                f"{name}: JAX left out its CUDA plugin, as it does without a GPU; set JAX_PLATFORMS=cpu to compile for one"
+            ) from why
+    else:
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a metadata server which TPU this machine has
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no TPU away from another process
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{slice_shape}").devices
+    return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))

@@ -1,0 +1,169 @@
+"""What the devices of a compiled program tell each other: read off its text, `jax.stages.Compiled.as_text()`.
+
+The text is XLA's own (HLO after partitioning): shapes are those of one device. A collective inside a loop is counted as often as the
+loop runs; of a conditional every branch is counted.
+"""
+
+import itertools
+import math
+import re
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+BITS = {"pred": 8, "s2": 2, "u2": 2, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\]")
+_CALLED = re.compile(
+    r"\b(body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}"
+)
+_COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(?:-start)?")
+
+
+class Collective(NamedTuple):
+    """One collective instruction of a program."""
+
+    kind: str  # of KINDS
+    bytes: int  # operands of one device, each time
+    executions: int  # product of the trip counts of the loops around it; a loop of unknown trip count counts as once
+    group_size: int  # devices that take part together; 2 for a permutation, in which each sends to one
+    name: str
+    loops: int  # around it: 0 outside any
+    shapes: tuple[tuple[int, ...], ...]  # of the results on one device
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in one execution by the ring algorithm, the least there is where bandwidth counts."""
+        n = self.group_size
+        share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
+        return self.bytes * share.get(self.kind, (n - 1) / n)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def collectives(compiled_text: str) -> list[Collective]:
+    """Every collective of a compiled program, in the order of its text as it is run. Raises ValueError if this is no HLO text."""
+    computations, entry = _parse(compiled_text)
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of a compiled program")
+    partitions = re.search(r"num_partitions=(\d+)", compiled_text)
+    everyone = int(partitions[1]) if partitions else 1
+    found: list[Collective] = []
+
+    def visit(name: str, executions: int, loops: int, chains: set[str]) -> None:
+        shape_of = {i.name: i.shape for i in computations[name]}
+        for i in computations[name]:
+            if match := _COLLECTIVE.fullmatch(i.opcode):
+                # A TPU runs one collective beside several fusions, each of which names it again: one chain, one channel.
+                kind = match[1]
+                if kind == "all-reduce" and name.startswith(
+                    "all-reduce-scatter"
+                ):  # how a TPU's compiler writes what is one operation there
+                    kind = "reduce-scatter"
+                chain = re.search(r"channel_id=(\d+).*chain_id=", i.rest)
+                if chain is None or chain[1] not in chains:
+                    found.append(_collective(i, kind, shape_of, executions, loops, everyone))
+                if chain is not None:
+                    chains.add(chain[1])
+            inner = _called(i)
+            if i.opcode == "while":
+                count = _trip_count(i, computations)
+                visit(inner[0], executions * count, loops + 1, set())
+            elif i.opcode not in ("reduce", "all-reduce", "reduce-scatter"):  # theirs is a scalar function
+                for callee in inner:
+                    visit(callee, executions, loops, chains)
+
+    visit(entry, 1, 0, set())
+    return found
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, here = None, None
+    for line in text.splitlines():
+        if here is None:
+            if (match := _COMPUTATION.match(line)) is not None:
+                here = computations.setdefault(match[2], [])
+                entry = match[2] if match[1] else entry
+        elif line.startswith("}"):
+            here = None
+        elif (match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))) is not None:
+            here.append(_Instruction(*match.groups()))
+    return computations, entry
+
+
+def _called(i: _Instruction) -> list[str]:
+    names = [
+        name
+        for _, one, several in _CALLED.findall(i.rest)
+        for name in ([one] if one else re.findall(r"[\w.\-]+", several))
+    ]
+    return names if i.opcode != "while" else re.findall(r"\bbody=%?([\w.\-]+)", i.rest)
+
+
+def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
+    if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)) is not None:
+        return int(known[1])
+    # A TPU's text does not say it. The loops of `lax.scan` count from 0 up to a constant that the condition compares with.
+    condition = computations[re.findall(r"\bcondition=%?([\w.\-]+)", i.rest)[0]]
+    constants = {
+        c.name: int(c.rest.split(")")[0]) for c in condition if c.opcode == "constant" and re.match(r"\d+\)", c.rest)
+    }
+    compare = next((c for c in condition if c.opcode == "compare" and "direction=LT" in c.rest), None)
+    limits = [constants[name] for name in _operands(compare.rest) if name in constants] if compare is not None else []
+    return limits[0] if limits else 1
+
+
+def _operands(rest: str) -> list[str]:
+    """Names of the operands: all before the parenthesis that closes the call (shapes with tilings have their own)."""
+    depth = itertools.accumulate(({"(": 1, ")": -1}.get(letter, 0) for letter in rest), initial=1)
+    inside = rest[: next((end for end, open_ in enumerate(depth) if not open_), len(rest)) - 1]
+    return re.findall(r"%([\w.\-]+)", inside) or re.findall(r"[\w.\-]+", inside)
+
+
+def _collective(
+    i: _Instruction, kind: str, shape_of: dict[str, str], executions: int, loops: int, everyone: int
+) -> Collective:
+    operands = _operands(i.rest)
+    size = sum(_bytes(shape_of.get(name, "")) for name in operands)
+    # The result of a `-start` is (operands, results, more); what comes after as many arrays as there are operands.
+    arrays = [tuple(int(d) for d in re.findall(r"\d+", dims)) for _, dims in _ARRAY.findall(i.shape)]
+    started = i.opcode.endswith("-start") and (kind != "all-reduce" or len(arrays) > len(operands))
+    shapes = arrays[len(operands) : 2 * len(operands)] if started else arrays
+    return Collective(kind, size, executions, _group_size(i.rest, kind, everyone), i.name, loops, tuple(shapes))
+
+
+def _bytes(shape: str) -> int:
+    total = 0
+    for dtype, dims in _ARRAY.findall(shape):
+        bits = BITS.get(dtype) or (8 if dtype.startswith("f8") else int((re.findall(r"\d+", dtype) or [0])[0]))
+        total += math.prod(int(d) for d in re.findall(r"\d+", dims)) * bits
+    return total // 8
+
+
+def _group_size(rest: str, kind: str, everyone: int) -> int:
+    if kind == "collective-permute":
+        return 2
+    if (listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest)) is not None:
+        return listed[1].count(",") + 1
+    if (iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest)) is not None:
+        return int(iota[1])
+    if (named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S+)? *\{([^}]*)\}", rest)) is not None:
+        sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # part of an axis: 'x':(1)2
+        return math.prod(int(part) if part else sizes[axis] for axis, part in axes)
+    return everyone

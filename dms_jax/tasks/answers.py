@@ -1,0 +1,57 @@
+r"""The answer in a text that reasons: \boxed{...}, `#### N`, `the answer is N`, else the last number."""
+
+import re
+
+from dms_jax.tasks.answer_form import DECIMAL, normal_form
+
+NUMBER = rf"(?:(?<![\w)])-)?\\?\$?(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|{DECIMAL})(?:/\d+)?"
+SAYS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
+
+
+def after_thinking(text: str) -> str:
+    """What a reasoning model says after its thoughts."""
+    return text.rpartition("</think>")[2]
+
+
+def math_answer(text: str) -> str:
+    """The answer in its normal form; "" if there is none."""
+    text = after_thinking(text)
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return normal_form(boxed)
+    if marked := re.findall(r"####[ \t]*(\S.*)", text):
+        return normal_form(marked[-1])
+    if said := re.split(SAYS, text)[1:]:
+        return normal_form(_formula(said[-1].split("\n")[0]))
+    numbers = re.findall(NUMBER, text)
+    return normal_form(numbers[-1]) if numbers else ""
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Inside the last \boxed{...} that holds something and whose braces close; None without one."""
+    for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
+        inside = _until_closed(text[start:])
+        if inside.strip():
+            return inside
+    return None
+
+
+def _until_closed(text: str) -> str:
+    """What stands before the brace that closes one opened before; "" if none does."""
+    depth = 1
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is no brace
+        depth += {"{": 1, "}": -1}.get(found.group(), 0)
+        if depth == 0:
+            return text[: found.start()]
+    return ""
+
+
+def _formula(said: str) -> str:
+    """The part of the rest of a line that is the answer: a formula in dollars, a number before words, or a sentence."""
+    if formula := re.match(
+        r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", said
+    ):  # of "$5 and $6", neither is a formula's end
+        return formula[1] or formula[2]
+    if number := re.match(rf"({NUMBER})(?:\*\*)?(?:,?\s+[A-Za-z]{{2,}}.*|[.,;!]?\s*|[.;!]\s.*)$", said):
+        return number[1]
+    return re.split(r"[.;]\s|\.$", said, maxsplit=1)[0]

@@ -1,0 +1,98 @@
+"""Runs one generated program under limits. `infer/tasks/code_runner.py` starts it as a process of its own; it imports nothing of ours.
+
+    python -I -B code_guard.py PROGRAM CPU_SECONDS MEMORY_BYTES FILE_BYTES
+
+The limits are set here and not between fork and exec: the parent runs JAX, whose threads make code there unsafe.
+"""
+
+import os
+import resource
+import runpy
+import sys
+
+THREADS = 64  # that may be started beyond those the machine has
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+REFUSED = (
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.kill",
+    "os.killpg",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.system",
+    "pty.spawn",
+    "socket.bind",
+)
+REFUSED += ("socket.connect", "socket.getaddrinfo", "socket.sendto", "subprocess.Popen")
+CHANGES = (
+    "os.chmod",
+    "os.chown",
+    "os.link",
+    "os.mkdir",
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.symlink",
+    "os.truncate",
+    "os.utime",
+)
+CHANGES += ("shutil.move", "shutil.rmtree")
+
+
+def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1)
+    )  # SIGXCPU, by which the parent knows; then SIGKILL
+    for limit, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_FSIZE, file_bytes),  # of the output too, which goes to a file
+        (resource.RLIMIT_NOFILE, 64),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(limit, (value, value))
+    with open(
+        "/proc/loadavg"
+    ) as file:  # "0.5 0.4 0.3 2/1234 ...": the kernel counts all processes and threads of a user, not ours
+        tasks = int(file.read().split()[3].partition("/")[2]) + THREADS
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    tasks = tasks if hard == resource.RLIM_INFINITY else min(tasks, hard)
+    resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))  # not enforced for root
+
+
+def refuse_outside(folder: str):
+    """A hook that stops Python's own ways of starting processes, using the network and changing files outside the folder."""
+
+    def is_outside(path: object) -> bool:
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False  # an open file, or no path at all
+        real = os.path.realpath(os.fsdecode(path))
+        return real != "/dev/null" and os.path.commonpath([real, folder]) != folder
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event in REFUSED:
+            raise PermissionError(f"generated code may not use {event}")
+        if (event == "open" and arguments[2] & WRITES and is_outside(arguments[0])) or (
+            event in CHANGES and any(map(is_outside, arguments))
+        ):
+            raise PermissionError(f"generated code may not change files outside its folder ({event})")
+
+    return hook
+
+
+def main() -> None:
+    program, *limits = sys.argv[1:]
+    set_limits(*map(int, limits))
+    import _posixsubprocess  # multiprocessing calls it without an audit event
+
+    def refuse(*arguments):
+        raise PermissionError("generated code may not start processes")
+
+    _posixsubprocess.fork_exec = refuse
+    sys.argv = [program]
+    sys.addaudithook(refuse_outside(os.path.realpath(os.getcwd())))
+    runpy.run_path(program, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

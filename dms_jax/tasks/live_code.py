@@ -1,0 +1,163 @@
+"""Programming problems with hidden inputs and outputs, in the format of LiveCodeBench (Jain et al., arXiv:2403.07974).
+
+Lines of {"question_content", "public_test_cases", "private_test_cases", "starter_code", "metadata"}; the first two are needed.
+Test cases are a list, or its JSON, or as LiveCodeBench hides it: base64 of zlib of a pickled JSON string. A test is {"input",
+"output", "testtype"}: with "stdin" the program reads and prints; with "functional" the input has a JSON value a line, the
+arguments of `metadata`'s "func_name", a function or a method of a class `Solution`, and the output is the JSON of its result.
+"""
+
+import base64
+import io
+import json
+import pickle
+import secrets
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, NamedTuple
+
+from dms_jax.errors import ConfigError
+from dms_jax.tasks.code_runner import PASSED, generated_code, require_run_code, run_program
+from dms_jax.tasks.problem import Problem, TaskOptions
+from dms_jax.tasks.records import Record, chosen, read_records
+
+PRELUDE = (  # what the sites that the problems are from have imported already
+    "import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys\n"
+    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\nfrom itertools import *\n"
+    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math has another pow
+)
+CALL = (
+    "\nimport json as _json, sys as _sys\n"
+    "_arguments = [_json.loads(line) for line in _sys.stdin.read().splitlines() if line.strip()]\n"
+    "_function = getattr(Solution(), {name!r}) if 'Solution' in globals() else globals()[{name!r}]\n"
+    "_sys.stdout.write({token!r} + _json.dumps(_function(*_arguments)) + {token!r})\n"
+)
+READS = "The program reads the input from stdin and prints the output to stdout."
+REQUEST = "Write a Python program that solves this. {how} Give the whole program in one ```python block."
+
+
+class CodeTest(NamedTuple):
+    given: str
+    wanted: str
+    function: str  # to call; "" for a program that reads stdin
+
+
+@dataclass(frozen=True)
+class LiveCode:
+    name: str = "code"
+    max_new_tokens: int = 4096
+    measures_answer: bool = False
+
+    def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
+        require_run_code(self.name, options)
+        if not options.data:
+            raise ConfigError(
+                f"{self.name} has no data of its own; give a file in the format of LiveCodeBench with --data FILE.jsonl"
+            )
+        return [self._problem(record, options) for record in chosen(read_records(options.data), options)]
+
+    def _problem(self, record: Record, options: TaskOptions) -> Problem:
+        tests = _tests(record)
+        starter = record.value.get("starter_code") or ""
+        how = f"Start from this:\n\n```python\n{starter}\n```\n\n" if starter else READS
+        prompt = f"{record.text('question_content').strip()}\n\n{REQUEST.format(how=how)}"
+        limit = options.max_new_tokens or self.max_new_tokens
+        return Problem(
+            str(record.number),
+            prompt,
+            "",
+            limit,
+            as_chat=True,
+            groups=record.groups("difficulty", "platform"),
+            tests=tests,
+        )
+
+    def extract(self, text: str) -> str:
+        return generated_code(text)
+
+    def score(self, problem: Problem, text: str) -> float:
+        """1 if the program passes every test."""
+        code = self.extract(text)
+        return float(bool(code) and all(passes(code, test) for test in problem.tests))
+
+
+def passes(code: str, test: CodeTest) -> bool:
+    token = secrets.token_hex(16)  # what the program prints itself is not its result
+    call = CALL.format(name=test.function, token=token) if test.function else ""
+    verdict, output = run_program(f"{PRELUDE}{code}{call}", test.given)
+    if verdict != PASSED:
+        return False
+    if not test.function:
+        return same_output(output, test.wanted)
+    parts = output.split(token)
+    try:
+        return len(parts) == 3 and json.loads(parts[1]) == json.loads(test.wanted)
+    except (ValueError, RecursionError):
+        return False
+
+
+def same_output(output: str, wanted: str) -> bool:
+    """Line by line and word by word; numbers by value, blanks at the ends of lines and of the whole do not count."""
+    lines, wanted_lines = ([line.split() for line in text.strip().splitlines()] for text in (output, wanted))
+    return [len(line) for line in lines] == [len(line) for line in wanted_lines] and all(
+        same_word(*pair) for both in zip(lines, wanted_lines, strict=True) for pair in zip(*both, strict=True)
+    )
+
+
+def same_word(word: str, wanted: str) -> bool:
+    try:
+        return word == wanted or (Decimal(word) == Decimal(wanted))
+    except InvalidOperation:  # not both are numbers
+        return False
+
+
+def _tests(record: Record) -> tuple[CodeTest, ...]:
+    cases = _cases(record, "public_test_cases") + _cases(record, "private_test_cases")
+    try:
+        metadata = record.value.get("metadata") or {}
+        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        name = metadata.get("func_name", "")
+        tests = tuple(
+            CodeTest(case["input"], case["output"], name if case.get("testtype") == "functional" else "")
+            for case in cases
+        )
+        if not all(isinstance(text, str) for test in tests for text in test):
+            raise TypeError("inputs, outputs and func_name must be texts")
+        if any(case.get("testtype") == "functional" for case in cases):
+            if not name:
+                raise KeyError("func_name")
+            for test in tests:
+                json.loads(test.wanted)
+    except (AttributeError, KeyError, TypeError, ValueError) as why:
+        raise ConfigError(
+            f"{record.where}: its test cases are not as LiveCodeBench's ({type(why).__name__}: {why})"
+        ) from why
+    if not tests:
+        raise ConfigError(
+            f"{record.where}: no test under 'public_test_cases' or 'private_test_cases'; nothing would be tested"
+        )
+    return tests
+
+
+def _cases(record: Record, key: str) -> list[dict[str, Any]]:
+    cases = record.value.get(key) or []
+    try:
+        if isinstance(cases, str):
+            cases = json.loads(cases if cases.lstrip().startswith("[") else _unpacked(cases))
+        if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
+            raise TypeError("it wants a list of objects")
+    except (EOFError, TypeError, ValueError, pickle.UnpicklingError, zlib.error) as why:
+        raise ConfigError(f"{record.where}: cannot read {key!r} ({type(why).__name__}: {why})") from why
+    return cases
+
+
+class _TextOnly(pickle.Unpickler):
+    """A pickle can call anything it names; the one we want, a string, names nothing."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, a list of tests does not")
+
+
+def _unpacked(packed: str) -> str:
+    return _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()

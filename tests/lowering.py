@@ -1,0 +1,52 @@
+"""Inference steps for hardware that need not be here: lowered, to be compiled and asked what they need, and not run."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dms_jax.config import ModelConfig
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.engine.decode_layout import stacked
+from dms_jax.engine.decoding import extend_rows, init_cache
+from dms_jax.models.parameters import Template, abstract_model, params_of, placed
+from dms_jax.sharding import named_sharding
+
+
+def abstract_cache(
+    config: ModelConfig, batch: int, capacity: int, mesh: Mesh, dense: bool = False, dtype: jnp.dtype = jnp.bfloat16
+) -> CompactCache:
+    """A cache of shapes: rows over the data axis, KV heads over the model axis."""
+    model = abstract_model(config, jnp.bfloat16)
+    cache = jax.eval_shape(partial(init_cache, model, batch, capacity, dense=dense, dtype=dtype))
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("batch", "kv_heads", None, None)[: x.ndim]
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(axes, x.shape, mesh))
+
+    return jax.tree.map(place, cache)
+
+
+def lower_extend(
+    config: ModelConfig, cache: CompactCache, mesh: Mesh, length: int = 1, dtype: jnp.dtype = jnp.bfloat16
+) -> jax.stages.Lowered:
+    """A decode step, or a prefill chunk of `length` tokens, that returns the logits after it and the cache, whose memory it reuses."""
+    template = Template(model := abstract_model(config, dtype))
+    names = list(template.variables)
+    params = placed(params_of(model), template.shardings(names, mesh))
+
+    def shape(
+        *dims: int, dtype: jnp.dtype = jnp.int32, axes: tuple[str | None, ...] = ("batch", None)
+    ) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=named_sharding(axes[: len(dims)], dims, mesh))
+
+    def step(params, cache, tokens, count, threshold, last):
+        return extend_rows(stacked(template.merge(params)), cache, tokens, count, threshold, last)
+
+    rows = cache.batch_size
+    last = shape(rows, config.vocab_size, dtype=jnp.float32, axes=("batch", "vocab"))
+    shardings = last.sharding, jax.tree.map(lambda x: x.sharding, cache)
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(step, donate_argnums=1, out_shardings=shardings)
+        return compiled.lower(params, cache, shape(rows, length), shape(rows), shape(dtype=jnp.float32, axes=()), last)

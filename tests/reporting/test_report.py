@@ -1,0 +1,421 @@
+"""`python -m infer.report` on invented results: every number of the tables, what is missing, what is hostile, what is broken."""
+
+import html
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic_results import HEADER, records, write
+
+from dms_jax.commands.report import NAME, build, main, write_files
+from dms_jax.errors import ConfigError
+from dms_jax.evaluation.aggregate import answer_arms, kept_arms, read_measured, text_groups
+from dms_jax.reporting.report_colors import (
+    DARK,
+    INK,
+    LEVELS,
+    LOOKS,
+    SPARE,
+    VARIABLES,
+    kept_color,
+    kept_level,
+    policy_look,
+)
+from dms_jax.reporting.report_page import text as escaped
+from dms_jax.reporting.report_summary import digits, gap_sentence, summary
+
+ROOT = Path(__file__).parents[2]
+EVIL = "<script>alert('1')</script>&\"$x$"
+
+
+@pytest.fixture(scope="module")
+def lines() -> list[dict]:
+    return records(length=128, rows=3, repeats=2, layers=3, heads=2, policies=("dms", "tova", "quest", "streaming_llm"))
+
+
+@pytest.fixture(scope="module")
+def files(lines, tmp_path_factory) -> dict[str, bytes]:
+    return build([str(write(tmp_path_factory.mktemp("results") / "r.jsonl", lines))], "A report")
+
+
+@pytest.fixture(scope="module")
+def page(files) -> str:
+    return files["report.html"].decode()
+
+
+def text_record(policy, budget, unit, kl, nll, live, agree=0.5, length=4, **more):
+    return {
+        "task": "text",
+        "policy": policy,
+        "budget": budget,
+        "unit": unit,
+        "domain": "prose",
+        "length": length,
+        "kl": kl,
+        "nll": nll,
+        "agree": agree,
+        "live_tokens": live,
+        "nominal_cr": 2.0,
+    } | more
+
+
+def cells(page: str) -> list[list[str]]:
+    """Rows of all tables, without tags."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
+    return [
+        [html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
+        for row in rows
+    ]
+
+
+def test_text_table_by_hand(tmp_path):
+    dense = [
+        text_record("dense", "", unit, [0, 0, 0], nll, 4, 1.0) for unit, nll in (("a", [1, 2, 3]), ("b", [1, 1, 1]))
+    ]
+    dms = [
+        text_record("dms", "cr2", "a", [0.1, 0.2, 0.3], [1, 2, 4], 2, 0.75, nominal_cr=2.5),
+        text_record("dms", "cr2", "b", [0, 0, 0.9], [1, 1, 3], 2, 0.25, nominal_cr=2.5),
+    ]
+    half = [text_record("tova", "2", "a", [1, 1, 1], [2, 3, 4], 2)]  # stopped before row b
+    (group,) = text_groups(dense + dms + half)
+    assert (group.domain, group.length, group.budget) == ("prose", 4, 2)
+    assert [arm.name for arm in group.arms] == ["dense", "dms@cr2", "tova@2"]
+    _, arm, tova = group.arms
+    assert arm.kl.value == pytest.approx(0.25) and arm.kl_max == 0.9 and arm.kl_p95 == pytest.approx(0.3 + 0.75 * 0.6)
+    assert arm.perplexity == pytest.approx(math.exp(12 / 6)) and arm.perplexity_change == pytest.approx(
+        math.exp(3 / 6) - 1
+    )
+    assert (arm.live_tokens, arm.realised_cr, arm.nominal_cr, arm.agree.value) == (2, 2, 2.5, 0.5)
+    assert tova.perplexity_change == pytest.approx(math.exp(1) - 1), "dense on row a alone"
+    assert tova.kl.units == 1 and math.isnan(tova.kl.low)
+    page = build([str(write(tmp_path / "r.jsonl", dense + dms + half))], "t")["report.html"].decode()
+    assert [
+        "dms@cr2",
+        "2",
+        "2.00",
+        "2.50",
+        "0.250 [0.200, 0.300]",
+        "0.750",
+        "0.870",
+        "0.900",
+        "7.389",
+        "+64.87%",
+        "50.0 [25.0, 75.0]",
+    ] in cells(page)
+    assert ["tova@2", "2", "2.00", "2.00", "1.00", "1.00", "1.00", "1.00", "20.09", "+171.83%", "50.0"] in cells(page)
+    assert "2 rows of 4 tokens, budget 2 live tokens per head (CR 2.0); tova@2: 1 only" in page
+
+
+def test_every_number_of_the_tables_is_on_the_page(lines, page):
+    shown = cells(page)
+    for group in text_groups([line for line in lines if line["task"] == "text"]):
+        for arm in group.arms:
+            want = {
+                f"{arm.live_tokens:.0f}",
+                f"{arm.realised_cr:.2f}",
+                f"{arm.nominal_cr:.2f}",
+                digits(arm.kl_p95),
+                digits(arm.kl_p99),
+                digits(arm.kl_max),
+                digits(arm.perplexity, 4),
+                f"{arm.perplexity_change:+.2%}",
+            }
+            row = next(row for row in shown if row and row[0] == arm.name and want <= set(row))
+            assert row[4].startswith(digits(arm.kl.value)) and row[-1].startswith(f"{100 * arm.agree.value:.1f}")
+            assert arm.policy == "dense" or f"[{digits(arm.kl.low)}, {digits(arm.kl.high)}]" in row[4]
+    for arm in answer_arms([line for line in lines if "score" in line]):
+        assert any(
+            row[:5]
+            == [
+                arm.name,
+                f"{100 * arm.accuracy.value:.1f} [{100 * arm.accuracy.low:.1f}, {100 * arm.accuracy.high:.1f}]",
+                str(arm.accuracy.units),
+                f"{arm.live_tokens:.0f}",
+                f"{arm.peak_live:.0f}",
+            ]
+            for row in shown
+        ), arm
+    for value in HEADER.values():
+        assert str(value) in page
+
+
+def test_budgets_in_tokens_and_in_ratios_meet(lines):
+    groups = text_groups([line for line in lines if line["task"] == "text"])
+    assert [(group.domain, group.budget) for group in groups] == [
+        ("prose", 32),
+        ("prose", 16),
+        ("code", 32),
+        ("code", 16),
+    ]
+    for group in groups:
+        assert {"dense", "dms", "tova", "quest"} <= {arm.policy for arm in group.arms}
+        assert [arm.kl.value for arm in group.arms] == sorted(arm.kl.value for arm in group.arms)
+
+
+@pytest.mark.parametrize("tokens, groups", [("341", 1), ("350", 1), ("360", 2)])
+def test_budgets_within_3_percent_are_compared(tokens, groups):
+    rows = [
+        text_record(*arm, "a", [0.1, 0.1], [1, 1], 341.0, length=1024) for arm in (("dms", "cr3"), ("tova", tokens))
+    ]
+    assert len(text_groups(rows)) == groups
+
+
+@pytest.mark.parametrize("live, budget", [(250.0, 256), (300.0, 256), (600.0, 600)])
+def test_an_arm_without_a_budget_is_shown_where_its_size_is(live, budget):
+    tova = text_record("tova", "256", "a", [1, 1], [1, 1], 256.0, length=1024)
+    dms = text_record("dms", "", "a", [0, 0], [1, 1], live, length=1024)
+    groups = text_groups([tova, dms])
+    assert budget in {group.budget for group in groups for arm in group.arms if arm.policy == "dms"}
+
+
+def test_the_page_needs_nothing_else(page, files):
+    assert "<script" not in page and " src=" not in page and "@import" not in page and "url(#" in page
+    assert set(re.findall(r"https?://[^\"' ]*", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
+    assert re.findall(r"url\((?!#)", page) == []
+    assert "prefers-color-scheme: dark" in page and "Not measured" not in page
+    for name in (
+        "kl_tails",
+        "kl_by_position",
+        "accuracy",
+        "needles_needle_single",
+        "needles_needle_multikey",
+        "cr_by_layer_and_head",
+        "cr_by_position",
+        "kept_text_1",
+    ):
+        assert files[f"{name}.png"].startswith(b"\x89PNG")
+    assert page.count("<svg ") == len(files) - 2  # all but the page and the text, which is there as text
+
+
+def test_figures_follow_the_theme_of_the_page(page):
+    svgs = "".join(re.findall(r"<svg .*?</svg>", page, re.S))
+    assert "var(--ink)" in svgs and "var(--p0)" in svgs
+    assert not [color for color in VARIABLES if color in svgs]
+    used = set(re.findall(r"var\(--(\w+)\)", page))
+    assert used <= set(re.findall(r"--(\w+):", page))
+
+
+def test_same_results_same_report(lines, files, tmp_path):
+    again = build([str(write(tmp_path / "r.jsonl", lines))], "A report")
+    assert {name for name in files if files[name] != again[name]} <= {"report.html"}
+    assert again["report.html"].decode().replace(str(tmp_path), "") == re.sub(
+        r"/[^<|]*(?=/r\.jsonl)", "", files["report.html"].decode()
+    )
+
+
+def test_hostile_text_stays_text(lines, tmp_path):
+    hostile = []
+    for line in lines:
+        kept = line["task"] == "kept"
+        pieces = [EVIL, "\x07\u202e", "\ud800", "\n", *line["pieces"][4:]] if kept else None
+        hostile.append(
+            line
+            | {"domain": EVIL}
+            | ({"pieces": pieces} if kept else {})
+            | ({"task": EVIL, "text": EVIL} if "score" in line and "depth" in line["groups"] else {})
+        )
+    unique = {json.dumps([line[key] for key in ("task", "policy", "budget", "unit")]): line for line in hostile}
+    path = write(tmp_path / "r.jsonl", list(unique.values()), {EVIL: EVIL})
+    built = build([str(path)], EVIL)
+    page = built["report.html"].decode()
+    assert "<script" not in page and html.escape(EVIL) in page
+    assert "␇\ufffd</span>" in page and ">\ufffd</span>" in page and "<i>↵</i>\n</span>" in page
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in built), "no path in the name of a file"
+
+
+def test_escaped_shows_what_cannot_be_seen():
+    assert escaped("a\x00\x7f\x85\u2067<&>'\"\n\t") == "a␀␡\ufffd\ufffd&lt;&amp;&gt;&#x27;&quot;\n\t"
+
+
+def test_tokens_in_colour(lines, page):
+    (arm,) = kept_arms([line for line in lines if line["task"] == "kept"])
+    assert arm.rows == 2
+    spans = re.findall(r'<span class="k(\d+)( w)?" title="token (\d+): kept by (\d+)% of the heads">', page)
+    assert len(spans) == arm.length
+    for position, (level, window, at, percent) in enumerate(spans):
+        assert (
+            int(at) == position
+            and int(level) == kept_level(arm.kept[position])
+            and percent == f"{100 * arm.kept[position]:.0f}"
+        )
+        assert bool(window) == (arm.length - 1 - position <= arm.window_size)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_readable_on_every_colour(dark):
+    def luminance(color):
+        linear = [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+            for c in (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        ]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    def contrast(one, other):
+        high, low = sorted((luminance(one), luminance(other)), reverse=True)
+        return (high + 0.05) / (low + 0.05)
+
+    ink = DARK[INK] if dark else INK
+    shades = [kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)]
+    assert min(contrast(ink, shade) for shade in shades) > 4.5  # WCAG AA
+    paper = "#14171a" if dark else "#fffffe"
+    assert min(contrast(look.dark if dark else look.color, paper) for look in (*LOOKS.values(), *SPARE)) > 2.2
+    steps = np.diff([luminance(shade) for shade in shades])
+    assert (steps > 0).all() if dark else (steps < 0).all()
+
+
+def test_one_look_per_policy():
+    looks = [*LOOKS.values(), *SPARE]
+    assert (
+        len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
+        and len(VARIABLES) == len(looks) + 4
+    )
+    assert len({repr((look.dash, look.width)) for look in looks}) == len(looks), (
+        "told apart without colour, with and without markers"
+    )
+    assert (
+        policy_look("unheard_of") == policy_look("unheard_of")
+        and policy_look("prompt:tova").color == policy_look("tova").color
+    )
+
+
+@pytest.mark.parametrize(
+    "kind, missing", [("text", 4), ("kept", 4), ("greedy", 4), ("variables", 4), ("needle_single", 3)]
+)
+def test_any_kind_alone_is_a_report(lines, tmp_path, kind, missing):
+    page = build([str(write(tmp_path / "r.jsonl", [line for line in lines if line["task"] == kind]))], "t")[
+        "report.html"
+    ].decode()
+    assert page.count("Not measured: ") == page.count("python -m infer.evaluate --model FOLDER --tasks ") == missing
+    assert re.search(r'<p class="lead">[^<]{20,}</p>', page)
+
+
+@pytest.mark.parametrize("policy", ["dense", "tova", "dms"])
+def test_one_policy_alone_is_a_report(lines, tmp_path, policy):
+    own = [line for line in lines if line["policy"] == policy]
+    page = build([str(write(tmp_path / "r.jsonl", own))], "t")["report.html"].decode()
+    assert policy in page and not re.search(r"\bnan\b", page)
+
+
+def test_the_summary_says_also_that_dms_is_behind():
+    rows = [text_record("dms", "", unit, [0.4, 0.4], [1, 1], 2) for unit in "ab"] + [
+        text_record("tova", "2", unit, [0.1, 0.1], [1, 1], 2) for unit in "ab"
+    ]
+    groups = text_groups(rows)
+    (sentence,) = summary(groups, [], [], [])
+    assert sentence == (
+        "At 2 live tokens of 4 (CR 2.0), DMS stays within a mean KL of 0.400 nats of the dense model on prose; the best "
+        "training-free method of that size, tova, 0.100 nats: DMS is 4.0 times farther away."
+    )
+    assert (
+        gap_sentence(groups[0]) == "tova@2 is 0.300 nats nearer to dense than dms (mean KL, difference paired by rows)."
+    )
+
+
+def test_the_summary_compares_equal_sizes_only():
+    rows = [
+        text_record("dms", "cr2", "a", [0.4, 0.4], [1, 1], 2),
+        text_record("quest", "2", "a", [0.1, 0.1], [1, 1], 4),
+    ]
+    (group,) = text_groups(rows)
+    (sentence,) = summary([group], [], [], [])
+    assert (
+        "quest" not in sentence
+        and "no training-free method was measured at that size" in sentence
+        and gap_sentence(group) == ""
+    )
+
+
+def test_several_files_are_one_report_and_differences_are_said(lines, tmp_path):
+    one = write(tmp_path / "1.jsonl", [line for line in lines if line["task"] == "greedy"])
+    two = write(
+        tmp_path / "2.jsonl", [line for line in lines if line["task"] == "kept"], HEADER | {"commit": "<b>other"}
+    )
+    page = build([str(one), str(two), str(one)], "t")["report.html"].decode()
+    assert "The files differ in commit</b>" in page and "0123456789ab | &lt;b&gt;other" in page
+    changed = write(tmp_path / "3.jsonl", [next(line for line in lines if line["task"] == "greedy") | {"match": 0.123}])
+    with pytest.raises(ConfigError, match=r"3\.jsonl, line 2: greedy .* was measured before with another result"):
+        read_measured([str(one), str(changed)])
+
+
+@pytest.mark.parametrize(
+    "task, change, message",
+    [
+        ("text", {"kl": [0.1]}, "has 1 values of KL but 127"),
+        ("text", {"kl": ["a"]}, "kl of text of dense is not a list of numbers"),
+        ("text", {"kl": [[0.1], [0.2]]}, "kl of text of dense is not a list of numbers"),
+        ("text", {"kl": []}, "not a list of numbers"),
+        ("text", {"live_tokens": None}, "live_tokens of text of dense is not a number"),
+        ("text", {"length": 0}, "length of text of dense is not a number >= 1"),
+        ("text", {"domain": 3}, "domain of text of dense is not text"),
+        ("kept", {"pieces": ["a"]}, "pieces, kept and live_by_position"),
+        ("kept", {"pieces": [1]}, "is not a list of texts"),
+        ("kept", {"live_per_head": [[1, 2], [3]]}, "live_per_head of kept of dms@cr4 is not a table of numbers"),
+        ("variables", {"score": 1.5}, "score of variables of dense is not within 0 and 1"),
+        ("variables", {"score": float("nan")}, "not within 0 and 1"),
+        ("variables", {"answer_logprob": "x"}, "answer_logprob of variables of dense is not a number"),
+        ("greedy", {"match": True}, "match of greedy of dms@cr4 is not a number"),
+        ("greedy", {"budget": 256}, "budget is not text"),
+    ],
+)
+def test_a_record_that_cannot_be_shown_is_named(lines, tmp_path, task, change, message):
+    path = write(tmp_path / "r.jsonl", [next(line for line in lines if line["task"] == task) | change])
+    with pytest.raises(ConfigError, match=re.escape(message)) as why:
+        main([str(path), "--output", str(tmp_path / "out")])
+    assert f"{path}, line 2: " in str(why.value) and not (tmp_path / "out").exists()
+
+
+def test_errors_are_one_line_and_exit_code_2(lines, tmp_path):
+    good = write(tmp_path / "good.jsonl", [line for line in lines if line["task"] == "greedy"])
+    (tmp_path / "text.jsonl").write_text("not json\n")
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "out")
+    for argv, message in (
+        ([str(tmp_path / "none.jsonl"), "--output", out], "cannot read"),
+        ([str(tmp_path / "text.jsonl"), "--output", out], "line 1: no result of an evaluation"),
+        ([str(write(tmp_path / "empty.jsonl", [])), "--output", out], "no measurement in"),
+        ([str(good), "--output", str(tmp_path / "file")], "cannot write"),
+        ([str(good)], "--output"),
+        ([str(good), "--ouput", out], "--output"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", NAME, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.stdout == "" and not Path(out).exists()
+
+
+def test_main_writes_whole_files_and_replaces_old_ones(lines, tmp_path, capsys):
+    good, out = (
+        write(tmp_path / "good.jsonl", [line for line in lines if line["task"] in ("greedy", "kept")]),
+        tmp_path / "a" / "out",
+    )
+    for _ in range(2):
+        assert main([str(good), "--output", str(out), "--title", "<T>"]) == 0
+    assert "report.html and 3 PNGs" in capsys.readouterr().out
+    assert sorted(os.listdir(out)) == [
+        "cr_by_layer_and_head.png",
+        "cr_by_position.png",
+        "kept_text_1.png",
+        "report.html",
+    ]
+    assert "<title>&lt;T&gt;</title>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, monkeypatch):
+    write_files(tmp_path, {"report.html": b"old"})
+
+    def full(self, data):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        write_files(tmp_path, {"report.html": b"new"})
+    assert os.listdir(tmp_path) == ["report.html"] and (tmp_path / "report.html").read_bytes() == b"old"

@@ -1,0 +1,245 @@
+import itertools
+from fractions import Fraction
+
+import pytest
+
+from dms_jax.errors import ConfigError
+from dms_jax.tasks.answer_form import as_fraction, normal_form
+from dms_jax.tasks.answers import last_boxed, math_answer
+from dms_jax.tasks.votes import majority_vote, pass_at_k
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("42", 42),
+        ("-7", -7),
+        ("+3", 3),
+        ("007", 7),
+        ("5.", 5),
+        ("18.00", 18),
+        (".5", Fraction(1, 2)),
+        ("-.25", Fraction(-1, 4)),
+        ("1,234", 1234),
+        ("12,345,678.5", Fraction(24691357, 2)),
+        ("3/4", Fraction(3, 4)),
+        ("-6/8", Fraction(-3, 4)),
+        ("1.5/3", Fraction(1, 2)),
+        (r"\frac{1}{2}", Fraction(1, 2)),
+        (r"-\frac{1}{2}", Fraction(-1, 2)),
+        (r"\frac{-1}{2}", Fraction(-1, 2)),
+        (r"\frac12", Fraction(1, 2)),
+        (r"\frac 59", Fraction(5, 9)),
+        (r"\frac9{19}", Fraction(9, 19)),
+        (r"1\frac{4}{5}", Fraction(9, 5)),
+        (r"-2\frac12", Fraction(-5, 2)),
+        (r"6.72 \times 10^{-5}", Fraction(672, 10**7)),
+        (r"3\cdot10^4", 30000),
+        ("0", 0),
+        ("-0", 0),
+    ],
+)
+def test_numbers_are_exact(text, value):
+    assert as_fraction(text) == value
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x",
+        "1, 200",
+        "12,34",
+        "1,2345",
+        "1/0",
+        r"\frac{1}{0}",
+        "1e5",
+        r"\sqrt{2}",
+        "2k",
+        "52_8",
+        "1-2",
+        "9" * 5000,
+        ".",
+        "-",
+    ],
+)
+def test_what_is_no_number(text):
+    assert as_fraction(text) is None
+
+
+SAME = [
+    (
+        "0.5",
+        ".50",
+        "1/2",
+        r"\frac12",
+        r"$\dfrac{1}{2}$",
+        r"\(\tfrac{2}{4}\)",
+        "50/100",
+        r"x = \frac{1}{2}",
+        "**1/2**",
+        "0.5.",
+    ),
+    (
+        r"10,\!080",
+        "10080",
+        "10,080",
+        r"\$10,080",
+        "$10080$",
+        "10080.0",
+        "10,080 dollars",
+        r"10080\text{ dollars}",
+        "10080 dollars per day",
+    ),
+    (r"90^\circ", "90", r"90^{\circ}", "90°", r"90 \text{ degrees}", "90 degrees", r"90\%", "90%"),
+    (r"\text{Evelyn}", "Evelyn", r"\textbf{evelyn}", r"\mbox{Evelyn}."),
+    (r"\text{(C)}", "(C)", "C", r"\text{C}"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})", r"(3, \dfrac{\pi}{2})", r"\left(3,\,\frac\pi2\right)"),
+    (r"11\sqrt2", r"11 \sqrt{2}", r"11\sqrt 2"),
+    (r"864 \mbox{ inches}^2", "864", r"864\text{ in}^2", r"864\mathrm{ cm}^{2}"),
+    ("3, 5, 7", "7,3,5", r"3,\,5,\,7", "5.0, 7, 3"),
+    (r"x \in [-2,7]", "[-2, 7]", r"\left[-2,7\right]"),
+    ("x^{2}+1", "x^2 + 1"),
+    (
+        r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}",
+        r"\begin{pmatrix}1/5\\-\frac{18}{5}\end{pmatrix}",
+        r"\begin{pmatrix} \frac15\\-18/5 \end{pmatrix}",
+    ),
+    ("4210_{5}", "4210_5", "$4210_5$"),
+]
+
+
+def test_what_is_the_same_has_one_form_and_what_is_not_has_another():
+    forms = [{normal_form(answer) for answer in same} for same in SAME]
+    assert [len(form) for form in forms] == [1] * len(SAME), [form for form in forms if len(form) > 1]
+    for one, other in itertools.combinations(forms, 2):
+        assert not one & other
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("2", "2x"),
+        ("2", r"2\pi"),
+        ("2", "2 sin x"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2]"),
+        ("(1,2)", "1,2"),
+        ("12", "1,2"),
+        (r"\sqrt{2}", "2"),
+        ("52_8", "52"),
+        ("1-2i", "1+2i"),
+        ("-3", "3"),
+        ("3+2", r"3+2\mathrm{i}"),
+        ("0.333", "1/3"),
+        ("x^{12}", "x^12"),
+        ("y=2x", "y=3x"),
+        ("1.5", "15"),
+        (r"\frac{1}{2}x", r"\frac{1}{2}"),
+        ("100", "1"),
+        (r"4210_\text{five}", "4210"),
+        ("", "0"),
+        (r"\pm 3", "3"),
+        (r"10\text{ or }20", "10"),
+    ],
+)
+def test_different_answers_stay_apart(one, other):
+    assert normal_form(one) != normal_form(other)
+
+
+@pytest.mark.parametrize("answer", [answer for same in SAME for answer in same])
+def test_the_normal_form_is_its_own(answer):
+    assert normal_form(normal_form(answer)) == normal_form(answer)
+
+
+@pytest.mark.parametrize(
+    "text, inside",
+    [
+        (r"\boxed{5}", "5"),
+        (r"\boxed{1} or \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}.", r"\{1, 2\}"),
+        (r"\fbox{x}", None),
+        (r"\boxed{\text{a {b} c}} }", r"\text{a {b} c}"),
+        (r"\boxed{3} and \boxed{4", "3"),
+        (r"\boxed {7}", "7"),
+        (r"\fboxed{8}", "8"),
+        (r"\boxed{6} put it in \boxed{}", "6"),
+        (r"\boxed{\left\{x\right.}", r"\left\{x\right."),
+        ("boxed{5}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text, inside):
+    assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"So 3, hence \boxed{18}. The answer is 5.", "18"),
+        ("9*2 = 18 dollars.\n#### 18\n", "18"),
+        ("#### 1,000\nand 7", "1000"),
+        ("The answer is 18.", "18"),
+        ("The answer is 1. No. The answer is: 2.", "2"),
+        ("The final answer is $\\frac{3}{4}$. Done 5.", "3/4"),
+        ("Answer: -5", "-5"),
+        ("**Answer:** 12 eggs", "12"),
+        ("the answer is $18 and Bob has $5.", "18"),
+        ("The answer is \\$18.90.", "189/10"),
+        ("The answer is $3, 5, 7$.", "3,5,7"),
+        ("The answer is 2x + 3. Indeed.", "2x+3"),
+        ("The answer is x = 5.", "5"),
+        ("The answer is 3.14.", "157/50"),
+        ("It costs $1,250.50 in 3 parts or 12.", "12"),
+        ("10 - 4 = 6", "6"),
+        ("we have 5-3", "3"),
+        ("temperature of -3", "-3"),
+        ("that is 3/4", "3/4"),
+        ("a total of 1,234,567.", "1234567"),
+        ("<think>\\boxed{1} no</think>It is 2", "2"),
+        ("nothing", ""),
+        ("", ""),
+    ],
+)
+def test_the_answer_in_a_text(text, answer):
+    assert math_answer(text) == answer
+
+
+def test_an_answer_may_be_very_long():
+    assert math_answer("1" * 100_000) and math_answer("the answer is " + "1," * 50_000 + "x")
+
+
+@pytest.mark.parametrize(
+    "answers, winner",
+    [
+        (["a"], 0),
+        (["b", "a", "a"], 1),
+        (["a", "b", "b", "a"], 0),
+        (["", "", "a"], 2),
+        (["", ""], 0),
+        (["", "b", "a", "b", ""], 1),
+    ],
+)
+def test_majority_vote(answers, winner):
+    assert majority_vote(answers) == winner
+
+
+def test_nobody_votes():
+    with pytest.raises(ValueError, match="nobody"):
+        majority_vote([])
+
+
+@pytest.mark.parametrize("n, c", [(n, c) for n in range(1, 7) for c in range(n + 1)])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c):
+    for k in range(1, n + 1):
+        draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
+        assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
+    assert pass_at_k(n, c, 1) == pytest.approx(c / n)
+
+
+def test_pass_at_k_needs_k_samples():
+    for k in (0, 4):
+        with pytest.raises(ConfigError, match=rf"pass@{k} needs {k} samples of each problem or more, got 3"):
+            pass_at_k(3, 1, k)
+    with pytest.raises(ValueError, match="4 of 3"):
+        pass_at_k(3, 4, 1)

@@ -1,0 +1,298 @@
+"""Generated code: limits hold, tests cannot be skipped, and the formats of HumanEval and LiveCodeBench."""
+
+import base64
+import json
+import os
+import pickle
+import sys
+import time
+import zlib
+
+import pytest
+
+from dms_jax.errors import ConfigError
+from dms_jax.tasks.code_runner import Limits, generated_code, run_program, run_tests
+from dms_jax.tasks.live_code import same_output
+from dms_jax.tasks.problem import TaskOptions
+from dms_jax.tasks.registry import TASKS
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code runs on Linux only")
+SHORT = Limits(seconds=2, memory_mib=512, output_mib=1)
+
+
+def test_a_program_reads_prints_and_ends():
+    assert run_program("print(input()[::-1])", "abc\n") == ("passed", "cba\n")
+    assert run_program("print(open(0).read() == '', __name__)") == ("passed", "True __main__\n")
+    assert run_program("raise SystemExit") == ("passed", "")
+
+
+@pytest.mark.parametrize(
+    "program, verdict",
+    [
+        ("1 / 0", "failed: ZeroDivisionError: division by zero"),
+        ("def f(:", "failed: SyntaxError: invalid syntax"),
+        ("raise SystemExit(3)", "failed: exit status 3"),
+        ("import os, signal; signal.raise_signal(9)", "failed: killed by signal 9"),
+        ("x = bytearray(1 << 30)", "failed: MemoryError"),
+        ("x = []\nwhile True: x.append(bytearray(1 << 22))", "failed: MemoryError"),
+        ("while True: pass", "timed out"),
+        ("import time; time.sleep(60)", "timed out"),
+        ("while True:\n try:\n  while True: pass\n except BaseException: pass", "timed out"),
+        ("import threading, time; threading.Thread(target=time.sleep, args=(60,)).start()", "timed out"),
+        ("while True: print('x' * 9999)", "failed: OSError: [Errno 27] File too large"),
+        ("open('big', 'w').write('x' * (2 << 20))", "failed: OSError: [Errno 27] File too large"),
+        ("x = [open('/dev/null') for _ in range(100)]", "failed: OSError: [Errno 24] Too many open files: '/dev/null'"),
+    ],
+)
+def test_how_programs_end(program, verdict):
+    assert run_program(program, limits=SHORT).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import os\nwhile True: os.fork()",
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.system('true')",
+        "import os; os.execv('/bin/true', ['true'])",
+        "import os; os.kill(os.getppid(), 15)",
+        "import multiprocessing as m; m.set_start_method('spawn')\nif __name__ == '__main__': m.Process(target=print).start()",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "open({outside!r}, 'w')",
+        "open('../escaped', 'w')",
+        "import os; os.open({outside!r}, os.O_CREAT)",
+        "import os; os.chdir('/'); open({outside!r}[1:], 'a')",
+        "import os; os.remove({kept!r})",
+        "import os; os.rename({kept!r}, 'mine')",
+        "import os; os.symlink({kept!r}, 'link')",
+        "import shutil; shutil.rmtree({folder!r})",
+        "import pathlib; pathlib.Path({outside!r}).write_text('x')",
+    ],
+)
+def test_processes_the_network_and_the_files_of_others_are_refused(tmp_path, program):
+    kept = tmp_path / "kept"
+    kept.write_text("kept")
+    names = {"outside": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
+    for name, value in names.items():
+        program = program.replace(f"{{{name}!r}}", repr(value))
+    verdict = run_program(program, limits=SHORT).verdict
+    assert verdict.startswith("failed: PermissionError: generated code may not"), verdict
+    assert os.listdir(tmp_path) == ["kept"] and kept.read_text() == "kept"
+
+
+def test_its_own_folder_is_its_own_and_goes_away():
+    program = """
+import os, tempfile
+os.mkdir('a'); open('a/b', 'w').write('x'); os.rename('a/b', 'c'); os.remove('c')
+with tempfile.TemporaryDirectory() as folder: open(folder + '/x', 'w').close()
+print(os.getcwd(), dict(os.environ).keys() - {'LC_CTYPE'}, sorted(os.listdir()))
+"""
+    verdict, output = run_program(program)
+    assert verdict == "passed" and output.endswith(" set() ['a', 'program.py']\n")
+    assert not os.path.exists(output.split()[0])
+
+
+def test_nothing_of_a_program_goes_on_after_it(tmp_path):
+    """A child that ctypes starts past all refusals is killed with its group."""
+    program = "import ctypes, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(1.5)\n    print('alive', flush=True)\n    time.sleep(99)\n"
+    started = time.monotonic()
+    assert run_program(program, limits=SHORT) == ("passed", "")
+    assert time.monotonic() - started < 1.5
+
+
+def test_tests_cannot_be_skipped():
+    assert run_tests("assert 1 + 1 == 2") == "passed"
+    assert run_tests("assert 1 + 1 == 3, 'sum'") == "failed: AssertionError: sum"
+    for early in ("raise SystemExit", "import sys; sys.exit(0)", "import os; os._exit(0)", "quit()"):
+        assert run_tests(f"{early}\nassert False").startswith("failed: "), early
+
+
+HUMANEVAL = [
+    {
+        "task_id": "own/0",
+        "prompt": 'from math import inf\n\n\ndef smallest(numbers):\n    """The smallest, inf of none."""\n',
+        "canonical_solution": "    return min(numbers, default=inf)\n",
+        "test": "def check(candidate):\n    assert candidate([2, 1]) == 1\n    assert candidate([]) == float('inf')\n",
+        "entry_point": "smallest",
+    }
+]
+OWN = "def smallest(numbers):\n    return min([*numbers, inf])"
+
+
+def written(path, records):
+    path.write_text("\n".join(map(json.dumps, records)))
+    return str(path)
+
+
+@pytest.fixture
+def humaneval(tmp_path):
+    (problem,) = TASKS["humaneval"].problems(
+        TaskOptions(data=written(tmp_path / "a.jsonl", HUMANEVAL), run_code=True), len
+    )
+    return problem
+
+
+@pytest.mark.parametrize(
+    "text, score",
+    [
+        (HUMANEVAL[0]["canonical_solution"], 1),
+        ("    return min(numbers, default=inf)\n\n\ndef broken(:\n", 1),  # what comes after the function is cut
+        ("    return min(numbers, default=inf)\n```\nThat was it.", 1),
+        ("\n    best = inf\n    for n in numbers:\n        best = min(\n            best, n\n)\n    return best", 1),
+        (f"Sure:\n```python\n{OWN}\n```\nDone.", 1),
+        (f"<think>```python\nx\n```</think>```\n{OWN}\n```", 1),
+        (f"```python\n{OWN}", 1),
+        (OWN, 1),
+        ("```python\n    return min(numbers, default=inf)\n```", 1),
+        ("    return max(numbers, default=inf)", 0),
+        ("    pass", 0),
+        ("    import sys; sys.exit(0)", 0),
+        ("I cannot do this.", 0),
+        ("", 0),
+    ],
+)
+def test_humaneval(humaneval, text, score):
+    assert TASKS["humaneval"].score(humaneval, text) == score
+
+
+def test_humaneval_problems(humaneval, tmp_path):
+    assert humaneval.unit == "own/0" and humaneval.prompt == HUMANEVAL[0]["prompt"] and not humaneval.as_chat
+    with pytest.raises(ConfigError, match="line 2: the task_id 'own/0' came before"):
+        TASKS["humaneval"].problems(
+            TaskOptions(data=written(tmp_path / "twice.jsonl", HUMANEVAL * 2), run_code=True), len
+        )
+
+
+@pytest.mark.parametrize("name", ["humaneval", "code"])
+def test_code_runs_only_behind_its_flag(tmp_path, name):
+    with pytest.raises(
+        ConfigError,
+        match=f"{name} runs the programs that the model writes on this machine.*no sandbox; allow it with --run-code",
+    ):
+        TASKS[name].problems(TaskOptions(data=written(tmp_path / "a.jsonl", HUMANEVAL)), len)
+
+
+STDIN = {
+    "question_content": "Double the number.",
+    "public_test_cases": json.dumps([{"input": "2\n", "output": "4\n", "testtype": "stdin"}]),
+    "private_test_cases": base64.b64encode(
+        zlib.compress(pickle.dumps(json.dumps([{"input": "5", "output": "10", "testtype": "stdin"}])))
+    ).decode(),
+    "difficulty": "easy",
+}
+FUNCTIONAL = {
+    "question_content": "Pair them.",
+    "starter_code": "class Solution:\n    def pair(self, a: List[int], b: str):\n",
+    "public_test_cases": [{"input": '[1, 2]\n"x"', "output": '[[1, "x"], [2, "x"]]', "testtype": "functional"}],
+    "metadata": json.dumps({"func_name": "pair"}),
+}
+METHOD = "class Solution:\n    def pair(self, a: List[int], b: str):\n        print('noise')\n        return [(n, b) for n in a]"
+
+
+def live(tmp_path, record):
+    (problem,) = TASKS["code"].problems(TaskOptions(data=written(tmp_path / "a.jsonl", [record]), run_code=True), len)
+    return problem
+
+
+@pytest.mark.parametrize(
+    "record, code, score",
+    [
+        (STDIN, "print(2 * int(input()))", 1),
+        (STDIN, "def main():\n    print(2 * int(input()))\nif __name__ == '__main__':\n    main()\n    sys.exit(0)", 1),
+        (STDIN, "print(4)", 0),  # the public test only
+        (STDIN, "print(pow(2, 1, 3) * int(input()))", 1),  # the pow with three arguments
+        (STDIN, "", 0),
+        (FUNCTIONAL, METHOD, 1),
+        (FUNCTIONAL, "def pair(a, b):\n    return [[n, b] for n in a]", 1),
+        (FUNCTIONAL, METHOD.replace("(n, b)", "(b, n)"), 0),
+        (FUNCTIONAL, METHOD.replace("return", "return {1} and"), 1),
+        (FUNCTIONAL, METHOD.replace("return", "exit() or"), 0),
+        (FUNCTIONAL, "def other(a, b): return 1", 0),
+    ],
+)
+def test_live_code(tmp_path, record, code, score):
+    problem = live(tmp_path, record)
+    assert (
+        problem.as_chat
+        and record["question_content"] in problem.prompt
+        and record.get("starter_code", "") in problem.prompt
+    )
+    assert TASKS["code"].score(problem, f"```python\n{code}\n```") == score
+
+
+def test_live_code_counts_every_test(tmp_path):
+    assert [test.given for test in live(tmp_path, STDIN).tests] == ["2\n", "5"]
+    assert live(tmp_path, STDIN).groups == {"difficulty": "easy"}
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil",)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"public_test_cases": "[1]"}, "line 1: cannot read 'public_test_cases' .*a list of objects"),
+        ({"public_test_cases": "[{"}, "line 1: cannot read 'public_test_cases'"),
+        ({"private_test_cases": "%%"}, "line 1: cannot read 'private_test_cases'"),
+        (
+            {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(_Evil()))).decode()},
+            "cannot read 'private_test_cases' .*asks for",
+        ),
+        ({"public_test_cases": [{"input": "1"}]}, "line 1: its test cases are not as LiveCodeBench's .*output"),
+        ({"public_test_cases": [{"input": 1, "output": "1"}]}, "line 1: its test cases .* must be texts"),
+        (
+            {"public_test_cases": [{"input": "1", "output": "1", "testtype": "functional"}]},
+            "line 1: its test cases .*func_name",
+        ),
+        ({"public_test_cases": [], "private_test_cases": ""}, "line 1: no test under"),
+        ({"question_content": None}, "line 1: wants a text under the key 'question_content'"),
+    ],
+)
+def test_bad_test_cases(tmp_path, change, message):
+    with pytest.raises(ConfigError, match=message):
+        live(tmp_path, STDIN | change)
+    assert not os.path.exists("evil")
+
+
+def test_code_has_no_data_of_its_own():
+    with pytest.raises(ConfigError, match="--data FILE.jsonl"):
+        TASKS["code"].problems(TaskOptions(run_code=True), len)
+
+
+@pytest.mark.parametrize(
+    "output, wanted, same",
+    [
+        ("1 2\n3\n", "1  2 \n3", True),
+        ("1.0", "1", True),
+        ("0.5", ".50", True),
+        ("a b", "a\nb", False),
+        ("1", "2", False),
+        ("nan", "1", False),
+        ("Yes", "YES", False),
+        ("", "", True),
+        ("", "0", False),
+        ("1\n", "1\n2", False),
+        ("NaN", "NaN", True),
+        ("sNaN", "1", False),
+    ],
+)
+def test_same_output(output, wanted, same):
+    assert same_output(output, wanted) == same
+
+
+@pytest.mark.parametrize(
+    "text, code",
+    [
+        ("plain = 1\n", "plain = 1"),
+        ("a\n```python\nx = 1\n```\nb", "x = 1"),
+        ("```\nx\n```\nor\n```py\ny\n```", "y"),
+        ("```python\nx = 1", "x = 1"),
+        ("<think>```\nx\n```</think>```\ny\n```", "y"),
+        ("```x = 1```", "x = 1"),
+        ("", ""),
+    ],
+)
+def test_the_code_in_an_answer(text, code):
+    assert generated_code(text) == code

@@ -1,0 +1,189 @@
+import gzip
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from dms_jax.errors import ConfigError
+from dms_jax.hf.hub_dataset import open_dataset
+from dms_jax.training.data.documents import Keys, expand_paths, read_documents
+
+KEYS = Keys("text", "messages")
+CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "héllo"}]
+
+
+def read(path, keys=KEYS):
+    return [document for _, document in read_documents(str(path), keys)]
+
+
+def written(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "content, documents",
+    [
+        ("one\n\nstill one\n", ["one\n\nstill one"]),
+        ("one\n\n\ntwo\n \n\t\n\n\nthree", ["one", "two", "three"]),
+        ("one\r\n\r\n\r\ntwo\r\n", ["one", "two"]),
+        ("one\n\n\nstill one\n<|endoftext|>\ntwo\n<|endoftext|>\n", ["one\n\n\nstill one", "two"]),
+        ("a <|endoftext|> inside a line is text", ["a <|endoftext|> inside a line is text"]),
+        ("\ufeffbom", ["bom"]),
+        ("", [""]),
+    ],
+)
+def test_txt_splits_at_markers_else_at_two_blank_lines(tmp_path, content, documents):
+    assert read(written(tmp_path / "a.txt", content)) == documents
+
+
+def test_jsonl_holds_texts_and_chats(tmp_path):
+    lines = [
+        json.dumps({"text": "grüß", "id": 3}, ensure_ascii=False),
+        "",
+        json.dumps({"messages": CHAT}),
+        '{"text": ""}',
+    ]
+    path = written(tmp_path / "ä.jsonl", "\ufeff" + "\r\n".join(lines))
+    assert read(path) == ["grüß", CHAT, ""]
+    assert [where for where, _ in read_documents(str(path), KEYS)] == [f"{path}:{number}" for number in (1, 3, 4)]
+
+
+def test_gzip_reads_like_plain(tmp_path):
+    for name, content in [("a.jsonl", '{"text": "x"}\n{"text": "y"}\n'), ("a.txt", "x\n\n\ny")]:
+        plain = written(tmp_path / name, content)
+        assert read(written(tmp_path / f"{name}.gz", gzip.compress(content.encode()))) == read(plain) == ["x", "y"]
+
+
+def test_parquet_reads_like_jsonl(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"text": ["x", None, "y"], "other": [1, 2, 3]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == ["x", "", "y"]  # a null is an empty document
+    parquet.write_table(pa.table({"messages": [CHAT, CHAT[:1]]}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == [CHAT, CHAT[:1]]
+    parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet", Keys("body", "m")) == ["x"]
+    with pytest.raises(ConfigError, match=r"c.parquet has no column 'text' or 'messages'.*data.text_key.*body"):
+        read(tmp_path / "c.parquet")
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match="d.parquet: row 1: 'text' must be a string, got int"):
+        read(tmp_path / "d.parquet")
+
+
+def test_missing_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r'a.parquet needs pyarrow: pip install "dms-jax\[data\]"'):
+        read(written(tmp_path / "a.parquet", "x"))
+
+
+def test_npy_is_one_document_or_one_per_row(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6, dtype=np.uint16))
+    np.save(tmp_path / "b.npy", np.arange(6).reshape(2, 3))
+    assert [row.tolist() for row in read(tmp_path / "a.npy")] == [[0, 1, 2, 3, 4, 5]]
+    assert [row.tolist() for row in read(tmp_path / "b.npy")] == [[0, 1, 2], [3, 4, 5]]
+
+
+GOOD = b'{"text": "fine"}\n'
+BAD_FILES = {
+    "latin1.txt": ("caf\xe9".encode("latin-1"), r"latin1.txt: byte 3 \(0xe9\) is not UTF-8"),
+    "nul.txt": (b"ab\0c", r"nul.txt: byte 2 is NUL"),
+    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2: not a JSON object .*'\{\"text\": \"fine\"'"),
+    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2: not a JSON object"),
+    "list.jsonl": (GOOD + b"[1]", r"list.jsonl:2: wants an object with 'text' or 'messages'"),
+    "latin1.jsonl": (GOOD + b'{"text": "\xe9"}', r"latin1.jsonl:2: byte 10 of the line is not UTF-8"),
+    "nul.jsonl": (GOOD + rb'{"text": "a\u0000b"}', r"nul.jsonl:2: character 1 of 'text' is NUL"),
+    "surrogate.jsonl": (rb'{"text": "a\ud800b"}', r"surrogate.jsonl:1: 'text' holds half of a surrogate pair"),
+    "absent.jsonl": (GOOD + b'{"body": "x"}', r"absent.jsonl:2: no key 'text' or 'messages'.*it has 'body'"),
+    "none.jsonl": (b"{}", r"none.jsonl:1: no key .*it has none"),
+    "number.jsonl": (b'{"text": 5}', r"number.jsonl:1: 'text' must be a string, got int"),
+    "null.jsonl": (b'{"text": null}', r"null.jsonl:1: 'text' must be a string, got NoneType"),
+    "chat.jsonl": (b'{"messages": [{"role": "user"}]}', r"chat.jsonl:1: 'messages' must be a list of"),
+    "chat2.jsonl": (b'{"messages": {"role": "user", "content": "x"}}', r"chat2.jsonl:1: 'messages' must be a list of"),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:-12], r"cut.jsonl.gz is damaged or not a readable jsonl file"),
+    "flipped.jsonl.gz": (
+        gzip.compress(GOOD)[:10] + b"\xff" * 30,
+        r"flipped.jsonl.gz is damaged or not a readable jsonl file",
+    ),
+    "not.txt.gz": (b"plain text", r"not.txt.gz is damaged or not a readable txt file"),
+    "broken.parquet": (b"PAR1 but no more", r"broken.parquet is damaged or not a readable parquet file"),
+    "broken.npy": (b"\x93NUMPY then nothing", r"broken.npy is damaged or not a readable npy file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, name):
+    content, message = BAD_FILES[name]
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    with pytest.raises(ConfigError, match=message) as error:
+        read(written(tmp_path / name, content))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("array", [np.zeros((1, 1, 1), int), np.zeros(3), np.zeros(3, bool), np.array(5)])
+def test_npy_that_holds_no_ids_is_refused(tmp_path, array):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ConfigError, match="a.npy must hold integer token ids, 1-D or 2-D; it holds"):
+        read(tmp_path / "a.npy")
+
+
+def test_pickles_in_npy_are_never_run(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ConfigError, match="a.npy"):
+        read(tmp_path / "a.npy")
+
+
+def test_folders_stand_for_their_files(tmp_path):
+    (tmp_path / "sub").mkdir()
+    wanted = [written(tmp_path / name, "x") for name in ("a.txt", "b.jsonl", "sub/c.npy")]
+    for other in ("README.md", ".hidden.txt"):
+        written(tmp_path / other, "x")
+    assert expand_paths((str(tmp_path), "hf:name")) == [*map(str, wanted), "hf:name"]
+
+
+def test_paths_that_lead_nowhere(tmp_path):
+    with pytest.raises(ConfigError, match="absent.txt does not exist"):
+        expand_paths((str(tmp_path / "absent.txt"),))
+    with pytest.raises(ConfigError, match=r"a.pdf is of no known kind; give one of .txt, .*hf:NAME"):
+        expand_paths((str(written(tmp_path / "a.pdf", "x")),))
+    with pytest.raises(ConfigError, match="holds no .txt"):
+        expand_paths((str(tmp_path),))
+
+
+@pytest.mark.parametrize(
+    "name, called",
+    [
+        ("hf:org/set", ("org/set", "train")),
+        ("hf:org/set:test", ("org/set", "test")),
+        ("hf:org/set:train[:10]", ("org/set", "train[:10]")),
+        ("hf:org/set:main", ("org/set", "main", "train")),
+        ("hf:org/set:main:weird", ("org/set", "main", "weird")),
+    ],
+)
+def test_datasets_are_named_by_config_and_split(monkeypatch, name, called):
+    calls = []
+    fake = types.SimpleNamespace(
+        load_dataset=lambda *names, split: calls.append((*names, split)) or [{"text": "x"}, {"text": None}]
+    )
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    dataset = open_dataset(name)
+    assert calls == [called]
+    assert list(read_documents(name, KEYS, dataset)) == [(f"{name}: row 1", "x"), (f"{name}: row 2", "")]
+
+
+def test_datasets_that_cannot_be_loaded_are_one_line(monkeypatch):
+    def load_dataset(*names, split):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(ConfigError, match="cannot load hf:x: ConnectionError: no route to host; offline"):
+        open_dataset("hf:x")
+    with pytest.raises(ConfigError, match="NAME"):
+        open_dataset("hf:a:b:c:d")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError, match="hf:x needs the datasets package: pip install"):
+        open_dataset("hf:x")

@@ -1,0 +1,74 @@
+"""The sharding table: a run is the same on every mesh, in every mode, with KV heads that no mesh axis divides, and over processes."""
+
+import functools
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from retrofit_cases import outcome, retrofit, same_outcome, step_of
+
+TESTS = Path(__file__).parent.parent
+MODES = "adapter", "full", "borrowed"
+MESHES = (8, 1), (4, 2), (2, 4), (2, 2, 2), (1, 2, 4), (4, 1, 2)
+HEADS = {(9, 3): [(4, 2), (2, 4), (2, 2, 2)], (12, 3): [(4, 2), (2, 4), (1, 1, 8)]}  # (query heads, KV heads): meshes
+CORE = {("adapter", (2, 4)), ("full", (2, 2, 2))}  # what the default suite has time for
+CORE_HEADS = {((9, 3), (2, 2, 2))}
+
+
+@functools.cache
+def on_one_device(mode, heads=None):
+    return outcome(retrofit((1, 1), step_of(mode), **fields(heads)))
+
+
+def fields(heads):
+    return {} if heads is None else {"num_q_heads": heads[0], "num_kv_heads": heads[1]}
+
+
+def cases(table, core):
+    return [pytest.param(*case, marks=[] if case in core else [pytest.mark.slow]) for case in table]
+
+
+@pytest.mark.parametrize("mode, mesh", cases([(mode, mesh) for mode in MODES for mesh in MESHES], CORE))
+def test_a_run_is_the_same_on_every_mesh(mode, mesh):
+    same_outcome(outcome(retrofit(mesh, step_of(mode))), on_one_device(mode))
+
+
+@pytest.mark.parametrize(
+    "heads, mesh", cases([(heads, mesh) for heads, meshes in HEADS.items() for mesh in meshes], CORE_HEADS)
+)
+def test_kv_heads_that_the_devices_do_not_divide(heads, mesh):
+    same_outcome(outcome(retrofit(mesh, step_of("adapter"), **fields(heads))), on_one_device("adapter", heads))
+
+
+@pytest.mark.parametrize(
+    "mode, mesh",
+    [pytest.param("adapter", "1x2x4", id="context across processes")]
+    + [
+        pytest.param(mode, mesh, marks=pytest.mark.slow)
+        for mode in MODES
+        for mesh in ("8x1", "2x2x2", "1x8")
+        if (mode, mesh) != ("adapter", "1x2x4")
+    ],
+)
+def test_two_processes_of_four_devices(mode, mesh, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    command = [sys.executable, str(TESTS / "retrofit_worker.py"), address, "2"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
+    both = [
+        subprocess.Popen(
+            [*command, str(i), "4", mesh, mode, str(tmp_path / "found.npz")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    same_outcome(dict(np.load(tmp_path / "found.npz")), on_one_device(mode))
