@@ -1,18 +1,25 @@
-"""Eight simulated devices, before anything starts JAX."""
+"""Eight simulated devices and strict JAX before anything starts it, and a count of the collected tests that nothing falls out of."""
 
+import collections
 import gc
+import json
 import os
+from pathlib import Path
 
-os.environ.setdefault(
-    "JAX_PLATFORMS", "cpu"
-)  # also where there is a GPU, and its plugin without one would not compile for others
+# Also where there is a GPU; and its plugin on a machine without one would not compile for other hardware.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+
+COLLECTED = Path(__file__).parent / "golden" / "collected_tests.json"
+counts = pytest.StashKey[dict[str, int]]()
 
 
 @pytest.fixture
@@ -27,3 +34,53 @@ def few_mappings():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+# --- the count of collected tests, by directory, against tests/golden/collected_tests.json ---
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-collected", action="store_true", help=f"update {COLLECTED.name} to what is collected now")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects: the slow tests count too
+def pytest_collection_modifyitems(config, items):
+    root = Path(__file__).parent
+    if config.args != config.getini("testpaths"):
+        return  # somebody runs a part of the suite
+    found = collections.Counter(str(item.path.parent.relative_to(root)) for item in items)
+    config.stash[counts] = dict(sorted(found.items()))
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["collected"] = config.stash[counts]
+
+
+def pytest_testnodedown(node, error):
+    """A worker of pytest-xdist hands its count to the process that reports."""
+    if found := getattr(node, "workeroutput", {}).get("collected"):
+        node.config.stash[counts] = found
+
+
+def _fewer(found: dict[str, int], golden: dict[str, int]) -> list[str]:
+    """Each directory in which fewer tests were collected than there should be."""
+    return [f"{name}: {found.get(name, 0)} of {count}" for name, count in golden.items() if found.get(name, 0) < count]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    found = session.config.stash.get(counts, None)
+    if found is None or hasattr(session.config, "workeroutput"):
+        return
+    if session.config.getoption("--write-collected"):
+        COLLECTED.write_text(json.dumps(found, indent=1) + "\n")
+    if exitstatus == 0 and _fewer(found, json.loads(COLLECTED.read_text())):
+        session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if (found := config.stash.get(counts, None)) is None:
+        return
+    terminalreporter.write_line(f"collected, by directory: {', '.join(f'{name} {n}' for name, n in found.items())}")
+    if missing := _fewer(found, json.loads(COLLECTED.read_text())):
+        terminalreporter.write_line(
+            f"fewer tests than {COLLECTED.name} says ({'; '.join(missing)}); if they were removed on purpose, run once with --write-collected",
+            red=True,
+        )
