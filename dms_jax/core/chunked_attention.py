@@ -1,5 +1,4 @@
-"""Attention with the DMS gate in O(T) memory, forward and backward: the portable training path and the oracle of the
-kernels.
+"""Attention with the DMS gate in O(T) memory: the portable training path, and the oracle of the training kernels.
 
 score[q, k] = q.k / sqrt(H), causal and within a segment; outside the window, log_keep[k] is added.
 
@@ -114,16 +113,14 @@ def _rows_times(p, v):
 
 
 def _columns_times(p, x):
-    """Multiply transposed weights by rows: [B K G bq bk] x [B K G bq H] -> [B K bk H], fp32, summed over the group's
-    queries."""
+    """Multiply transposed weights by rows and sum over G: [B K G bq bk] x [B K G bq H] -> [B K bk H], fp32."""
     b, heads, group, block, keys = p.shape
     rows = p.reshape(b, heads, group * block, keys).astype(x.dtype), x.reshape(b, heads, group * block, -1)
     return jnp.einsum("bkrs,bkrh->bksh", *rows, preferred_element_type=jnp.float32)
 
 
 def _forward(q, k, v, log_keep, segments, window_size, block):
-    """Return the output [B K G T H] and the log-sum-exp [B K G T] of each row of scores; shapes as in
-    `with_heads_folded`."""
+    """Return the output [B K G T H] and each row's log-sum-exp [B K G T]; arguments as in `with_heads_folded`."""
     b, heads, group, t, h = q.shape
 
     def query_block(i):
@@ -156,14 +153,12 @@ def attend_in_blocks(q, k, v, log_keep, segments, window_size, block):
 
 
 def name_residuals(out: Array, logsumexp: Array) -> tuple[Array, Array]:
-    """Name output and log-sum-exp for rematerialization policies; a policy that saves both need not rerun the forward
-    pass."""
+    """Name output and log-sum-exp, so that a rematerialization policy can save both and skip the forward pass."""
     return checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
 
 
 def softmax_delta(d_out: Array, out: Array) -> Array:
-    """Return delta = rowsum(dO * O), fp32: the correction of the softmax gradient in FlashAttention (arXiv:2205.14135,
-    eq. 4)."""
+    """Return delta = rowsum(dO * O), fp32, the softmax-backward correction of FlashAttention (arXiv:2205.14135)."""
     return jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), -1)
 
 

@@ -1,5 +1,6 @@
-"""A cache of fixed capacity whose freed slots are reused. Slots are unordered: `position` and `expiry` say what each
-one holds.
+"""A cache of fixed capacity whose freed slots are reused.
+
+Slots are unordered: `position` and `expiry` say what each one holds.
 
 A slot is live at query t iff its expiry >= t. The number of live slots after token t is thus that of the mask, namely
 of pairs j <= t that are unmarked or have t - j <= window, and it never falls while tokens are appended. A new pair
@@ -39,8 +40,7 @@ OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class Expiries(NamedTuple):
-    """A policy's decisions about the T pairs of a chunk, and about the pair just before the chunk if that one was
-    pending."""
+    """A policy's decisions about the T pairs of a chunk, and about the pair just before it if that was pending."""
 
     expiry: Int[Array, "B K T"]  # the last query position that sees each pair
     score: Float[Array, "B K T"]  # how dispensable each pair is; a full buffer pushes out the highest
@@ -51,8 +51,7 @@ class Expiries(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """Slots of one layer. No field is redundant: live, free and pending follow from position, expiry and the tokens
-    seen."""
+    """The slots of one layer. Which of them are live, free or pending follows from position, expiry and tokens seen."""
 
     k: Float[Array, "B K C H"]  # after RoPE
     v: Float[Array, "B K C H"]
@@ -84,8 +83,7 @@ class HostBounds(NamedTuple):
 
 @dataclass(frozen=True)
 class CompactCache:
-    """The caches of all layers, and how many tokens each row has seen. A pytree of fixed shapes; updates return a new
-    one."""
+    """The caches of all layers, and the tokens that each row has seen. An immutable pytree: updates return a new one."""
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
     seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
@@ -140,8 +138,7 @@ def empty_layer(
 
 
 def apply_pending(layer: LayerCache, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
-    """Write the decision about the pair before the chunk, which the chunk's first token makes; rows without a token
-    make none."""
+    """Write the decision of the chunk's first token about the pair before it. A row without tokens makes none."""
     if expiries.last_expiry is None:
         return layer
     assert expiries.last_score is not None  # the two come together
@@ -160,8 +157,11 @@ def write_pairs(
     keep: Bool[Array, "B K C"],
     new: Bool[Array, "B K T"],
 ) -> LayerCache:
-    """Write pairs into free slots (stream compaction): in each head, the r-th pair of `new` goes into the r-th lowest
-    slot that is not in `keep`. There must be enough such slots."""
+    """Write pairs into free slots, by stream compaction.
+
+    In each head, the r-th pair of `new` goes into the r-th lowest slot that is not in `keep`. There must be enough of
+    these slots.
+    """
     slot = slots_of(keep, new)
     return replace(
         layer,
@@ -174,8 +174,7 @@ def write_pairs(
 
 
 def slots_of(keep: Bool[Array, "B K C"], new: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Return the slot that each pair is written to by `write_pairs`; C, which is no slot, for a pair that is not in
-    `new`."""
+    """Return the slot that `write_pairs` writes each pair to; C, which is no slot, for a pair that is not in `new`."""
     capacity, length = keep.shape[-1], new.shape[-1]
     free = _lowest(~keep, min(length, capacity))
     rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, free.shape[-1] - 1)
@@ -256,10 +255,8 @@ def victim(
 
 def _push_out(wanted, layer, position, score, now, window_size):
     """Return which of the `wanted` slots and chunk pairs [B K C+T] stay, so that no head has more than its capacity."""
-    positions, scores = (
-        jnp.concatenate([layer.position, position], axis=-1),
-        jnp.concatenate([layer.score, score], axis=-1),
-    )
+    positions = jnp.concatenate([layer.position, position], axis=-1)
+    scores = jnp.concatenate([layer.score, score], axis=-1)
 
     def too_many(alive):
         return jnp.sum(alive, axis=-1, keepdims=True) > layer.capacity

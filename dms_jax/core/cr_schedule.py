@@ -28,8 +28,7 @@ def realised_cr(nominal_cr: float, length: int, window_size: int) -> float:
 
 @typed
 def target_cr(step: int | Int[Array, ""], initial_cr: float, final_cr: float, final_step: int) -> Float[Array, ""]:
-    """Return the target ratio of a step: linear from `initial_cr` at step 0 to `final_cr` at `final_step`, then
-    constant."""
+    """Return a step's target ratio: linear from `initial_cr` at step 0 to `final_cr` at `final_step`, then constant."""
     progress = jnp.clip(jnp.asarray(step, jnp.float32) / final_step, 0.0, 1.0)
     return initial_cr + (final_cr - initial_cr) * progress
 

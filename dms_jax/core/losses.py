@@ -117,8 +117,7 @@ def _from_chunks(x: Array, length: int) -> Array:
 
 
 def _gathered(embedding: Array) -> Array:
-    """All-gather D of the output embedding [V D] once, before the loop over chunks; V stays sharded over the model
-    axis."""
+    """All-gather D of an output embedding [V D] before the loop over chunks; V stays sharded over the model axis."""
     return constrain(embedding, "vocab", None)
 
 
@@ -149,8 +148,7 @@ def distill_sum(
 
 
 def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
-    """Return (`distill_sum`, its gradient for `student`, its gradient for `student_embedding`); None for gradients not
-    asked for."""
+    """Return `distill_sum` and its gradients for `student` and `student_embedding`, each None if not asked for."""
     # Each device's part of a row becomes a row of its own, and the embeddings are gathered once.
     rows = len(student)
     student, teacher, weight = (fold_length(x) for x in (student, teacher, weight))
@@ -225,8 +223,7 @@ distill_sum.defvjp(_distill_fwd, _distill_bwd, symbolic_zeros=True)
 
 
 class TokenMetrics(NamedTuple):
-    """Metrics of each token [B T]: both KLs and both negative log-likelihoods of the next token, in nats, and argmax
-    agreement."""
+    """Metrics of each token [B T]: KLs and negative log-likelihoods of the next token in nats, and argmax agreement."""
 
     kl_teacher_student: Array
     kl_student_teacher: Array

@@ -12,8 +12,7 @@ from dms_jax.core.visibility import MASKED, is_outside_window
 def attention_scores_bias(
     log_keep: Float[Array, "B K S"], window_size: int, segment_ids: Int[Array, "B S"] | None
 ) -> Float[Array, "B K S S"]:
-    """Return what is added to the scores: `log_keep` outside the window, MASKED for the future and for other segments,
-    else 0."""
+    """Return what is added to the scores: `log_keep` outside the window, MASKED for invisible tokens, else 0."""
     position = jnp.arange(log_keep.shape[-1])
     q_pos, k_pos = position[:, None], position[None, :]
     bias = jnp.where(is_outside_window(q_pos, k_pos, window_size), log_keep[:, :, None, :], 0.0)
@@ -33,8 +32,7 @@ def reference_attention(
     window_size: int,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Return softmax(q k / sqrt(H) + bias) v, computed in fp32. `log_keep` belongs to the pair, not to the token that
-    decided."""
+    """Return softmax(q k / sqrt(H) + bias) v, in fp32. `log_keep` belongs to the pair, not to the deciding token."""
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * h**-0.5

@@ -46,8 +46,7 @@ class UnrolledDecoder:
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
     ) -> tuple[Float[Array, "B T D"], CompactCache]:
-        """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the updated
-        cache."""
+        """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
         config, policy = self.config, cache.policy
         position = cache.seen[:, None] + jnp.arange(tokens.shape[1])
         chunk = Chunk(position, count, threshold)

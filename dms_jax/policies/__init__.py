@@ -66,11 +66,17 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
 
 
 def describe(policy: CachePolicy) -> dict:
-    """Return plain values from which `restored` makes the policy again, but for what a retrofitted model learned."""
+    """Return plain values from which `restored` makes the policy again, but for what a retrofitted model learned.
+
+    Raises ConfigError for a policy that is not in `POLICIES`.
+    """
     if isinstance(policy, PromptCompression):
         return {"name": PROMPT, "method": describe(policy.method)}
-    name = next(name for name, kind in POLICIES.items() if kind is type(policy))
-    return {"name": name} if policy.is_learned else {"name": name, **asdict(policy)}  # pyrefly: ignore[bad-argument-type]  # every policy is a dataclass
+    name = next((name for name, kind in POLICIES.items() if kind is type(policy)), None)
+    if name is None:
+        raise ConfigError(f"only a policy of {', '.join(POLICIES)} can be described, got {type(policy).__name__}")
+    fields = {} if policy.is_learned else asdict(policy)  # pyrefly: ignore[bad-argument-type]  # a dataclass
+    return {"name": name, **fields}
 
 
 def restored(described: dict, config: ModelConfig) -> CachePolicy:

@@ -12,6 +12,7 @@ A method declares how many numbers it remembers for each pair (`features`) and f
 (`keep_scores`).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -82,9 +83,9 @@ class BudgetPolicy(CachePolicy):
         """At the budget, a token reads all pairs and its own, budget + 1 in total, before one of them leaves."""
         return jnp.where(live >= self.budget, self.budget + 1, live)
 
+    @abstractmethod
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
         """Score the pairs; the `budget` highest stay, the newest among equals. Scores of dead pairs are ignored."""
-        raise NotImplementedError(f"{type(self).__name__} has no keep_scores")
 
     def first_statistic(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T features"] | None:
         """Return what is remembered for new pairs with keys `k`; None for a method without `features`."""

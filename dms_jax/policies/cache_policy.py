@@ -85,8 +85,7 @@ class CachePolicy(ABC):
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
     ) -> Expiries:
-        """Decide about the pairs at `position`, of which the first `count` of each row are real, and about the pair
-        before them.
+        """Decide about the pairs at `position` and about the pair before them; the first `count` of each row are real.
 
         `logits` are the evict logits of their tokens; a learned policy evicts where a logit exceeds `threshold`.
         """
@@ -110,6 +109,5 @@ class CachePolicy(ABC):
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
     ) -> Selection | None:
-        """Return which slots and which of the chunk's pairs stay, and what to remember of them; None keeps all that
-        are live."""
+        """Return which slots and chunk pairs stay, and what to remember of them; None keeps all that are live."""
         return None
