@@ -12,7 +12,7 @@ import numpy as np
 from dms_jax.core import chunked_attention, compact_cache, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.reference_attention import reference_attention
-from dms_jax.core.rotary import turns
+from dms_jax.core.rotary import rope_cos_sin
 from dms_jax.core.visibility import NEVER, expiry_of
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.block_sizes import Blocks
@@ -230,7 +230,7 @@ def update_case(
         jax.random.normal(key, (batch, n, head_dim), dtype)
         for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
     )
-    cos, sin = turns(seen, 1e4 ** -jnp.linspace(0, 1, head_dim // 2))
+    cos, sin = rope_cos_sin(seen, 1e4 ** -jnp.linspace(0, 1, head_dim // 2))
     logit = jnp.asarray(numbers.normal(size=(batch, kv_heads)), jnp.float32)
     fixed = {"window_size": 64, "decision_shift": 1}
     inputs = (q, k, v, cos, sin, logit, layer, seen, jnp.ones(batch, jnp.int32), jnp.float32(0))

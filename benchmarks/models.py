@@ -15,7 +15,7 @@ from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import open_source, read_config, resolve
 from dms_jax.kernels.dispatch import Facts, choose
 from dms_jax.models.decoder import Decoder
-from dms_jax.models.parameters import Template, params_of
+from dms_jax.models.parameters import ModelStructure, flatten
 from dms_jax.provenance import versions
 
 WINDOW = 128  # of the policy that is added to a model without one
@@ -43,8 +43,8 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)  # refuses what cannot run
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     if mesh is not None:
-        template, params = Template(model), params_of(model)
-        model = template.merge(jax.device_put(params, template.shardings(list(params), mesh)))
+        template, params = ModelStructure(model), flatten(model)
+        model = template.build(jax.device_put(params, template.shardings(list(params), mesh)))
     return model, "random"
 
 

@@ -1,10 +1,16 @@
-"""Axis letters of the whole package, and `@typed`, which checks them.
+"""Legend of the axis letters in signatures, and `@typed`, which checks them.
 
-    B batch    T queries  S keys      N query heads   K key/value heads   G = N / K
-    H head_dim D model    F mlp       V vocabulary    L layers
+    B batch rows    T queries, or tokens of a chunk    S keys    C cache slots    L layers    V vocabulary
+    N query heads   K key/value heads                  G query heads that share a KV head, N / K
+    D model width   F MLP width                        H head_dim, `half` = H / 2 rotary channel pairs
+    R = G T         queries of one KV head as the rows of one matrix
+    P               parts of a softmax (`core.slot_attention`), or pages of a cache (`policies.quest`)
 
-Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a function is traced:
-a wrong shape is an error that names the argument, and costs nothing once compiled.
+`*A` stands for any leading axes. W is the eviction window (`window_size`), in text only: no array has an axis of its
+length.
+
+Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a function is traced: a wrong shape is
+an error that names the argument, and the check costs nothing once the function is compiled.
 """
 
 import jax
@@ -14,6 +20,6 @@ from jaxtyping import jaxtyped
 
 Array = jax.Array | np.ndarray  # what callers may pass; results are jax arrays
 typed = jaxtyped(typechecker=beartype)
-EXACT = (
-    jax.lax.Precision.HIGHEST
-)  # for fp32 statistics written as a product, where a backend would multiply in fewer bits
+# Full precision for fp32 statistics that are written as a matrix product; accelerators would multiply in fewer bits by
+# default.
+EXACT = jax.lax.Precision.HIGHEST

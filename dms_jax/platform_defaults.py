@@ -17,9 +17,7 @@ class PlatformDefaults:
     prefill_chunk: int  # tokens per prefill chunk; scores of a chunk against itself are [B N chunk chunk]
     attention_block: int  # keys per block of training attention; a block's scores stay in a CPU core's cache
     slot_block: int  # cache slots per block of decode attention; a block's keys and values stay in a CPU core's cache
-    one_block_decode: (
-        bool  # read all slots in one block when decoding: on a GPU each further block is another kernel launch
-    )
+    loop_free_decode: bool  # decode without loops over slots: a GPU asks the host whether each further iteration runs
     capacity_multiple: int  # cache capacities are rounded up to a multiple of it, as the platform's kernels require
     unroll_layers: (
         bool  # keep each layer's weights apart for decoding: XLA on a CPU copies a layer out of a stacked array

@@ -1,4 +1,4 @@
-"""One mesh, one table. Code speaks in logical axes; the table says which mesh axes carry them."""
+"""One mesh and one table: code names logical axes, and the table says which mesh axes split them."""
 
 import contextlib
 import math
@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from dms_jax.axes import Array
 from dms_jax.errors import ConfigError
 
-# "data" carries rows, "model" is tensor parallelism over heads, MLP channels and the vocabulary, "context" carries the length of rows.
-# Parameters are fully sharded over data and context together.
+# "data" splits the rows of a batch. "model" is tensor parallelism over heads, MLP channels and the vocabulary.
+# "context" splits the length of rows. Parameters are fully sharded over data and context together.
 MESH_AXES = ("data", "model", "context")
 LOGICAL_TO_MESH = {
     "batch": ("data",),
@@ -23,22 +23,24 @@ LOGICAL_TO_MESH = {
     "vocab": ("model",),
     "q_heads": ("model",),
     "kv_heads": ("model",),
-    "heads": ("model", "context"),  # of attention over whole rows
+    "heads": ("model", "context"),  # heads inside training attention, where each device holds whole rows of some heads
     "length": ("context",),
-    "sequence": (
-        "context",
-        "model",
-    ),  # the length between products: those mesh axes that no other axis of the array has taken
-    "rows": ("data", "context"),  # parts of rows as rows of their own: `fold_length`
-    "pieces": ("data", "context", "model"),
+    # Sequence-parallel activations between matmuls: T uses those of these mesh axes that no other array axis uses.
+    "sequence": ("context", "model"),
+    # `fold_length` makes each device's part of a row a row of its own; "rows" leaves the model axis to the vocabulary.
+    "row_parts": ("data", "context", "model"),
+    "rows": ("data", "context"),
     "head_dim": (),
     "layers": (),
 }
 
 
 def target_device() -> tuple[str, str]:
-    """Platform ("cpu", "gpu", "tpu") and kind of the devices that the program being traced is for: those of the mesh that is set,
-    which may be hardware that is not here, else this process's own."""
+    """Return the platform ("cpu", "gpu", "tpu") and the kind of the devices that the program being traced will run on.
+
+    These are the devices of the mesh under `jax.set_mesh`, which may be hardware that is not here, or else this
+    process's own.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.devices()[0]
@@ -46,7 +48,7 @@ def target_device() -> tuple[str, str]:
 
 
 def mesh_of(x: Array) -> contextlib.AbstractContextManager:
-    """The context in which to compute with a sharded `x`: its own mesh, unless one is set already or it lies on one device."""
+    """Return a context that sets the mesh of a sharded `x`, unless a mesh is already set or `x` lies on one device."""
     mesh = getattr(getattr(x, "sharding", None), "mesh", None)
     if isinstance(mesh, Mesh) and mesh.size > 1 and jax.sharding.get_abstract_mesh().empty:
         return jax.set_mesh(mesh)
@@ -54,39 +56,47 @@ def mesh_of(x: Array) -> contextlib.AbstractContextManager:
 
 
 def parse_mesh(text: str) -> tuple[int, ...]:
-    """`8x1` -> (8, 1): data x model; `2x2x2` -> (2, 2, 2): data x model x context. Raises ConfigError."""
+    """Parse the sizes of a mesh: "8x1" (data x model) or "2x2x2" (data x model x context). Raises ConfigError."""
     try:
         sizes = tuple(int(part) for part in str(text).lower().split("x"))
     except ValueError:
         sizes = ()
     if len(sizes) not in (2, 3):
-        raise ConfigError(f"mesh wants DATAxMODEL or DATAxMODELxCONTEXT, e.g. 8x1 or 2x2x2; got {text!r}")
+        raise ConfigError(f"mesh must be DATAxMODEL or DATAxMODELxCONTEXT, e.g. 8x1 or 2x2x2, got {text!r}")
     if min(sizes) < 1:
-        raise ConfigError(f"all sides of a mesh are at least 1; got {text!r}")
+        raise ConfigError(f"every side of a mesh must be at least 1, got {text!r}")
     return sizes
 
 
 def make_mesh(*sizes: int) -> Mesh:
-    """The device mesh data x model (x context) over all devices of all processes. Raises ConfigError when they are not as many."""
+    """Make the mesh data x model (x context) over all devices of all processes.
+
+    Raises ConfigError unless the product of `sizes` is their number.
+    """
     devices = jax.devices()
     if math.prod(sizes) != len(devices):
         raise ConfigError(
             f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, this job has {len(devices)} "
-            f"({devices[0].device_kind}). Use --mesh {len(devices)}x1"
+            f"({devices[0].device_kind}); use --mesh {len(devices)}x1"
         )
-    # On a TPU the last axes become neighbours in its network; elsewhere devices come in order, hosts along the first axis.
+    # On a TPU, devices along the last axes are neighbors in its network. Elsewhere devices keep their order, with
+    # hosts along the first axis.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(grid), MESH_AXES[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-    """The partition of one array. A misspelt axis is a KeyError; one that its mesh axes do not divide is split by those of them that do,
-    or replicated (3 KV heads on a 2-way model axis), and `replicated_axes` says so to the user."""
+    """Return the partition of an array of `shape` whose logical axes are `axes` (None: not split).
+
+    An axis is split over those of its mesh axes that divide it evenly; if none does, it is replicated (3 KV heads on a
+    model axis of 2), and `replicated_axes` tells the user. A misspelled axis is a KeyError.
+    """
     parts: list[tuple[str, ...]] = [()] * len(axes)
     taken: set[str] = set()
-    for i in sorted(range(len(axes)), key=lambda i: axes[i] == "sequence"):  # last, of what is left
+    # "sequence" comes last, because it takes the mesh axes that the others left.
+    for i in sorted(range(len(axes)), key=lambda i: axes[i] == "sequence"):
         left = shape[i]
-        for name in _carriers(axes[i], mesh):
+        for name in _mesh_axes_of(axes[i], mesh):
             if name not in taken and left % mesh.shape[name] == 0:
                 left //= mesh.shape[name]
                 parts[i] += (name,)
@@ -94,27 +104,28 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
     return P(*(None if not names else names[0] if len(names) == 1 else names for names in parts))
 
 
-def _carriers(axis: str | None, mesh) -> tuple[str, ...]:
-    """The axes that this mesh has of those that carry `axis`."""
+def _mesh_axes_of(axis: str | None, mesh) -> tuple[str, ...]:
+    """Return the mesh axes that split the logical `axis`, without those that this mesh does not have."""
     return () if axis is None else tuple(name for name in LOGICAL_TO_MESH[axis] if name in mesh.shape)
 
 
-def ways(axis: str, mesh=None) -> int:
-    """How many devices share an axis that can be split at will, under `jax.set_mesh` or on `mesh`."""
+def num_shards(axis: str, mesh=None) -> int:
+    """Return how many shards a logical axis that divides evenly has, on `mesh` or on that of `jax.set_mesh`."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return math.prod(mesh.shape[name] for name in _carriers(axis, mesh))
+    return math.prod(mesh.shape[name] for name in _mesh_axes_of(axis, mesh))
 
 
 def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Return `spec(axes, shape, mesh)` as a sharding of `mesh`."""
     return NamedSharding(mesh, spec(axes, shape, mesh))
 
 
 def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
-    """What of `sizes` (logical axis -> size) cannot be split over all devices that should share it, as sentences."""
+    """Return a sentence for each of `sizes` (logical axis -> size) that does not divide over all its devices."""
     found = []
     for axis, size in sizes.items():
-        names = _carriers(axis, mesh)
-        if size % ways(axis, mesh):
+        names = _mesh_axes_of(axis, mesh)
+        if size % num_shards(axis, mesh):
             used = spec((axis,), (size,), mesh)[0]
             state = "is replicated" if used is None else f"is split by the {used} axis only"
             over = " x ".join(f"{name} axis of {mesh.shape[name]}" for name in names)
@@ -123,7 +134,7 @@ def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pin an intermediate array to its logical axes under `jax.set_mesh`; without a mesh it is the identity."""
+    """Fix the sharding of an intermediate array by its logical axes; without `jax.set_mesh`, return it as it is."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -132,8 +143,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def reshard(x: Array, axes: tuple[str | None, ...], back: tuple[str | None, ...]) -> Array:
-    """`constrain` to `axes`, and the gradient to `back`. `constrain` alone pins the gradient to where the value is: a weight that was
-    gathered would have its whole gradient summed on every device before each keeps its part."""
+    """Constrain a value to `axes` and its gradient to `back`.
+
+    `constrain` alone would give the gradient the sharding of the value: for a weight that was gathered, every device
+    would sum the whole gradient before it keeps its own part.
+    """
     return constrain(x, *axes)
 
 
@@ -142,31 +156,34 @@ reshard.defvjp(
 )
 
 
-def to_split(x: Array, axis: str, size: int) -> Array:
-    """x [B T D], split by its length, as a product with weights that are split along `axis`, of `size`, wants it: from all devices that
-    share those weights. Where they cannot be shared each device keeps to its own part of the length."""
-    size = size if ways(axis) > 1 else 0
-    if not size or size % ways(axis):
+def gather_for_matmul(x: Array, axis: str, size: int) -> Array:
+    """Prepare x [B T D], sharded along T, for a matmul with weights that are sharded along their `axis` of `size`.
+
+    T is all-gathered over the devices that hold those shards. If `size` does not divide evenly, the weights are
+    replicated, so `x` stays as it is and each device multiplies its own part of T.
+    """
+    size = size if num_shards(axis) > 1 else 0
+    if not size or size % num_shards(axis):
         return x
     return reshard(x, ("batch", "length", None), ("batch", "sequence", None))
 
 
 def fold_length(x: Array) -> Array:
-    """[B T ...] -> [B*n T/n ...]: the part of a row that each of n devices holds as a row of its own, axis "pieces". A loop over the
-    length then runs on all devices at once."""
+    """Reshape [B T ...] to [B*n T/n ...], whose first axis is "row_parts".
+
+    The part of a row on each of n devices becomes a row of its own, so that a loop over the length runs on all devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     split = spec(("batch", "sequence"), x.shape[:2], mesh)[1] if not mesh.empty else None
     if split is None:
         return x
     n = math.prod(mesh.shape[name] for name in ((split,) if isinstance(split, str) else split))
     x = x.reshape(x.shape[0], n, x.shape[1] // n, *x.shape[2:])
-    return constrain(x.reshape(-1, *x.shape[2:]), "pieces", *(None,) * (x.ndim - 2))
+    return constrain(x.reshape(-1, *x.shape[2:]), "row_parts", *(None,) * (x.ndim - 2))
 
 
 def unfold_length(x: Array, rows: int) -> Array:
-    """The inverse of `fold_length`: as many rows as there were."""
-    return (
-        constrain(x.reshape(rows, -1, *x.shape[2:]), "batch", "sequence", *(None,) * (x.ndim - 2))
-        if len(x) != rows
-        else x
-    )
+    """Undo `fold_length` for an array that had `rows` rows before it."""
+    if len(x) == rows:
+        return x
+    return constrain(x.reshape(rows, -1, *x.shape[2:]), "batch", "sequence", *(None,) * (x.ndim - 2))

@@ -10,7 +10,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import CompactCache
 from dms_jax.engine.decode_layout import stacked
 from dms_jax.engine.decoding import extend_rows, init_cache
-from dms_jax.models.parameters import Template, abstract_model, params_of, placed
+from dms_jax.models.parameters import ModelStructure, abstract_model, flatten, with_shardings
 from dms_jax.sharding import named_sharding
 
 
@@ -32,9 +32,9 @@ def lower_extend(
     config: ModelConfig, cache: CompactCache, mesh: Mesh, length: int = 1, dtype: jnp.dtype = jnp.bfloat16
 ) -> jax.stages.Lowered:
     """A decode step, or a prefill chunk of `length` tokens, that returns the logits after it and the cache, whose memory it reuses."""
-    template = Template(model := abstract_model(config, dtype))
+    template = ModelStructure(model := abstract_model(config, dtype))
     names = list(template.variables)
-    params = placed(params_of(model), template.shardings(names, mesh))
+    params = with_shardings(flatten(model), template.shardings(names, mesh))
 
     def shape(
         *dims: int, dtype: jnp.dtype = jnp.int32, axes: tuple[str | None, ...] = ("batch", None)
@@ -42,7 +42,7 @@ def lower_extend(
         return jax.ShapeDtypeStruct(dims, dtype, sharding=named_sharding(axes[: len(dims)], dims, mesh))
 
     def step(params, cache, tokens, count, threshold, last):
-        return extend_rows(stacked(template.merge(params)), cache, tokens, count, threshold, last)
+        return extend_rows(stacked(template.build(params)), cache, tokens, count, threshold, last)
 
     rows = cache.batch_size
     last = shape(rows, config.vocab_size, dtype=jnp.float32, axes=("batch", "vocab"))

@@ -1,4 +1,5 @@
-"""Pure arrays in, arrays out: who sees whom, the compact cache, reference attention, losses, sampling.
+"""Pure functions on arrays: which query sees which pair, the compact cache, reference attention, losses, sampling.
 
-Begin with `visibility` (the one rule) and `eviction` (from logits to decisions); `compact_cache` applies both.
+Begin with `visibility` (the one rule) and `eviction` (from logits to decisions); `compact_cache` and `slot_attention`
+apply both.
 """

@@ -1,9 +1,20 @@
-"""A cache of fixed capacity whose freed slots are used again. Slots are unordered: `position` and `expiry` say what each one is.
+"""A cache of fixed capacity whose freed slots are reused.
 
-A slot is live at query t iff its expiry >= t, so the count after token t is that of the mask: #{j <= t : unmarked, or
-t - j <= window}. That count never falls while tokens are appended, hence a new pair takes the lowest slot that is free,
-live slots stay 0..n-1 of each head, and nothing is ever shifted (arXiv:2506.05345; Model-Optimizer `cache_paged.py`).
-The functions here do not know why a pair leaves: a policy hands them a `Expiries`.
+Slots are unordered: `position` and `expiry` say what each one holds.
+
+A slot is live at query t iff its expiry >= t. The number of live slots after token t is thus that of the mask, namely
+of pairs j <= t that are unmarked or have t - j <= window, and it never falls while tokens are appended. A new pair
+therefore takes the lowest free slot, the live slots of a head remain 0..n-1, and nothing is ever shifted
+(arXiv:2506.05345; Model-Optimizer `cache_paged.py`). The functions here do not know why a pair leaves: a policy tells
+them in its `Expiries` and `Selection`.
+
+Each chunk goes through three stages in `slot_attention.extend_layer`. For example, with a window of 2, token 5 arrives:
+
+    slot                  0      1      2      3
+    position              0      4      2      3     pairs 1 and 2 are marked: expiry 3 and 4; pair 4 is not decided yet
+    1. apply_pending             e=6                 token 5 evicts pair 4 (decision_shift 1): its expiry becomes 4 + 2
+    2. attend             live   live   -      live  query 5 sees the slots with expiry >= 5, and its own pair
+    3. append                           5            slot 2 is the lowest free one
 """
 
 from collections.abc import Callable
@@ -19,28 +30,28 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.core.visibility import NEVER, is_outside_window
 from dms_jax.errors import ConfigError
-from dms_jax.sharding import target_device
+from dms_jax.platform_defaults import platform_defaults
 
-EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so the rule alone hides it
-GONE = jnp.iinfo(jnp.int32).min  # expiry of such a slot: earlier than any query
+EMPTY = NEVER  # position of an empty slot: later than any query, so the rule alone hides it
+NEVER_VISIBLE = jnp.iinfo(jnp.int32).min  # expiry of an empty slot: earlier than any query
 
 Overflow = Literal["evict", "raise", "grow"]
 OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class Expiries(NamedTuple):
-    """What a policy says about the T pairs of a chunk, and about the pair just before it when its decision was pending."""
+    """A policy's decisions about the T pairs of a chunk, and about the pair just before it if that was pending."""
 
     expiry: Int[Array, "B K T"]  # the last query position that sees each pair
-    score: Float[Array, "B K T"]  # how much the policy wants each pair gone; a full buffer pushes out the highest
-    last_expiry: Int[Array, "B K"] | None  # None: nothing was pending
+    score: Float[Array, "B K T"]  # how dispensable each pair is; a full buffer pushes out the highest
+    last_expiry: Int[Array, "B K"] | None  # of the pair before the chunk; None: it was not pending
     last_score: Float[Array, "B K"] | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer. No field is redundant: live, free and pending follow from position, expiry and the tokens seen."""
+    """The slots of one layer. Which of them are live, free or pending follows from position, expiry and tokens seen."""
 
     k: Float[Array, "B K C H"]  # after RoPE
     v: Float[Array, "B K C H"]
@@ -48,36 +59,37 @@ class LayerCache:
     expiry: Int[Array, "B K C"]
     score: Float[Array, "B K C"]  # fp32
     forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
-    statistic: Float[Array, "B K C F"] | None = None  # what the policy remembers of each pair; None: it needs nothing
+    statistic: Float[Array, "B K C features"] | None = None  # numbers that the policy remembers for each pair
 
     @property
     def capacity(self) -> int:
+        """Slots per row and KV head."""
         return self.k.shape[2]
 
 
 class Selection(NamedTuple):
-    """What a policy that ranks pairs says after a chunk about the slots and the chunk's pairs, in this order."""
+    """The choice of a policy that ranks pairs, after a chunk, among the slots and the chunk's pairs, in this order."""
 
     kept: Bool[Array, "B K C+T"]
-    statistic: Float[Array, "B K C+T F"] | None
+    statistic: Float[Array, "B K C+T features"] | None
 
 
 class HostBounds(NamedTuple):
     """Upper bounds that the host keeps without reading the device."""
 
-    seen: int  # of all rows
-    live: tuple[int, ...]  # per layer, of all rows and heads
+    seen: int  # tokens of any row
+    live: tuple[int, ...]  # for each layer, live pairs of any row and head
 
 
 @dataclass(frozen=True)
 class CompactCache:
-    """All layers, and how many tokens each row has seen. A pytree of fixed shapes; updates return a new one."""
+    """The caches of all layers, and the tokens that each row has seen. An immutable pytree: updates return a new one."""
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
-    seen: Int[Array, "B"]  # tokens of each row so far; the next one has this position
-    policy: Any  # a `CachePolicy`, which this layer does not know; hashable, part of the program
+    seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
+    policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
     overflow: Overflow = "evict"
-    bounds: HostBounds | None = None  # no part of the pytree; None: not known
+    bounds: HostBounds | None = None  # not part of the pytree; None: unknown
 
     @property
     def batch_size(self) -> int:
@@ -85,12 +97,12 @@ class CompactCache:
 
     @property
     def capacities(self) -> tuple[int, ...]:
-        """Slots per row and KV head, layer by layer."""
+        """Slots per row and KV head of each layer."""
         return tuple(layer.capacity for layer in self.layers)
 
     @property
     def live_counts(self) -> Int[Array, "L B K"]:
-        """Pairs that the last query of each row could see."""
+        """Pairs that the last query of each row sees."""
         return jnp.stack(
             [jnp.sum(layer.expiry >= self.seen[:, None, None] - 1, axis=-1, dtype=jnp.int32) for layer in self.layers]
         )
@@ -102,7 +114,7 @@ class CompactCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of all arrays, book-keeping included."""
+        """Memory of all arrays, including the bookkeeping."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
@@ -112,13 +124,13 @@ jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "o
 def empty_layer(
     batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype, features: int = 0
 ) -> LayerCache:
-    """A layer that has seen nothing; its policy remembers `features` numbers of each pair."""
+    """Make a layer that has seen no token; its policy remembers `features` numbers for each pair."""
     slots = (batch, kv_heads, capacity)
     return LayerCache(
         k=jnp.zeros((*slots, head_dim), dtype),
         v=jnp.zeros((*slots, head_dim), dtype),
         position=jnp.full(slots, EMPTY, jnp.int32),
-        expiry=jnp.full(slots, GONE, jnp.int32),
+        expiry=jnp.full(slots, NEVER_VISIBLE, jnp.int32),
         score=jnp.zeros(slots, jnp.float32),
         forced_evictions=jnp.zeros(slots[:2], jnp.int32),
         statistic=jnp.zeros((*slots, features), jnp.float32) if features else None,
@@ -126,7 +138,7 @@ def empty_layer(
 
 
 def apply_pending(layer: LayerCache, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
-    """Write the decision about the pair before the chunk, which its first token makes; rows with no token decide nothing."""
+    """Write the decision of the chunk's first token about the pair before it. A row without tokens makes none."""
     if expiries.last_expiry is None:
         return layer
     assert expiries.last_score is not None  # the two come together
@@ -142,12 +154,15 @@ def write_pairs(
     position: Int[Array, "B K T"],
     expiry: Int[Array, "B K T"],
     score: Float[Array, "B K T"],
-    stays: Bool[Array, "B K C"],
-    comes: Bool[Array, "B K T"],
+    keep: Bool[Array, "B K C"],
+    new: Bool[Array, "B K T"],
 ) -> LayerCache:
-    """Stream compaction: of each head, the r-th pair that `comes` goes into the r-th lowest slot that does not hold one that
-    `stays`. There must be enough of those."""
-    slot = slots_of(stays, comes)
+    """Write pairs into free slots, by stream compaction.
+
+    In each head, the r-th pair of `new` goes into the r-th lowest slot that is not in `keep`. There must be enough of
+    these slots.
+    """
+    slot = slots_of(keep, new)
     return replace(
         layer,
         k=_write(layer.k, k, slot),
@@ -158,12 +173,12 @@ def write_pairs(
     )
 
 
-def slots_of(stays: Bool[Array, "B K C"], comes: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Where each pair goes; no slot, `C`, for one that does not come."""
-    capacity, length = stays.shape[-1], comes.shape[-1]
-    free = _lowest(~stays, min(length, capacity))
-    rank = jnp.clip(jnp.cumsum(comes, axis=-1) - 1, 0, free.shape[-1] - 1)
-    return jnp.where(comes, jnp.take_along_axis(free, rank, axis=-1), capacity)
+def slots_of(keep: Bool[Array, "B K C"], new: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
+    """Return the slot that `write_pairs` writes each pair to; C, which is no slot, for a pair that is not in `new`."""
+    capacity, length = keep.shape[-1], new.shape[-1]
+    free = _lowest(~keep, min(length, capacity))
+    rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, free.shape[-1] - 1)
+    return jnp.where(new, jnp.take_along_axis(free, rank, axis=-1), capacity)
 
 
 def _write(old: Array, new: Array, slot: Int[Array, "B K T"]) -> Array:
@@ -182,19 +197,20 @@ def append(
     selection: Selection | None = None,
     write_pairs: Callable[..., LayerCache] = write_pairs,
 ) -> LayerCache:
-    """Put the first `count` pairs of a chunk into free slots, but not those that have expired by its last query, nor those
-    that a ranking policy's `selection` leaves out.
+    """Write the first `count` pairs of a chunk into free slots, except those that have expired by the chunk's last
+    query or that the `selection` of a ranking policy leaves out.
 
-    When a head wants more than its capacity, `victim` says who goes until the rest fits; each one is counted.
+    If a head then holds more pairs than its capacity, `victim` names one after the other to leave until the rest fits.
+    Those are counted in `forced_evictions`.
     """
     capacity, length = layer.capacity, k.shape[2]
-    now = seen + count - 1  # of each row: the last query
+    now = seen + count - 1  # position of each row's last query
     position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], expiries.expiry.shape)
     if selection is None:
         wanted = alive_pairs(layer, expiries.expiry, now, count)
     else:
         wanted = selection.kept
-        layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, GONE))
+        layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, NEVER_VISIBLE))
         if selection.statistic is not None:
             layer = replace(layer, statistic=selection.statistic[:, :, :capacity])
     kept = _push_out(wanted, layer, position, expiries.score, now, window_size)
@@ -204,7 +220,7 @@ def append(
     )
     statistic = layer.statistic
     if selection is not None and selection.statistic is not None:
-        assert statistic is not None  # a policy that remembers something has room for it
+        assert statistic is not None  # a policy that remembers something was given room for it by `empty_layer`
         slot = slots_of(kept[..., :capacity], kept[..., capacity:])
         statistic = _write(statistic, selection.statistic[:, :, capacity:], slot)
     return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
@@ -213,9 +229,9 @@ def append(
 def alive_pairs(
     layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]
 ) -> Bool[Array, "B K C+T"]:
-    """Which slots, and which of a chunk's pairs after them, the last query of each row could see."""
-    coming = (jnp.arange(expiry.shape[-1]) < count[:, None])[:, None] & (expiry >= now[:, None, None])
-    return jnp.concatenate([layer.expiry >= now[:, None, None], coming], axis=-1)
+    """Return which slots, and after them which of a chunk's pairs, the last query of each row sees."""
+    new = (jnp.arange(expiry.shape[-1]) < count[:, None])[:, None] & (expiry >= now[:, None, None])
+    return jnp.concatenate([layer.expiry >= now[:, None, None], new], axis=-1)
 
 
 @typed
@@ -226,8 +242,11 @@ def victim(
     now: Int[Array, "B"],
     window_size: int,
 ) -> Int[Array, "B K"]:
-    """THE overflow rule: of the pairs outside the window the one with the highest score, the oldest among equals; only when
-    all are inside, the oldest of those."""
+    """Return which of S pairs leaves a head that overflows: THE overflow rule.
+
+    It is the pair outside the window with the highest score, and the oldest among equals. If all pairs are inside the
+    window, it is the oldest of all.
+    """
     outside = alive & is_outside_window(now[:, None, None], jnp.where(alive, position, 0), window_size)
     score = jnp.where(outside, score, -jnp.inf)
     first = jnp.where(outside.any(-1, keepdims=True), outside & (score == score.max(-1, keepdims=True)), alive)
@@ -235,11 +254,9 @@ def victim(
 
 
 def _push_out(wanted, layer, position, score, now, window_size):
-    """Which of the slots and of the chunk's pairs [B K C+T] stay, so that no head has more than its capacity."""
-    positions, scores = (
-        jnp.concatenate([layer.position, position], axis=-1),
-        jnp.concatenate([layer.score, score], axis=-1),
-    )
+    """Return which of the `wanted` slots and chunk pairs [B K C+T] stay, so that no head has more than its capacity."""
+    positions = jnp.concatenate([layer.position, position], axis=-1)
+    scores = jnp.concatenate([layer.score, score], axis=-1)
 
     def too_many(alive):
         return jnp.sum(alive, axis=-1, keepdims=True) > layer.capacity
@@ -248,25 +265,22 @@ def _push_out(wanted, layer, position, score, now, window_size):
         leaves = jnp.arange(alive.shape[-1]) == victim(alive, positions, scores, now, window_size)[..., None]
         return alive & ~(leaves & too_many(alive))
 
-    if (
-        score.shape[-1] == 1 and target_device()[0] == "gpu"
-    ):  # at most one too many; a loop would ask the host whether there is
+    if score.shape[-1] == 1 and platform_defaults().loop_free_decode:  # at most one pair is too many
         return one_less(wanted)
     return lax.while_loop(lambda alive: jnp.any(too_many(alive)), one_less, wanted)
 
 
 def _lowest(free: Bool[Array, "B K C"], number: int) -> Int[Array, "B K number"]:
-    """The `number` lowest free slots, in order; what follows the last free one is arbitrary."""
+    """Return the `number` lowest free slots in order; entries after the last free slot are arbitrary."""
     if number == 1:
         return jnp.argmax(free, axis=-1)[..., None]
     count, rank = jnp.cumsum(free, axis=-1, dtype=jnp.int32), jnp.arange(1, number + 1, dtype=jnp.int32)
-    return jax.vmap(jax.vmap(lambda count: jnp.searchsorted(count, rank, method="scan_unrolled")))(
-        count
-    )  # cheaper than a sort
+    search = lambda count: jnp.searchsorted(count, rank, method="scan_unrolled")  # cheaper than a sort
+    return jax.vmap(jax.vmap(search))(count)
 
 
 def grown(layer: LayerCache, capacity: int) -> LayerCache:
-    """The same pairs in a larger buffer."""
+    """Copy a layer into a larger buffer of `capacity` slots."""
     batch, kv_heads, old, head_dim = layer.k.shape
     features = 0 if layer.statistic is None else layer.statistic.shape[-1]
     empty = empty_layer(batch, kv_heads, capacity - old, head_dim, layer.k.dtype, features)
@@ -276,26 +290,28 @@ def grown(layer: LayerCache, capacity: int) -> LayerCache:
 
 
 def fork(cache: CompactCache, chains: int) -> CompactCache:
-    """Every row `chains` times over, copies of a row next to each other: one prompt, many continuations."""
+    """Repeat every row `chains` times, copies of a row next to each other, to continue one prompt in many ways."""
     if chains < 1:
-        raise ConfigError(f"fork wants at least 1 chain, got {chains}")
+        raise ConfigError(f"the number of chains must be at least 1, got {chains}")
     return jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache)
 
 
 def row_compression_ratios(cache: CompactCache) -> np.ndarray:
-    """Per row: tokens seen / mean live pairs over layers and heads; 1 for a row that has seen nothing."""
+    """Return each row's tokens seen / mean live pairs over layers and heads; 1 for a row that has seen nothing."""
     live, seen = np.asarray(cache.live_counts, np.float64), np.asarray(cache.seen, np.float64)
     return np.where(seen > 0, seen / np.maximum(live.mean(axis=(0, 2)), 1e-9), 1.0)
 
 
 def compression_ratio(cache: CompactCache) -> float:
-    """Realised compression: mean tokens seen / mean live pairs over layers, rows and heads, a ratio of means, >= 1.
-    Model-Optimizer `cache.py`, `get_cr`."""
+    """Return the realised compression ratio, >= 1: mean tokens seen / mean live pairs over layers, rows and heads.
+
+    It is a ratio of means, as in Model-Optimizer `cache.py`, `get_cr`.
+    """
     live = np.asarray(cache.live_counts, np.float64).mean()
     return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0
 
 
 def nominal_compression_ratio(cache: CompactCache) -> float:
-    """What compression would be without a window: mean tokens seen / mean pairs that are never to leave, >= 1."""
+    """Return the compression ratio without the window, >= 1: mean tokens seen / mean pairs that will never leave."""
     staying = np.mean([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
     return float(np.asarray(cache.seen, np.float64).mean() / staying) if staying else float("inf")

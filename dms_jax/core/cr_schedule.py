@@ -1,4 +1,5 @@
-"""step -> target compression ratio -> target evicted fraction. Model-Optimizer `engine.py:222-246`."""
+"""Schedules of a retrofit: step -> target compression ratio -> target evicted fraction. Model-Optimizer
+`engine.py:222-246`."""
 
 from typing import overload
 
@@ -13,25 +14,31 @@ def evict_fraction(cr: float) -> float: ...
 @overload
 def evict_fraction(cr: Array) -> Array: ...
 def evict_fraction(cr):
-    """1 - 1/cr: the fraction of decisions that evict at a nominal compression ratio `cr` >= 1."""
+    """Return 1 - 1/cr, the fraction of decisions that evict at a nominal compression ratio `cr` >= 1."""
     return 1.0 - 1.0 / cr
 
 
 def realised_cr(nominal_cr: float, length: int, window_size: int) -> float:
-    """What a nominal ratio amounts to after `length` tokens when decisions do not depend on the position: the last
-    window_size + 1 pairs are always there."""
+    """Return the realised compression ratio after `length` tokens at a nominal one.
+
+    The last window_size + 1 pairs are always live; decisions are assumed not to depend on the position.
+    """
     return length / (length - evict_fraction(nominal_cr) * max(0, length - 1 - window_size))
 
 
 @typed
 def target_cr(step: int | Int[Array, ""], initial_cr: float, final_cr: float, final_step: int) -> Float[Array, ""]:
-    """Linear from `initial_cr` at step 0 to `final_cr` at `final_step`, constant afterwards."""
+    """Return a step's target ratio: linear from `initial_cr` at step 0 to `final_cr` at `final_step`, then constant."""
     progress = jnp.clip(jnp.asarray(step, jnp.float32) / final_step, 0.0, 1.0)
     return initial_cr + (final_cr - initial_cr) * progress
 
 
 @typed
 def borrowed_channel_scale(step: int | Int[Array, ""], ramp_steps: int) -> Float[Array, ""]:
-    """What the borrowed query channel is multiplied by while it is freed: 1 at step 0, 0 from `ramp_steps` on, linear in
-    between. Applied in the forward pass, never to the weight, which would compound (Megatron-LM `dmc.py`)."""
+    """Return the factor of the borrowed query channel while it is being freed: 1 at step 0, falling linearly to 0 at
+    `ramp_steps`.
+
+    The factor applies in the forward pass. Applied to the weight, it would compound from step to step (Megatron-LM
+    `dmc.py`).
+    """
     return jnp.clip(1.0 - jnp.asarray(step, jnp.float32) / max(ramp_steps, 1), 0.0, 1.0)

@@ -1,4 +1,4 @@
-"""From raw eviction scores to gates. Pure arrays; fp32 throughout. Equations: DMS, arXiv:2506.05345; Model-Optimizer `core.py`."""
+"""From raw eviction scores to gates, all in fp32. Equations: DMS, arXiv:2506.05345; Model-Optimizer `core.py`."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from dms_jax.axes import Array, typed
 
 @typed
 def evict_logits(raw: Float[Array, "*A"], scale: float, bias: float) -> Float[Array, "*A"]:
-    """The decision score; > 0 means evict. `bias` is subtracted, so an untrained head (raw = 0) keeps everything."""
+    """Return decision scores; > 0 evicts. `bias` is subtracted, so an untrained head (raw = 0) keeps everything."""
     return scale * raw.astype(jnp.float32) - bias
 
 
 @typed
 def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Array, "B K T"]:
-    """ "head": each KV head decides for itself; "layer": head 0 decides for all."""
+    """Apply the granularity: "head" lets each KV head decide for itself, "layer" lets head 0 decide for all."""
     return jnp.broadcast_to(decision[:, :1], decision.shape) if granularity == "layer" else decision
 
 
@@ -23,7 +23,10 @@ def share_heads(decision: Float[Array, "B K T"], granularity: str) -> Float[Arra
 def decide(
     logits: Float[Array, "B K T"], granularity: str, threshold: float | Float[Array, ""] = 0.0
 ) -> Bool[Array, "B K T"]:
-    """Each token's hard decision: evict iff its logit exceeds the threshold. 0 is what training aimed at; a higher one keeps more."""
+    """Return each token's hard decision: evict iff its logit exceeds the threshold.
+
+    Training aims at a threshold of 0; a higher one keeps more.
+    """
     return share_heads(logits, granularity) > threshold
 
 
@@ -36,27 +39,32 @@ def logistic_noise(
     num_kv_heads: int,
     length: int,
 ) -> Float[Array, "{num_layers} B {num_kv_heads} {length}"]:
-    """The difference of two Gumbels, a function of (seed, step, example, layer) alone: the same on any mesh, for any
-    number of hosts and of gradient-accumulation steps."""
+    """Draw logistic noise (the difference of two Gumbel variables) as a function of (seed, step, example, layer) alone.
+
+    It is therefore the same on any mesh, for any number of hosts, and for any number of gradient-accumulation steps.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
 
-    def of(layer, example):
+    def draw(layer, example):
         return jax.random.logistic(
             jax.random.fold_in(jax.random.fold_in(key, example), layer), (num_kv_heads, length), jnp.float32
         )
 
-    return jax.vmap(lambda layer: jax.vmap(lambda example: of(layer, example))(examples))(jnp.arange(num_layers))
+    return jax.vmap(lambda layer: jax.vmap(lambda example: draw(layer, example))(examples))(jnp.arange(num_layers))
 
 
 @typed
 def relax(logits: Float[Array, "B K T"], noise: Float[Array, "B K T"], tau: float) -> Float[Array, "B K T"]:
-    """z: the noisy, tempered logit. `sigmoid(z)` is the relaxed decision; attention uses z itself (`log_keep`)."""
+    """Return z, the noisy logit divided by the temperature.
+
+    `sigmoid(z)` is the relaxed decision; attention uses `log_keep(z)`.
+    """
     return (logits + noise) / tau
 
 
 @typed
 def straight_through(z: Float[Array, "*A"]) -> Float[Array, "*A"]:
-    """0/1 forward, the gradient of sigmoid(z) backward. Only the compression loss sees it; attention stays soft."""
+    """Return 0 or 1 with the gradient of sigmoid(z). Only the compression loss uses it; attention stays soft."""
     soft = jax.nn.sigmoid(z)
     return jax.lax.stop_gradient((z > 0).astype(z.dtype) - soft) + soft
 
@@ -65,8 +73,11 @@ def straight_through(z: Float[Array, "*A"]) -> Float[Array, "*A"]:
 def align_to_pairs(
     decision: Float[Array, "*A T"] | Bool[Array, "*A T"], shift: int, undecided: float | bool
 ) -> Float[Array, "*A T"] | Bool[Array, "*A T"]:
-    """THE decision shift: entry t becomes the decision about pair t. With shift 1 token t+1 decides pair t and the last
-    pair is still `undecided`; with shift 0 a token decides about itself."""
+    """Shift decisions of tokens so that entry t is the decision about pair t: THE place where `decision_shift` acts.
+
+    With shift 1, token t+1 decides about pair t, and the last pair is still `undecided`. With shift 0, each token
+    decides about its own pair.
+    """
     if shift == 0:
         return decision
     return jnp.concatenate([decision[..., 1:], jnp.full_like(decision[..., :1], undecided)], axis=-1)
@@ -74,14 +85,17 @@ def align_to_pairs(
 
 @typed
 def log_keep(z: Float[Array, "B K T"]) -> Float[Array, "B K T"]:
-    """log(1 - sigmoid(z)), the score a relaxed eviction adds outside the window. Finite gradient for any z."""
+    """Return log(1 - sigmoid(z)), which is added to scores outside the window. Its gradient is finite for any z."""
     return jax.nn.log_sigmoid(-z)
 
 
 @typed
 def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array, "{length}"]:
-    """Which tokens of a row decide about a pair that can still leave within the row. The reference counts the others too:
-    they can be marked at no cost, so they dilute the loss."""
+    """Return which tokens of a row decide about a pair that can still leave within the row.
+
+    The reference counts the other tokens in its compression loss as well. They can be marked at no cost, so they
+    dilute the loss.
+    """
     pair_can_leave = jnp.arange(length) < length - 1 - window_size
     if decision_shift == 0:
         return pair_can_leave
@@ -90,7 +104,7 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
 
 @typed
 def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
-    """Pairs a cache still holds after a row of T tokens: those unmarked, or within the window of the last query."""
+    """Count the live pairs after a row of T tokens: those that are unmarked, or within the window of the last query."""
     length = evict.shape[-1]
     marked = align_to_pairs(evict, decision_shift, False)
     recent = jnp.arange(length) >= length - 1 - window_size

@@ -1,10 +1,13 @@
-"""Distillation and compression losses. The order of a KL is in its name; Model-Optimizer's "forward KL" is `kl_student_teacher`.
+"""Distillation and compression losses.
 
-`distill_sum` works from hidden states in chunks of tokens, so neither pass holds a [B, T, V] array: the forward pass already
-forms the gradient of each chunk (softmaxes are at hand there), and the backward pass only scales it.
+The order of a KL is in its name; what Model-Optimizer calls "forward KL" is `kl_student_teacher`.
 
-Under a mesh all devices walk through their own parts of rows at once. Those of the model axis share the vocabulary: they exchange a chunk's
-hidden states and the gradient of these. The output embedding is gathered over the other axes once, not for each chunk.
+`distill_sum` works from hidden states in chunks of tokens, so neither pass holds a [B, T, V] array. The forward pass
+has the softmaxes at hand and already forms the gradient of each chunk; the backward pass only scales it.
+
+Under a mesh, every device loops over its own parts of rows. Devices along the model axis share the vocabulary: for
+each chunk they exchange its hidden states and the gradient of these. The output embedding is gathered over the other
+axes once.
 """
 
 import math
@@ -16,22 +19,21 @@ import jax.numpy as jnp
 from jaxtyping import Float, Int, Shaped
 
 from dms_jax.axes import EXACT, Array, typed
-from dms_jax.sharding import constrain, fold_length, unfold_length, ways
+from dms_jax.sharding import constrain, fold_length, num_shards, unfold_length
 
 CHUNK = 256  # tokens of a row (under a mesh: of each device's part of it) whose logits exist at a time
-ORDERS = ("student_teacher", "teacher_student")
 
 
-def _normaliser(logits: Array) -> Array:
+def _logsumexp(logits: Array) -> Array:
     return jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class _Softmax(NamedTuple):
-    """exp(logits - top) and its sum; `log_total` is the normaliser."""
+    """Unnormalized softmax: exp(logits - max), its sum over the last axis, and the log-sum-exp of the logits."""
 
     weight: Array
     total: Array
-    log_total: Array
+    logsumexp: Array
 
 
 def _softmax(logits: Array) -> _Softmax:
@@ -42,15 +44,18 @@ def _softmax(logits: Array) -> _Softmax:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Sum over the last axis, kept. As a product and not a reduction: XLA's CPU compiler is five times faster at it."""
+    """Return sum(a * b) over the last axis, which is kept. XLA on a CPU is five times faster at it as a product."""
     return jnp.einsum("...v,...v->...", a, b, precision=EXACT)[..., None]
 
 
 def _kl(p: Array, q: Array) -> Array:
-    """KL(p || q) over the last axis, nats, from fp32 logits. Never forms log-probabilities: they are as large as the logits,
-    and writing them out costs three times the arithmetic."""
+    """Return KL(p || q) over the last axis, in nats, from fp32 logits.
+
+    Log-probabilities are never formed: they are as large as the logits, and writing them out costs three times the
+    arithmetic.
+    """
     soft = _softmax(p)
-    return (_dot(soft.weight, p - q) / soft.total - soft.log_total + _normaliser(q))[..., 0]
+    return (_dot(soft.weight, p - q) / soft.total - soft.logsumexp + _logsumexp(q))[..., 0]
 
 
 def _mean(values: Array, mask: Array) -> Array:
@@ -62,7 +67,7 @@ def _mean(values: Array, mask: Array) -> Array:
 def kl_student_teacher(
     student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
 ) -> Float[Array, ""]:
-    """KL(student || teacher), nats per unmasked token; 0 when all are masked. The reference's distillation loss."""
+    """Return KL(student || teacher), the reference's loss, in nats per unmasked token; 0 if all are masked."""
     return _mean(_kl(student_logits.astype(jnp.float32), teacher_logits.astype(jnp.float32)), mask)
 
 
@@ -70,7 +75,7 @@ def kl_student_teacher(
 def kl_teacher_student(
     student_logits: Float[Array, "B T V"], teacher_logits: Float[Array, "B T V"], mask: Shaped[Array, "B T"]
 ) -> Float[Array, ""]:
-    """KL(teacher || student), nats per unmasked token; 0 when all are masked."""
+    """Return KL(teacher || student) in nats per unmasked token; 0 if all are masked."""
     return _mean(_kl(teacher_logits.astype(jnp.float32), student_logits.astype(jnp.float32)), mask)
 
 
@@ -82,10 +87,13 @@ def compression_loss(
     scope: str = "global",
     counted: Shaped[Array, "*#B T"] | None = None,
 ) -> Float[Array, ""]:
-    """max(0, target - mean evict), averaged over examples: one-sided, so going further costs nothing.
+    """Return max(0, target - mean evict), averaged over examples. It is one-sided: evicting more than the target costs
+    nothing.
 
-    `scope` says over what the mean is taken: "global" (layers, heads and tokens of an example, the reference), "layer" or
-    "head" (each must reach the target by itself). `counted` leaves tokens out of the mean (padding, `decidable`).
+    Args: evict: each token's decision, 0 or 1. target_fraction: the fraction of decisions that should evict. scope:
+      what the mean is taken over: "global" (layers, heads and tokens of an example, as in the reference), "layer" or
+      "head" (each layer or head must reach the target by itself). counted: the tokens that enter the mean; None counts
+      all. Leave out padding, and tokens that are not `decidable`.
     """
     weight = jnp.ones((1, evict.shape[-1])) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
     per_head = (
@@ -96,24 +104,25 @@ def compression_loss(
 
 
 def _in_chunks(x: Array, chunk: int) -> Array:
-    """[B T ...] -> [T/chunk, B, chunk, ...], padded with zeros."""
+    """Cut [B T ...] into [T/chunk, B, chunk, ...], padded with zeros."""
     b, t = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -t % chunk)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(b, -1, chunk, *x.shape[2:]), 1, 0)
 
 
 def _from_chunks(x: Array, length: int) -> Array:
+    """Undo `_in_chunks` for rows of `length` tokens."""
     n, b, chunk = x.shape[:3]
     return jnp.moveaxis(x, 0, 1).reshape(b, n * chunk, *x.shape[3:])[:, :length]
 
 
-def _whole(embedding: Array) -> Array:
-    """The output embedding [V D] as a loop over chunks needs it: each device has all channels of its part of the vocabulary."""
+def _gathered(embedding: Array) -> Array:
+    """All-gather D of an output embedding [V D] before the loop over chunks; V stays sharded over the model axis."""
     return constrain(embedding, "vocab", None)
 
 
 def _logits(hidden: Array, embedding: Array) -> Array:
-    """fp32 [rows chunk V] of what `_in_chunks` cut."""
+    """Return the fp32 logits [rows chunk V] of one chunk of hidden states [rows chunk D]."""
     logits = jnp.einsum(
         "bcd,vd->bcv", constrain(hidden, "rows", None, None), embedding, preferred_element_type=jnp.float32
     )
@@ -130,22 +139,25 @@ def distill_sum(
     order: str = "student_teacher",
     chunk: int = CHUNK,
 ) -> Float[Array, ""]:
-    """Sum of weight * KL over tokens, from final-normed hidden states and output embeddings; nats.
+    """Return the sum over tokens of weight * KL, in nats, from final-normed hidden states and output embeddings.
 
-    `order` "student_teacher" is KL(student || teacher). Gradients reach the student's hidden states and embedding only.
+    `order` is "student_teacher" for KL(student || teacher), or "teacher_student". `chunk` is the number of tokens of
+    each row whose logits exist at a time. Gradients reach the student's hidden states and embedding only.
     """
     return _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, False, False)[0]
 
 
 def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
+    """Return `distill_sum` and its gradients for `student` and `student_embedding`, each None if not asked for."""
+    # Each device's part of a row becomes a row of its own, and the embeddings are gathered once.
     rows = len(student)
     student, teacher, weight = (fold_length(x) for x in (student, teacher, weight))
-    student_embedding, teacher_embedding = _whole(student_embedding), _whole(teacher_embedding)
+    student_embedding, teacher_embedding = _gathered(student_embedding), _gathered(teacher_embedding)
     chunk = min(chunk, student.shape[1])
-    # Each device adds up its own part of the embedding's gradient; they are added to each other once, at the end.
-    parts = math.gcd(ways("rows"), len(student))
+    # Each device sums its own part of the embedding's gradient; the parts are added once, after the loop.
+    parts = math.gcd(num_shards("rows"), len(student))
 
-    def body(carry, inputs):
+    def one_chunk(carry, inputs):
         total, d_embedding = carry
         hidden, teacher_hidden, w = inputs
         s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
@@ -160,7 +172,7 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
                 d_logits = soft.weight / soft.total - soft_t.weight / soft_t.total
             d_logits = constrain((d_logits * w[..., None]).astype(hidden.dtype), "rows", None, "vocab")
             d_hidden = jnp.einsum("bcv,vd->bcd", d_logits, student_embedding, preferred_element_type=jnp.float32)
-            d_hidden = constrain(d_hidden, "pieces", None, None)
+            d_hidden = constrain(d_hidden, "row_parts", None, None)
             if grad_embedding:
                 split = lambda x: x.reshape(parts, -1, *x.shape[1:])
                 part = jnp.einsum(
@@ -172,20 +184,16 @@ def _distill(student, teacher, student_embedding, teacher_embedding, weight, ord
                 d_embedding += constrain(part, "rows", "vocab", None)
         return (total + jnp.sum(kl * w), d_embedding), d_hidden
 
-    zero = (
-        constrain(jnp.zeros((parts, *student_embedding.shape), jnp.float32), "rows", "vocab", None)
-        if grad_embedding
-        else None
-    )
+    zero = None
+    if grad_embedding:
+        zero = constrain(jnp.zeros((parts, *student_embedding.shape), jnp.float32), "rows", "vocab", None)
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, weight))
-    (total, d_embedding), d_hidden = jax.lax.scan(body, (jnp.zeros((), jnp.float32), zero), chunks)
+    (total, d_embedding), d_hidden = jax.lax.scan(one_chunk, (jnp.zeros((), jnp.float32), zero), chunks)
     if d_embedding is not None:
         d_embedding = constrain(d_embedding.sum(0), "vocab", "embed")
-    return (
-        total,
-        None if d_hidden is None else unfold_length(_from_chunks(d_hidden, student.shape[1]), rows),
-        d_embedding,
-    )
+    if d_hidden is not None:
+        d_hidden = unfold_length(_from_chunks(d_hidden, student.shape[1]), rows)
+    return total, d_hidden, d_embedding
 
 
 def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight, order, chunk):
@@ -197,9 +205,8 @@ def _distill_fwd(student, teacher, student_embedding, teacher_embedding, weight,
     total, d_hidden, d_embedding = _distill(
         student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding
     )
-    like = tuple(
-        jnp.zeros((), x.dtype) for x in (student, student_embedding)
-    )  # carries the dtypes to the backward pass
+    # Residuals of a custom_vjp are arrays, so empty ones carry the dtypes to the backward pass.
+    like = tuple(jnp.zeros((), x.dtype) for x in (student, student_embedding))
     return total, (d_hidden, d_embedding, like)
 
 
@@ -216,7 +223,7 @@ distill_sum.defvjp(_distill_fwd, _distill_bwd, symbolic_zeros=True)
 
 
 class TokenMetrics(NamedTuple):
-    """Per token [B T]: both KLs and both negative log-likelihoods of the next token in nats, and whether the argmax agrees."""
+    """Metrics of each token [B T]: KLs and negative log-likelihoods of the next token in nats, and argmax agreement."""
 
     kl_teacher_student: Array
     kl_student_teacher: Array
@@ -234,19 +241,21 @@ def token_metrics(
     next_tokens: Int[Array, "B T"],
     chunk: int = CHUNK,
 ) -> TokenMetrics:
-    """How far two models are apart at every token, in chunks."""
+    """Compare student and teacher at every token, in chunks of `chunk` tokens; hidden states are final-normed."""
     rows = len(student)
     student, teacher, next_tokens = (fold_length(x) for x in (student, teacher, next_tokens))
-    student_embedding, teacher_embedding = _whole(student_embedding), _whole(teacher_embedding)
+    student_embedding, teacher_embedding = _gathered(student_embedding), _gathered(teacher_embedding)
     chunk = min(chunk, student.shape[1])
 
-    def one(inputs):
+    def one_chunk(inputs):
         hidden, teacher_hidden, target = inputs
         s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
-        # As a sum: looking up one entry would gather the logits of all devices that share the vocabulary.
+        # A masked sum, because looking up one entry would gather the logits of all devices that share the vocabulary.
         at_target = jnp.arange(s.shape[-1]) == target[..., None]
-        student_nll, teacher_nll = (_normaliser(x)[..., 0] - jnp.sum(jnp.where(at_target, x, 0.0), -1) for x in (s, t))
+        student_nll, teacher_nll = (_logsumexp(x)[..., 0] - jnp.sum(jnp.where(at_target, x, 0.0), -1) for x in (s, t))
         return TokenMetrics(_kl(t, s), _kl(s, t), student_nll, teacher_nll, s.argmax(-1) == t.argmax(-1))
 
     chunks = tuple(_in_chunks(x, chunk) for x in (student, teacher, next_tokens))
-    return TokenMetrics(*(unfold_length(_from_chunks(x, student.shape[1]), rows) for x in jax.lax.map(one, chunks)))
+    return TokenMetrics(
+        *(unfold_length(_from_chunks(x, student.shape[1]), rows) for x in jax.lax.map(one_chunk, chunks))
+    )

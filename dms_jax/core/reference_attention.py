@@ -1,4 +1,4 @@
-"""Dense grouped-query attention that materialises every score: the oracle of the chunked path and of every kernel."""
+"""Dense grouped-query attention that materializes every score: the oracle of the chunked path and of every kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from dms_jax.core.visibility import MASKED, is_outside_window
 def attention_scores_bias(
     log_keep: Float[Array, "B K S"], window_size: int, segment_ids: Int[Array, "B S"] | None
 ) -> Float[Array, "B K S S"]:
-    """What is added to the scores: 0 where visible, `log_keep` outside the window, MASKED for the future and for other segments."""
+    """Return what is added to the scores: `log_keep` outside the window, MASKED for invisible tokens, else 0."""
     position = jnp.arange(log_keep.shape[-1])
     q_pos, k_pos = position[:, None], position[None, :]
     bias = jnp.where(is_outside_window(q_pos, k_pos, window_size), log_keep[:, :, None, :], 0.0)
@@ -32,7 +32,7 @@ def reference_attention(
     window_size: int,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k / sqrt(H) + bias) v, fp32. `log_keep` belongs to the pair, not to the deciding token."""
+    """Return softmax(q k / sqrt(H) + bias) v, in fp32. `log_keep` belongs to the pair, not to the deciding token."""
     b, t, n, h = q.shape
     grouped = q.reshape(b, t, k.shape[2], -1, h).astype(jnp.float32)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k.astype(jnp.float32)) * h**-0.5

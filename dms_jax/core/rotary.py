@@ -1,4 +1,5 @@
-"""Rotary position embedding, Hugging Face's rotate-half order: channel i turns with channel i + H/2. Su et al., arXiv:2104.09864."""
+"""Rotary position embedding in Hugging Face's rotate-half order: channels i and i + H/2 are a pair. Su et al.,
+arXiv:2104.09864."""
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -7,19 +8,19 @@ from dms_jax.axes import Array, typed
 
 
 @typed
-def turns(
+def rope_cos_sin(
     position: Int[Array, "*A"], frequency: Float[Array, "half"]
 ) -> tuple[Float[Array, "*A half"], Float[Array, "*A half"]]:
-    """Cosine and sine of position * frequency, fp32."""
+    """Return cosine and sine of position * frequency, fp32."""
     angle = position[..., None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 @typed
-def rotate(
+def apply_rope(
     x: Float[Array, "*A H"], cos: Float[Array, "*#A half"], sin: Float[Array, "*#A half"]
 ) -> Float[Array, "*A H"]:
-    """Channel pairs (i, i + H/2) turned, in fp32, result in the dtype of x."""
+    """Rotate the channel pairs (i, i + H/2) in fp32; the result has the dtype of x."""
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1).astype(x.dtype)
 
@@ -28,6 +29,6 @@ def rotate(
 def rope(
     x: Float[Array, "B T heads H"], position: Int[Array, "#B T"], frequency: Float[Array, "half"]
 ) -> Float[Array, "B T heads H"]:
-    """Each token turned by its position."""
-    cos, sin = turns(position[:, :, None], frequency)
-    return rotate(x, cos, sin)
+    """Rotate the vector of each token by its position."""
+    cos, sin = rope_cos_sin(position[:, :, None], frequency)
+    return apply_rope(x, cos, sin)

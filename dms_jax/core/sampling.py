@@ -1,7 +1,7 @@
-"""From logits to the next token, row by row: a row's draw depends on its own key and logits only, never on its neighbours.
+"""From logits to the next token, row by row: a row's draw depends on its own key and logits only.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Numbers are traced, so changing one
-compiles nothing; `SamplingMode` says which parts exist at all.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Their values are traced, so
+changing one compiles nothing; `SamplingMode` says which of these steps the program contains.
 """
 
 from dataclasses import dataclass
@@ -16,34 +16,40 @@ from dms_jax.axes import Array, typed
 
 @dataclass(frozen=True)
 class SamplingMode:
-    """Which parts of the program are there: static. Sorting the vocabulary costs more than a small model's step."""
+    """The steps that the program contains. Sorting the vocabulary alone costs more than a small model's decode step."""
 
     greedy: bool = True
-    sorts: bool = False  # top-k or top-p
-    penalises: bool = False
+    sorts: bool = False  # for top-k or top-p
+    penalizes: bool = False  # for the repetition penalty
 
 
 class SamplingNumbers(NamedTuple):
-    """Numbers of one call; each is off at the value named."""
+    """Sampling parameters of one call; at its default, each has no effect."""
 
     temperature: float | Float[Array, ""] = 1.0
-    top_k: int | Int[Array, ""] = 0  # 0
-    top_p: float | Float[Array, ""] = 1.0  # 1
-    min_p: float | Float[Array, ""] = 0.0  # 0
-    repetition_penalty: float | Float[Array, ""] = 1.0  # 1
+    top_k: int | Int[Array, ""] = 0
+    top_p: float | Float[Array, ""] = 1.0
+    min_p: float | Float[Array, ""] = 0.0
+    repetition_penalty: float | Float[Array, ""] = 1.0
 
 
 @typed
-def penalise(
+def penalize(
     logits: Float[Array, "B V"], used: Bool[Array, "B V"], penalty: float | Float[Array, ""]
 ) -> Float[Array, "B V"]:
-    """Tokens that a row has `used` become less likely: positive logits / penalty, negative ones * penalty (CTRL, arXiv:1909.05858)."""
+    """Make the tokens that a row has `used` less likely: positive logits / penalty, negative ones * penalty.
+
+    Source: CTRL, arXiv:1909.05858.
+    """
     return jnp.where(used, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 @typed
 def allowed(logits: Float[Array, "B V"], numbers: SamplingNumbers, sorts: bool) -> Bool[Array, "B V"]:
-    """Which tokens top-k, top-p and min-p leave, for logits that are already divided by the temperature; the best always stays."""
+    """Return the tokens that pass top-k, top-p and min-p; the best token always passes.
+
+    Logits are already divided by the temperature. Without `sorts`, only min-p applies.
+    """
     keep = logits >= logits.max(-1, keepdims=True) + jnp.log(numbers.min_p)
     if not sorts:
         return keep
@@ -51,9 +57,9 @@ def allowed(logits: Float[Array, "B V"], numbers: SamplingNumbers, sorts: bool) 
     rank = jnp.arange(logits.shape[-1])
     in_k = (rank < numbers.top_k) | (numbers.top_k <= 0)
     weights = jax.nn.softmax(jnp.where(in_k, ordered, -jnp.inf), axis=-1)
-    # The smallest set whose mass reaches top_p: a token stays if the mass before it has not reached it yet.
-    stays = in_k & ((jnp.cumsum(weights, axis=-1) - weights < numbers.top_p) | (numbers.top_p >= 1.0))
-    lowest = jnp.min(jnp.where(stays | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
+    # Top-p keeps the smallest set whose mass reaches top_p: a token passes if the mass before it has not reached it.
+    passes = in_k & ((jnp.cumsum(weights, axis=-1) - weights < numbers.top_p) | (numbers.top_p >= 1.0))
+    lowest = jnp.min(jnp.where(passes | (rank == 0), ordered, jnp.inf), axis=-1, keepdims=True)
     return keep & (logits >= lowest)
 
 
@@ -65,11 +71,11 @@ def sample(
     numbers: SamplingNumbers,
     mode: SamplingMode,
 ) -> Int[Array, "B"]:
-    """The next token of each row. Greedy takes the best after the repetition penalty; `keys` [B] are then not used."""
+    """Return the next token of each row; greedy takes the best after the repetition penalty and ignores `keys`."""
     logits = logits.astype(jnp.float32)
-    if mode.penalises:
-        assert used is not None  # `penalises` says that the caller counts them
-        logits = penalise(logits, used, numbers.repetition_penalty)
+    if mode.penalizes:
+        assert used is not None  # a caller that asks for the penalty tracks them
+        logits = penalize(logits, used, numbers.repetition_penalty)
     if mode.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / numbers.temperature
@@ -79,5 +85,5 @@ def sample(
 
 @typed
 def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:
-    """log p of each row's token under the model itself: temperature 1, nothing cut."""
+    """Return log p of each row's token under the model itself: temperature 1, all tokens allowed."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), tokens[:, None], axis=-1)[:, 0]

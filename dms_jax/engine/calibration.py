@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
-import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
@@ -15,6 +12,7 @@ from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.eviction import decidable
 from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import jitted
 
 WIDEST = 1e6  # beyond any logit
 Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits of some rows that decide under it
@@ -35,9 +33,9 @@ def calibrate(
         )
     if tokens.ndim != 2 or not tokens.size:
         raise ConfigError(f"calibrate wants tokens of shape [rows, length]; got {list(tokens.shape)}")
-    graph, weights = nnx.split(model)
+    scores = jitted(model, "hard_scores")
     return threshold_for(
-        lambda threshold: np.asarray(_scores(graph, weights, tokens, np.float32(threshold))),
+        lambda threshold: np.asarray(scores(tokens, None, np.float32(threshold))),
         dms,
         target_cr,
         tolerance,
@@ -86,10 +84,3 @@ def _between(ordered: np.ndarray, number: int) -> float:
     if number >= len(ordered):
         return float(ordered[-1]) - 1.0
     return float(ordered[number - 1] + ordered[number]) / 2
-
-
-@partial(jax.jit, static_argnames="graph")
-def _scores(
-    graph: nnx.GraphDef, weights: nnx.State, tokens: Int[Array, "B T"], threshold: Float[Array, ""]
-) -> Float[Array, "L B K T"]:
-    return nnx.merge(graph, weights).hard_scores(tokens, None, threshold)

@@ -1,8 +1,9 @@
-"""A decoder laid out for decoding: the layers one after the other, each with a cache of its own capacity.
+"""A decoder laid out for decoding: layers run one after the other, each with a cache of its own capacity.
 
-On a CPU, XLA copies a layer's weights out of a stacked array before it multiplies by them: three times the memory traffic of
-a step that does nothing else (measured: 0.26 s sliced, 0.08 s scanned, 0.03 s as separate arrays). There the layers are
-separated once and kept as long as the model. Accelerators read a slice in place, so there the stack stays as it is.
+On a CPU, XLA copies a layer's weights out of a stacked array before it multiplies by them, which triples the memory
+traffic of a decode step (measured: 0.26 s sliced, 0.08 s scanned, 0.03 s as separate arrays). On a CPU the layers are
+therefore separated once, and kept as long as the model. Accelerators read a slice in place, so the layers stay stacked
+there.
 """
 
 import weakref
@@ -16,22 +17,22 @@ from jaxtyping import Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.models.attention_layer import Chunk, channel_scale
+from dms_jax.core.slot_attention import Chunk
+from dms_jax.models.attention_layer import channel_scale
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import rms_norm, rope_frequencies
-from dms_jax.sharding import target_device
+from dms_jax.platform_defaults import platform_defaults
 
-_separated: weakref.WeakKeyDictionary = (
-    weakref.WeakKeyDictionary()
-)  # model -> (its weights, the same as UnrolledDecoder)
+# model -> (its weights when they were separated, the UnrolledDecoder made of them)
+_separated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class UnrolledDecoder:
-    """Arrays and structure of a Decoder; a pytree, so it is an argument of jitted functions."""
+    """Arrays and structure of a Decoder. It is a pytree, so jitted functions take it as an argument."""
 
-    layers: tuple[nnx.State, ...] | nnx.State  # one by one, or stacked [L, ...]
+    layers: tuple[nnx.State, ...] | nnx.State  # separate, or stacked [L, ...]
     embed: Float[Array, "V D"]
     final_norm: Float[Array, "D"]
     head: Float[Array, "V D"]
@@ -45,20 +46,21 @@ class UnrolledDecoder:
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
     ) -> tuple[Float[Array, "B T D"], CompactCache]:
-        """Final-normed hidden states [B T D] of a chunk whose first `count` tokens continue each row, and the cache after it."""
+        """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
         config, policy = self.config, cache.policy
         position = cache.seen[:, None] + jnp.arange(tokens.shape[1])
         chunk = Chunk(position, count, threshold)
         frequency, channel = rope_frequencies(config), channel_scale(config)
         x, layers = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], []
         for index, layer_cache in enumerate(cache.layers):
-            block = nnx.merge(self.graph, self._layer(index))
+            block = nnx.merge(self.graph, self._layer(index))  # as in the scan of `models.decoder`
             x, layer_cache = block.extend(x, layer_cache, policy, chunk, channel, frequency)
             layers.append(layer_cache)
         hidden = rms_norm(x, self.final_norm, config.rms_norm_eps)
         return hidden, replace(cache, layers=tuple(layers), seen=cache.seen + count)
 
     def logits(self, hidden: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
+        """Return the logits of final-normed hidden states, fp32."""
         return jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
 
     def _layer(self, index: int) -> nnx.State:
@@ -66,7 +68,7 @@ class UnrolledDecoder:
 
 
 def stacked(model: Decoder) -> UnrolledDecoder:
-    """The model with its layers in one array each."""
+    """Return the model with its layers stacked, one array for each parameter."""
     graph, layers = nnx.split(model.layers)
     return UnrolledDecoder(
         layers, model.embed[...], model.final_norm[...], model.output_embedding(), graph, model.config
@@ -74,18 +76,18 @@ def stacked(model: Decoder) -> UnrolledDecoder:
 
 
 def unrolled(model: Decoder) -> UnrolledDecoder:
-    """The model as it is now: weights that were replaced since the last call are noticed."""
+    """Return the model in the layout that decodes fastest on this platform.
+
+    Separated layers are kept for the next call, and separated again if weights of the model were replaced since.
+    """
     whole = stacked(model)
-    if target_device()[0] != "cpu":
+    if not platform_defaults().unroll_layers:
         return whole
-    weights = jax.tree.leaves(whole)
-    held = _separated.get(model)
-    if held is None or held[1].config != whole.config or any(a is not b for a, b in zip(held[0], weights, strict=True)):
-        _separated[model] = held = (
-            weights,
-            replace(whole, layers=tuple(_take(whole.layers, index) for index in range(model.config.num_layers))),
-        )
-    return held[1]
+    weights, kept = jax.tree.leaves(whole), _separated.get(model)
+    if kept is None or kept[1].config != whole.config or any(a is not b for a, b in zip(kept[0], weights, strict=True)):
+        layers = tuple(_take(whole.layers, index) for index in range(model.config.num_layers))
+        _separated[model] = kept = weights, replace(whole, layers=layers)
+    return kept[1]
 
 
 @jax.jit

@@ -19,7 +19,7 @@ from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, policy_of
-from dms_jax.policies.keep_all import EVERYTHING
+from dms_jax.policies.cache_policy import UNBOUNDED
 from dms_jax.sharding import mesh_of, target_device
 
 CHUNK = {"cpu": 256}  # tokens per prefill chunk, by backend: scores of a chunk against itself are [B N chunk chunk]
@@ -63,7 +63,7 @@ def init_cache(
         raise ConfigError("give either dense=True or a policy, not both")
     policy = policy_of(config, "dense" if dense else policy)
     limits = policy.slot_bounds()
-    overflow = overflow or ("evict" if limits.max is None and limits.min < EVERYTHING else "raise")
+    overflow = overflow or ("evict" if limits.max is None and limits.min < UNBOUNDED else "raise")
     if overflow not in OVERFLOWS:
         raise ConfigError(f"overflow must be one of {', '.join(OVERFLOWS)}; got {overflow!r}")
     for name, value in [("batch_size", batch_size), *(("capacity", c) for c in capacities)]:

@@ -124,7 +124,7 @@ def generate(
     state = _State(
         cache,
         logits,
-        _used(padded, lengths, model.config.vocab_size) if config.mode.penalises else None,
+        _used(padded, lengths, model.config.vocab_size) if config.mode.penalizes else None,
         jnp.zeros(rows, jnp.int32),
         jnp.zeros((rows, columns), jnp.int32),
         jnp.zeros((rows, columns), jnp.float32),

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
@@ -22,6 +21,7 @@ from dms_jax.engine.decoding import init_cache
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.held_out import next_tokens
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import jitted
 from dms_jax.policies import CachePolicy
 
 CHUNK = 16  # tokens between two rankings: almost decoding, at a fraction of its time
@@ -86,10 +86,4 @@ def _online(
 
 def dense_hidden(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """`model.dense_hidden`, compiled."""
-    graph, weights = nnx.split(model)
-    return _dense_hidden(graph, weights, jnp.asarray(tokens))
-
-
-@partial(jax.jit, static_argnames="graph")
-def _dense_hidden(graph: nnx.GraphDef, weights: nnx.State, tokens: Array) -> Array:
-    return nnx.merge(graph, weights).dense_hidden(tokens)
+    return jitted(model, "dense_hidden")(jnp.asarray(tokens))

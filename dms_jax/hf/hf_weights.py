@@ -4,7 +4,7 @@ Import reads, for each device, only that device's slice of a layer-stacked param
 parameter at a time. Export walks the same table backwards and is bit-equal.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -18,6 +18,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
 from dms_jax.hf.safetensors_files import Tensors, Write, row_chunks, shorten
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import ModelStructure, abstract_model, flatten
 from dms_jax.sharding import named_sharding
 
 # HF name ({} = layer) -> (our path, axes in the file -> axes of ours without L). Axis letters: dms_jax/axes.py.
@@ -130,7 +131,7 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
             strict=True,
         )
     )
-    has = {path for path, _ in _variables(abstract_state(config, jnp.float32)[1])}
+    has = flatten(abstract_model(config, jnp.float32)).keys()
     found = []
     for name, (path, axes) in WEIGHTS.items():
         if path in has:
@@ -138,11 +139,6 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
             found.append(Entry(path, names, Layout(axes, sizes), "{}" in name))
     assert {entry.path for entry in found} == has, f"parameters without a table entry: {has - {e.path for e in found}}"
     return tuple(found)
-
-
-def abstract_state(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.State]:
-    """The model with shapes in place of arrays."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)))
 
 
 def read_model(
@@ -155,19 +151,18 @@ def read_model(
     table = entries(config)
     from_file = [entry for entry in table if not (fresh_evict_head and entry.evict)]
     check_tensors(tensors, config, from_file)
-    graph, state = abstract_state(config, dtype)
-    variables = dict(_variables(state))
+    structure, params = ModelStructure(abstract_model(config, dtype)), {}
     for entry in table:
-        variable = variables[entry.path]
+        variable = structure.variables[entry.path]
         placement = _Placement(variable, mesh)
         if entry in from_file:
-            variable.set_value(placement.build(_reader(tensors, entry, variable)))
+            params[entry.path] = placement.build(_reader(tensors, entry, variable))
         else:
             fill = 1.0 if entry.path.endswith("norm") else 0.0
-            variable.set_value(
-                placement.build(lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype))
+            params[entry.path] = placement.build(
+                lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype)
             )
-    return nnx.merge(graph, state)
+    return structure.build(params)
 
 
 def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> Decoder:
@@ -177,14 +172,11 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
     sharding = model.embed[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     assert mesh is None or isinstance(mesh, Mesh)  # no abstract one: the arrays are there
-    base, head = dict(_variables(nnx.state(model))), {entry.path: entry for entry in table}
-    graph, state = abstract_state(config, model.embed[...].dtype)
-    for path, variable in _variables(state):
-        if path in head:
-            variable.set_value(_Placement(variable, mesh).build(_reader(tensors, head[path], variable)))
-        else:
-            variable.set_value(base[path][...])
-    return nnx.merge(graph, state)
+    structure, head = ModelStructure(abstract_model(config, model.embed[...].dtype)), {}
+    for entry in table:
+        variable = structure.variables[entry.path]
+        head[entry.path] = _Placement(variable, mesh).build(_reader(tensors, entry, variable))
+    return structure.build(flatten(model), head)  # the head of `model`, if it has one, gives way
 
 
 def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry]) -> None:
@@ -280,21 +272,16 @@ def _extent(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]
     return tuple(len(range(*part.indices(size))) for part, size in zip(index, shape, strict=True))
 
 
-def _variables(state: nnx.State) -> Iterator[tuple[str, nnx.Variable]]:
-    for path, variable in nnx.to_flat_state(state):
-        yield ".".join(map(str, path)), variable
-
-
 def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=None) -> list[Write]:
     """Every tensor of a model under its Hugging Face name, made when asked for.
 
     `dtype_of(name, ours)` chooses the dtype in the file. `untouched(name, value)` may return the source's own bits for a
     tensor that loading had rounded and nothing has changed since.
     """
-    variables = dict(_variables(nnx.state(model)))
+    params = flatten(model)
     writes = []
     for entry in entries(model.config):
-        array = variables[entry.path][...]
+        array = params[entry.path]
         for layer, name in enumerate(entry.names):
             dtype = np.dtype(dtype_of(name, array.dtype))
 

@@ -20,8 +20,16 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.core import chunked_attention, compact_cache, slot_attention
 from dms_jax.core.compact_cache import Expiries, LayerCache
-from dms_jax.core.rotary import rotate
-from dms_jax.core.slot_attention import Partial, fold_queries, merge, slots_in_use, unfold_queries
+from dms_jax.core.rotary import apply_rope
+from dms_jax.core.slot_attention import (
+    CacheOps,
+    Chunk,
+    SoftmaxPart,
+    fold_queries,
+    merge_parts,
+    slots_in_use,
+    unfold_queries,
+)
 from dms_jax.core.visibility import expiry_of
 from dms_jax.kernels.block_sizes import Blocks, TrainBlocks
 from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
@@ -76,28 +84,31 @@ def extend_layer(
     k: Float[Array, "B K T H"],
     v: Float[Array, "B K T H"],
     expiries: Expiries,
-    position: Int[Array, "B T"],
-    count: Int[Array, "B"],
-    window_size: int,
-    implementation: str = AUTO,
+    chunk: Chunk,
+    policy: Any,
+    ops: CacheOps,
 ) -> tuple[Float[Array, "B T N H"], LayerCache]:
-    """`core.slot_attention.extend_layer` for a policy that decides about each head by itself: no device waits for another."""
-    own = partial(
-        slot_attention.extend_layer,
-        window_size=window_size,
-        attend=partial(attend_to_slots, implementation=implementation),
-        write_pairs=partial(write_pairs, implementation=implementation),
-    )
-    cache_form, verdict_form = cast(Any, LayerCache), cast(Any, Expiries)  # of axes instead of arrays
+    """Run `core.slot_attention.extend_layer`, under a mesh on each device's own rows and heads.
+
+    A policy that ranks pairs or reads a subset may compare heads, so it runs on all of them and XLA splits the work.
+    """
+    if policy.ranks_pairs or policy.reads_subset:
+        return slot_attention.extend_layer(layer, q, k, v, expiries, chunk, policy, ops)
+
+    def own(layer, q, k, v, expiries, position, count):
+        part = chunk._replace(position=position, count=count)
+        return slot_attention.extend_layer(layer, q, k, v, expiries, part, policy, ops)
+
+    cache_form, expiries_form = cast(Any, LayerCache), cast(Any, Expiries)  # of axes instead of arrays
     cache = cache_form(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
     last = None if expiries.last_expiry is None else "batch kv_heads"
     run = _per_device(
         own,
         k.shape[:2],
-        [cache, "batch . kv_heads .", VECTORS, VECTORS, verdict_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        [cache, "batch . kv_heads .", VECTORS, VECTORS, expiries_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
         ("batch . kv_heads .", cache),
     )
-    return run(layer, q, k, v, expiries, position, count)
+    return run(layer, q, k, v, expiries, chunk.position, chunk.count)
 
 
 @typed
@@ -126,7 +137,7 @@ def attend_to_slots(
         partial(attend_slots, blocks=blocks, interpret=interpret),
         rows.shape[:2],
         [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"],
-        cast(Any, Partial)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
+        cast(Any, SoftmaxPart)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
     )
     parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
     if chunk is not None:
@@ -135,8 +146,8 @@ def attend_to_slots(
         parts.append(
             run(rows, row_position, k, v, k_position, expiry, jnp.full(expiry.shape[:2], k.shape[2], jnp.int32))
         )
-    merged = merge(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
-    return unfold_queries(merged.divided().astype(q.dtype), q.shape[1])
+    merged = merge_parts(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+    return unfold_queries(merged.normalized().astype(q.dtype), q.shape[1])
 
 
 @typed
@@ -211,7 +222,7 @@ def decode_update(
 
 def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift):
     """The same of the parts that `core` has: what the kernel is tested against and timed next to."""
-    turn = lambda x: rotate(x, cos[:, None], sin[:, None])
+    turn = lambda x: apply_rope(x, cos[:, None], sin[:, None])
     marked, score = (logit > threshold)[..., None], logit[..., None]
     position, nothing = seen[:, None, None], jnp.zeros_like(score)
     unmarked = expiry_of(jnp.zeros_like(marked), position, window_size)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import EMPTY
-from dms_jax.core.rotary import rotate
+from dms_jax.core.rotary import apply_rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
 
@@ -181,8 +181,8 @@ def _kernel(
 ):
     block_b, block_h, capacity = position_ref.shape
     cos, sin = cos_ref[...], sin_ref[...]
-    q_out_ref[...] = rotate(q_ref[...], cos, sin)
-    new_k_ref[...] = rotate(k_ref[...], cos, sin).astype(jnp.float32)
+    q_out_ref[...] = apply_rope(q_ref[...], cos, sin)
+    new_k_ref[...] = apply_rope(k_ref[...], cos, sin).astype(jnp.float32)
     new_v_ref[...] = v_ref[...].astype(jnp.float32)
 
     numbers, position = numbers_ref[...], old_position_ref[...]

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from dms_jax.axes import Array
-from dms_jax.sharding import constrain, ways
+from dms_jax.sharding import constrain, num_shards
 
 
 class HeadSplit(NamedTuple):
@@ -31,7 +31,7 @@ def head_split(q_heads: int, kv_heads: int, devices: int) -> HeadSplit:
 
 def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
     """What training attention computes more than once on this mesh, as a sentence; none where it is nothing."""
-    devices = ways("heads", mesh)
+    devices = num_shards("heads", mesh)
     copies, group = head_split(q_heads, kv_heads, devices)
     if copies == 1:
         return []
@@ -53,7 +53,7 @@ def deal_out(
     add up over the copies by themselves."""
     b, t, n, h = q.shape
     heads = k.shape[2]
-    copies, group = head_split(n, heads, ways("heads"))
+    copies, group = head_split(n, heads, num_shards("heads"))
     if copies > 1:
         q = q.reshape(b, t, heads, n // heads, h)
         q = jnp.pad(q, [(0, 0)] * 3 + [(0, copies * group - n // heads), (0, 0)]).reshape(b, t, -1, h)

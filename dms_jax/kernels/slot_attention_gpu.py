@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.slot_attention import Partial
+from dms_jax.core.slot_attention import SoftmaxPart
 from dms_jax.core.visibility import MASKED, NEVER
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
@@ -39,7 +39,7 @@ def attend_slots(
     *,
     blocks: SlotBlocks,
     interpret: bool = False,
-) -> Partial:
+) -> SoftmaxPart:
     """Softmax parts [P B K R] of each row over the slots with `k_position <= q_position <= expiry`, to be merged; P is
     2 `blocks.parts` for blocks of 64 rows, `blocks.parts` for blocks of 128.
 
@@ -73,7 +73,7 @@ def attend_slots(
         interpret=interpret,
     )
     split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]
-    return Partial(split(high), split(total), split(acc))
+    return SoftmaxPart(split(high), split(total), split(acc))
 
 
 def _enough_parts(heads: int, slots: int) -> int:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.slot_attention import Partial
+from dms_jax.core.slot_attention import SoftmaxPart
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
@@ -34,7 +34,7 @@ def attend_slots(
     *,
     blocks: SlotBlocks,
     interpret: bool = False,
-) -> Partial:
+) -> SoftmaxPart:
     """The softmax of each row over the slots that it sees, as one part [1 B K R]; see `core.slot_attention`.
 
     Of each head the slots from `used` on are neither fetched nor looked at, but for the rest of a block.
@@ -114,7 +114,7 @@ def attend_slots(
         name="attend_slots",
     )(used, low, high, q_position, rows, *(in_hbm(folded(x), interpret) for x in (keys, values)), k_position, expiry)
     part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])
-    return Partial(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
+    return SoftmaxPart(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
 
 
 def _kernel(

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.chunked_attention import named, row_products
+from dms_jax.core.chunked_attention import name_residuals, softmax_delta
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.key_blocks_gpu import (
@@ -199,13 +199,13 @@ def _attend(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
-    out, log_total = named(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
+    out, log_total = name_residuals(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
-    delta = row_products(d_out, out)
+    delta = softmax_delta(d_out, out)
     args = q, k, v, log_keep, segments, log_total, delta, d_out, window_size
     dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks), interpret)
     return gradient_of_queries(*args, blocks, interpret), dk, dv, dkeep, None

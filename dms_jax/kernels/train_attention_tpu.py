@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.chunked_attention import named, row_products
+from dms_jax.core.chunked_attention import name_residuals, softmax_delta
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.mosaic_tpu import LANES
@@ -398,14 +398,14 @@ def _forward(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
-    out, log_total = named(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
+    out, log_total = name_residuals(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
     return out, (q, k, v, log_keep, segments, out, log_total)
 
 
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, log_total = saved
     h = q.shape[-1]
-    delta = row_products(d_out, out)
+    delta = softmax_delta(d_out, out)
     rows = d_out, log_total[..., None, :], delta[..., None, :]
     walk = _walk(q, window_size, blocks)
 

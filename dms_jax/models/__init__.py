@@ -1,4 +1,5 @@
 """The decoder as Flax NNX modules, and its parameters by name.
 
-Begin with `decoder`; `attention_layer` is where queries meet a cache policy.
+Begin with `attention_layer`, where DMS enters a decoder, or with `decoder` for the whole model. `parameters` is the
+border to NNX.
 """

@@ -1,32 +1,37 @@
-"""Attention with an evict head: the file to open first to see where DMS enters a decoder."""
+"""Attention with an evict head: the file to open first to see where DMS enters a decoder.
+
+`AttentionLayer.__call__` is training and the full-sequence paths: whole rows, soft or hard gates, no cache.
+`AttentionLayer.extend` is inference: a chunk of tokens, one of them when decoding, continues the rows of a cache under
+a policy.
+"""
 
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.core import eviction, slot_attention
+from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
-from dms_jax.core.rotary import rope, turns
+from dms_jax.core.rotary import rope, rope_cos_sin
+from dms_jax.core.slot_attention import CacheOps, Chunk
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
 from dms_jax.kernels.dispatch import Facts, runs
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
-from dms_jax.policies.cache_policy import CachePolicy
-from dms_jax.policies.keep_all import KeepAll
-from dms_jax.policies.learned_eviction import LearnedEviction
-from dms_jax.sharding import constrain, reshard, to_split, ways
+from dms_jax.policies.cache_policy import CachePolicy, FusedRule
+from dms_jax.sharding import constrain, gather_for_matmul, num_shards, reshard
 
-# Evict logits of a layer [B K T] -> what attention adds outside the window for each *pair*, and each *token's* decision.
+# Evict logits [B K T] -> (what attention adds to each *pair's* scores outside the window, each *token's* decision).
 Gate = Callable[[Float[Array, "B K T"]], tuple[Float[Array, "B K T"], Array]]
 
 
 class ChannelScale(NamedTuple):
-    """What multiplies the borrowed query channel: before the query norm, before RoPE, after RoPE (which mixes it anew)."""
+    """Factors of the borrowed query channel at three points. RoPE mixes it with another channel, hence the third."""
 
     before_norm: float | Float[Array, ""]
     before_rope: float | Float[Array, ""]
@@ -38,21 +43,56 @@ CHANNEL_SCALES = {"none": UNTOUCHED, "pre": ChannelScale(1.0, 0.0, 1.0), "pre+po
 
 
 def channel_scale(config: ModelConfig) -> ChannelScale:
-    """What a trained model does to its borrowed channel, if it has one."""
+    """Return how a trained model scales its borrowed channel; a model without one leaves its queries as they are."""
     dms = config.dms
     return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
 
 
-class Chunk(NamedTuple):
-    """Where the tokens of a chunk stand: each row goes on from the tokens it has seen, its first `count` tokens are real."""
+def cache_ops(config: ModelConfig, policy: CachePolicy, cache: LayerCache, length: int, dtype: jnp.dtype) -> CacheOps:
+    """Choose the functions that attend and write for chunks of `length` tokens, with queries of `dtype`."""
+    implementation, rule, fused_step = config.implementation, policy.fused_rule(), None
+    facts = Facts(config.head_dim, dtype, cache.k.dtype, cache.capacity)
+    if length == 1 and rule is not None and runs("decode_update", facts, implementation):
+        fused_step = partial(_fused_step, rule, implementation)
+    return CacheOps(
+        partial(attend_to_slots, implementation=implementation),
+        partial(write_pairs, implementation=implementation),
+        fused_step,
+    )
 
-    position: Int[Array, "B T"]
-    count: Int[Array, "B"]
-    threshold: float | Float[Array, ""]  # a token evicts iff its logit exceeds it
+
+def _fused_step(
+    rule: FusedRule,
+    implementation: str,
+    q: Float[Array, "B 1 N H"],
+    k: Float[Array, "B 1 K H"],
+    v: Float[Array, "B 1 K H"],
+    logits: Float[Array, "B K 1"],
+    cache: LayerCache,
+    chunk: Chunk,
+    frequency: Float[Array, "half"],
+) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
+    """Rotate, decide and write one token a row in one kernel. Return the rotated queries and the updated cache."""
+    logits, seen = eviction.share_heads(logits, rule.granularity), chunk.position[:, 0]
+    q, cache = decode_update(
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        *rope_cos_sin(seen, frequency),
+        logits[..., 0],
+        cache,
+        seen,
+        chunk.count,
+        chunk.threshold,
+        window_size=rule.window_size,
+        decision_shift=rule.decision_shift,
+        implementation=implementation,
+    )
+    return q[:, None], cache
 
 
 class AttentionLayer(nnx.Module):
-    """Grouped-query attention under a gate; weights stacked over layers, called with one layer's slice."""
+    """Grouped-query attention with an evict head. Weights are stacked [L ...]; methods run with one layer's slice."""
 
     def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
         self.config = config
@@ -84,21 +124,30 @@ class AttentionLayer(nnx.Module):
         frequency: Float[Array, "half"],
         segment_ids: Int[Array, "B T"] | None,
     ) -> tuple[Float[Array, "B T D"], Array]:
-        """Attention output and each token's decision [B K T]. `x` is the residual stream, `normed` its RMSNorm."""
-        q, k, v, logits = self.heads(x, normed, channel, position, frequency, "sequence")
-        # Whole rows of some heads, as in attention, or of all: what a token decides about its neighbour stays on one device.
-        log_keep, decision = gate(
-            constrain(logits, "batch", "heads" if logits.shape[1] % ways("heads") == 0 else None, None)
-        )
-        out = gated_attention(
-            q,
-            k,
-            v,
-            log_keep,
-            window_size=window_size,
-            segment_ids=segment_ids,
-            implementation=self.config.implementation,
-        )
+        """Attend within whole rows. Return the attention output and each token's decision [B K T].
+
+        `x` is the residual stream and `normed` its RMSNorm; under a mesh, T is sharded along "sequence" outside
+        attention.
+        """
+        q, k, v = self.project_for_training(normed, channel)
+        logits = self.evict_logits_for_training(x, q)
+        q, k = self._rotated(q, k, channel, position, frequency)
+        q = constrain(q, "batch", "sequence", "q_heads", "head_dim")
+        k, v = (constrain(a, "batch", "sequence", "kv_heads", "head_dim") for a in (k, v))
+        # The gate shifts decisions by one token, so each device gets whole rows of logits: of its own heads, as in
+        # attention, or of all heads if they do not divide evenly.
+        heads = "heads" if logits.shape[1] % num_shards("heads") == 0 else None
+        log_keep, decision = gate(constrain(logits, "batch", heads, None))
+        with jax.named_scope("attention"):
+            out = gated_attention(
+                q,
+                k,
+                v,
+                log_keep,
+                window_size=window_size,
+                segment_ids=segment_ids,
+                implementation=self.config.implementation,
+            )
         return self.output(out), decision
 
     def extend(
@@ -111,116 +160,42 @@ class AttentionLayer(nnx.Module):
         channel: ChannelScale,
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The same for a chunk that continues the rows of a cache, and the cache after it."""
-        if (
-            normed.shape[1] == 1
-            and type(policy) in (LearnedEviction, KeepAll)
-            and self._updates_in_one_kernel(cache, normed.dtype)
-        ):
-            return self._extend_by_one(x, normed, cache, policy, chunk, channel, frequency)
-        q, k, v, logits = self.heads(x, normed, channel, chunk.position, frequency)
-        expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
-        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        implementation = self.config.implementation
-        if type(policy).read is CachePolicy.read and type(policy).select is CachePolicy.select:
-            out, cache = extend_layer(
-                cache, q, k, v, expiries, chunk.position, chunk.count, policy.window_size, implementation
-            )
-        else:
-            out, cache = slot_attention.extend_layer(
-                cache,
-                q,
-                k,
-                v,
-                expiries,
-                chunk.position,
-                chunk.count,
-                policy.window_size,
-                read=lambda settled: policy.read(q, settled, chunk.position),
-                choose=lambda settled: policy.select(q, k, expiries, settled, chunk.position, chunk.count),
-                attend=partial(attend_to_slots, implementation=implementation),
-                write_pairs=partial(write_pairs, implementation=implementation),
-            )
+        """Attend from a chunk of tokens to the cache and to the chunk itself. Return the output and the updated cache."""
+        ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
+        q, k, v = self.project(normed, channel)
+        logits = self.evict_logits(x, q)
+        if ops.fused_step is None:
+            q, k = self._rotated(q, k, channel, chunk.position, frequency)
+            q = constrain(q, "batch", None, "q_heads", "head_dim")
+            k, v = (constrain(a, "batch", None, "kv_heads", "head_dim").swapaxes(1, 2) for a in (k, v))
+            expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
+            out, cache = extend_layer(cache, q, k, v, expiries, chunk, policy, ops)
+        else:  # the same stages; one kernel does all of them but attention
+            with jax.named_scope("append"):
+                q = self._scale_borrowed(q, channel.before_rope)
+                q, cache = ops.fused_step(q, k, v, logits, cache, chunk, frequency)
+                q = self._scale_borrowed(q, channel.after_rope)
+            with jax.named_scope("attention"):
+                out = ops.attend(q, cache, chunk.position, None)
         return self.output(out), cache
 
-    def _updates_in_one_kernel(self, cache: LayerCache, dtype: jnp.dtype) -> bool:
-        """The kernel knows two policies; for others, and without it, a decode step is composed of its parts."""
-        return runs(
-            "decode_update",
-            Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity),
-            self.config.implementation,
-        )
-
-    def _extend_by_one(
-        self,
-        x: Array,
-        normed: Array,
-        cache: LayerCache,
-        policy: CachePolicy,
-        chunk: Chunk,
-        channel: ChannelScale,
-        frequency: Array,
-    ) -> tuple[Float[Array, "B 1 D"], LayerCache]:
-        """A decode step whose rotation, decision, slot selection and write are one kernel."""
-        q, k, v = self.project(normed, channel)
-        logits, shift = self.evict_logits(x, q), None
-        if isinstance(policy, LearnedEviction):
-            logits, shift = eviction.share_heads(logits, policy.dms.granularity), policy.dms.decision_shift
-        q = self._scale_borrowed(q, channel.before_rope)
-        seen, implementation = chunk.position[:, 0], self.config.implementation
-        q, cache = decode_update(
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            *turns(seen, frequency),
-            logits[..., 0],
-            cache,
-            seen,
-            chunk.count,
-            chunk.threshold,
-            window_size=policy.window_size,
-            decision_shift=shift,
-            implementation=implementation,
-        )
-        q = self._scale_borrowed(q[:, None], channel.after_rope)
-        return self.output(attend_to_slots(q, cache, chunk.position, None, implementation=implementation)), cache
-
-    def heads(
-        self,
-        x: Float[Array, "B T D"],
-        normed: Float[Array, "B T D"],
-        channel: ChannelScale,
-        position: Array,
-        frequency: Array,
-        length: str | None = None,
-    ) -> tuple[Array, Array, Array, Array]:
-        """Queries [B T N H] and keys [B T K H] after RoPE, values [B T K H], evict logits [B K T]. `length` is the logical axis of T."""
-        q, k, v = self.project(normed, channel, length)
-        logits = self.evict_logits(x, q, length)
-        q = self._scale_borrowed(
-            rope(self._scale_borrowed(q, channel.before_rope), position, frequency), channel.after_rope
-        )
-        return (
-            constrain(q, "batch", length, "q_heads", "head_dim"),
-            constrain(rope(k, position, frequency), "batch", length, "kv_heads", "head_dim"),
-            constrain(v, "batch", length, "kv_heads", "head_dim"),
-            logits,
-        )
-
-    def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
-        # As one product over n*h: an einsum over both would have XLA transpose, that is copy, the weights at every call.
-        out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
-        return out + self.o_bias[...] if self.config.o_bias else out
-
+    @jax.named_scope("qkv")
     def project(
-        self, normed: Float[Array, "B T D"], channel: ChannelScale, length: str | None = None
-    ) -> tuple[Array, Array, Array]:
-        """Queries [B T N H], keys and values [B T K H] before RoPE."""
-        for_q, for_kv = normed, normed
-        if length is not None:
-            for_q, for_kv = (
-                to_split(normed, axis, w[...].shape[1]) for axis, w in (("q_heads", self.q), ("kv_heads", self.k))
-            )
+        self, normed: Float[Array, "B T D"], channel: ChannelScale
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Return queries, keys and values before RoPE."""
+        return self._project(normed, normed, channel)
+
+    @jax.named_scope("qkv")
+    def project_for_training(
+        self, normed: Float[Array, "B T D"], channel: ChannelScale
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+        """Return `project(normed, channel)` of `normed` that is sharded along T, gathered for the devices' heads."""
+        for_q = gather_for_matmul(normed, "q_heads", self.q[...].shape[1])
+        for_kv = gather_for_matmul(normed, "kv_heads", self.k[...].shape[1])
+        return self._project(for_q, for_kv, channel)
+
+    def _project(self, for_q: Array, for_kv: Array, channel: ChannelScale) -> tuple[Array, Array, Array]:
         q, k, v = (
             jnp.einsum("btd,dnh->btnh", rows, w[...])
             for rows, w in ((for_q, self.q), (for_kv, self.k), (for_kv, self.v))
@@ -229,38 +204,64 @@ class AttentionLayer(nnx.Module):
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         q = self._scale_borrowed(q, channel.before_norm)
         if self.config.qk_norm:
-            q, k = (
-                rms_norm(q, self.q_norm[...], self.config.rms_norm_eps),
-                rms_norm(k, self.k_norm[...], self.config.rms_norm_eps),
-            )
+            q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
+            k = rms_norm(k, self.k_norm[...], self.config.rms_norm_eps)
         return q, k, v
 
-    def evict_logits(
-        self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"], length: str | None = None
-    ) -> Float[Array, "B K T"]:
-        """Each token's own decision score, fp32, > 0 evicts: read from the residual stream before the input norm
-        (projection) or from the borrowed channel after the query norm and before RoPE. `length` is the logical axis of T."""
+    @jax.named_scope("evict_head")
+    def evict_logits(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
+        """Return each token's own decision score, fp32; > 0 evicts.
+
+        The projection variant reads it from the residual stream `x` before the input norm, the borrowed variant from a
+        channel of `q`, after the query norm and before RoPE. A plain model gets zeros.
+        """
         dms = self.config.dms
         if dms is None:
             return jnp.zeros((x.shape[0], self.config.num_kv_heads, x.shape[1]), jnp.float32)
         if dms.variant == "borrowed":
-            raw = q[:, :, :: self.config.group_size, -1]
-        else:
-            # The norm's weight multiplies the projection, not every token: the same product, and a cheaper gradient.
-            weights = self.evict_norm[...][:, None] * self.evict_proj[...]
-            if (
-                length is not None
-            ):  # all heads of a device's own tokens: logits are smaller than the stream they are read from
-                weights = reshard(weights, (None, None), (None, "kv_heads"))
-            raw = unit_rms(x, self.config.rms_norm_eps) @ weights
-            if length is not None:
-                raw = constrain(raw, "batch", length, None)
-            if self.config.o_bias:
-                raw = raw + self.evict_bias[...]
+            return self._scaled_logits(q[:, :, :: self.config.group_size, -1])
+        return self._scaled_logits(self._biased(unit_rms(x, self.config.rms_norm_eps) @ self._evict_weights()))
+
+    def evict_logits_for_training(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
+        """Return `evict_logits(x, q)` for `x` sharded along T: each device computes all heads of its own tokens,
+        because logits are smaller than the stream that they are read from."""
+        dms = self.config.dms
+        if dms is None or dms.variant == "borrowed":
+            return self.evict_logits(x, q)
+        with jax.named_scope("evict_head"):
+            weights = reshard(self._evict_weights(), (None, None), (None, "kv_heads"))
+            raw = constrain(unit_rms(x, self.config.rms_norm_eps) @ weights, "batch", "sequence", None)
+            return self._scaled_logits(self._biased(raw))
+
+    def _evict_weights(self) -> Float[Array, "D K"]:
+        # The norm's weight multiplies the projection and not every token: the same product with a cheaper gradient.
+        return self.evict_norm[...][:, None] * self.evict_proj[...]
+
+    def _biased(self, raw: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
+        return raw + self.evict_bias[...] if self.config.o_bias else raw
+
+    def _scaled_logits(self, raw: Float[Array, "B T K"]) -> Float[Array, "B K T"]:
+        dms = self.config.require_dms()
         return eviction.evict_logits(raw.transpose(0, 2, 1), dms.evict_logit_scale, dms.evict_logit_bias)
 
+    @jax.named_scope("rope")
+    def _rotated(
+        self, q: Array, k: Array, channel: ChannelScale, position: Int[Array, "#B T"], frequency: Float[Array, "half"]
+    ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+        """Return queries and keys after RoPE, with the borrowed channel of the queries scaled before and after it."""
+        q = self._scale_borrowed(q, channel.before_rope)
+        q = self._scale_borrowed(rope(q, position, frequency), channel.after_rope)
+        return q, rope(k, position, frequency)
+
+    @jax.named_scope("output")
+    def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+        """Project the heads back to the residual stream."""
+        # One product over n*h: for an einsum over both axes, XLA would transpose, and so copy, the weights each time.
+        out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
+        return out + self.o_bias[...] if self.config.o_bias else out
+
     def _scale_borrowed(self, q: Float[Array, "B T N H"], scale: float | Float[Array, ""]) -> Float[Array, "B T N H"]:
-        """Multiply the last channel of the first query head of each group."""
+        """Multiply the borrowed channel, the last one of the first query head of each group."""
         if isinstance(scale, float) and scale == 1.0:
             return q
         first_of_group = jnp.arange(q.shape[2]) % self.config.group_size == 0
@@ -270,5 +271,5 @@ class AttentionLayer(nnx.Module):
 
 @typed
 def keep_all(logits: Float[Array, "B K T"]) -> tuple[Float[Array, "B K T"], Bool[Array, "B K T"]]:
-    """The gate of the dense model."""
+    """Return the gate of the dense model, which evicts nothing."""
     return jnp.zeros_like(logits), jnp.zeros(logits.shape, bool)

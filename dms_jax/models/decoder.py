@@ -1,12 +1,16 @@
-"""One decoder for Llama 2/3, Mistral, Qwen 2/2.5 and Qwen 3: they differ by `ModelConfig` only.
+"""One decoder for Llama 2/3, Mistral, Qwen 2/2.5 and Qwen 3, which differ by their `ModelConfig` only.
 
-Layers are stacked [L, ...] and scanned. The model holds parameters and no state; eviction decisions are returned arrays.
-`dense`, `relaxed` and `hard` are three functions of the same weights, so a frozen base is its own teacher.
+Layers are stacked [L, ...] and scanned. The model holds parameters and no state; eviction decisions are returned as
+arrays. `dense`, `relaxed` and `hard` are three functions of the same weights, so a frozen base is its own teacher.
+
+The layers are split into structure and arrays before the scan, and merged inside it. `jax.lax.scan` and
+`jax.checkpoint` thus see plain arrays, and the body gets a `Block` of one layer, whose arrays are gathered over the mesh
+for that layer alone. Merging happens while tracing, so it costs nothing at run time. `engine.decode_layout` merges layers
+likewise.
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +21,17 @@ from dms_jax.axes import Array
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED
-from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Chunk, Gate, channel_scale, keep_all
+from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain, reshard
 
-# What of a layer the backward pass finds saved; all else it computes again.
+# Activation checkpointing: what each layer saves for its backward pass. Everything else is recomputed.
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,  # the residual stream only: least memory
-    "matmuls": jax.checkpoint_policies.save_from_both_policies(  # projections and attention: no matrix product runs twice
+    "matmuls": jax.checkpoint_policies.save_from_both_policies(  # also projections and attention: no matmul runs twice
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names("attention"),
     ),
@@ -51,39 +56,35 @@ class Block(nnx.Module):
         frequency: Array,
         segment_ids: Array | None,
     ) -> tuple[Array, Array]:
-        """Between the products the residual stream is split over all devices that share a row."""
-        return self._around(
-            x,
-            lambda normed: self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids),
-            "sequence",
-        )
+        """Run the block on whole rows, sharded along T; arguments as in `AttentionLayer.__call__`."""
+        normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+        out, decision = self.attention(x, normed, gate, window_size, channel, position, frequency, segment_ids)
+        x = x + constrain(out, "batch", "sequence", None)
+        with jax.named_scope("mlp"):
+            out = self.mlp.for_training(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+        return x + constrain(out, "batch", "sequence", None), decision
 
     def extend(
         self, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
     ) -> tuple[Array, LayerCache]:
-        """The block for a chunk that continues the rows of a cache."""
-        return self._around(
-            x, lambda normed: self.attention.extend(x, normed, cache, policy, chunk, channel, frequency), None
-        )
-
-    def _around(
-        self, x: Array, attention: Callable[[Array], tuple[Array, Any]], length: str | None
-    ) -> tuple[Array, Any]:
-        out, extra = attention(rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps))
-        x = x + constrain(out, "batch", length, None)
-        out = self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps), length)
-        return x + constrain(out, "batch", length, None), extra
+        """Run the block on a chunk that continues the rows of a cache; arguments as in `AttentionLayer.extend`."""
+        normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
+        out, cache = self.attention.extend(x, normed, cache, policy, chunk, channel, frequency)
+        x = x + constrain(out, "batch", None, None)
+        with jax.named_scope("mlp"):
+            out = self.mlp(rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps))
+        return x + constrain(out, "batch", None, None), cache
 
 
 class Decoder(nnx.Module):
-    """A causal language model with, when `config.dms` is set, an eviction policy.
+    """A causal language model that evicts pairs if `config.dms` is set.
 
-    Every method takes `tokens` int32 [B, T] and, optionally, `segment_ids` int32 [B, T]: tokens of different segments of a
-    row neither see nor evict each other. `*_hidden` methods return the final-normed hidden state [B, T, D] instead of
-    logits; `output_embedding` turns it into logits, which training does in chunks.
+    Every method takes `tokens` int32 [B T] and optionally `segment_ids` int32 [B T]: tokens in different segments of a
+    row neither see nor evict each other. The `*_hidden` methods return the final-normed hidden states [B T D] instead
+    of logits; training multiplies them by `output_embedding` in chunks.
     """
 
-    source: Hashable  # of a loaded model only: where it came from, `dms_jax.hf.folder.Source`
+    source: Hashable  # a `dms_jax.hf.folder.Source`: where a loaded model came from; other models have none
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         param = ParamFactory(config, rngs, dtype)
@@ -95,13 +96,16 @@ class Decoder(nnx.Module):
             self.head = param("vocab", "embed")
 
     def dense(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
-        """Logits [B T V] of the model that never evicts: the teacher of an adapter."""
+        """Return the logits of the model that never evicts, which is the teacher of an adapter."""
         return self.logits(self.dense_hidden(tokens, segment_ids))
 
     def relaxed(
         self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
-        """Training path: logits under soft gates, and each token's straight-through 0/1 decision. `noise` is logistic."""
+        """Training path: return logits under soft gates, and each token's straight-through decision, 0 or 1.
+
+        `noise` is logistic, as `core.eviction.logistic_noise` draws it.
+        """
         hidden, evict = self.relaxed_hidden(tokens, noise, segment_ids)
         return self.logits(hidden), evict
 
@@ -111,14 +115,17 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         threshold: float | Float[Array, ""] = 0.0,
     ) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
-        """Full-sequence oracle of inference: logits under hard decisions, and each token's own, unshifted decision: evict iff
-        its logit exceeds `threshold`."""
+        """Full-sequence oracle of inference: return logits under hard decisions, and the decisions.
+
+        These are each token's own, unshifted decisions: a token evicts iff its logit exceeds `threshold`.
+        """
         hidden, evict = self.hard_hidden(tokens, segment_ids, threshold)
         return self.logits(hidden), evict
 
     def dense_hidden(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
+        """Return the hidden states of `dense`."""
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
     def relaxed_hidden(
@@ -128,14 +135,14 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         remat: str = "full",
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
+        """Return the hidden states and decisions of `relaxed`. `remat` is a key of `REMAT`, or "none" to save all."""
         dms = self.config.require_dms()
 
         def gate_of(layer_noise):
             def gate(logits):
                 z = eviction.share_heads(eviction.relax(logits, layer_noise, dms.tau), dms.granularity)
-                return eviction.log_keep(
-                    eviction.align_to_pairs(z, dms.decision_shift, 0.0)
-                ), eviction.straight_through(z)
+                pair_log_keep = eviction.log_keep(eviction.align_to_pairs(z, dms.decision_shift, 0.0))
+                return pair_log_keep, eviction.straight_through(z)
 
             return gate
 
@@ -147,6 +154,7 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         threshold: float | Float[Array, ""] = 0.0,
     ) -> tuple[Float[Array, "B T D"], Bool[Array, "L B K T"]]:
+        """Return the hidden states and decisions of `hard`."""
         hidden, (evict, _) = self._hard(tokens, segment_ids, threshold)
         return hidden, evict
 
@@ -156,10 +164,14 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         threshold: float | Float[Array, ""] = 0.0,
     ) -> Float[Array, "L B K T"]:
-        """Each token's own evict logit when those above `threshold` evict: what a lower layer forgets changes the upper ones'."""
+        """Return each token's own evict logit in `hard`.
+
+        It depends on `threshold`, because eviction in a lower layer changes the logits of the layers above.
+        """
         return self._hard(tokens, segment_ids, threshold)[1][1]
 
     def _hard(self, tokens, segment_ids, threshold):
+        """Return hidden states, and (decisions, evict logits) of each token [L B K T]."""
         dms = self.config.require_dms()
 
         def gate(logits):
@@ -176,8 +188,11 @@ class Decoder(nnx.Module):
         window_size: int,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The base model when the same pairs, `marked`, leave every head `window_size` steps after they came: a policy
-        that looks at positions only, such as a sliding window with sinks."""
+        """Return the hidden states of the base model under a policy that looks at positions only.
+
+        The `marked` pairs leave every head `window_size` steps after they were added. A sliding window with attention
+        sinks is such a policy.
+        """
         gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
@@ -188,21 +203,31 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         remat: str = "full",
     ) -> Float[Array, "B T D"]:
-        """Dense attention with the borrowed channel multiplied by `channel_scale`, before the query norm and after RoPE.
-        At 0 the channel's weights have no effect at all and may be set to 0 (`free_borrowed_channel`)."""
+        """Return the hidden states of `dense` with the borrowed channel multiplied by `channel_scale`.
+
+        The factor applies before the query norm and after RoPE. At 0, the weights of the channel have no effect and may
+        be set to 0 (`free_borrowed_channel`).
+        """
         channel = ChannelScale(channel_scale, 1.0, channel_scale)
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, channel, remat=remat)[0]
 
     def output_embedding(self) -> Float[Array, "V D"]:
+        """Return the matrix that turns hidden states into logits."""
         return self.embed[...] if self.config.tie_word_embeddings else self.head[...]
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Return the logits of final-normed hidden states, fp32."""
         return jnp.einsum("btd,vd->btv", hidden, self.output_embedding(), preferred_element_type=jnp.float32)
 
     def _channel(self) -> ChannelScale:
         return channel_scale(self.config)
 
     def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat="none"):
+        """Scan the layers over whole rows. Return the final-normed hidden states, and the decisions of all layers.
+
+        `gate_of(layer_input)` makes a layer's `Gate`; `per_layer` [L ...] holds those inputs. `remat` as in
+        `relaxed_hidden`.
+        """
         tokens = jnp.asarray(tokens)
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
@@ -211,17 +236,15 @@ class Decoder(nnx.Module):
                 f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}"
             )
         if segment_ids is not None:
-            segment_ids = constrain(
-                segment_ids, "batch", None
-            )  # a few bytes a token: attention and positions need whole rows of them
+            # Attention and positions need whole rows of segment ids, which are a few bytes a token.
+            segment_ids = constrain(segment_ids, "batch", None)
         frequency, position = rope_frequencies(self.config), positions(tokens.shape[1], segment_ids)
         graph, weights = nnx.split(self.layers)
 
         def block(x, layer):
             layer_weights, layer_input = layer
-            return nnx.merge(graph, _gathered(layer_weights))(
-                x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids
-            )
+            merged = nnx.merge(graph, _gathered(layer_weights))  # why here: the docstring of this module
+            return merged(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
 
         if remat != "none":
             block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)
@@ -231,7 +254,7 @@ class Decoder(nnx.Module):
 
 
 def _gathered(weights: nnx.State) -> nnx.State:
-    """One layer's weights, fully sharded, as its products need them; their gradients go back summed to where the weights are."""
+    """All-gather one layer's fully sharded weights for its matmuls; their gradients are reduce-scattered back."""
 
     def gather(variable: nnx.Variable) -> nnx.Variable:
         axes = variable.get_metadata("axes")[1:]
@@ -247,8 +270,10 @@ def _hard_log_keep(marked: Bool[Array, "*A"]) -> Float[Array, "*A"]:
 
 
 def free_borrowed_channel(model: Decoder) -> None:
-    """Set the borrowed rows of the query projection to 0, in place: after the ramp this changes nothing, and phase two
-    starts from logits of exactly -bias."""
+    """Set the borrowed rows of the query projection to 0, in place.
+
+    After the ramp this changes no output, and phase two starts from logits of exactly -bias.
+    """
     group = model.config.group_size
     attention = model.layers.attention
     attention.q[...] = attention.q[...].at[:, :, ::group, -1].set(0.0)
@@ -257,13 +282,13 @@ def free_borrowed_channel(model: Decoder) -> None:
 
 
 def fold_threshold(model: Decoder, threshold: float) -> None:
-    """Make `threshold` part of the model, in place: a logit above it becomes one above 0."""
+    """Fold `threshold` into the bias of the evict logits, in place: a logit that exceeded it now exceeds 0."""
     dms = model.config.require_dms()
     _reconfigure(model, replace(dms, evict_logit_bias=dms.evict_logit_bias + threshold))
 
 
 def with_window(model: Decoder, window_size: int) -> Decoder:
-    """The same weights and policy under another window."""
+    """Return a model with the same weights and another `window_size`."""
     if model.config.require_dms().window_size == window_size:
         return model
     other = nnx.merge(*nnx.split(model))

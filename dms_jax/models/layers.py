@@ -1,4 +1,4 @@
-"""The small parts of a decoder: parameters with logical axes, RMSNorm, rotary embedding, SwiGLU."""
+"""The small parts of a decoder: parameters with logical axes, RMSNorm, rotary frequencies, the SwiGLU MLP."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +10,23 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import EXACT, Array, typed
 from dms_jax.config import ModelConfig
-from dms_jax.sharding import constrain, to_split
+from dms_jax.sharding import constrain, gather_for_matmul
 
 
 class EvictParam(nnx.Param):
-    """A parameter of the evict head: what an adapter retrofit trains, and all that an adapter file holds."""
+    """A parameter of the evict head. An adapter retrofit trains these only, and an adapter file holds nothing else."""
 
 
 @dataclass
 class ParamFactory:
-    """Makes parameters from logical axes: the axes give the shape (through the config) and, later, the sharding."""
+    """Makes parameters from logical axes, which give the shape by the config and, later, the sharding on a mesh."""
 
     config: ModelConfig
     rngs: nnx.Rngs
     dtype: jnp.dtype
 
     def size(self, axis: str) -> int:
+        """Return the size of a logical axis."""
         c = self.config
         return {
             "layers": c.num_layers,
@@ -38,7 +39,7 @@ class ParamFactory:
         }[axis]
 
     def __call__(self, *axes: str, fill: float | None = None, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
-        """A parameter [sizes of `axes`]: constant `fill`, or normal with deviation 0.02. Evict parameters are fp32."""
+        """Make a parameter: constant `fill`, or normal with standard deviation 0.02. An `EvictParam` is fp32."""
         shape = tuple(map(self.size, axes))
         dtype = jnp.float32 if kind is EvictParam else self.dtype
         value = (
@@ -50,7 +51,8 @@ class ParamFactory:
 
 
 def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
-    """x / rms(x), fp32. Written as products, whose gradients are products: XLA's CPU compiler is slow at fused reductions."""
+    """Return x / rms(x), fp32."""
+    # As products, whose gradients are products too, because XLA on a CPU is slow at fused reductions.
     x32 = x.astype(jnp.float32)
     mean_square = jnp.einsum("...d,...d->...", x32, x32, precision=EXACT) / x.shape[-1]
     return jnp.einsum("...d,...->...d", x32, jax.lax.rsqrt(mean_square + eps), precision=EXACT)
@@ -58,12 +60,15 @@ def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
 
 @typed
 def rms_norm(x: Float[Array, "*A D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*A D"]:
-    """x / rms(x) * weight, statistics in fp32, result in the dtype of x."""
+    """Return x / rms(x) * weight, with statistics in fp32 and the result in the dtype of x."""
     return (unit_rms(x, eps).astype(x.dtype) * weight).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
-    """Angular frequency of each channel pair (i, i + H/2). llama3 scaling: transformers `modeling_rope_utils.py`."""
+    """Return the angular frequency of each channel pair (i, i + H/2).
+
+    Source of the llama3 scaling: transformers `modeling_rope_utils.py`.
+    """
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     scaling = config.rope_scaling
@@ -71,17 +76,20 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
         return frequency
     if scaling.kind == "linear":
         return frequency / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # over the original context
+    rotations = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # over the original context
     smooth = jnp.clip(
-        (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
     )
     return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
 @typed
 def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[Array, "#B {length}"]:
-    """Rotary positions of a row: counted from the start of each segment, so that a packed document is what it is alone. (The
-    zeroed borrowed channel makes attention depend on absolute positions, not on distances only.)"""
+    """Return the rotary positions of a row, counted from the start of each segment.
+
+    A packed document thus gets the same logits as alone: with a zeroed borrowed channel, attention depends on absolute
+    positions and not on distances only.
+    """
     index = jnp.arange(length)[None]
     if segment_ids is None:
         return index
@@ -102,14 +110,20 @@ class MLP(nnx.Module):
             self.down_bias = param("layers", "embed", fill=0.0)
         self.biased = config.mlp_bias
 
-    def __call__(self, x: Float[Array, "B T D"], length: str | None = None) -> Float[Array, "B T D"]:
-        """`length` is the logical axis of T."""
-        if length is not None:
-            x = to_split(x, "mlp", self.gate[...].shape[1])
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Run the MLP for inference: T is not sharded."""
+        return self._down(*self._gate_and_up(x))
+
+    def for_training(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Run the MLP for training: T is sharded along "sequence" before and after."""
+        gate, up = self._gate_and_up(gather_for_matmul(x, "mlp", self.gate[...].shape[1]))
+        # Unconstrained, the gradient of silu(gate) * up would be sharded along T and exchanged before and after.
+        return self._down(constrain(gate, "batch", "sequence", "mlp"), constrain(up, "batch", "sequence", "mlp"))
+
+    def _gate_and_up(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
         gate, up = x @ self.gate[...], x @ self.up[...]
-        if self.biased:
-            gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
-        if length is not None:  # or the gradient of their product is split by length, and exchanged before and after
-            gate, up = constrain(gate, "batch", length, "mlp"), constrain(up, "batch", length, "mlp")
+        return (gate + self.gate_bias[...], up + self.up_bias[...]) if self.biased else (gate, up)
+
+    def _down(self, gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         out = (jax.nn.silu(gate) * up) @ self.down[...]
         return out + self.down_bias[...] if self.biased else out

@@ -1,6 +1,10 @@
-"""A model as plain arrays and back: names to arrays, which optimizers and checkpoints understand without Flax."""
+"""The border to Flax NNX: a model as plain arrays by name, which optimizers and checkpoints understand, and back.
 
-from collections.abc import Callable, Mapping
+Begin with `flatten` and `ModelStructure`. Names are dotted paths: "layers.attention.evict_proj" is an array [L D K].
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,60 +14,59 @@ from jax.sharding import Mesh, NamedSharding
 
 from dms_jax.config import ModelConfig
 from dms_jax.models.decoder import Decoder
-from dms_jax.models.layers import EvictParam
 from dms_jax.sharding import named_sharding
 
-Params = dict[str, jax.Array]  # e.g. "layers.attention.evict_proj" -> [L D K]
+Params = dict[str, jax.Array]
 
 
-def is_evict_head(name: str, variable: nnx.Variable) -> bool:
-    return isinstance(variable, EvictParam)
+def flatten(model: Decoder, only: Any = nnx.Param) -> Params:
+    """Return the parameters of a model by name: all, or those that an NNX filter selects, such as `EvictParam`."""
+    return {name: variable.get_value() for name, variable in _named_variables(nnx.state(model, only)).items()}
 
 
-def is_any(name: str, variable: nnx.Variable) -> bool:
-    return True
-
-
-class Template:
-    """The structure of a model without its numbers: `split` takes a model apart, `merge` puts one together (also in jit)."""
+class ModelStructure:
+    """A model without its numbers: what `build` needs to make a model from arrays, also inside jit."""
 
     def __init__(self, model: Decoder):
         self.graph, state = nnx.split(model)
-        self.variables = {_name(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
+        self.variables = _named_variables(state)
+        self._paths = dict(zip(self.variables, (path for path, _ in nnx.to_flat_state(state)), strict=True))
         self.config = model.config
 
-    def names(self, chosen: Callable[[str, nnx.Variable], bool]) -> list[str]:
-        return [name for name, (_, variable) in self.variables.items() if chosen(name, variable)]
-
-    def merge(self, *parts: Mapping[str, jax.Array]) -> Decoder:
-        """The model with the arrays of `parts`, which together must name every parameter."""
+    def build(self, *parts: Mapping[str, jax.Array]) -> Decoder:
+        """Make the model with the arrays of `parts`, which together must name every parameter."""
         arrays = {name: array for part in parts for name, array in part.items()}
-        leaves = [(path, variable.replace(arrays[name])) for name, (path, variable) in self.variables.items()]
+        leaves = [(self._paths[name], variable.replace(arrays[name])) for name, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(leaves))
 
-    def shardings(self, names: list[str], mesh: Mesh) -> dict[str, NamedSharding]:
-        """Where each parameter lies on the mesh."""
+    def shardings(self, names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
+        """Return where each named parameter lies on the mesh, by its logical axes."""
         found = {}
         for name in names:
-            variable = self.variables[name][1]
+            variable = self.variables[name]
             found[name] = named_sharding(variable.axes, variable.get_value().shape, mesh)
         return found
 
 
 def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """A model of shapes without numbers, to compile for hardware that is not here."""
+    """Make a model of shapes without numbers, for example to compile for hardware that is not here."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
-def placed(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Any:
-    """Shapes that also say where on a mesh they lie."""
+def with_shardings(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Any:
+    """Return shapes that also say where on a mesh they lie."""
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in shapes.items()}
 
 
-def params_of(model: Decoder) -> Params:
-    """Every parameter of a model by name."""
-    return {_name(path): variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(model))}
+def jitted(model: Decoder, method: str) -> Callable[..., Any]:
+    """Return a method of the model, compiled. Models of equal structure share the compiled program."""
+    return partial(_call, *nnx.split(model), method)
 
 
-def _name(path: tuple) -> str:
-    return ".".join(map(str, path))
+@partial(jax.jit, static_argnums=(0, 2))
+def _call(graph: nnx.GraphDef, state: nnx.State, method: str, *args: Any) -> Any:
+    return getattr(nnx.merge(graph, state), method)(*args)
+
+
+def _named_variables(state: nnx.State) -> dict[str, nnx.Variable]:
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}

@@ -1,16 +1,20 @@
-"""What the training-free methods share: a budget of live pairs per row and KV head, and a score by which pairs stay.
+"""What the training-free methods share: a budget of live pairs per row and KV head, and a score that ranks pairs.
 
-Two protocols, one score:
-- **online** (`BudgetPolicy` itself): after each chunk of a prefill and each decoded token, the pairs with the lowest scores
-  beyond the budget leave. A query sees what stayed before its chunk, and the chunk up to itself; so a prefill's result
-  depends on its chunk size, and live pairs are at most the budget whenever a call has returned.
-- **prompt compression** (`prompt_compression.py`): all of the prompt is prefilled, ranked once, the best `budget` stay.
+One score serves two protocols:
+- **online** (`BudgetPolicy` itself): after each chunk of a prefill and after each decoded token, the pairs with the
+  lowest scores leave until the budget is met. A query sees the pairs that stayed before its chunk, and the chunk up to
+  itself. The result of a prefill therefore depends on its chunk size, and a head holds at most `budget` pairs whenever
+  a call returns.
+- **prompt compression** (`prompt_compression.py`): the whole prompt is prefilled and ranked once, and the best `budget`
+  pairs stay.
 
-A method says which numbers of each pair it remembers (`features`), from which it forms a score (`keep_scores`).
+A method declares how many numbers it remembers for each pair (`features`) and forms its score from them
+(`keep_scores`).
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -24,76 +28,78 @@ from dms_jax.policies.keep_all import unmarked
 
 
 class Pairs(NamedTuple):
-    """Candidates of one layer: the slots, then the chunk's pairs. What is not alive holds anything, NaN included."""
+    """The candidates of one layer: its slots, then the chunk's pairs. Dead ones may hold anything, NaN included."""
 
     k: Float[Array, "B K S H"]  # after RoPE
     position: Int[Array, "B K S"]
     alive: Bool[Array, "B K S"]
-    statistic: Float[Array, "B K S F"] | None
-    now: Int[Array, "B"]  # the last query of each row
+    statistic: Float[Array, "B K S features"] | None
+    now: Int[Array, "B"]  # position of each row's last query
 
     @property
-    def memory(self) -> Float[Array, "B K S F"]:
-        """`statistic`, for a method that has `features`."""
+    def memory(self) -> Float[Array, "B K S features"]:
+        """The `statistic` of a method that has `features`."""
         assert self.statistic is not None
         return self.statistic
 
     @property
     def age(self) -> Int[Array, "B K S"]:
-        """Later queries since each pair came; 0 for what is not alive."""
+        """Queries since each pair was added; 0 for pairs that are not alive."""
         return jnp.where(self.alive, self.now[:, None, None] - self.position, 0)
 
 
 @dataclass(frozen=True)
 class BudgetPolicy(CachePolicy):
-    """Base of the methods. A subclass gives `keep_scores`, and, where it looks at attention, `observed` and `observe`."""
+    """Base of the methods. A subclass defines `keep_scores`; `num_observed` and `observe` if it ranks by attention."""
 
+    has_budget: ClassVar[bool] = True
+    ranks_pairs: ClassVar[bool] = True
     budget: int
 
     def __post_init__(self):
-        if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < self.least_budget:
+        if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < self.min_budget:
             raise ConfigError(
-                f"budget of {type(self).__name__} must be a whole number >= {self.least_budget}, got {self.budget!r}"
+                f"the budget of {type(self).__name__} must be a whole number >= {self.min_budget}, got {self.budget!r}"
             )
 
     @property
-    def least_budget(self) -> int:
-        """The smallest budget that the method's own parameters leave room in."""
+    def min_budget(self) -> int:
+        """The smallest budget that the method's other parameters allow."""
         return 1
 
     @property
-    def observed(self) -> int:
-        """How many of a chunk's last queries `observe` wants to see the attention of."""
+    def num_observed(self) -> int:
+        """How many of a chunk's last queries `observe` is given the attention weights of."""
         return 0
 
     @property
     def window_size(self) -> int:
-        return 0  # never asked: a budget never fills a buffer that has room for it
+        return 0  # unused: `victim()` asks only when a buffer overflows, and capacity >= budget is checked beforehand
 
     def slot_bounds(self) -> SlotBounds:
         return SlotBounds(self.budget, self.budget, f"a budget of {self.budget} pairs")
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
-        """A full cache is ranked after attention: the token that makes one pair too many has read them all."""
+        """At the budget, a token reads all pairs and its own, budget + 1 in total, before one of them leaves."""
         return jnp.where(live >= self.budget, self.budget + 1, live)
 
+    @abstractmethod
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        """How much each pair deserves to stay; the highest `budget` do, the newest among equals. Arbitrary where not alive."""
-        raise NotImplementedError(f"{type(self).__name__} has no keep_scores")
+        """Score the pairs; the `budget` highest stay, the newest among equals. Scores of dead pairs are ignored."""
 
-    def arrive(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T F"] | None:
-        """What is remembered of pairs when they come."""
+    def first_statistic(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T features"] | None:
+        """Return what is remembered for new pairs with keys `k`; None for a method without `features`."""
         return jnp.zeros((*k.shape[:3], self.features), jnp.float32) if self.features else None
 
     def observe(
         self,
-        statistic: Float[Array, "B K S F"],
+        statistic: Float[Array, "B K S features"],
         weights: Float[Array, "B K n S"],
         real: Bool[Array, "B n"],
         alive: Bool[Array, "B K S"],
-    ) -> Float[Array, "B K S F"]:
-        """What is remembered after the last n queries paid attention `weights` (averaged over the query heads of each KV
-        head); of those only the `real` ones exist, which are the last of the n."""
+    ) -> Float[Array, "B K S features"]:
+        """Update what is remembered with the attention `weights` of the last n queries, averaged over the query heads
+        of each KV head. Only the `real` queries exist; they are the last ones of the n."""
         return statistic
 
     def mark(
@@ -114,22 +120,22 @@ class BudgetPolicy(CachePolicy):
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
     ) -> Selection | None:
-        pairs = self.after(q, k, expiries, slots, position, count)
-        return Selection(
-            best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, leaving=k.shape[2]), pairs.statistic
-        )
+        pairs = self.pairs_after(q, k, expiries, slots, position, count)
+        kept = best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, max_leaving=k.shape[2])
+        return Selection(kept, pairs.statistic)
 
-    def after(self, q, k, expiries, slots, position, count) -> Pairs:
-        """All pairs after a chunk, its attention observed."""
+    def pairs_after(self, q, k, expiries, slots, position, count) -> Pairs:
+        """Return all pairs after a chunk, with its attention observed; arguments as in `select`."""
         now, length = position[:, 0] + count - 1, k.shape[2]
         chunk_position = jnp.broadcast_to(position[:, None], expiries.expiry.shape)
         both = lambda slot, new: jnp.concatenate([slot, new.astype(slot.dtype)], axis=2)
         keys, positions = both(slots.k, k), both(slots.position, chunk_position)
         alive = alive_pairs(slots, expiries.expiry, now, count)
-        coming = self.arrive(k)
-        statistic = None if slots.statistic is None or coming is None else both(slots.statistic, coming)
-        if (number := min(self.observed, length)) and statistic is not None:
-            index = count[:, None] - number + jnp.arange(number)  # of the last `number` queries; below 0 there is none
+        first = self.first_statistic(k)
+        statistic = None if slots.statistic is None or first is None else both(slots.statistic, first)
+        if (number := min(self.num_observed, length)) and statistic is not None:
+            # The last queries of each row; a negative index is one that does not exist.
+            index = count[:, None] - number + jnp.arange(number)
             real, at = index >= 0, jnp.maximum(index, 0)
             last = jnp.take_along_axis(q, at[..., None, None], axis=1)
             weights = attention_weights(
@@ -145,11 +151,14 @@ def best(
     alive: Bool[Array, "B K S"],
     position: Int[Array, "B K S"],
     budget: int,
-    leaving: int | None = None,
+    max_leaving: int | None = None,
 ) -> Bool[Array, "B K S"]:
-    """The `budget` alive pairs with the highest scores, of equals the newest. At most `leaving` of the alive ones are too many."""
+    """Return the `budget` alive pairs with the highest scores, the newest among equals.
+
+    The caller vouches that at most `max_leaving` alive pairs exceed the budget; None: any number may.
+    """
     scores = jnp.where(alive, scores, -jnp.inf)
-    if leaving == 1:  # a decoded token: one minimum instead of a sort
+    if max_leaving == 1:  # a decoded token: one minimum instead of a sort
         lowest = alive & (scores == jnp.min(jnp.where(alive, scores, jnp.inf), axis=-1, keepdims=True))
         worst = jnp.argmin(jnp.where(lowest, position, jnp.iinfo(jnp.int32).max), axis=-1)[..., None]
         too_many = jnp.sum(alive, axis=-1, keepdims=True) > budget

@@ -1,42 +1,83 @@
-"""What tells cache policies apart. The engine asks four questions and nothing else; most policies answer one of them.
+"""What tells cache policies apart, and all that the rest of the package may ask of one.
 
-1. `mark`, when pairs come: until when is each one visible? Enough for whatever follows from the tokens alone.
-2. `read`, before attention: which slots are worth reading now? All, by default.
-3. `choose`, after attention: which pairs stay? By default those whose time has not come. Methods with a budget rank here.
-4. `room`, before anything runs: how many pairs must a head be able to hold?
+1. `mark`, when pairs arrive: until when is each one visible? Enough for any rule that follows from the tokens alone.
+2. `read`, before attention, only if `reads_subset`: which slots are worth reading now?
+3. `select`, after attention, only if `ranks_pairs`: which pairs stay? Methods with a budget rank here.
+4. `slot_bounds`, before anything runs: how many pairs must a head be able to hold?
+
+Class flags say what a policy can do, so that no caller compares types or names. To add a policy, write its file, its
+line in `dms_jax.policies.POLICIES` and its test. `keep_all` is the smallest policy, `knorm` the smallest with a
+budget.
 """
 
-from typing import NamedTuple, Protocol
+import re
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
+from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import Expiries, LayerCache, Selection
+from dms_jax.errors import ConfigError, shown
+
+UNBOUNDED = 2**30  # more pairs, or queries, than any row has; position + UNBOUNDED is still an int32
 
 
 class SlotBounds(NamedTuple):
-    """Pairs per row and KV head."""
+    """Pairs per row and KV head that a policy needs room for."""
 
-    min: int  # a head holds this many as soon as so many have come
-    max: int | None  # and never more than this; None: it depends on the tokens
-    reason: str
+    min: int  # a head holds this many as soon as so many tokens have been seen
+    max: int | None  # a head never holds more than this; None: it depends on the tokens
+    reason: str  # for messages: what the bounds come from
 
 
-class CachePolicy(Protocol):
-    """A frozen, hashable dataclass: the engine treats it as part of the program."""
+class FusedRule(NamedTuple):
+    """The eviction rules that the one-kernel decode step implements: marked pairs leave after a window."""
+
+    window_size: int
+    decision_shift: Literal[0, 1] | None  # as in `DMSConfig`; None: no pair is ever marked
+    granularity: Literal["head", "layer"] = "head"
+
+
+class CachePolicy(ABC):
+    """Base of all policies. A policy is a frozen, hashable dataclass, and static under jit."""
+
+    is_learned: ClassVar[bool] = False  # follows the evict head of a retrofitted model, at a threshold
+    has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"
+    ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
+    reads_subset: ClassVar[bool] = False  # `read` is asked before attention
+
+    @classmethod
+    def from_text(cls, budget: str, config: ModelConfig) -> Self:
+        """Make the policy that "NAME" or "NAME:BUDGET" means for a model of `config`. Raises ConfigError."""
+        if cls.has_budget:
+            if not re.fullmatch("[0-9]{1,9}", budget):
+                raise ConfigError(f"the budget must be a number of pairs per KV head, e.g. 256, got {shown(budget)}")
+            return cls(int(budget))  # pyrefly: ignore[bad-argument-count]  # `budget` is the first field
+        if budget:
+            raise ConfigError(f"the policy has no budget, got {shown(budget)}; leave it out")
+        return cls()
 
     @property
+    @abstractmethod
     def window_size(self) -> int:
-        """A full buffer does not push out a pair this young while it can choose."""
-        ...
+        """The age up to which a full buffer does not push out a pair while it can push out another."""
 
     @property
     def features(self) -> int:
-        """How many numbers the cache keeps of each pair for this policy."""
+        """How many numbers the cache remembers for each pair on behalf of this policy."""
         return 0
 
-    def slot_bounds(self) -> SlotBounds: ...
+    @abstractmethod
+    def slot_bounds(self) -> SlotBounds:
+        """Return how many pairs a head must be able to hold."""
 
+    def fused_rule(self) -> FusedRule | None:
+        """Return the rule for the one-kernel decode step; None if that kernel does not implement this policy."""
+        return None
+
+    @abstractmethod
     def mark(
         self,
         logits: Float[Array, "B K T"],
@@ -44,18 +85,19 @@ class CachePolicy(Protocol):
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
     ) -> Expiries:
-        """What becomes of the pairs at `position`, of which the first `count` of each row are real, and of the pair before
-        them. `logits` are the evict logits of their tokens."""
-        ...
+        """Decide about the pairs at `position` and about the pair before them; the first `count` of each row are real.
+
+        `logits` are the evict logits of their tokens; a learned policy evicts where a logit exceeds `threshold`.
+        """
 
     def read(
         self, q: Float[Array, "B T N H"], slots: LayerCache, position: Int[Array, "B T"]
     ) -> Bool[Array, "B K T C"] | None:
-        """Slots that each query at `position` looks at, of those it may see; None: all."""
+        """Return the slots that each query at `position` reads, among those that it may see; None reads all."""
         return None
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
-        """How many pairs a decoded token reads of `live` ones; what it costs."""
+        """Return how many of `live` pairs the decoding of one token reads, which is what it costs."""
         return live
 
     def select(
@@ -67,5 +109,5 @@ class CachePolicy(Protocol):
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
     ) -> Selection | None:
-        """Which slots and pairs of the chunk stay after it, and what to remember of them; None: those that have not expired."""
+        """Return which slots and chunk pairs stay, and what to remember of them; None keeps all that are live."""
         return None

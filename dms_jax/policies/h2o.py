@@ -12,11 +12,11 @@ from dms_jax.policies.observed_attention import ObservedAttention
 
 @dataclass(frozen=True)
 class H2O(ObservedAttention):
-    """Half of the budget holds the most recent pairs, the rest those with the largest attention received in all.
+    """Keep the most recent pairs in one half of the budget, and those that received the most attention in the other.
 
-    Deviations: attention is averaged over the query heads that share a KV head (the paper has no shared heads). In a chunked
-    prefill, attention to a pair counts while it is in the cache, and pairs leave at the end of each chunk; the authors' code
-    prefills densely. An odd budget gives the spare pair to the heavy hitters.
+    Deviations: attention is averaged over the query heads that share a KV head (the paper has no shared heads). In a
+    chunked prefill, a pair collects attention while it is in the cache, and pairs leave at the end of each chunk; the
+    authors' code prefills densely. With an odd budget, the heavy hitters get the larger half.
     """
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:

@@ -2,18 +2,22 @@
 
 from dataclasses import dataclass
 
+from dms_jax.policies.cache_policy import FusedRule
 from dms_jax.policies.learned_eviction import LearnedEviction
 
 
 @dataclass(frozen=True)
 class ImmediateEviction(LearnedEviction):
-    """A marked pair leaves at once: the learned policy with window 0. With `decision_shift` 1 that is when the next token
-    has decided, which does not see the pair any more.
+    """Evict a marked pair at once: the learned policy with window 0.
 
-    Deviation: the paper trains a model for it; here it is the evict head that was trained with a window. To compare at equal
-    live tokens, `calibrate` a threshold of its own.
+    With `decision_shift` 1, the next token decides about a pair, and a pair that it marks is already invisible to it.
+    Deviation: the paper trains a model for this policy; here the evict head was trained with a window. `calibrate` a
+    separate threshold to compare both policies at equal numbers of live pairs.
     """
 
     @property
     def window_size(self) -> int:
         return 0
+
+    def fused_rule(self) -> FusedRule | None:
+        return None  # this ablation has not been measured with the fused kernel

@@ -1,4 +1,4 @@
-"""The dense model: the absence of a policy."""
+"""The policy of the dense model, which evicts nothing."""
 
 from dataclasses import dataclass
 
@@ -8,26 +8,27 @@ from jaxtyping import Float, Int
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import Expiries
 from dms_jax.core.visibility import NEVER
-from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
-
-EVERYTHING = 2**30  # more than any row has
+from dms_jax.policies.cache_policy import UNBOUNDED, CachePolicy, FusedRule, SlotBounds
 
 
 def unmarked(logits: Float[Array, "B K T"]) -> Expiries:
-    """No pair has a time to leave."""
+    """Return decisions that mark no pair."""
     return Expiries(jnp.full(logits.shape, NEVER, jnp.int32), jnp.zeros(logits.shape, jnp.float32), None, None)
 
 
 @dataclass(frozen=True)
 class KeepAll(CachePolicy):
-    """Nothing leaves unless the buffer is full, and then the oldest pair does. Base of the policies that keep all and add to it."""
+    """Keep every pair; a buffer that is full all the same pushes out the oldest one."""
 
     @property
     def window_size(self) -> int:
-        return EVERYTHING  # so everything is inside, and the overflow rule picks the oldest
+        return UNBOUNDED  # every pair is inside the window, so the overflow rule picks the oldest
 
     def slot_bounds(self) -> SlotBounds:
-        return SlotBounds(EVERYTHING, None, "a cache that keeps everything")
+        return SlotBounds(UNBOUNDED, None, "a cache that keeps everything")
+
+    def fused_rule(self) -> FusedRule | None:
+        return FusedRule(self.window_size, None)
 
     def mark(
         self,

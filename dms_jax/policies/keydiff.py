@@ -1,4 +1,4 @@
-"""Keys that differ from the others stay. Park et al., "KeyDiff", arXiv:2504.15364."""
+"""Keep the pairs whose keys differ most from the others. Park et al., "KeyDiff", arXiv:2504.15364."""
 
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 @dataclass(frozen=True)
 class KeyDiff(BudgetPolicy):
-    """Keep the pairs whose keys have the lowest cosine similarity to the anchor, the mean of all normalised keys.
+    """Keep the pairs whose keys have the lowest cosine similarity to the anchor, the mean of all normalized keys.
 
-    As in the paper the anchor is that of the pairs now in the cache and the chunk; it is formed anew after each step.
-    Deviation: no window of recent pairs is protected (the paper's "sliding window" variant does that).
+    As in the paper, the anchor is taken over the pairs now in the cache and in the chunk, and computed anew after each
+    step.
+    Deviation: no window of recent pairs is protected, as it is in the paper's "sliding window" variant.
     """
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:

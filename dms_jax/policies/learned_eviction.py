@@ -1,23 +1,36 @@
 """The policy of a retrofitted model. Łańcucki et al., arXiv:2506.05345."""
 
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.config import DMSConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import Expiries
 from dms_jax.core.visibility import expiry_of
-from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
+from dms_jax.errors import ConfigError
+from dms_jax.policies.cache_policy import CachePolicy, FusedRule, SlotBounds
 
 
 @dataclass(frozen=True)
 class LearnedEviction(CachePolicy):
-    """A pair whose evict logit exceeds the threshold leaves `window_size` steps after it came."""
+    """Evict each pair whose evict logit exceeds the threshold, `window_size` steps after the pair was added."""
 
+    is_learned: ClassVar[bool] = True
     dms: DMSConfig
+
+    @classmethod
+    def from_text(cls, budget: str, config: ModelConfig) -> Self:
+        if budget:
+            raise ConfigError(f"a learned policy has a threshold and no budget, got {budget!r}; leave it out")
+        if config.dms is None:
+            raise ConfigError(
+                "the policy needs a retrofitted model, and this one is plain; load it with its evict head"
+            )
+        return cls(config.dms)
 
     @property
     def window_size(self) -> int:
@@ -27,6 +40,9 @@ class LearnedEviction(CachePolicy):
         return SlotBounds(
             self.window_size + 1, None, f"a window of {self.window_size} (window_size + 1 pairs always stay)"
         )
+
+    def fused_rule(self) -> FusedRule | None:
+        return FusedRule(self.window_size, self.dms.decision_shift, self.dms.granularity)
 
     def mark(
         self,
@@ -38,7 +54,7 @@ class LearnedEviction(CachePolicy):
         real = (jnp.arange(position.shape[1]) < count[:, None])[:, None]
         scores = jnp.where(real, eviction.share_heads(logits, self.dms.granularity), 0.0)
         evict = real & eviction.decide(logits, self.dms.granularity, threshold)
-        # One pair more, the one before the chunk: with shift 1 the first token decides about it.
+        # The pair before the chunk comes first: with shift 1, the chunk's first token decides about it.
         before = lambda x, fill: jnp.concatenate([jnp.full_like(x[..., :1], fill), x], axis=-1)
         score = eviction.align_to_pairs(before(scores, 0.0), self.dms.decision_shift, 0.0)
         marked = eviction.align_to_pairs(before(evict, False), self.dms.decision_shift, False)

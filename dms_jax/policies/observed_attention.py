@@ -1,4 +1,4 @@
-"""Mean attention received: kvpress's stand-in for H2O (NVIDIA kvpress, `observed_attention_press.py`)."""
+"""Rank pairs by the mean attention that they received: kvpress's variant of H2O (`observed_attention_press.py`)."""
 
 from dataclasses import dataclass
 
@@ -7,19 +7,20 @@ from jaxtyping import Bool, Float
 
 from dms_jax.axes import Array
 from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
-from dms_jax.policies.keep_all import EVERYTHING
+from dms_jax.policies.cache_policy import UNBOUNDED
 
 
 @dataclass(frozen=True)
 class ObservedAttention(BudgetPolicy):
-    """Keep the pairs that received the most attention per query that could see them. No pair is protected, not even the last.
+    """Keep the pairs that received the most attention per query that could see them. No pair is protected, not even
+    the newest.
 
-    Cost: the attention weights of a whole chunk [B N T C+T] exist in a prefill, so chunks should be short.
+    Cost: a prefill holds the attention weights of a whole chunk [B N T C+T], so chunks should be short.
     """
 
     @property
-    def observed(self) -> int:
-        return EVERYTHING  # every query
+    def num_observed(self) -> int:
+        return UNBOUNDED  # every query of a chunk
 
     @property
     def features(self) -> int:

@@ -1,6 +1,7 @@
-"""Read less, keep all: pages of keys that the query may care about. Tang et al., "Quest", arXiv:2406.10774."""
+"""Keep all pairs, and read only the pages whose keys may match the query. Tang et al., "Quest", arXiv:2406.10774."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,29 +10,39 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.errors import ConfigError
+from dms_jax.policies.cache_policy import FusedRule
 from dms_jax.policies.keep_all import KeepAll
 
 
 @dataclass(frozen=True)
 class Quest(KeepAll):
-    """Nothing leaves. A decoded token reads `budget // page_size` pages per KV head: its own, and those whose keys, by their
-    channel-wise minimum and maximum, allow the largest product with it. `budget` bounds the pairs read, not those held.
+    """Evict nothing, and let each decoded token read `budget // page_size` pages per KV head.
 
-    As in the paper a prefill reads everything; only decoding chooses, one token at a time or, to measure it on given text, a few:
-    each query of a chunk of at most a page chooses for itself and reads what precedes it in the chunk besides. Deviations: pages are chosen per
-    KV head, by the largest bound among the query heads that share it (the paper has one query head each); every layer
-    chooses (the paper leaves the first two dense); bounds are formed anew from the keys at each step and pages are hidden by
-    a mask, so this measures what Quest loses, not what it saves.
+    These are the token's own page, and the pages whose keys allow the largest product with the query, judged by the
+    minimum and maximum of each channel. `budget` bounds the pairs that are read, not those that are held. As in the
+    paper, a prefill reads everything and only decoding chooses. To measure Quest on given text, chunks of up to a page
+    count as decoding: each query chooses for itself, and also reads the pairs before it in the chunk.
+
+    Deviations: pages are chosen per KV head, by the largest bound among the query heads that share it (the paper has
+    one query head each). Every layer chooses (the paper leaves the first two dense). Bounds are computed anew from the
+    keys at each step and pages are hidden by a mask, so this implementation measures the quality of Quest and not its
+    speed.
     """
 
+    has_budget: ClassVar[bool] = True
+    reads_subset: ClassVar[bool] = True
     budget: int
     page_size: int = 16
 
     def __post_init__(self):
         if self.page_size < 1 or self.budget < 2 * self.page_size:
             raise ConfigError(
-                f"Quest wants page_size >= 1 and a budget >= two pages; got pages of {self.page_size} and a budget of {self.budget}"
+                "Quest needs a page_size >= 1 and a budget of at least two pages, "
+                f"got pages of {self.page_size} and a budget of {self.budget}"
             )
+
+    def fused_rule(self) -> FusedRule | None:
+        return None  # the fused step reads all slots
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
         return jnp.minimum(live, self.budget // self.page_size * self.page_size)
@@ -41,15 +52,15 @@ class Quest(KeepAll):
     ) -> Bool[Array, "B K T C"] | None:
         if q.shape[1] > self.page_size:
             return None
-        page_of = jnp.where(
-            slots.position < position[:, :1, None], slots.position // self.page_size, -1
-        )  # -1: not there
-        pages = -(-slots.capacity // self.page_size)  # nothing leaves, so the slot of a pair is its position
+        there = slots.position < position[:, :1, None]
+        page_of = jnp.where(there, slots.position // self.page_size, -1)  # -1: an empty slot
+        pages = -(-slots.capacity // self.page_size)  # no pair leaves, so the slot of a pair is its position
         pad = pages * self.page_size - slots.capacity
         low, high = (self._bound(slots.k, page_of >= 0, pad, extreme) for extreme in (jnp.min, jnp.max))
         b, t, _, h = q.shape
         rows = q.reshape(b, t, low.shape[1], -1, h).transpose(0, 2, 1, 3, 4).astype(jnp.float32)  # [B K T G H]
-        # The largest q.k that keys between the bounds allow: each channel takes the bound of its own sign.
+        # The largest q.k of any key within the bounds: a positive channel of q takes the maximum, a negative one the
+        # minimum.
         product = lambda x, y: jnp.einsum("bktgh,bkph->bktgp", x, y, precision=lax.Precision.HIGHEST)
         bound = jnp.max(product(jnp.maximum(rows, 0), high) + product(jnp.minimum(rows, 0), low), axis=3)
         filled = jnp.arange(pages) * self.page_size < position[:, :1, None]
@@ -62,7 +73,7 @@ class Quest(KeepAll):
     def _bound(
         self, k: Float[Array, "B K C H"], there: Bool[Array, "B K C"], pad: int, extreme
     ) -> Float[Array, "B K P H"]:
-        """The smallest or largest value of each channel in each page; 0 for a page with nothing in it."""
+        """Return the smallest or largest value (`extreme`) of each channel in each page; 0 for an empty page."""
         fill = jnp.inf if extreme is jnp.min else -jnp.inf
         keys = jnp.where(there[..., None], k.astype(jnp.float32), fill)
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=fill)

@@ -1,4 +1,4 @@
-"""What the last queries look at, smoothed over neighbours. Li et al., "SnapKV", arXiv:2404.14469."""
+"""Keep what the last queries attend to, smoothed over neighboring pairs. Li et al., "SnapKV", arXiv:2404.14469."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 @dataclass(frozen=True)
 class SnapKV(BudgetPolicy):
-    """Keep the last `observation_window` pairs, and of the others those to which the last `observation_window` queries paid
-    the most, averaged over `kernel_size` neighbours.
+    """Keep the last `observation_window` pairs, and of the others those to which the last `observation_window` queries
+    attend most, averaged over `kernel_size` neighbors.
 
-    Deviations: average pooling over neighbours, as in kvpress (the paper: maximum). Neighbours are the pairs next in position
-    among those still in the cache. Online, which the paper does not define, the window moves with each token: of each pair
-    the attention of the last `observation_window` queries is remembered.
+    Deviations: neighbors are pooled by their mean, as in kvpress, instead of the paper's maximum. Neighbors are
+    adjacent in position among the pairs that are still in the cache. The paper does not define an online version; here
+    the window moves with each token, so each pair remembers the attention of the last `observation_window` queries.
     """
 
     observation_window: int = 8
@@ -26,45 +26,44 @@ class SnapKV(BudgetPolicy):
     def __post_init__(self):
         if self.observation_window < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConfigError(
-                f"SnapKV wants observation_window >= 1 and an odd kernel_size >= 1; got {self.observation_window} and {self.kernel_size}"
+                "SnapKV needs an observation_window >= 1 and an odd kernel_size >= 1, "
+                f"got {self.observation_window} and {self.kernel_size}"
             )
         super().__post_init__()
 
     @property
-    def least_budget(self) -> int:
+    def min_budget(self) -> int:
         return self.observation_window + 1
 
     @property
-    def observed(self) -> int:
+    def num_observed(self) -> int:
         return self.observation_window
 
     @property
     def features(self) -> int:
-        return self.observation_window  # what each of the last queries paid, the latest last
+        return self.observation_window  # attention of each of the last queries, the latest last
 
     def observe(
         self,
-        statistic: Float[Array, "B K S F"],
+        statistic: Float[Array, "B K S features"],
         weights: Float[Array, "B K n S"],
         real: Bool[Array, "B n"],
         alive: Bool[Array, "B K S"],
-    ) -> Float[Array, "B K S F"]:
+    ) -> Float[Array, "B K S features"]:
         size, number = self.observation_window, weights.shape[2]
-        both = jnp.concatenate(
-            [statistic, weights.swapaxes(2, 3)], axis=-1
-        )  # oldest first; those not real are in between
+        both = jnp.concatenate([statistic, weights.swapaxes(2, 3)], axis=-1)  # oldest first, padding in the middle
         new = jnp.sum(real, axis=-1)[:, None]
-        back = jnp.arange(size)[::-1]  # how many queries ago
+        back = jnp.arange(size)[::-1]  # queries ago
         source = jnp.where(back < new, size + number - 1 - back, size - 1 - (back - new))
         return jnp.take_along_axis(both, source[:, None, None], axis=-1)
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        settled = pairs.alive & (pairs.age >= self.observation_window)
-        paid = jnp.where(settled, jnp.mean(jnp.where(settled[..., None], pairs.memory, 0.0), axis=-1), 0.0)
+        old = pairs.alive & (pairs.age >= self.observation_window)
+        attention = jnp.where(old, jnp.mean(jnp.where(old[..., None], pairs.memory, 0.0), axis=-1), 0.0)
         order = jnp.argsort(jnp.where(pairs.alive, pairs.position, jnp.iinfo(jnp.int32).max), axis=-1)
         side = self.kernel_size // 2
-        padded = jnp.pad(jnp.take_along_axis(paid, order, axis=-1), ((0, 0), (0, 0), (side, side)))
-        length = paid.shape[-1]
+        padded = jnp.pad(jnp.take_along_axis(attention, order, axis=-1), ((0, 0), (0, 0), (side, side)))
+        length = attention.shape[-1]
         pooled = sum(padded[..., i : i + length] for i in range(self.kernel_size)) / self.kernel_size
         score = jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
-        return jnp.where(settled, score, jnp.max(jnp.where(settled, score, 0.0), axis=(1, 2), keepdims=True) + 1)
+        return jnp.where(old, score, jnp.max(jnp.where(old, score, 0.0), axis=(1, 2), keepdims=True) + 1)

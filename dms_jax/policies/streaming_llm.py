@@ -1,4 +1,5 @@
-"""Sliding window with attention sinks, the training-free baseline a retrofit has to beat. Xiao et al., arXiv:2309.17453."""
+"""A sliding window with attention sinks: the training-free baseline that a retrofit has to beat. Xiao et al.,
+arXiv:2309.17453."""
 
 from dataclasses import dataclass
 
@@ -16,8 +17,8 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 class StreamingLLM(BudgetPolicy):
     """Keep the first `num_sinks` pairs and the most recent ones, `budget` pairs in all.
 
-    In the terms of the one rule every pair but the sinks is marked, and leaves after `window_size` steps: who stays does not
-    depend on what attention saw, so online it needs no ranking, and chunks, decoding and the mask path are equal.
+    In terms of the one rule, every pair but the sinks is marked and leaves after `window_size` steps. The choice does
+    not depend on attention, so no ranking is needed online, and the mask path, chunks and decoding are equal.
     Deviation: rotary positions are not renumbered.
     """
 
@@ -32,9 +33,10 @@ class StreamingLLM(BudgetPolicy):
 
     @property
     def window_size(self) -> int:
-        return self.budget - self.num_sinks - 1  # a pair is visible to itself and to this many later queries
+        return self.budget - self.num_sinks - 1  # a pair is visible to its own query and to this many later ones
 
     def marked(self, position: Int[Array, "*A"]) -> Bool[Array, "*A"]:
+        """Return which positions are not sinks."""
         return position >= self.num_sinks
 
     def mark(
@@ -48,8 +50,8 @@ class StreamingLLM(BudgetPolicy):
         return Expiries(jnp.broadcast_to(expiry, logits.shape), jnp.zeros(logits.shape, jnp.float32), None, None)
 
     def select(self, q, k, expiries, slots, position, count) -> None:
-        return None  # the expiries say it all
+        return None  # `mark` has already decided
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        """1 for what stays, 0 for what leaves (kvpress's convention)."""
+        """Score 1 for pairs that stay and 0 for those that leave, as kvpress does."""
         return jnp.where(self.marked(pairs.position) & (pairs.age > self.window_size), 0.0, 1.0)

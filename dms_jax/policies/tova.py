@@ -11,18 +11,18 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 @dataclass(frozen=True)
 class TOVA(BudgetPolicy):
-    """Keep the pairs that the last query attends to most, averaged over all query heads of the layer.
+    """Keep the pairs to which the last query attends most, averaged over all query heads of the layer.
 
-    Deviation, that of kvpress: the last pair always stays (the paper lets it leave).
+    Deviation, as in kvpress: the last pair always stays, whereas the paper lets it leave.
     """
 
     @property
-    def observed(self) -> int:
+    def num_observed(self) -> int:
         return 1
 
     @property
     def features(self) -> int:
-        return 1  # what the last query paid
+        return 1  # attention of the last query
 
     def observe(
         self,
@@ -34,7 +34,8 @@ class TOVA(BudgetPolicy):
         return jnp.where(real[:, -1, None, None, None], weights[:, :, -1, :, None], statistic)
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        # All heads of a layer get the same scores, so they keep the same pairs in the same slots: slots may be averaged over.
+        # All heads of a layer get the same scores. They therefore keep the same pairs in the same slots, so that a
+        # slot's weights can be averaged over heads.
         weights = jnp.mean(jnp.where(pairs.alive, pairs.memory[..., 0], 0.0), axis=1, keepdims=True)
         score = jnp.where(pairs.alive & (pairs.age == 0), jnp.max(weights, axis=-1, keepdims=True) + 1, weights)
         return jnp.broadcast_to(score, pairs.alive.shape)

@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.models.parameters import is_evict_head
-
 if TYPE_CHECKING:
     from dms_jax.training.run import Run
 
@@ -23,7 +21,7 @@ def dry_run_text(run: "Run") -> str:
     moments = sum(_local(x) for x in jax.tree.leaves(r.state.opt_state))
     lines += [f"optimizer: {moments / GIB:.3f} GiB a device", ""]
     rows = f"{c.batch_size} rows of {c.length} tokens a step, {c.batch_size // c.accumulate} at a time"
-    heads = sum(is_evict_head(name, variable) for name, (_, variable) in r.student.variables.items())
+    heads = len(r.evict_head)
     lines += [
         f"batch: {rows}; {run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out; {heads} evict-head arrays",
         "",

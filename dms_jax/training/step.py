@@ -23,7 +23,8 @@ from dms_jax.core.eviction import decidable, live_counts
 from dms_jax.core.losses import compression_loss, distill_sum
 from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, sliding_window_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
-from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of, placed
+from dms_jax.models.layers import EvictParam
+from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shardings
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import named_sharding, spec
 from dms_jax.training.data.rows import Batch
@@ -68,19 +69,17 @@ class Retrofit:
         """
         self.config, self.mesh, self.dms = config, mesh, model.config.require_dms()
         self.compute_dtype = compute_dtype
-        self.student = Template(model)
-        self.teacher = Template(teacher) if teacher is not None else None
-        chosen = self.student.names(is_evict_head if config.mode == "adapter" else is_any)
-        params = params_of(model)
+        self.student = ModelStructure(model)
+        self.teacher = ModelStructure(teacher) if teacher is not None else None
+        params, self.evict_head = flatten(model), flatten(model, EvictParam).keys()
+        chosen = list(self.evict_head if config.mode == "adapter" else params)
         self.rate = rate_schedule(config.optimizer, config.steps)
         self.tx = build_optimizer(config.optimizer, self.rate)
-        self.frozen = (
-            params_of(teacher) if teacher is not None else {n: a for n, a in params.items() if n not in chosen}
-        )
+        self.frozen = flatten(teacher) if teacher is not None else {n: a for n, a in params.items() if n not in chosen}
         shardings = self.student.shardings(chosen, mesh)
         abstract = isinstance(params[chosen[0]], jax.ShapeDtypeStruct)
         if abstract:
-            self.frozen = placed(self.frozen, (self.teacher or self.student).shardings(list(self.frozen), mesh))
+            self.frozen = with_shardings(self.frozen, (self.teacher or self.student).shardings(list(self.frozen), mesh))
         # Master weights are fp32 whatever the compute dtype: a bf16 weight loses updates of this size.
         make = jax.eval_shape if abstract else lambda f, *x: f(*x)
         master = jax.jit(lambda p: {n: a.astype(jnp.float32) for n, a in p.items()}, out_shardings=shardings)
@@ -120,16 +119,13 @@ class Retrofit:
     # --- model views ---
 
     def student_model(self, trainable: Params, frozen: Params) -> Decoder:
-        cast = {
-            name: a if is_evict_head(name, self.student.variables[name][1]) else a.astype(self.compute_dtype)
-            for name, a in trainable.items()
-        }
-        return self.student.merge(cast, {} if self.teacher else frozen)
+        cast = {name: a if name in self.evict_head else a.astype(self.compute_dtype) for name, a in trainable.items()}
+        return self.student.build(cast, {} if self.teacher else frozen)
 
     def teacher_model(self, trainable: Params, frozen: Params) -> Decoder:
         """`adapter`: the student itself, whose `dense_hidden` never looks at the evict head."""
         return (
-            self.teacher.merge(frozen) if self.teacher else self.student_model(jax.lax.stop_gradient(trainable), frozen)
+            self.teacher.build(frozen) if self.teacher else self.student_model(jax.lax.stop_gradient(trainable), frozen)
         )
 
     def trained_model(self, state: TrainState) -> Decoder:
@@ -235,9 +231,9 @@ class Retrofit:
 
     def _free_channel(self, state: TrainState) -> TrainState:
         """Between the phases of `borrowed`: the channel, which no longer has any effect, becomes exactly 0."""
-        model = self.student.merge(state.trainable)
+        model = self.student.build(state.trainable)
         free_borrowed_channel(model)
-        trainable = params_of(model)
+        trainable = flatten(model)
         return TrainState(state.step, trainable, self.tx.init(trainable))
 
     # --- held-out rows ---

@@ -1,4 +1,4 @@
-"""The chunked path against the dense reference, value and gradient; and its memory, read off the compiled program."""
+"""Chunked attention: values and gradients against the dense reference, and its memory, read off the traced program."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,9 @@ def value_and_gradients(attention, q, k, v, log_keep, ids, **options):
     hard=st.booleans(),
     segments=st.booleans(),
 )
-def test_equals_the_reference(seed, batch, length, kv_heads, group, head_dim, window, block, hard, segments):
+def test_chunked_attention_equals_the_reference(
+    seed, batch, length, kv_heads, group, head_dim, window, block, hard, segments
+):
     args = inputs(seed, batch, length, kv_heads, group, head_dim, hard, segments)
     (_, expected), expected_grads = value_and_gradients(reference_attention, *args, window_size=window)
     (_, actual), grads = value_and_gradients(gated_attention, *args, window_size=window, block=block)
@@ -56,7 +58,7 @@ def test_equals_the_reference(seed, batch, length, kv_heads, group, head_dim, wi
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(theirs).max())))
 
 
-def test_default_block_and_head_sizes_of_real_models():
+def test_default_block_works_for_head_sizes_of_real_models():
     for head_dim, group in ((64, 3), (80, 1), (128, 8)):
         args = inputs(0, 1, 300, 2, group, head_dim)
         (_, expected), expected_grads = value_and_gradients(reference_attention, *args, window_size=100)
@@ -66,7 +68,7 @@ def test_default_block_and_head_sizes_of_real_models():
             np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
-def test_the_gate_gets_a_gradient_only_where_it_acts():
+def test_gate_gets_a_gradient_only_where_it_acts():
     q, k, v, log_keep, _ = inputs(1, 1, 40, 2, 2, 8)
     window = 10
     gradient = value_and_gradients(gated_attention, q, k, v, log_keep, None, window_size=window)[1][3]
@@ -75,7 +77,7 @@ def test_the_gate_gets_a_gradient_only_where_it_acts():
     )
 
 
-def test_an_evicted_key_leaves_no_trace():
+def test_evicted_key_has_no_effect():
     q, k, v, log_keep, _ = inputs(2, 1, 30, 1, 2, 8)
     log_keep = jnp.zeros_like(log_keep).at[..., 5].set(MASKED)
     poisoned = gated_attention(q, k.at[:, 5].set(1e4), v.at[:, 5].set(1e4), log_keep, window_size=4)
@@ -85,7 +87,7 @@ def test_an_evicted_key_leaves_no_trace():
 
 
 def arrays_of(jaxpr):
-    """Shapes of every array a program makes, also inside loops."""
+    """Yield the shape of every array that a program makes, also inside loops."""
     for equation in jaxpr.eqns:
         yield from (v.aval.shape for v in equation.outvars if hasattr(v.aval, "shape"))
         for value in equation.params.values():

@@ -1,4 +1,4 @@
-"""Slots against the NumPy oracle of visibility: who is attended to, what is live, who leaves a full buffer."""
+"""The compact cache against the NumPy oracle of visibility: attention, live slots, and which pairs leave a full buffer."""
 
 import dataclasses
 from functools import partial
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from dms_jax.config import DMSConfig
 from dms_jax.core import compact_cache
-from dms_jax.core.compact_cache import EMPTY, GONE, CompactCache, Expiries, LayerCache, empty_layer
-from dms_jax.core.slot_attention import extend_layer, slot_attention
+from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, Expiries, LayerCache, empty_layer
+from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer, slot_attention
 from dms_jax.errors import ConfigError
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
@@ -25,12 +25,11 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 
 @partial(jax.jit, static_argnames=("policy", "block"))
 def extend(layer, q, k, v, logits, seen, count, policy, block=5):
-    """What an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
+    """Do what an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
     expiries = policy.mark(logits, position, count, 0.0)
-    return extend_layer(
-        layer, q, k, v, expiries, position, count, policy.window_size, attend=partial(slot_attention, block=block)
-    )
+    ops = XLA_OPS._replace(attend=partial(slot_attention, block=block))
+    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
 def poisoned(layer: LayerCache, seen) -> LayerCache:
@@ -45,7 +44,7 @@ def attend(q, k, v, mask):
 
 
 def run(seed: int, window: int, shift: int, fraction: float, schedule: list[int]):
-    """Feed random rows in ragged chunks; every output and every live count against the oracle."""
+    """Feed random rows in ragged chunks, and check every output and every live count against the oracle."""
     rng = np.random.default_rng(seed)
     q, k, v = rng.normal(size=(B, T, K * G, H)), rng.normal(size=(B, K, T, H)), rng.normal(size=(B, K, T, H))
     evict = (rng.random((B, K, T)) < fraction).astype(int)
@@ -97,8 +96,8 @@ def test_slots_equal_the_mask_in_many_cases(seed, window, shift, fraction, sched
     run(seed, window, shift, fraction, schedule)
 
 
-def test_golden_slots():
-    """Case G1 of the specification: final slot -> token."""
+def test_final_slots_equal_the_golden_case():
+    """Check the final token of each slot in case G1 of the specification."""
     evict = jnp.asarray([0, 1, 1, 0, 1, 0, 1, 1])
     layer, policy = empty_layer(1, 1, 8, H, jnp.float32), LearnedEviction(DMSConfig(window_size=2))
     one = jnp.zeros((1, 1, 1, H))
@@ -114,19 +113,19 @@ def victim_oracle(alive, position, score, now, window):
     return min(outside, key=lambda s: (-score[s], position[s])) if outside else min(slots, key=lambda s: position[s])
 
 
-def test_the_victim_is_the_one_most_likely_to_be_evicted(rng):
+def test_victim_has_the_highest_score_outside_the_window(rng):
     for window in (0, 2, 6, 100):
         for _ in range(40):
             position = rng.permutation(12)[None, None]
             alive = rng.random((1, 1, 12)) < 0.7
             alive[..., 0] = True
-            score = rng.integers(-2, 2, (1, 1, 12)).astype(np.float32)  # few values, so that many are equal
+            score = rng.integers(-2, 2, (1, 1, 12)).astype(np.float32)  # few values, so that many scores are equal
             got = compact_cache.victim(alive, position.astype(np.int32), score, np.array([12], np.int32), window)
             assert int(got[0, 0]) == victim_oracle(alive[0, 0], position[0, 0], score[0, 0], 12, window)
 
 
-def test_an_overfull_head_gives_up_pairs_one_by_one_and_its_neighbour_none(rng):
-    """Head 0 keeps everything, head 1 nothing; fed one by one and in chunks, against a list of live pairs."""
+def test_overflowing_head_loses_pairs_one_by_one_and_its_neighbor_none(rng):
+    """Check against a list of live pairs, token by token and in chunks. Head 0 marks no pair, head 1 marks every pair."""
     window, capacity, length = 3, 6, 40
     policy = LearnedEviction(DMSConfig(window_size=window))
     logits = -1 - rng.random((1, 2, length)).astype(np.float32)
@@ -157,7 +156,7 @@ def test_an_overfull_head_gives_up_pairs_one_by_one_and_its_neighbour_none(rng):
         assert np.asarray(layer.forced_evictions).tolist() == [[forced, 0]] and forced == length - capacity
 
 
-def test_a_larger_buffer_holds_the_same(rng):
+def test_grown_buffer_holds_the_same_pairs(rng):
     layer = empty_layer(1, 1, 4, H, jnp.float32)
     policy = LearnedEviction(DMSConfig(window_size=2))
     x = jnp.asarray(rng.normal(size=(1, 1, 3, H)), jnp.float32)
@@ -174,24 +173,26 @@ def test_a_larger_buffer_holds_the_same(rng):
     larger = compact_cache.grown(layer, 9)
     assert larger.capacity == 9
     np.testing.assert_array_equal(larger.k[:, :, :4], layer.k)
-    assert np.all(np.asarray(larger.expiry)[..., 4:] == GONE) and np.all(np.asarray(larger.position)[..., 4:] == EMPTY)
+    assert np.all(np.asarray(larger.expiry)[..., 4:] == NEVER_VISIBLE) and np.all(
+        np.asarray(larger.position)[..., 4:] == EMPTY
+    )
 
 
-def test_nothing_is_decided_about_a_pair_by_a_row_without_tokens():
+def test_row_without_tokens_decides_about_no_pending_pair():
     layer = dataclasses.replace(empty_layer(1, 1, 2, H, jnp.float32), position=jnp.asarray([[[0, EMPTY]]], jnp.int32))
     gone = Expiries(
         jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)), jnp.full((1, 1), 5, jnp.int32), jnp.zeros((1, 1))
     )
     one = np.ones(1, np.int32)
     assert int(compact_cache.apply_pending(layer, gone, one, one).expiry[0, 0, 0]) == 5
-    assert int(compact_cache.apply_pending(layer, gone, one, one * 0).expiry[0, 0, 0]) == GONE
-    # A fresh row has seen nothing: the "pair before" its first token is none, and no empty slot is mistaken for it.
+    assert int(compact_cache.apply_pending(layer, gone, one, one * 0).expiry[0, 0, 0]) == NEVER_VISIBLE
+    # A row that has seen no token has no pair before its first one, and no empty slot is mistaken for that pair.
     fresh = compact_cache.apply_pending(empty_layer(1, 1, 2, H, jnp.float32), gone, one * 0, one)
-    assert np.all(np.asarray(fresh.expiry) == GONE)
+    assert np.all(np.asarray(fresh.expiry) == NEVER_VISIBLE)
 
 
-def test_ratio_is_tokens_over_live_pairs():
-    expiry = [[[9] * n + [GONE] * (8 - n) for n in row] for row in ([2, 4], [1, 1])]
+def test_compression_ratio_is_tokens_over_live_pairs():
+    expiry = [[[9] * n + [NEVER_VISIBLE] * (8 - n) for n in row] for row in ([2, 4], [1, 1])]
     layer = dataclasses.replace(empty_layer(2, 2, 8, H, jnp.float32), expiry=jnp.asarray(expiry))
     cache = CompactCache((layer,), jnp.asarray([8, 4], jnp.int32), KeepAll())
     assert compact_cache.compression_ratio(cache) == 6 / 2
@@ -206,5 +207,5 @@ def test_ratio_is_tokens_over_live_pairs():
 def test_fork_copies_rows_next_to_each_other():
     cache = CompactCache((empty_layer(2, 1, 4, H, jnp.float32),), jnp.asarray([3, 5], jnp.int32), KeepAll())
     assert compact_cache.fork(cache, 3).seen.tolist() == [3, 3, 3, 5, 5, 5]
-    with pytest.raises(ConfigError, match="at least 1"):
+    with pytest.raises(ConfigError, match="chains.*0"):
         compact_cache.fork(cache, 0)

@@ -1,12 +1,12 @@
-"""Schedules against the released checkpoints' arithmetic."""
+"""Schedules against the arithmetic of the released checkpoints."""
 
 import numpy as np
 
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 
 
-def test_released_schedule():
-    # Model-Optimizer: 1 -> 16 over 510 steps, a checkpoint every 34 steps is one unit of CR
+def test_target_cr_follows_the_released_schedule():
+    # Model-Optimizer goes from 1 to 16 in 510 steps, so a checkpoint every 34 steps is one unit of CR.
     for unit in range(16):
         np.testing.assert_allclose(target_cr(34 * unit, 1.0, 16.0, 510), unit + 1, rtol=1e-6)
     assert float(target_cr(600, 1.0, 16.0, 510)) == 16.0

@@ -1,4 +1,4 @@
-"""Gates: noise that depends on (seed, step, example, layer) alone, straight-through gradients, alignment."""
+"""Eviction gates: their noise, straight-through gradients, and the alignment of decisions to pairs."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ def noise(examples, step=3, layers=2, length=50, seed=7):
     return eviction.logistic_noise(seed, step, jnp.asarray(examples), layers, 2, length)
 
 
-def test_noise_belongs_to_the_example_not_to_the_batch():
+def test_noise_depends_on_the_example_and_not_on_the_batch():
     whole = noise([4, 5, 6, 7])
     np.testing.assert_array_equal(whole[:, 2:], noise([6, 7]))
     np.testing.assert_array_equal(whole[:1], noise([4, 5, 6, 7], layers=1))
@@ -43,7 +43,7 @@ def test_log_keep_has_finite_value_and_gradient(z):
     np.testing.assert_allclose([value, gradient], [-np.logaddexp(0, z), -float(jax.nn.sigmoid(z))], rtol=1e-6)
 
 
-def test_alignment_and_granularity():
+def test_decisions_are_aligned_to_pairs_and_shared_by_heads():
     decisions = jnp.array([[[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]])
     np.testing.assert_array_equal(eviction.align_to_pairs(decisions, 1, -9.0), [[[2, 3, -9], [5, 6, -9]]])
     np.testing.assert_array_equal(eviction.align_to_pairs(decisions, 0, -9.0), decisions)
@@ -51,6 +51,6 @@ def test_alignment_and_granularity():
     np.testing.assert_array_equal(eviction.share_heads(decisions, "head"), decisions)
 
 
-def test_an_untrained_head_keeps():
+def test_untrained_evict_head_keeps_everything():
     np.testing.assert_array_equal(eviction.evict_logits(jnp.zeros(3), 100.0, 5.0), [-5.0] * 3)
     np.testing.assert_allclose(eviction.evict_logits(jnp.array([0.06, 0.04]), 100.0, 5.0), [1.0, -1.0], rtol=1e-5)

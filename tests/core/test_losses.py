@@ -1,4 +1,4 @@
-"""Losses against textbook forms, the chunked ones against autodiff of the dense ones."""
+"""Losses against their textbook forms, and chunked losses against autodiff of the dense ones."""
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,14 @@ def problem(rng, batch=2, length=37, width=16, vocab=53):
     return student, teacher, embedding, teacher_embedding, jnp.asarray(rng.random((batch, length)), jnp.float32)
 
 
-def test_direction_on_a_two_token_vocabulary():
+def test_kl_directions_on_a_vocabulary_of_two_tokens():
     p, q = np.array([0.9, 0.1]), np.array([0.5, 0.5])
     student, teacher, mask = jnp.log(p)[None, None], jnp.log(q)[None, None], jnp.ones((1, 1), bool)
     np.testing.assert_allclose(dms_jax.kl_student_teacher(student, teacher, mask), np.sum(p * np.log(p / q)), rtol=1e-6)
     np.testing.assert_allclose(dms_jax.kl_teacher_student(student, teacher, mask), np.sum(q * np.log(q / p)), rtol=1e-6)
 
 
-def test_masks_and_the_empty_mask():
+def test_kl_averages_over_the_mask_and_is_zero_for_an_empty_one():
     rng = np.random.default_rng(0)
     s, t = (jnp.asarray(rng.normal(size=(2, 5, 7)), jnp.float32) for _ in "st")
     mask = jnp.asarray(rng.random((2, 5)) < 0.5)
@@ -57,7 +57,7 @@ def test_chunked_distillation_equals_the_dense_one(rng, order, dense, chunk):
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     for a, b in zip(ours_gradients, gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    only_hidden = jax.grad(ours)(student, embedding)  # the adapter's case: the embedding is not trained
+    only_hidden = jax.grad(ours)(student, embedding)  # an adapter retrofit does not train the embedding
     np.testing.assert_array_equal(only_hidden, ours_gradients[0])
 
 
@@ -99,25 +99,24 @@ def test_compression_loss_is_one_sided_and_global(rng):
     )
 
 
-def test_counted_tokens_only(rng):
+def test_compression_loss_counts_decidable_tokens_only(rng):
     evict = jnp.asarray(rng.random((3, 2, 4, 10)) < 0.5, jnp.float32)
     counted = decidable(10, 3, 1)
-    np.testing.assert_array_equal(
-        np.flatnonzero(counted), [1, 2, 3, 4, 5, 6]
-    )  # token t decides pair t - 1, which must be gone by token 9
+    # Token t decides about pair t - 1, which must be gone by token 9.
+    np.testing.assert_array_equal(np.flatnonzero(counted), [1, 2, 3, 4, 5, 6])
     np.testing.assert_array_equal(np.flatnonzero(decidable(10, 3, 0)), [0, 1, 2, 3, 4, 5])
     np.testing.assert_array_equal(np.flatnonzero(decidable(4, 3, 1)), [])
     np.testing.assert_allclose(
         compression_loss(evict, 0.9, counted=counted), compression_loss(evict[..., 1:7], 0.9), rtol=1e-6
     )
-    # flipping a decision that is not decidable changes no live count, flipping one that is does
+    # A decision changes a live count iff it is decidable.
     base = evict[0, 0] > 0
     for token in range(10):
         flipped = live_counts(base.at[:, token].set(~base[:, token]), 3, 1)
         assert bool(jnp.any(flipped != live_counts(base, 3, 1))) == bool(counted[token])
 
 
-def test_token_metrics(rng):
+def test_token_metrics_equal_their_definitions(rng):
     student, teacher, embedding, teacher_embedding, _ = problem(rng)
     following = jnp.asarray(rng.integers(0, 53, (2, 37)), jnp.int32)
     metrics = token_metrics(student, teacher, embedding, teacher_embedding, following, chunk=8)

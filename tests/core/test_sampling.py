@@ -1,11 +1,11 @@
-"""Sampling against its definition, and its independence of neighbours."""
+"""Sampling against its definition, and the independence of rows from their neighbors."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.core.sampling import SamplingMode, SamplingNumbers, allowed, penalise, sample, token_logprobs
+from dms_jax.core.sampling import SamplingMode, SamplingNumbers, allowed, penalize, sample, token_logprobs
 
 SAMPLES = SamplingMode(greedy=False, sorts=True)
 
@@ -26,19 +26,19 @@ def kept(logits, **numbers):
         ({}, [0, 1, 2, 3]),
         ({"top_k": 2}, [0, 1]),
         ({"top_k": 99}, [0, 1, 2, 3]),
-        ({"top_p": 0.4}, [0]),  # the likeliest alone reaches it
+        ({"top_p": 0.4}, [0]),  # the likeliest token alone reaches it
         ({"top_p": 0.75}, [0, 1]),
         ({"top_p": 0.81}, [0, 1, 2]),
         ({"top_p": 1e-9}, [0]),
         ({"min_p": 0.45}, [0, 1]),
-        ({"top_k": 3, "top_p": 0.85}, [0, 1]),  # 0.5 + 0.3 of 0.9 left: the mass of top-p is counted after top-k
+        ({"top_k": 3, "top_p": 0.85}, [0, 1]),  # top-k leaves a mass of 0.9, of which 0.5 + 0.3 reach 0.85
     ],
 )
-def test_what_is_left(numbers, tokens):
+def test_allowed_tokens_after_top_k_top_p_and_min_p(numbers, tokens):
     assert kept(np.log([0.5, 0.3, 0.1, 0.1 - 1e-3]), **numbers) == tokens
 
 
-def test_frequencies_are_probabilities():
+def test_sampled_frequencies_are_the_probabilities():
     p = np.array([0.5, 0.3, 0.15, 0.05])
     logits = jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (20000, 1))
     mode, many = SamplingMode(greedy=False), jax.random.split(jax.random.key(1), 20000)
@@ -50,7 +50,7 @@ def test_frequencies_are_probabilities():
     np.testing.assert_allclose(colder, p**2 / (p**2).sum(), atol=0.015)
 
 
-def test_a_row_draws_the_same_in_any_company(rng):
+def test_row_draws_the_same_token_in_any_batch(rng):
     logits = jnp.asarray(rng.normal(size=(3, 50)) * 2, jnp.float32)
     numbers = SamplingNumbers(top_k=20, top_p=0.9)
     for seeds in ([1, 2, 3], [4, 5, 6]):
@@ -64,10 +64,10 @@ def test_a_row_draws_the_same_in_any_company(rng):
 
 def test_greedy_takes_the_best_after_the_penalty():
     logits, used = jnp.asarray([[3.0, 2.0, -1.0]]), jnp.asarray([[True, False, True]])
-    np.testing.assert_allclose(penalise(logits, used, 2.0), [[1.5, 2.0, -2.0]])
+    np.testing.assert_allclose(penalize(logits, used, 2.0), [[1.5, 2.0, -2.0]])
     assert int(sample(logits, keys(0), None, SamplingNumbers(), SamplingMode())[0]) == 0
     assert (
-        int(sample(logits, keys(0), used, SamplingNumbers(repetition_penalty=2.0), SamplingMode(penalises=True))[0])
+        int(sample(logits, keys(0), used, SamplingNumbers(repetition_penalty=2.0), SamplingMode(penalizes=True))[0])
         == 1
     )
 

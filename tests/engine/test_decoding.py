@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import TINY, decode, tiny_model, tokens
+from cases import GOLDEN_DMS, GOLDEN_PROMPT, TINY, decode, golden_reference, tiny_model, tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models.test_golden import DMS, PROMPT, reference
 
 import dms_jax
 from dms_jax.config import DMSConfig
@@ -190,15 +189,15 @@ def test_the_models_of_the_central_test_do_evict(rng):
             assert 0.1 < np.mean(build(name)[1](ids, 0.0)[1]) < 0.9, name
 
 
-@pytest.mark.parametrize("name", DMS)
+@pytest.mark.parametrize("name", GOLDEN_DMS)
 @pytest.mark.parametrize("chunk_size", [None, 13])
 def test_golden_prefill_and_decode(name, chunk_size):
-    model, want = reference(f"qwen3_dms_{name}")
+    model, want = golden_reference(f"qwen3_dms_{name}")
     ids, cache = np.asarray(want["input_ids"]), dms_jax.init_cache(model, 2, 64)
-    logits, cache = dms_jax.prefill(model, cache, ids[:, :PROMPT], chunk_size=chunk_size)
+    logits, cache = dms_jax.prefill(model, cache, ids[:, :GOLDEN_PROMPT], chunk_size=chunk_size)
     np.testing.assert_allclose(logits, want["prefill_logits"], atol=1e-4)
     for step, lengths in enumerate(want["decode_cache_lengths"]):
-        logits, cache = dms_jax.decode_step(model, cache, ids[:, PROMPT + step])
+        logits, cache = dms_jax.decode_step(model, cache, ids[:, GOLDEN_PROMPT + step])
         np.testing.assert_allclose(logits, want["decode_logits"][:, step], atol=1e-4)
         np.testing.assert_array_equal(np.asarray(cache.live_counts).reshape(lengths.shape), lengths)
     # The reference inverts a mean in fp32, so its last bit is not ours: the same ratio of whole numbers is what is compared.

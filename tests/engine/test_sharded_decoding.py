@@ -11,7 +11,7 @@ from lowering import abstract_cache, lower_extend
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.models.parameters import Template, params_of
+from dms_jax.models.parameters import ModelStructure, flatten
 
 
 def mesh_of(data, model):
@@ -47,10 +47,10 @@ def test_a_mesh_changes_nothing(rng, data, model_axis, kv_heads, dms):
         lengths = np.minimum(lengths, 8)
     wanted, cache = run(model, ids, lengths)
     mesh = mesh_of(data, model_axis)
-    template = Template(model)
-    params = params_of(model)
+    template = ModelStructure(model)
+    params = flatten(model)
     placed = jax.device_put(params, template.shardings(list(params), mesh))
-    actual, sharded = run(template.merge(placed), ids, lengths)  # in the mesh of its weights, nobody sets one
+    actual, sharded = run(template.build(placed), ids, lengths)  # in the mesh of its weights, nobody sets one
     assert len(sharded.layers[0].k.sharding.device_set) == data * model_axis
     for ours, theirs in zip(actual, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from cases import tiny_model, tokens
-from models.test_golden import GOLDEN
+from cases import GOLDEN, tiny_model, tokens
 
 import dms_jax
 from dms_jax.config import DMSConfig

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, apply_pending
+from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, LayerCache, append, apply_pending
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.decode_update_gpu import decode_update
@@ -25,7 +25,7 @@ def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8,
     """Rows of `seen` tokens: `filled` of the slots hold distinct positions, the last token's among them, in any order, of which
     the share `marked` leaves after the window. Scores are few, so that some are equal."""
     shape = (len(seen), heads, capacity)
-    position, expiry = np.full(shape, EMPTY, np.int64), np.full(shape, GONE, np.int64)
+    position, expiry = np.full(shape, EMPTY, np.int64), np.full(shape, NEVER_VISIBLE, np.int64)
     for row, tokens in enumerate(seen):
         for head in range(heads):
             number = min(int(filled * capacity), tokens)
@@ -153,7 +153,10 @@ def test_a_row_without_a_token_and_an_empty_one():
     layer = random_layer(np.random.default_rng(3), 1, 8, [20, 1], 4, 1.0, marked=0.0)
     layer = replace(
         layer,
-        **{name: getattr(layer, name).at[1].set(value) for name, value in (("position", EMPTY), ("expiry", GONE))},
+        **{
+            name: getattr(layer, name).at[1].set(value)
+            for name, value in (("position", EMPTY), ("expiry", NEVER_VISIBLE))
+        },
     )
     check(3, layer, [20, 0], [0, 1], 1, 4, 1)
 

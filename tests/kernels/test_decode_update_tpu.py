@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, apply_pending
+from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, LayerCache, append, apply_pending
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels import decode_update_tpu
@@ -68,7 +68,7 @@ def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCac
             position[b, h, rng.integers(capacity)] = seen[b] - 1
     expiry = np.where(rng.random(position.shape) < 0.7, NEVER, position + window)
     expiry[0, 0] = NEVER
-    position[-1, -1], expiry[-1, -1] = EMPTY, GONE
+    position[-1, -1], expiry[-1, -1] = EMPTY, NEVER_VISIBLE
     gone = (expiry < seen[:, None, None] - 1)[..., None]
     k, v = (
         jnp.asarray(np.where(gone, np.nan, rng.normal(size=(B, heads, capacity, head_dim))), cache_dtype)
@@ -84,7 +84,7 @@ def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype
     rng = np.random.default_rng(capacity + window)
     layer, seen = start(rng, heads, capacity, head_dim, window, jnp.dtype(cache_dtype or dtype))
     if full:
-        layer = dataclasses.replace(layer, expiry=jnp.where(layer.position < EMPTY, NEVER, GONE))
+        layer = dataclasses.replace(layer, expiry=jnp.where(layer.position < EMPTY, NEVER, NEVER_VISIBLE))
     frequency = jnp.asarray(10000.0 ** -np.linspace(0, 1, head_dim // 2), jnp.float32)
     expected = layer
     for _ in range(steps):

@@ -97,15 +97,15 @@ def test_the_training_path(rng, interpreted):
     fields = {"num_layers": 2, "num_kv_heads": 2, "num_q_heads": 4}
 
     def value_and_gradient(model):
-        from dms_jax.models.parameters import Template, params_of
+        from dms_jax.models.parameters import ModelStructure, flatten
 
-        template = Template(model)
+        template = ModelStructure(model)
 
         def loss(params):
-            logits, evict = template.merge(params).relaxed(ids, noise)
+            logits, evict = template.build(params).relaxed(ids, noise)
             return jnp.mean(jnp.sin(logits)) + jnp.mean(evict)
 
-        return jax.value_and_grad(loss)(params_of(model))
+        return jax.value_and_grad(loss)(flatten(model))
 
     wanted = value_and_gradient(
         tiny_model(DMSConfig(window_size=3, tau=2.0, evict_logit_scale=3.0, evict_logit_bias=0.0), 3, **fields)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache
-from dms_jax.core.slot_attention import merge, slot_attention, slots_in_use, unfold_queries
+from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, LayerCache
+from dms_jax.core.slot_attention import merge_parts, slot_attention, slots_in_use, unfold_queries
 from dms_jax.core.visibility import MASKED, NEVER
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.slot_attention_gpu import attend_slots
@@ -38,7 +38,7 @@ def random_slots(seed, heads, slots, head_dim, seen, length, share_used, dtype=j
             rng.integers(soonest, max(latest, soonest + 1), shape),
         )
     empty = np.arange(slots) >= np.array(share_used)[:, None] * slots
-    position, expiry = np.where(empty, EMPTY, position), np.where(empty, GONE, expiry)
+    position, expiry = np.where(empty, EMPTY, position), np.where(empty, NEVER_VISIBLE, expiry)
     now = np.arange(seen, seen + length)
     seen_by = (position[..., None] <= now) & (now <= expiry[..., None])
     k, v = rng.normal(size=(2, *position.shape, head_dim)).astype(np.float32)
@@ -58,9 +58,9 @@ def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32)
     parts = RUN(
         rows, jnp.tile(position, (1, group)), layer.k, layer.v, layer.position, layer.expiry, used, blocks=blocks
     )
-    assert parts.high.shape == (blocks.parts * (2 if blocks.rows == 64 else 1), *rows.shape[:3])
+    assert parts.row_max.shape == (blocks.parts * (2 if blocks.rows == 64 else 1), *rows.shape[:3])
     expected = slot_attention(unfold_queries(rows, length), layer, position, None)
-    actual = unfold_queries(merge(parts).divided(), length)
+    actual = unfold_queries(merge_parts(parts).normalized(), length)
     np.testing.assert_allclose(actual, expected.astype(jnp.float32), rtol=tolerance, atol=tolerance)
     return parts
 
@@ -71,12 +71,12 @@ def test_decode_in_parts_of_a_ragged_cache():
     parts = check(layer, 3, 30, 1, SlotBlocks(64, 8, 2, 2))
     of_empty_head = jax.tree.map(lambda x: x[:, 0, 1], parts)
     assert (
-        (of_empty_head.high == jnp.float32(MASKED)).all()
-        and not of_empty_head.total.any()
+        (of_empty_head.row_max == jnp.float32(MASKED)).all()
+        and not of_empty_head.row_sum.any()
         and not of_empty_head.acc.any()
     )
     np.testing.assert_array_equal(
-        parts.total[:, 0, 0, 0] > 0, [True, False, True, True]
+        parts.row_sum[:, 0, 0, 0] > 0, [True, False, True, True]
     )  # the second met the expired block only
 
 
@@ -84,9 +84,9 @@ def test_a_row_that_sees_nothing_among_rows_that_do():
     """The first of two rows is older than all pairs. With 16 channels the rounding of MASKED / sqrt(H) would show in exp(s - high)."""
     layer = random_slots(0, 1, 8, 16, 20, 1, [1.0])
     layer = replace(layer, position=jnp.full_like(layer.position, 21))
-    parts = merge(check(layer, 1, 20, 2, SlotBlocks(64, 8, 1, 2)))
-    np.testing.assert_array_equal(parts.total[0, 0] > 0, [False, True])
-    np.testing.assert_array_equal(parts.high[0, 0] > MASKED, [False, True])
+    parts = merge_parts(check(layer, 1, 20, 2, SlotBlocks(64, 8, 1, 2)))
+    np.testing.assert_array_equal(parts.row_sum[0, 0] > 0, [False, True])
+    np.testing.assert_array_equal(parts.row_max[0, 0] > MASKED, [False, True])
 
 
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache
-from dms_jax.core.slot_attention import fold_queries, merge, slot_attention, slots_in_use, unfold_queries
+from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, LayerCache
+from dms_jax.core.slot_attention import fold_queries, merge_parts, slot_attention, slots_in_use, unfold_queries
 from dms_jax.core.visibility import MASKED, NEVER
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.slot_attention_tpu import attend_slots
@@ -25,7 +25,7 @@ def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.fl
     written[0, 0], written[-1, -1] = True, False
     position = np.where(written, rng.integers(0, now + length, (B, K, capacity)), EMPTY).astype(np.int32)
     expiry = np.where(rng.random(position.shape) < live, NEVER, rng.integers(0, now + length, position.shape))
-    expiry = np.where(written, expiry, GONE).astype(np.int32)
+    expiry = np.where(written, expiry, NEVER_VISIBLE).astype(np.int32)
     k, v = (jnp.asarray(rng.normal(size=(B, K, capacity, head_dim)), dtype) for _ in range(2))
     zero = jnp.zeros((B, K), jnp.int32)
     return LayerCache(k, v, jnp.asarray(position), jnp.asarray(expiry), jnp.zeros(position.shape, jnp.float32), zero)
@@ -55,7 +55,7 @@ def by_kernel(q, position, keys, values, layer, heads, blocks):
         blocks=blocks,
         interpret=True,
     )
-    return unfold_queries(merge(part).divided().astype(q.dtype), q.shape[1]), part
+    return unfold_queries(merge_parts(part).normalized().astype(q.dtype), q.shape[1]), part
 
 
 def check(seed, length, group, capacity, head_dim, blocks, dtype=jnp.float32, cache_dtype=None, live=0.7, now=9):
@@ -103,9 +103,9 @@ def test_small_types_with_slots_in_lanes():
 
 def test_head_without_slots_is_an_empty_part():
     part = check(5, 1, 2, 16, 8, SlotBlocks(8, 8, 1))
-    assert part.high.shape == (1, B, K, 2) and part.acc.shape == (1, B, K, 2, 8)
-    np.testing.assert_array_equal(part.high[0, -1, -1], np.float32(MASKED))
-    np.testing.assert_array_equal(part.total[0, -1, -1], 0)
+    assert part.row_max.shape == (1, B, K, 2) and part.acc.shape == (1, B, K, 2, 8)
+    np.testing.assert_array_equal(part.row_max[0, -1, -1], np.float32(MASKED))
+    np.testing.assert_array_equal(part.row_sum[0, -1, -1], 0)
     np.testing.assert_array_equal(part.acc[0, -1, -1], 0)
 
 
@@ -116,9 +116,9 @@ def test_statistics_are_those_of_the_definition(rng):
     s = np.einsum("bkrh,bksh->bkrs", fold_queries(q, K), layer.k) * 8**-0.5
     visible = np.asarray((layer.position <= 9) & (layer.expiry >= 9))[:, :, None]
     high = np.where(visible, s, MASKED).max(-1)
-    np.testing.assert_allclose(part.high[0], high, rtol=1e-5)
+    np.testing.assert_allclose(part.row_max[0], high, rtol=1e-5)
     np.testing.assert_allclose(
-        part.total[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5
+        part.row_sum[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5
     )
 
 
@@ -134,6 +134,10 @@ def test_slots_from_used_on_are_not_looked_at(rng):
         jnp.where(hidden, jnp.nan, layer.k), jnp.where(hidden, jnp.nan, layer.v), layer.position, layer.expiry, used
     )
     expected = attend(
-        layer.k, layer.v, layer.position, jnp.where(hidden[..., 0], GONE, layer.expiry), jnp.full_like(used, 24)
+        layer.k,
+        layer.v,
+        layer.position,
+        jnp.where(hidden[..., 0], NEVER_VISIBLE, layer.expiry),
+        jnp.full_like(used, 24),
     )
     jax.tree.map(np.testing.assert_array_equal, actual, expected)

@@ -1,4 +1,4 @@
-"""The model's three paths against each other and against the oracle of visibility."""
+"""The dense, relaxed and hard paths of the model against each other and against the oracle of visibility."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def zeros(model, batch, length):
 
 @pytest.mark.parametrize("dms", POLICIES, ids=str)
 def test_hard_path_is_attention_under_the_oracles_mask(rng, dms, monkeypatch):
-    """Every attention call of the hard path, replaced by a dense one under the NumPy oracle's mask, gives the same logits."""
+    """Replace every attention call of the hard path by dense attention under the oracle's mask, and expect the same logits."""
     model, ids = tiny_model(dms, 3), tokens(rng, 2, 30)
     logits, evict = model.hard(ids)
     decisions, calls = np.asarray(evict), iter(range(TINY.num_layers))
@@ -66,7 +66,7 @@ def test_soft_path_at_its_limit_is_the_hard_path(rng, dms):
     np.testing.assert_allclose(soft, hard, rtol=1e-5, atol=1e-5)
 
 
-def test_a_model_that_never_evicts_is_dense(rng):
+def test_model_that_never_evicts_is_dense(rng):
     ids = tokens(rng, 2, 30)
     model = tiny_model(DMSConfig(window_size=4, evict_logit_bias=1e4), 3)
     np.testing.assert_array_equal(model.hard(ids)[0], model.dense(ids))
@@ -77,8 +77,8 @@ def test_a_model_that_never_evicts_is_dense(rng):
         base.hard(ids)
 
 
-def test_the_past_does_not_depend_on_the_future(rng):
-    """State after a prefix is a function of the prefix: changing token 20 changes nothing before it."""
+def test_past_logits_do_not_depend_on_future_tokens(rng):
+    """Change token 20, and expect no change before it."""
     model, ids = tiny_model(POLICIES[0], 3), tokens(rng, 1, 30)
     changed = ids.copy()
     changed[0, 20] = (changed[0, 20] + 1) % TINY.vocab_size
@@ -88,7 +88,7 @@ def test_the_past_does_not_depend_on_the_future(rng):
 
 
 @pytest.mark.parametrize("dms", POLICIES, ids=str)
-def test_packed_documents_equal_documents_alone(rng, dms):
+def test_packed_documents_equal_the_same_documents_alone(rng, dms):
     model, ids = tiny_model(dms, 3), tokens(rng, 1, 30)
     segments = jnp.asarray([[1] * 11 + [2] * 19], jnp.int32)
     together, evict = model.hard(ids, segments)
@@ -98,14 +98,14 @@ def test_packed_documents_equal_documents_alone(rng, dms):
         np.testing.assert_allclose(together[:, part], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_rematerialisation_changes_no_gradient(rng):
+def test_rematerialization_changes_no_gradient(rng):
     model, ids = tiny_model(POLICIES[0], 3), tokens(rng, 2, 30)
-    from dms_jax.models.parameters import Template, params_of
+    from dms_jax.models.parameters import ModelStructure, flatten
 
-    template, params = Template(model), params_of(model)
+    structure, params = ModelStructure(model), flatten(model)
 
     def loss(params, remat):
-        hidden, evict = template.merge(params).relaxed_hidden(ids, zeros(model, 2, 30), remat=remat)
+        hidden, evict = structure.build(params).relaxed_hidden(ids, zeros(model, 2, 30), remat=remat)
         return jnp.sum(jnp.sin(hidden)) + evict.sum()
 
     expected = jax.grad(loss)(params, "none")
@@ -115,7 +115,7 @@ def test_rematerialisation_changes_no_gradient(rng):
 
 
 def test_gradient_reaches_only_decisions_that_matter(rng):
-    """d(distill)/d(logit of token t) is 0 for token 0 and for the last window_size + 1 - shift tokens (invariant 7)."""
+    """The gradient of token t's logit is 0 for token 0 and for the last window_size + 1 - shift tokens (invariant 7)."""
     window, length = 4, 20
     model, ids = tiny_model(DMSConfig(window_size=window, evict_logit_bias=0.0, tau=1.0), 3), tokens(rng, 1, length)
 
@@ -124,7 +124,7 @@ def test_gradient_reaches_only_decisions_that_matter(rng):
 
     gradient = np.abs(np.asarray(jax.grad(loss)(zeros(model, 1, length)))).sum(axis=(0, 1, 2))
     matters = np.zeros(length, bool)
-    matters[1 : length - window] = True  # token t decides pair t - 1, gone for queries >= t + window
+    matters[1 : length - window] = True  # token t decides about pair t - 1, which is gone from query t + window on
     np.testing.assert_array_equal(gradient > 0, matters)
 
 
@@ -145,7 +145,7 @@ def test_ramp_goes_from_the_base_model_to_a_freed_channel(rng, fields):
 
 
 def test_borrowed_query_head_ignores_the_last_key_channel(rng):
-    """Output is invariant to the last channel of the keys only in the borrowed head of each group."""
+    """The output does not depend on the last key channel in the borrowed query head of each group, and only there."""
     q, k, v = (jnp.asarray(rng.normal(size=(1, 9, heads, 8)), jnp.float32) for heads in (4, 2, 2))
     q = q.at[:, :, ::2, -1].set(0.0)
     keep = jnp.zeros((1, 2, 9))
@@ -164,14 +164,14 @@ def test_rows_beyond_the_models_own_window_are_refused(rng):
         model.dense(tokens(rng, 1, 17))
 
 
-def test_positional_eviction_is_the_sliding_window(rng):
-    """`marked_hidden` against the hard path of a model whose every logit evicts after the sinks."""
+def test_marked_hidden_is_the_sliding_window(rng):
+    """Compare `marked_hidden` with the visibility oracle and with the dense path."""
     model, ids = tiny_model(None, 3), tokens(rng, 1, 25)
     hidden = model.marked_hidden(ids, jnp.arange(25) >= 2, 5)
     keep = jnp.broadcast_to(jnp.where(jnp.arange(25) >= 2, MASKED, 0.0), (1, 4, 25))
-    seen = visible(np.r_[[0, 0, 0], np.ones(22, int)], 5, 1)  # with shift 1 token t decides pair t - 1
+    seen = visible(np.r_[[0, 0, 0], np.ones(22, int)], 5, 1)  # with shift 1, token t decides about pair t - 1
     assert seen[20].sum() == 2 + 6 and keep.shape == (1, 4, 25)
     other = ids.copy()
-    other[0, 10] = (other[0, 10] + 1) % 97  # unseen by the last query of layer 0, but heard of through later tokens
+    other[0, 10] = (other[0, 10] + 1) % 97  # invisible to the last query, which later tokens tell about it
     assert not np.array_equal(model.marked_hidden(other, jnp.arange(25) >= 2, 5), hidden)
     np.testing.assert_array_equal(model.marked_hidden(ids, jnp.arange(25) >= 2, 30), model.dense_hidden(ids))

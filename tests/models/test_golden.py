@@ -1,67 +1,57 @@
 """The decoder against logits of public reference code (tests/golden/README.md)."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from cases import GOLDEN_DMS, GOLDEN_PROMPT, golden_reference
 
 import dms_jax
-from dms_jax.models.parameters import Template, params_of
+from dms_jax.models.parameters import ModelStructure, flatten
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = ["llama3_rope_scaled", "llama_untied", "qwen2_qkv_bias", "qwen3_qk_norm", "mistral"]
-DMS = ["projection_per_head", "projection_per_layer", "borrowed_query_channel", "chunked_prefill"]
-PROMPT = 41  # tokens the reference trained on and prefilled; the other 23 were decoded one by one
-
-
-def reference(name: str) -> tuple[dms_jax.ModelConfig, dict]:
-    model, tensors = dms_jax.load(GOLDEN / name), load_file(GOLDEN / name / "tensors.safetensors")
-    return model, tensors | {"input_ids": jnp.asarray(tensors["input_ids"], jnp.int32)}
 
 
 @pytest.mark.parametrize("name", PLAIN)
 def test_dense_logits_are_those_of_transformers(name):
-    model, want = reference(name)
+    model, want = golden_reference(name)
     np.testing.assert_allclose(model.dense(want["input_ids"]), want["logits"], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", DMS)
+@pytest.mark.parametrize("name", GOLDEN_DMS)
 def test_hard_mask_equals_the_reference_prefill_and_decode(name):
-    model, want = reference(f"qwen3_dms_{name}")
+    model, want = golden_reference(f"qwen3_dms_{name}")
     logits, evict = model.hard(want["input_ids"])
     np.testing.assert_allclose(
         logits, np.concatenate([want["prefill_logits"], want["decode_logits"]], axis=1), atol=1e-4
     )
-    assert 0.05 < evict.mean() < 0.95, "a policy that keeps or drops everything tests nothing"
+    assert 0.05 < evict.mean() < 0.95, "a policy that keeps or evicts everything would test nothing"
 
 
-@pytest.mark.parametrize("name", DMS)
+@pytest.mark.parametrize("name", GOLDEN_DMS)
 def test_live_pairs_are_those_of_the_reference_cache(name):
-    """A pair is live at step q unless its decision said evict and it is older than the window."""
-    model, want = reference(f"qwen3_dms_{name}")
+    """A pair is live at step q unless it is marked and older than the window."""
+    model, want = golden_reference(f"qwen3_dms_{name}")
     evict = np.asarray(model.hard(want["input_ids"])[1])
     shift, window = model.config.dms.decision_shift, model.config.dms.window_size
     marked = np.concatenate([evict[..., shift:], np.zeros_like(evict[..., :shift])], axis=-1)
     for step, lengths in enumerate(want["decode_cache_lengths"]):
-        now = PROMPT + step
+        now = GOLDEN_PROMPT + step
         pair = np.arange(now + 1)
         gone = marked[..., : now + 1] & (now - pair > window)
         # The reference leaves an expired pair in its slot until a new pair takes it; slots are only ever added.
         assert (gone.shape[-1] - gone.sum(-1) <= lengths.reshape(gone.shape[:-1])).all()
         ever = [
             now_ + 1 - (marked[..., : now_ + 1] & (now_ - np.arange(now_ + 1) > window)).sum(-1)
-            for now_ in range(PROMPT - 1, now + 1)
+            for now_ in range(GOLDEN_PROMPT - 1, now + 1)
         ]
         np.testing.assert_array_equal(np.max(ever, axis=0), lengths)
 
 
-@pytest.mark.parametrize("name", DMS)
+@pytest.mark.parametrize("name", GOLDEN_DMS)
 def test_relaxed_logits_are_those_of_the_noisy_student(name):
-    model, want = reference(f"qwen3_dms_{name}")
-    prompt = want["input_ids"][:, :PROMPT]
+    model, want = golden_reference(f"qwen3_dms_{name}")
+    prompt = want["input_ids"][:, :GOLDEN_PROMPT]
     logits, evict = model.relaxed(prompt, jnp.asarray(want["noise"]))
     np.testing.assert_allclose(logits, want["student_logits"], atol=1e-4)
     np.testing.assert_allclose(evict.mean(), want["dms_frac_closed"][0], atol=1e-6)
@@ -69,21 +59,22 @@ def test_relaxed_logits_are_those_of_the_noisy_student(name):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-@pytest.mark.parametrize("name", DMS)
+@pytest.mark.parametrize("name", GOLDEN_DMS)
 def test_losses_and_gradients_are_those_of_the_reference(name, dtype):
-    """d(KL(student || teacher) + compression loss against 0.5), teacher held fixed, for every gradient that is stored.
+    """Compare KL(student || teacher), the compression loss for a target of 0.5, and every stored gradient of their sum.
 
-    z is 1000 times the raw score, so fp32 rounding of hidden states shows in the gradient: ours is 1.4e-4 or 2.5e-4 of a tensor's norm at
-    worst, by the order in which one product is summed. The same code in fp64 says that the equations agree to 1e-4.
+    z is 1000 times the raw score, so fp32 rounding of hidden states shows in the gradient. Depending on the order in which
+    one product is summed, our fp32 gradient differs by up to 1.4e-4 or 2.5e-4 of a tensor's norm. The same code in fp64
+    shows that the equations agree to 1e-4.
     """
-    model, want = reference(f"qwen3_dms_{name}")
+    model, want = golden_reference(f"qwen3_dms_{name}")
     with jax.enable_x64(dtype == "float64"):
-        template, params = Template(model), {name: param.astype(dtype) for name, param in params_of(model).items()}
-        prompt, noise = want["input_ids"][:, :PROMPT].astype(np.int32), jnp.asarray(want["noise"])
-        teacher, mask = template.merge(params).dense(prompt), jnp.ones(prompt.shape, bool)
+        structure, params = ModelStructure(model), {name: param.astype(dtype) for name, param in flatten(model).items()}
+        prompt, noise = want["input_ids"][:, :GOLDEN_PROMPT].astype(np.int32), jnp.asarray(want["noise"])
+        teacher, mask = structure.build(params).dense(prompt), jnp.ones(prompt.shape, bool)
 
         def losses(params):
-            logits, evict = template.merge(params).relaxed(prompt, noise)
+            logits, evict = structure.build(params).relaxed(prompt, noise)
             distill, compression = (
                 dms_jax.kl_student_teacher(logits, teacher, mask),
                 dms_jax.compression_loss(evict, 0.5),

@@ -1,4 +1,4 @@
-"""Each method online, chunk by chunk and token by token, against lists of pairs in NumPy: exactly who is kept."""
+"""Policies online, chunk by chunk and token by token, against a simulation with lists of pairs; their names and flags."""
 
 import functools
 import itertools
@@ -10,20 +10,23 @@ from cases import tiny_model, tokens
 
 import dms_jax
 from dms_jax.core import compact_cache
-from dms_jax.core.slot_attention import extend_layer
+from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer
 from dms_jax.engine import decoding
 from dms_jax.policies import (
     H2O,
+    POLICIES,
     TOVA,
     KeyDiff,
     KNorm,
     ObservedAttention,
+    PromptCompression,
     Quest,
     RandomEviction,
     SnapKV,
     StreamingLLM,
     policy_of,
 )
+from dms_jax.policies.cache_policy import CachePolicy
 
 B, K, G, H, T, C, BUDGET = 2, 2, 2, 8, 30, 12, 9
 METHODS = {
@@ -44,21 +47,10 @@ SCHEDULES = {
 
 @functools.partial(jax.jit, static_argnames="policy")
 def extend(layer, q, k, v, seen, count, policy):
-    """What an attention layer does with a chunk."""
+    """Do what an attention layer does with a chunk."""
     position = seen[:, None] + np.arange(q.shape[1])
     expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
-    return extend_layer(
-        layer,
-        q,
-        k,
-        v,
-        expiries,
-        position,
-        count,
-        policy.window_size,
-        read=lambda settled: policy.read(q, settled, position),
-        choose=lambda settled: policy.select(q, k, expiries, settled, position, count),
-    )
+    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, XLA_OPS)
 
 
 def softmax(x):
@@ -67,8 +59,10 @@ def softmax(x):
 
 
 def simulate(name, q, k, row, held, new):
-    """Row's pairs of each head after the tokens `new`: who paid what, then who leaves. `held` is per head {position: [what each
-    query so far paid it, as far as it was there]}."""
+    """Return the pairs that each head of a row holds after the tokens `new`.
+
+    `held` is one dict per head, from the position of a pair to the attention that it got from each query since it was added.
+    """
     for h in range(K):
         for t in new:
             held[h][t] = []
@@ -80,7 +74,7 @@ def simulate(name, q, k, row, held, new):
                 held[h][p].append(weight)
     now = new[-1]
     every = [scores(name, k[row, h], held[h], now, h) for h in range(K)]
-    if name == "tova":  # all heads of the layer together
+    if name == "tova":  # averages over all heads of the layer
         every = [{p: np.mean([s[p] for s in every]) if p < now else 9.0 for p in held[0]} for _ in range(K)]
     for h in range(K):
         stay = sorted(held[h], key=lambda p: (every[h][p], p))[-BUDGET:]
@@ -89,7 +83,7 @@ def simulate(name, q, k, row, held, new):
 
 
 def scores(name, k, held, now, head):
-    """{position: score} by the method's own words."""
+    """Return {position: score} by the definition of the method."""
     if name == "knorm":
         return {p: -np.linalg.norm(k[p]) for p in held}
     if name == "keydiff":
@@ -113,7 +107,7 @@ def scores(name, k, held, now, head):
 
 
 @pytest.mark.parametrize("name, schedule", list(itertools.product(METHODS, SCHEDULES)))
-def test_who_is_kept_and_what_is_seen(rng, name, schedule):
+def test_kept_pairs_and_attention_equal_the_simulation(rng, name, schedule):
     q, k, v = (
         rng.normal(size=s).astype(np.float32) for s in ((B, T + 8, K * G, H), (B, K, T + 8, H), (B, K, T + 8, H))
     )
@@ -130,7 +124,7 @@ def test_who_is_kept_and_what_is_seen(rng, name, schedule):
             before = [set(h) for h in held[b]]
             held[b] = simulate(name, q, k, b, held[b], new)
             for t, h in itertools.product(new, range(K)):
-                if name == "streaming_llm":  # its pairs leave at their time, also within a chunk
+                if name == "streaming_llm":  # its pairs expire within a chunk, too
                     there = [p for p in range(t + 1) if p < 2 or t - p < BUDGET - 2]
                 else:
                     there = sorted(before[h]) + [p for p in new if p <= t]
@@ -142,13 +136,15 @@ def test_who_is_kept_and_what_is_seen(rng, name, schedule):
             assert sorted(np.asarray(layer.position)[b, h][live[b, h]].tolist()) == sorted(held[b][h]), (b, h, seen)
             assert live[b, h].sum() <= BUDGET
     assert not np.asarray(layer.forced_evictions).any()
-    assert seen.min() > BUDGET + 4, "else nothing had to leave"
+    assert seen.min() > BUDGET + 4, "otherwise no pair had to leave"
 
 
 @pytest.mark.parametrize("last", [1, 2])
 def test_quest_reads_the_pages_with_the_largest_bounds(rng, last):
-    """Keys in pages of 4, two pages read: the query's own and the best other, by the bound written out channel by channel.
-    A chunk inside a page is the same as token by token."""
+    """Read two pages of 4 keys: the query's own page, and the best other one by a bound written out channel by channel.
+
+    A chunk within a page equals decoding token by token.
+    """
     policy, n = Quest(8, 4), 22
     q, k, v = (rng.normal(size=s).astype(np.float32) for s in ((B, n, K * G, H), (B, K, n, H), (B, K, n, H)))
     layer, zero = compact_cache.empty_layer(B, K, 26, H, np.float32), np.zeros(B, np.int32)
@@ -166,11 +162,11 @@ def test_quest_reads_the_pages_with_the_largest_bounds(rng, last):
         np.testing.assert_allclose(
             out[b, -1, h * G : h * G + G], softmax(rows @ k[b, h, there].T * H**-0.5) @ v[b, h, there], atol=1e-5
         )
-    assert (np.asarray(layer.expiry) >= n - 1).sum(-1).min() == n, "nothing leaves"
+    assert (np.asarray(layer.expiry) >= n - 1).sum(-1).min() == n, "no pair leaves"
 
 
 @pytest.mark.parametrize("name", ["tova:9", "snapkv:9", "h2o:9", "keydiff:9"])
-def test_through_the_model_rows_are_independent_and_nothing_compiles_again(rng, name):
+def test_rows_of_a_model_are_independent_and_nothing_compiles_again(rng, name):
     model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, 2, 40)
 
     def run(rows):
@@ -193,14 +189,24 @@ def test_through_the_model_rows_are_independent_and_nothing_compiles_again(rng, 
     assert out.live_pairs[0] == 9
 
 
-def test_names():
+def test_flags_say_which_questions_a_policy_answers():
+    for kind in (*POLICIES.values(), PromptCompression):
+        assert kind.ranks_pairs == (kind.select is not CachePolicy.select), kind
+        assert kind.reads_subset == (kind.read is not CachePolicy.read), kind
+        assert kind.has_budget == ("budget" in kind.__dataclass_fields__), kind
+        assert kind.is_learned == ("dms" in kind.__dataclass_fields__), kind
+
+
+def test_policy_names_are_parsed_or_refused():
     config = tiny_model(None, 0, num_layers=1).config
     assert policy_of(config, "snapkv:40") == SnapKV(40)
     for bad, message in {
         "tovo:3": "did you mean tova",
-        "tova": "needs a budget",
-        "dms": "needs a retrofitted model",
-        "prompt:quest:64": "rank",
+        "tova": "'tova'.*budget.*''",
+        "tova:x": "'tova:x'.*budget.*'x'",
+        "dms": "'dms'.*retrofitted",
+        "dense:3": "'dense:3'.*budget",
+        "prompt:quest:64": "'prompt:quest:64'.*rank",
     }.items():
         with pytest.raises(dms_jax.ConfigError, match=message):
             policy_of(config, bad)

@@ -7,7 +7,7 @@ import pytest
 from retrofit_cases import mesh_of, step_of
 
 from dms_jax.config import DMSConfig, ModelConfig
-from dms_jax.models.parameters import abstract_model, params_of
+from dms_jax.models.parameters import abstract_model, flatten
 from dms_jax.planning.hardware import missing_compiler, target_mesh
 from dms_jax.planning.hlo_collectives import collectives
 from dms_jax.sharding import MESH_AXES
@@ -23,7 +23,7 @@ def step(config, mode, mesh, dtype):
     teacher = None if mode == "adapter" else abstract_model(config.with_dms(None), dtype)
     student = abstract_model(config, dtype if mode == "adapter" else jnp.float32)
     program = Retrofit(student, teacher, step_of(mode), mesh, dtype).lower(mesh.shape["data"]).compile()
-    return program, sum(math.prod(a.shape) for a in params_of(student).values()) * jnp.dtype(dtype).itemsize
+    return program, sum(math.prod(a.shape) for a in flatten(student).values()) * jnp.dtype(dtype).itemsize
 
 
 def check(config, mode, mesh, dtype):

@@ -9,7 +9,7 @@ import pytest
 from cases import tiny_model
 from retrofit_cases import BATCH, DMS, LENGTH, STEP, batch, mesh_of, place, retrofit, train
 
-from dms_jax.models.parameters import params_of
+from dms_jax.models.parameters import flatten
 from dms_jax.training.step import Retrofit
 
 GRADIENT = 1e-5  # of the gradient norm
@@ -60,9 +60,9 @@ def test_one_compilation_and_pinned_shardings():
 
 def test_an_adapter_changes_the_evict_head_only():
     run = retrofit()
-    before = params_of(tiny_model(DMS))
+    before = flatten(tiny_model(DMS))
     train(run)
-    after = params_of(run.trained_model(run.state))
+    after = flatten(run.trained_model(run.state))
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed == {"layers.attention.evict_norm", "layers.attention.evict_proj"}
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(run.state.trainable))
@@ -113,4 +113,4 @@ def test_master_weights_stay_fp32_in_a_bf16_run():
     )
     train(run, 1)
     assert all(x.dtype == jnp.float32 for x in run.state.trainable.values())
-    assert params_of(run.trained_model(run.state))["layers.attention.q"].dtype == jnp.bfloat16
+    assert flatten(run.trained_model(run.state))["layers.attention.q"].dtype == jnp.bfloat16
