@@ -25,10 +25,7 @@ DOORS = {  # each command and the module that runs it in a checkout; an installe
 
 
 def typed_as(name: str) -> str:
-    """How a user types the command `name`:
-
-    `dms-jax NAME` if this process was started that way, else `python -m DOOR`.
-    """
+    """The command `name` as the user types it: `dms-jax NAME` if started that way, else `python -m DOOR`."""
     started = Path(sys.argv[0])
     if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
         return f"dms-jax {name}"

@@ -10,7 +10,16 @@ def test_suggestion_is_the_nearest_name_or_all_names():
     assert suggestion("xyz", ["tova", "h2o"]) == "known: h2o, tova"
 
 
-@pytest.mark.parametrize("value", ["x" * 10_000, list(range(10_000)), 10**10_000, {1: {2: {3: {4: {5: 6}}}}}, object()])
+VALUES = {
+    "text": "x" * 10_000,
+    "list": list(range(10_000)),
+    "number": 10**10_000,
+    "depth": {1: {2: {3: {4: {5: 6}}}}},
+    "object": object(),
+}
+
+
+@pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
 def test_shown_value_is_short(value):
     assert 0 < len(shown(value)) < 200
 

@@ -33,7 +33,7 @@ FASTDMS_SPELLINGS = {
     "evict_logit_bias": ("alpha_offset", "dms_alpha_offset"),
 }
 FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
-FASTDMS_HARMLESS = {"context_len", "compression_mode"}
+FASTDMS_KEYS = FASTDMS_HINTS | {"context_len", "compression_mode"}  # the last two change nothing
 READ_KEYS = {SEPARATE, *(key for key, _ in DMS_KEYS.values())}
 
 

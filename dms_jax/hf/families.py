@@ -11,7 +11,7 @@ WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")  # Q
 
 @dataclass(frozen=True)
 class Family:
-    """How one family reads `config.json`. Source: the configuration class of the same name in transformers."""
+    """One family's reading of `config.json`. Source: the configuration class of the family in transformers."""
 
     architecture: str  # the class that transformers opens a folder with
     extra_keys: tuple[str, ...] = ()  # beyond what all families have; `fresh_config` writes them, in this order

@@ -14,8 +14,8 @@ from typing import Any
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.files import read_json
-from dms_jax.hf import dms_keys
 from dms_jax.hf.config_values import flag, positive_number, token_id, token_ids, whole_number
+from dms_jax.hf.dms_keys import FASTDMS_KEYS, READ_KEYS, dms_config, dms_keys, fastdms_metadata
 from dms_jax.hf.families import FAMILIES, Family
 
 HANDLED = {
@@ -85,7 +85,7 @@ def read_folder(folder: str) -> tuple[dict, ModelConfig]:
     path, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
     raw = read_json(path)
     more = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
-    fastdms = dms_keys.fastdms_metadata(folder, search_parent=not any(key.startswith("dms_") for key in raw))
+    fastdms = fastdms_metadata(folder, search_parent=not any(key.startswith("dms_") for key in raw))
     with naming(path):
         config = model_config(raw, fastdms)
     with naming(generation):
@@ -103,9 +103,11 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     heads, hidden, layers = (
         whole_number(raw, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
-    head_dim = hidden // heads if "head_dim" in raw else family.default_head_dim or hidden // heads
+    head_dim = hidden // heads
     if raw.get("head_dim") is not None:
         head_dim = whole_number(raw, "head_dim")
+    elif "head_dim" not in raw and family.default_head_dim:  # unlike absence, null does not mean the family's default
+        head_dim = family.default_head_dim
     for key in ("attention_bias", "mlp_bias"):
         if flag(raw, key) and key not in family.extra_keys + family.ignored_keys:
             raise ConfigError(f"{key}=true is not supported: a {name} model has no such bias")
@@ -139,20 +141,19 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
         bos_token_id=token_id("bos_token_id", raw.get("bos_token_id")),
         eos_token_ids=token_ids("eos_token_id", raw.get("eos_token_id")),
         pad_token_id=token_id("pad_token_id", raw.get("pad_token_id")),
-        dms=dms_keys.dms_config(raw, fastdms),
+        dms=dms_config(raw, fastdms),
     )
 
 
 def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
     """The `config.json` to write: the original with the keys of the policy replaced, or else a fresh one."""
     raw = dict(original) if original is not None else fresh_config(config)
-    fastdms = dms_keys.FASTDMS_HINTS | dms_keys.FASTDMS_HARMLESS
-    raw = {key: value for key, value in raw.items() if key not in fastdms}
+    raw = {key: value for key, value in raw.items() if key not in FASTDMS_KEYS}
     # `auto_map` names Python files that do not travel with the weights; the policy needs no remote code to be read.
     raw.pop("auto_map", None)
     family = FAMILIES[config.model_type]
     raw |= {"architectures": [family.architecture], "tie_word_embeddings": config.tie_word_embeddings}
-    return raw | (dms_keys.dms_keys(config.dms) if config.dms is not None else {})
+    return raw | (dms_keys(config.dms) if config.dms is not None else {})
 
 
 def fresh_config(config: ModelConfig) -> dict:
@@ -203,8 +204,8 @@ def _refuse_unknown(raw: dict) -> None:
     for key, value in FIXED.items():
         if raw.get(key) is not None and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool)):
             raise ConfigError(f"{key}={shown(raw[key])} is not supported; only {value!r} is")
-    read = {"quantization_config", *FIXED, *HANDLED, *dms_keys.READ_KEYS}
-    known = read | HARMLESS_KEYS | dms_keys.FASTDMS_HINTS | dms_keys.FASTDMS_HARMLESS
+    read = {"quantization_config", *FIXED, *HANDLED, *READ_KEYS}
+    known = read | HARMLESS_KEYS | FASTDMS_KEYS
     for key in sorted(raw.keys() - known):
         if key.startswith("_"):  # private to transformers: paths, hashes, attention implementation
             continue

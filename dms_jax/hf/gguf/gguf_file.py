@@ -16,6 +16,7 @@ from dms_jax.hf.families import FAMILIES
 from dms_jax.hf.gguf.gguf_header import read_gguf
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# Names of tensors in the file -> names in a Hugging Face folder: outside of the layers, and inside of a layer.
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 INSIDE = {
     "attn_norm": "input_layernorm",
@@ -31,9 +32,8 @@ INSIDE = {
     "ffn_down": "mlp.down_proj",
 }
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SAME_MATRIX = (
-    0.2  # two matrices that differ by less, relatively, are quantizations of one tied matrix (seen: 0.04 and 0.08)
-)
+# Two matrices with a smaller relative difference are quantizations of one tied matrix (0.04 and 0.08 were observed).
+SAME_MATRIX = 0.2
 
 
 class GGUFTensors:
