@@ -187,7 +187,7 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
     check_tensors(tensors, config, table)
     sharding = model.embed[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    assert mesh is None or isinstance(mesh, Mesh)  # concrete arrays never have an AbstractMesh
+    assert mesh is None or isinstance(mesh, Mesh)  # no abstract one: the arrays are there
     base, head = dict(_variables(nnx.state(model))), {entry.path: entry for entry in table}
     graph, state = abstract_state(config, model.embed[...].dtype)
     for path, variable in _variables(state):
