@@ -20,7 +20,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as why:  # ValueError: not UTF-8, or a NUL in the path
+    except (OSError, ValueError) as why:  # ValueError: not UTF-8, or a path that holds a NUL
         raise ConfigError(f"cannot read {path}: {why}") from why
 
 

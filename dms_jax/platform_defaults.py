@@ -8,24 +8,22 @@ from dms_jax.sharding import target_device
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """The defaults of one platform. Options of the commands and arguments of the library override them."""
+    """Defaults of one platform. Options of the commands and arguments of the library override them."""
 
-    # The dtype of weights and activations. A CPU multiplies bf16 in software.
-    dtype: Literal["float32", "bfloat16"]
-    # What the backward pass recomputes. A CPU has memory to spare, accelerators have FLOPs to spare.
-    remat: Literal["full", "matmuls"]
-    # Tokens per prefill chunk. The scores of a chunk against itself are [B N chunk chunk].
-    prefill_chunk: int
-    # Keys per block of training attention. On a CPU the scores of a block stay in a core's cache.
-    attention_block: int
-    # Cache slots per block of decode attention. On a CPU the keys and values of a block stay in a core's cache.
-    slot_block: int
-    # Whether decoding reads all slots in one block. On a GPU each further block is another kernel launch.
-    one_block_decode: bool
-    # Cache capacities are rounded up to a multiple of this, as the platform's kernels require.
-    capacity_multiple: int
-    # Whether decoding keeps the weights of each layer apart. On a CPU, XLA copies a layer out of a stacked array.
-    unroll_layers: bool
+    dtype: Literal["float32", "bfloat16"]  # of weights and activations; a CPU multiplies bf16 in software
+    remat: Literal[
+        "full", "matmuls"
+    ]  # what the backward pass recomputes: a CPU has memory to spare, accelerators have FLOPs
+    prefill_chunk: int  # tokens per prefill chunk; scores of a chunk against itself are [B N chunk chunk]
+    attention_block: int  # keys per block of training attention; a block's scores stay in a CPU core's cache
+    slot_block: int  # cache slots per block of decode attention; a block's keys and values stay in a CPU core's cache
+    one_block_decode: (
+        bool  # read all slots in one block when decoding: on a GPU each further block is another kernel launch
+    )
+    capacity_multiple: int  # cache capacities are rounded up to a multiple of it, as the platform's kernels require
+    unroll_layers: (
+        bool  # keep each layer's weights apart for decoding: XLA on a CPU copies a layer out of a stacked array
+    )
 
 
 DEFAULTS = {
@@ -36,5 +34,5 @@ DEFAULTS = {
 
 
 def platform_defaults(platform: str | None = None) -> PlatformDefaults:
-    """The defaults of a platform ("cpu", "gpu" or "tpu"), or of the device for which the current program is traced."""
+    """Defaults of the named platform ("cpu", "gpu" or "tpu"), or of the device that the program being traced is for."""
     return DEFAULTS[platform or target_device()[0]]

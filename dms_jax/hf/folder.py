@@ -83,7 +83,7 @@ def load(
     path = resolve(path)
     tensors, config, raw = open_source(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
-    # Refuse what cannot run before the weights are read. fp32 weights may be masters of a computation in bf16.
+    # What cannot run is said before the weights are read; these may be master weights of a computation in bf16.
     choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
     model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)

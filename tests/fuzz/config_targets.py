@@ -296,7 +296,7 @@ def read_generation(folder: Path) -> dict:
     assert config.mode and config.numbers
     policy_of(TINY, config.policy)
     if config.overflow not in (None, "evict"):
-        raise ConfigError("overflow")  # checked when the cache is made
+        raise ConfigError("overflow")  # read elsewhere
     return {key: repr(getattr(config, key)) for key in GENERATION}
 
 

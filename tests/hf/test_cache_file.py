@@ -1,18 +1,16 @@
 """Caches on disk: exact, and refused if they belong to another model."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
 from cases import tiny_model, tokens
+from models.test_golden import GOLDEN
 
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.hf import cache_file, safetensors_files
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 POLICY = DMSConfig(window_size=3, evict_logit_bias=0.0)
 
 
