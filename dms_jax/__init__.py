@@ -1,7 +1,7 @@
 """dms_jax: Dynamic Memory Sparsification for pretrained language models, in JAX.
 
-The names below are the public surface. Each is imported when first used, so that importing a light submodule (a command's
-`--help`) does not load JAX.
+The names in `__all__` are the public surface. Each is imported when it is first used, so that importing a light
+submodule, such as a command that only prints `--help`, does not load JAX.
 """
 
 import importlib

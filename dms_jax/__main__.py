@@ -1,4 +1,4 @@
-"""All commands behind one name: `dms-jax NAME ...`, or `python -m dms_jax NAME ...`."""
+"""The program `dms-jax`, which is also `python -m dms_jax`: it runs the command that its first argument names."""
 
 import functools
 import importlib
@@ -8,7 +8,10 @@ from dms_jax import __version__
 from dms_jax.command import DOORS, run_command
 from dms_jax.errors import suggestion
 
-USAGE = f"usage: dms-jax COMMAND [options]\n\ncommands: {', '.join(DOORS)}\n`dms-jax COMMAND --help` lists the options of one."
+USAGE = f"""usage: dms-jax COMMAND [options]
+
+commands: {", ".join(DOORS)}
+Type `dms-jax COMMAND --help` for the options of a command."""
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""What every command shares: options, one-line errors, simulated devices. Imports no accelerator library by itself."""
+"""The shared parts of all commands: option parsing, one-line errors, starting the devices.
+
+Importing it does not load JAX.
+"""
 
 import argparse
 import contextlib
@@ -11,7 +14,7 @@ from pathlib import Path
 
 from dms_jax.errors import ConfigError, suggestion
 
-DOORS = {  # each command and its door in a checkout; an installed wheel has `dms-jax NAME` only
+DOORS = {  # each command and the module that runs it in a checkout; an installed wheel has only `dms-jax NAME`
     "retrofit": "train.retrofit",
     "plan": "train.plan",
     "generate": "infer.generate",
@@ -22,16 +25,18 @@ DOORS = {  # each command and its door in a checkout; an installed wheel has `dm
 
 
 def typed_as(name: str) -> str:
-    """How the command `name` is typed where this process was started: `dms-jax NAME`, or `python -m DOOR` in a checkout."""
+    """The command `name` as the user types it: `dms-jax NAME` if started that way, else `python -m DOOR`."""
     started = Path(sys.argv[0])
     if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
         return f"dms-jax {name}"
-    return f"python -m {DOORS[name]}"
+    return f"python -m {DOORS.get(name, name)}"  # a benchmark is its own door
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse for the command `name`: its description is the module's docstring, and an unknown option is answered on one line with
-    the nearest known one."""
+    """The argument parser of the command `name`, whose module docstring `doc` becomes the description in `--help`.
+
+    An error is one line on stderr. For an unknown option it suggests the nearest known one.
+    """
 
     def __init__(self, name: str, doc: str | None, **options):
         description = re.sub(r"python -m (?:train|infer)\.(\w+)", lambda found: typed_as(found[1]), doc or "")
@@ -58,14 +63,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, main: Callable[[], int | None]) -> None:
-    """Run the `main` of the command `name` and exit: 2 with one line on stderr for whatever the user can mend, else main's own code."""
+    """Run the `main` of the command `name` and exit with its code. A ConfigError is one line on stderr and code 2."""
     name = typed_as(name).removeprefix("python -m ")
     try:
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # `| head`: nobody reads on
+    except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # what a shell says of SIGPIPE
+        code = 141  # 128 + SIGPIPE, as a shell reports it
     except ConfigError as why:
         print(f"{name}: {one_line(why)}", file=sys.stderr)
         code = 2
@@ -77,16 +82,20 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     raise SystemExit(code)
 
 
-def one_line(why: Exception | str, most: int = 1000) -> str:
-    """A message as a line to read, whatever it quotes: the middle of a very long one and unprintable characters are left out."""
+def one_line(why: Exception | str, limit: int = 1000) -> str:
+    """A message as one printable line of about `limit` characters.
+
+    Unprintable characters are replaced, a long middle is cut out.
+    """
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(why).split()))
-    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 3 :]}"
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
 
 
 def start_devices(num_devices: int, distributed: str = "") -> None:
-    """Prepare JAX for `num_devices`, before anything touches it: a CPU simulates as many as are asked for.
+    """Start JAX with `num_devices` devices, which a CPU simulates. Must be called before anything else uses JAX.
 
-    `distributed`: "" for one process; "auto" lets JAX detect Slurm, Open MPI, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX" says it.
+    `distributed`: "" for one process; "auto" lets JAX detect Slurm, Open MPI, Kubernetes or a TPU pod;
+    "HOST:PORT,COUNT,INDEX" gives the address of the coordinator, the number of processes and the index of this one.
     """
     import jax
 
@@ -96,11 +105,13 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             address, count, index = distributed.split(",")
             processes, process = int(count), int(index)
         except ValueError:
-            raise ConfigError(f'--distributed wants "auto" or HOST:PORT,COUNT,INDEX; got {distributed!r}') from None
+            raise ConfigError(f'--distributed must be "auto" or HOST:PORT,COUNT,INDEX, got {distributed!r}') from None
         if num_devices % processes:
-            raise ConfigError(f"{num_devices} devices cannot be shared evenly by {processes} processes")
-    if distributed != "auto":  # of which JAX knows the number of processes too late: there each has one CPU
-        with contextlib.suppress(RuntimeError):  # JAX already runs (a notebook, a test): the mesh checks what there is
+            raise ConfigError(f"--mesh: {num_devices} devices cannot be divided evenly among {processes} processes")
+    if distributed != "auto":  # with "auto", JAX learns the number of processes too late, so each has one CPU device
+        with contextlib.suppress(
+            RuntimeError
+        ):  # JAX is already running (a notebook, a test); the mesh counts its devices
             jax.config.update("jax_num_cpu_devices", num_devices // processes)
     if distributed:
         try:
@@ -110,8 +121,8 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
                 jax.distributed.initialize(address, processes, process)
         except (RuntimeError, ValueError) as why:
             reason = str(why).splitlines()[0]
-            if "should be defined" in reason:  # JAX asks for what it did not detect
-                reason = "JAX detects no Slurm, Open MPI, Kubernetes or TPU pod here; say HOST:PORT,COUNT,INDEX"
+            if "should be defined" in reason:  # JAX's advice is about its Python API
+                reason = "JAX did not detect Slurm, Open MPI, Kubernetes or a TPU pod; use HOST:PORT,COUNT,INDEX"
             raise ConfigError(f"--distributed {distributed}: {reason}") from why
     try:
         on_cpu = jax.default_backend() == "cpu"
@@ -122,8 +133,11 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large buffers. By default each temporary of a step is mapped and faulted in anew, which on two cores
-    made small-block attention up to twice as slow."""
+    """Let glibc reuse large buffers.
+
+    By default it maps each temporary of a step anew, and the page faults made small-block attention up to twice as slow
+    on two cores.
+    """
     import ctypes
 
     M_MMAP_THRESHOLD = -3

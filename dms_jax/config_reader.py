@@ -59,15 +59,21 @@ def range_of(kind: Any) -> Range | None:
 
 
 def check_ranges(config: Any, path: str = "") -> None:
-    """Hold the fields of a configuration to the ranges in their types; whole numbers must also fit into an int32. `path` begins the
-    names of its fields in messages, e.g. "dms."."""
+    """Check the fields of a configuration against the ranges in their types. Whole numbers must also fit into an int32.
+
+    `path` comes before the names of its fields in messages, e.g. "dms.".
+    """
+    plain = typing.get_type_hints(type(config))
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
-        value, allowed = getattr(config, name), range_of(kind)
-        if allowed is None or value is None:
+        value, allowed, kinds = getattr(config, name), range_of(kind), typing.get_args(plain[name]) or (plain[name],)
+        if allowed is None or (value is None and type(None) in kinds):
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or value not in allowed:
+        whole = int in kinds
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+            raise ConfigError(f"{path}{name} must be a {'whole ' * whole}number {allowed}, got {shown(value)}")
+        if value not in allowed:
             raise ConfigError(f"{path}{name} must be {allowed}, got {shown(value)}")
-        if isinstance(value, int) and value > MAX_INT:
+        if whole and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
 
 

@@ -1,4 +1,7 @@
-"""The error for whatever a user can mend, and the helpers that its messages share. Imports nothing of the project."""
+"""The error for everything that a user can fix, and the helpers that its messages share.
+
+Imports nothing of the project.
+"""
 
 import contextlib
 import difflib
@@ -7,14 +10,17 @@ from collections.abc import Iterable, Iterator
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot work: what, where, and the way out, in one line."""
+    """The error for everything that a user can fix.
+
+    Its message is one line: what is wrong, where, and what to do instead.
+    """
 
 
 def shown(value: object) -> str:
-    """A value for a message: its repr, but short however large, deep or self-containing it is."""
+    """The repr of a value for a message, shortened if the value is large, deep or contains itself."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # an int of more digits than Python writes
+    except ValueError:  # an int with more digits than Python is willing to print
         return f"a {type(value).__name__} too large to print"
 
 
@@ -24,7 +30,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 @contextlib.contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Errors of what is read inside begin with the file, or the option, that it came from."""
+    """Let the message of a ConfigError inside begin with the file or option that was being read."""
     try:
         yield
     except ConfigError as why:
@@ -32,7 +38,7 @@ def naming(where: object) -> Iterator[None]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "did you mean x?" where a known one is close, else "known: a, b, c"."""
+    """The end of a message about an unknown name: "did you mean x?" if a known name is close, else "known: a, b, c"."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

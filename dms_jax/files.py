@@ -1,7 +1,7 @@
-"""Reading files that a person or another program wrote, strictly, and replacing files of our own atomically.
+"""Strict reading of files that a person or another program wrote, and atomic replacement of our own.
 
-Nothing in a foreign file is passed over in silence: a duplicate key, text that is not UTF-8 or nesting without end is a `ConfigError`
-that names the file and the line.
+Nothing in a foreign file is ignored silently: duplicate keys, text that is not UTF-8 and runaway nesting are a
+`ConfigError` that names the file, and the line where there is one.
 """
 
 import contextlib
@@ -25,15 +25,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text; `where` begins the message about one that is not valid. Duplicate keys are refused: the last would
-    win unseen."""
+    """The value of a JSON text. `where` begins the message about an invalid one.
+
+    Duplicate keys are refused, because Python's parser would silently keep the last.
+    """
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError as why:
         raise ConfigError(f"{where} is not valid JSON: it is nested too deeply") from why
-    except (
-        ValueError
-    ) as why:  # a JSONDecodeError, bytes that are not UTF-8, a number of thousands of digits, a duplicate key
+    except ValueError as why:  # bad syntax, bytes that are not UTF-8, a number of thousands of digits, a duplicate key
         raise ConfigError(f"{where} is not valid JSON: {why}") from why
 
 
@@ -46,9 +46,10 @@ def read_json(path: str | os.PathLike[str]) -> dict:
 
 
 def read_jsonl(path: str | os.PathLike[str], torn_tail_ok: bool = False) -> Iterator[tuple[str, Any]]:
-    """The values of a file of JSON lines, each with the "FILE, line N" that a message about it begins with. Blank lines are skipped.
+    """The values in a file of JSON lines, each as ("FILE, line N", value) for messages. Blank lines are skipped.
 
-    `torn_tail_ok`: ignore a last line without a newline that does not parse, which a writer that was killed leaves behind.
+    `torn_tail_ok`: ignore a last line that has no newline and does not parse, which is what a killed writer leaves
+    behind.
     """
     lines = read_text(path).split("\n")
     for number, line in enumerate(lines, start=1):
@@ -74,7 +75,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file; an empty file is an empty mapping."""
+    """The mapping in a YAML file, empty for an empty file."""
     raw = parse_yaml(read_text(path), f"{path} is not valid YAML")
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, got {type(raw).__name__}")
@@ -82,7 +83,7 @@ def read_yaml(path: str) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses duplicate keys in one mapping: the last would win unseen."""
+    """A YAML loader that refuses duplicate keys in a mapping, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -96,19 +97,28 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, complaint: str) -> Any:
-    """The value of a YAML text; `complaint` begins the message about one that is not valid."""
+    """The value of a YAML text. `complaint` begins the message about an invalid one."""
     try:
         return yaml.load(text, _StrictLoader)
     except RecursionError as why:
         raise ConfigError(f"{complaint}: it is nested too deeply") from why
-    except Exception as why:  # YAMLError, and whatever int(), datetime() and others raise for a scalar
+    except Exception as why:  # YAMLError, or what int(), datetime() and others raise for a scalar
         raise ConfigError(f"{complaint}: {' '.join(str(why).split())}") from why
+
+
+def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file in UTF-8. It appears whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary sibling of the file `path` to write to. On success it takes the place of `path` in one step; on any error it is
-    removed and `path` stays as it was. Errors of the operating system are the caller's to report."""
+    """A temporary sibling of the file `path`, for the caller to write.
+
+    On success it replaces `path` in one step. On any error it is removed and `path` stays as it was. Errors of the
+    operating system are the caller's to report.
+    """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:

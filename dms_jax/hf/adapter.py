@@ -1,4 +1,4 @@
-"""The evict head alone, in one small file bound by hash to the base it was trained on."""
+"""Adapters: the evict head alone, in one small file that is bound by a hash to the base it was trained on."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import jax
 
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json
-from dms_jax.hf import hf_config
+from dms_jax.hf.dms_keys import dms_config, dms_keys
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
@@ -17,15 +17,16 @@ KIND, VERSION = "dms_jax.adapter", "2"
 
 
 def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write the evict head (2 small fp32 tensors a layer) as one safetensors file, with its policy and the hash of its base.
+    """Write the evict head of a model as one safetensors file, with its DMSConfig and the hash of its base.
 
-    Only for a projection policy on a base that training left alone; a borrowed one, or a fully trained model, lives in the
-    base weights: use `save`. Reads the base once for the hash. The file appears whole or not at all.
+    The file holds two small fp32 tensors per layer. An adapter holds a projection policy whose base was not trained. A
+    borrowed policy and a fully trained model are in the base weights themselves: use `save`. The base is read once for
+    its hash. The file appears whole or not at all.
     """
     dms = model.config.dms
     if dms is None or dms.variant == "borrowed":
         why = "has no policy" if dms is None else "keeps its policy in the query projection"
-        raise ConfigError(f"this model {why}: there is no evict head to save; use dms_jax.save for the whole model")
+        raise ConfigError(f"this model {why}, so it has no evict head to save; use dms_jax.save for the whole model")
     path = new_path(path, overwrite)
     tensors = {write.name: write.value() for write in model_writes(model) if EVICT in write.name}
     if jax.process_index() != 0:
@@ -34,31 +35,32 @@ def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: boo
         "kind": KIND,
         "version": VERSION,
         "base_sha256": base_hash(model),
-        "dms": json.dumps(hf_config.dms_keys(dms)),
+        "dms": json.dumps(dms_keys(dms)),
     }
     write_whole(path, tensors, metadata)
 
 
 def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
-    """A model with the policy of an adapter file. It shares its base arrays with `model`, whose own policy, if any, is left out.
+    """Return a model with the policy of an adapter file instead of its own. It shares its base arrays with `model`.
 
-    Raises ConfigError when the file is damaged, is no adapter, belongs to another base, or does not fit.
+    Raises:
+      ConfigError: the file is damaged, is not an adapter, belongs to another base, or does not fit.
     """
     tensors = open_own(path, "an adapter", KIND, VERSION)
     metadata = tensors.metadata
     try:
-        keys, trained_on = parse_json(metadata["dms"], "it"), metadata["base_sha256"]
-        dms = hf_config.dms_config(keys) if isinstance(keys, dict) else None
+        keys, trained_on = parse_json(metadata["dms"], "dms"), metadata["base_sha256"]
+        dms = dms_config(keys) if isinstance(keys, dict) else None
     except KeyError as why:
         raise ConfigError(f"{path} is damaged: its header lacks the policy or the base hash") from why
     except ConfigError as why:
-        raise ConfigError(f"{path} is damaged: its header holds no policy ({why})") from why
+        raise ConfigError(f"{path} is damaged: its header does not hold a policy ({why})") from why
     if dms is None or dms.variant != "projection":
-        raise ConfigError(f"{path} is damaged: its header holds no projection policy")
+        raise ConfigError(f"{path} is damaged: its header does not hold a projection policy")
     here = base_hash(model)
     if trained_on != here:
         raise ConfigError(
-            f"{path} was trained on another base: sha256 {trained_on[:12]}..., this model has {here[:12]}..."
+            f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {here[:12]}..."
         )
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
     tensors.verify()

@@ -1,4 +1,4 @@
-"""A compact cache on disk: one safetensors file, bound to the model whose keys and values it holds."""
+"""Compact caches on disk: one safetensors file each, bound to the model that computed its keys and values."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, LayerCache
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json
-from dms_jax.hf import hf_config
+from dms_jax.hf.dms_keys import dms_keys
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
@@ -22,14 +22,17 @@ FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 
 
 def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a cache. The file appears whole or not at all, and says which model (base, evict head, policy) it belongs to.
+    """Write a cache to a file that names the model it belongs to: the hashes of base and evict head, and the policy.
 
-    Reads the base weights once for their hash. Raises ConfigError.
+    The base weights are read once for their hash. The file appears whole or not at all.
+
+    Raises:
+      ConfigError: the file exists and `overwrite` is false, it cannot be written, or the cache is another model's.
     """
     path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(
-            f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it is another model's"
+            f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it belongs to another model"
         )
     tensors = {
         f"layers.{i}.{name}": np.asarray(getattr(layer, name))
@@ -47,24 +50,28 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
 
 
 def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
-    """The cache in a file that this model wrote. Raises ConfigError when it is damaged, foreign, or another model's."""
+    """Read the cache in a file that this model wrote.
+
+    Raises:
+      ConfigError: the file is damaged, is not a cache, or belongs to another model.
+    """
     tensors = open_own(path, "a cache", KIND, VERSION)
     metadata = tensors.metadata
     for key, here in identity(model).items():
         if metadata.get(key) != here:
             raise ConfigError(
-                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model's is {here[:60]}"
+                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model has {here[:60]}"
             )
     config, overflow = model.config, metadata.get("overflow")
     try:
-        policy = restored(parse_json(metadata.get("policy", ""), "it"), config)
+        policy = restored(parse_json(metadata.get("policy", ""), "policy"), config)
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
-        raise ConfigError(f"{path} is damaged: its header names no policy that this dms_jax knows ({why})") from why
+        raise ConfigError(f"{path} is damaged: its header does not name a known policy ({why})") from why
     fields = _fields(policy)
     wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
     if overflow not in OVERFLOWS or wanted != set(tensors.names()):
         raise ConfigError(
-            f"{path} is damaged: its header or its list of tensors is not that of a cache of {config.num_layers} layers"
+            f"{path} is damaged: its header or its list of tensors does not fit a cache of {config.num_layers} layers"
         )
     rows = tensors.shape("seen")
     layers = []
@@ -85,16 +92,19 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
 
 
 def _fields(policy: CachePolicy) -> tuple[str, ...]:
-    """Tensors of a layer."""
+    """The names of the tensors of one layer."""
     return (*FIELDS, "statistic") if policy.features else FIELDS
 
 
 def identity(model: Decoder) -> dict[str, str]:
-    """What must be equal for stored keys, values and decisions to mean the same. target_cr and tau are of training only."""
+    """The header entries that must match for stored keys, values and decisions to be valid.
+
+    target_cr and tau are left out, because they only matter in training.
+    """
     head, dms = hashlib.sha256(), model.config.dms
     for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):
         head.update(f"{write.name} {list(write.shape)}\n".encode() + np.ascontiguousarray(write.value()).tobytes())
-    keys = {} if dms is None else {k: v for k, v in hf_config.dms_keys(dms).items() if k not in ("dms_cr", "dms_tau")}
+    keys = {} if dms is None else {k: v for k, v in dms_keys(dms).items() if k not in ("dms_cr", "dms_tau")}
     return {
         "base_sha256": base_hash(model),
         "evict_head_sha256": head.hexdigest(),

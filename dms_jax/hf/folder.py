@@ -1,5 +1,6 @@
-"""Models in and out: `load` a Hugging Face folder, hub id or GGUF file; `save` a folder that others open too."""
+"""`load` a model from a Hugging Face folder, a hub id or a GGUF file; `save` it as a folder that others open too."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -7,7 +8,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,13 +18,15 @@ from jax.sharding import Mesh
 
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.errors import ConfigError, naming
-from dms_jax.files import read_json
-from dms_jax.hf import gguf_file, hf_config
+from dms_jax.files import read_json, write_json
+from dms_jax.hf import hf_config
+from dms_jax.hf.gguf.gguf_file import open_gguf
+from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
 from dms_jax.kernels.dispatch import Facts, choose
 
-# What belongs to a model but holds no weights: copied as it is.
+# Files without weights that belong to a model. `save` copies them unchanged.
 SIDE_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -42,15 +45,16 @@ SIDE_FILES = {
 }
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
-RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}  # of a trained policy; the others are part of what was trained
+# The fields of a trained DMSConfig that a user may change; the evict head was trained for the values of the others.
+RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model came from: static, hashable, and small, because it rides in the graph of the model."""
+    """The origin of a model. It is a static attribute of the module, so it must be hashable and small."""
 
     path: str  # absolute: a folder, or a .gguf file
-    config_json: str | None  # config.json as it was, or None when there was none
+    config_json: str | None  # the text of config.json, or None for a source without one
 
 
 def load(
@@ -61,18 +65,20 @@ def load(
     dms: DMSConfig | None = None,
     implementation: ImplementationName = "auto",
 ):
-    """A Decoder from a Hugging Face folder, a hub id (when online), or a `.gguf` file.
+    """Load a Decoder from a Hugging Face folder, a hub id (when online), or a `.gguf` file.
 
     Args:
       path: the folder, hub id or file. No remote code is ever run.
-      dtype: of weights and activations. The evict head stays fp32.
-      mesh: shard the parameters over it as they are read; None puts them on one device.
-      dms: the policy to add to a plain model: the projection variant starts as a head that never evicts; the borrowed one
-        reads whatever its query channel holds, and needs the ramp of training. For a folder that already has a policy only
-        window_size, target_cr and tau may differ from it; they replace the folder's.
-      implementation: of attention and cache: "auto", "xla", "mosaic_gpu" (Hopper) or "pallas_tpu"; see `dms_jax.kernels.dispatch`.
+      dtype: the dtype of weights and activations. The evict head stays fp32.
+      mesh: shard the parameters over this mesh as they are read; None puts them on one device.
+      dms: the learned policy to add to a plain model. The projection variant starts as a head that never evicts. The
+        borrowed variant reads its query channel as it is and needs the ramp of training. For a folder that already has
+        a policy, only window_size, target_cr and tau may differ, and replace the folder's values.
+      implementation: the implementation of attention and cache: "auto", "xla", "mosaic_gpu" (Hopper) or "pallas_tpu";
+        see `dms_jax.kernels.dispatch`.
 
-    Raises ConfigError, one line, for anything that cannot be read exactly.
+    Raises:
+      ConfigError: one line, for anything that cannot be read exactly.
     """
     path = resolve(path)
     tensors, config, raw = open_source(path)
@@ -86,7 +92,7 @@ def load(
 
 
 def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> str:
-    """A local path as it is, absolute; a hub id as the folder to which `files` of it were downloaded."""
+    """The absolute form of a local path, or the folder to which `files` of a hub id were downloaded."""
     path = os.fspath(path)
     if os.path.exists(path):
         return os.path.abspath(path)
@@ -96,13 +102,13 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> s
 
     try:
         return snapshot_download(path, allow_patterns=list(files))
-    except Exception as why:  # offline, unknown, gated, disk full: the library has dozens of types for them
+    except Exception as why:  # offline, unknown, gated, disk full: the library raises dozens of types
         reason = str(why).strip().splitlines() or [type(why).__name__]
-        raise ConfigError(f"{path} is no folder here, and fetching it from the hub failed: {reason[0]}") from why
+        raise ConfigError(f"{path} is not a local folder, and downloading it from the hub failed: {reason[0]}") from why
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """What `config.json` says of a model: of a folder, of such a file alone, of a .gguf file or of a hub id. No weights are read."""
+    """The ModelConfig of a folder, a lone `config.json`, a `.gguf` file or a hub id. No weights are read."""
     path = resolve(path, CONFIG_FILES)
     if os.path.isfile(path) and path.endswith(".json"):
         with naming(path):
@@ -117,63 +123,59 @@ def open_source(path: str) -> tuple[Tensors, ModelConfig, dict | None]:
     if os.path.isfile(path):
         if not path.endswith(".gguf"):
             raise ConfigError(f"{path}: give the folder that holds config.json, or a .gguf file")
-        tensors = gguf_file.open_gguf(path)
+        tensors = open_gguf(path)
         return tensors, tensors.config, None
     if not os.path.exists(os.path.join(path, "config.json")):
-        raise ConfigError(f"{path} has no config.json: not a Hugging Face model folder")
+        raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model folder")
     raw, config = hf_config.read_folder(path)
     return open_folder(path), config, raw
 
 
 def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig | None:
+    """The folder's own policy with the run-time fields of the given one; either may be None."""
     if own is None or given is None:
         return given or own
     for field in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
         if getattr(own, field) != getattr(given, field):
             raise ConfigError(
-                f"this folder's policy was trained with dms.{field}={getattr(own, field)}, dms= gives {getattr(given, field)}; "
+                f"the policy of this folder was trained with dms.{field}={getattr(own, field)}, got {getattr(given, field)}; "
                 f"only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
             )
     return given
 
 
 def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a Hugging Face folder: our `load` and Model-Optimizer read it with its policy, plain transformers as the dense base.
+    """Write a Hugging Face folder. `load` and Model-Optimizer read it with its policy, transformers as the dense base.
 
-    Tensors get the dtype they had in the source (fp32 for the evict head), so a base that training left alone is written
-    back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all; an existing one is
-    refused unless `overwrite`, which only replaces a model folder.
+    Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
+    written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
+    `overwrite` replaces an existing folder, but only a model folder.
 
-    The borrowed variant has no tensors of its own: opened as a plain model it runs, and is wrong. It warns.
+    The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
+    saving it warns.
     """
     path = os.path.abspath(os.fspath(path))
     _refuse_existing(path, overwrite)
     config, source = model.config, getattr(model, "source", None)
     if config.dms is not None and config.dms.variant == "borrowed":
         warnings.warn(
-            f"{path}: a borrowed-channel policy is read only by dms_jax and Model-Optimizer; plain transformers opens this "
-            f"folder without a word and computes wrong logits",
+            f"{path}: transformers will load this folder without an error but compute wrong logits, because the "
+            f"borrowed-channel policy is not stored in any tensor that it knows; load it with dms_jax or Model-Optimizer",
             stacklevel=2,
         )
     original = json.loads(source.config_json) if source and source.config_json else None
-    writer = jax.process_index() == 0
-
-    def fill(folder: str) -> None:
-        write_folder(folder, folder_writes(model), shard_bytes, writer)
-        if writer:
-            with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
-                json.dump(hf_config.folder_config(config, original), file, indent=2, ensure_ascii=False)
-            if source is not None:
-                copy_side_files(source.path, folder)
-
-    if writer:
-        write_atomically(path, fill)
-    else:
-        fill("")
+    if jax.process_index() != 0:  # every process must take part in gathering a sharded array
+        write_folder("", folder_writes(model), shard_bytes, writer=False)
+        return
+    with _replacing_folder(path) as folder:
+        write_folder(folder, folder_writes(model), shard_bytes)
+        write_json(os.path.join(folder, "config.json"), hf_config.folder_config(config, original))
+        if source is not None:
+            copy_side_files(source.path, folder)
 
 
 def folder_writes(model) -> list[Write]:
-    """The tensors to write, with the source's dtypes, and the source's bits where loading rounded them and nothing changed since."""
+    """The tensors to write, in the dtypes of the source, and with its bits where only loading has changed them."""
     source = getattr(model, "source", None)
     if source is None or not os.path.exists(source.path):
         return model_writes(model)
@@ -185,7 +187,7 @@ def folder_writes(model) -> list[Write]:
 
     def untouched(name, value):
         if name not in held or jnp.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
-            return None  # loading was exact, so casting back is
+            return None  # loading was exact, so casting back is exact too
         original = tensors.read(name)
         return original if np.array_equal(original.astype(value.dtype), value) else None
 
@@ -193,12 +195,12 @@ def folder_writes(model) -> list[Write]:
 
 
 def copy_side_files(source: str, folder: str) -> None:
-    """Tokenizer, generation settings and license of a source, into `folder`."""
+    """Copy tokenizer, generation settings and license of a source into `folder`."""
     if os.path.isfile(source):
         try:
-            gguf_file.write_tokenizer(source, folder)
+            write_tokenizer(source, folder)
         except ConfigError as why:  # the weights are fine without it
-            warnings.warn(f"no tokenizer is written: {why}", stacklevel=3)
+            warnings.warn(f"saving without a tokenizer: {why}", stacklevel=3)
     elif os.path.isdir(source):
         for name in sorted(SIDE_FILES & set(os.listdir(source))):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
@@ -210,22 +212,26 @@ def _refuse_existing(path: str, overwrite: bool) -> None:
     if not overwrite:
         raise ConfigError(f"{path} exists; give another folder, or overwrite=True")
     if not os.path.exists(os.path.join(path, "config.json")):
-        raise ConfigError(f"{path} exists and is not a model folder; it is not overwritten")
+        raise ConfigError(f"{path} exists and is not a model folder; give another folder")
 
 
-def write_atomically(path: str, fill) -> None:
-    """`fill(folder)` a temporary sibling of `path`, then rename it: a crash leaves the old folder, or none."""
+@contextlib.contextmanager
+def _replacing_folder(path: str) -> Iterator[str]:
+    """A temporary sibling of the folder `path`, which takes its place on success.
+
+    A crash leaves the old folder, or none.
+    """
     from safetensors import SafetensorError
 
     parent, name = os.path.split(path)
     temporary, old = (os.path.join(parent, f".{name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
     try:
         os.makedirs(temporary)
-        fill(temporary)
+        yield temporary
         if os.path.isdir(path) and os.listdir(path):
             os.rename(path, old)
         os.rename(temporary, path)
-    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
+    except (OSError, SafetensorError) as why:  # the library has its own type for a full disk
         raise ConfigError(f"cannot write {path}: {getattr(why, 'strerror', None) or why}") from why
     finally:
         if os.path.isdir(old) and not os.path.exists(path):
@@ -235,10 +241,11 @@ def write_atomically(path: str, fill) -> None:
 
 
 def base_hash(model) -> str:
-    """sha256 over name, dtype, shape and bytes of every base tensor (no evict head) of the model's source, in name order.
+    """Return the sha256 over name, dtype, shape and bytes of every base tensor of a model's source, sorted by name.
 
-    The same for a base folder and for every export of it, whatever dtype and mesh it was loaded with. Reads all weights
-    once (about 1 GB/s) and remembers. A model that came from nowhere (random) is hashed as it stands.
+    The evict head is left out, so that a base folder and every export of it have the same hash, whatever dtype and mesh
+    they are loaded with. All weights are read once (about 1 GB/s) and the result is remembered. A model without a
+    source (random weights) is hashed as it is in memory.
     """
     source = getattr(model, "source", None)
     if source is None:
@@ -248,13 +255,15 @@ def base_hash(model) -> str:
             )
         )
     if not os.path.exists(source.path):
-        raise ConfigError(f"the base of this model, {source.path}, is not there any more; load it from where it is now")
+        raise ConfigError(
+            f"the base of this model, {source.path}, no longer exists; load the model from where it is now"
+        )
     return _source_hash(source.path, _stamp(source.path))
 
 
 @functools.lru_cache
 def _source_hash(path: str, stamp: tuple) -> str:
-    del stamp  # part of the key: a changed file is hashed anew
+    del stamp  # part of the cache's key, so that a changed file is hashed again
     tensors, config, _ = open_source(path)
     names = sorted(name for entry in entries(config.with_dms(None)) for name in entry.names)
 
@@ -276,6 +285,7 @@ def _hash(items) -> str:
 
 
 def _stamp(path: str) -> tuple:
+    """The sizes and modification times of a model's files."""
     files = (
         [path]
         if os.path.isfile(path)

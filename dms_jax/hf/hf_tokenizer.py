@@ -1,4 +1,4 @@
-"""Text to token ids and back, for a model folder, hub id or GGUF file."""
+"""Tokenizers: text to token ids and back, for a model folder, a hub id or a GGUF file."""
 
 import functools
 import hashlib
@@ -9,24 +9,24 @@ from typing import Any
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.hf import gguf_file
 from dms_jax.hf.folder import resolve
+from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class Tokenizer:
-    """transformers' tokenizer behind the few calls that are used here. Ids are int32."""
+    """A tokenizer of transformers behind the few calls that this package needs. Ids are int32."""
 
     def __init__(self, tokenizer, where: str):
         self.inner, self.where = tokenizer, where
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids [T] of the text alone; `add_bos` says whether the model expects `bos_id` before a document."""
+        """The ids [T] of a text, without `bos_id`; `add_bos` tells whether the model expects it before a document."""
         return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
-        """Ids [T] of `[{"role": ..., "content": ...}, ...]` under the chat template; `reply` opens the assistant's turn."""
+        """The ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the answer."""
         return self.encode(self.chat_text(messages, reply=reply))
 
     def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:
@@ -35,7 +35,7 @@ class Tokenizer:
             raise ConfigError(f"{self.where} has no chat template; use plain text")
         try:
             return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        except Exception as why:  # a template raises whatever its author wrote
+        except Exception as why:  # a template may raise anything
             raise ConfigError(
                 f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}"
             ) from why
@@ -44,7 +44,7 @@ class Tokenizer:
         return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
 
     def __len__(self) -> int:
-        """How many ids it can produce; the model's vocabulary may be padded beyond it."""
+        """The number of ids that the tokenizer can produce. The model's vocabulary may be padded beyond it."""
         return len(self.inner)
 
     @property
@@ -61,29 +61,32 @@ class Tokenizer:
 
     @functools.cached_property
     def add_bos(self) -> bool:
-        """Whether this tokenizer begins a text with a BOS by itself (Llama 3 does, Qwen and SmolLM2 do not)."""
+        """Whether the tokenizer begins a text with a BOS by default (Llama 3 does, Qwen and SmolLM2 do not)."""
         return self.bos_id is not None and self.inner("a")["input_ids"][:1] == [self.bos_id]
 
     @functools.cached_property
     def hash(self) -> str:
-        """sha256 of vocabulary, merges, rules and chat template: equal hashes make equal ids."""
+        """The sha256 of vocabulary, merges, rules and chat template. Tokenizers with equal hashes produce equal ids."""
         backend = getattr(self.inner, "backend_tokenizer", None)
         rules = backend.to_str() if backend is not None else repr(sorted(self.inner.get_vocab().items()))
         return hashlib.sha256(f"{rules}\n{getattr(self.inner, 'chat_template', None)}".encode()).hexdigest()
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Ids [T] of a text that begins a row: bos first, where the model expects it before a document."""
+    """The ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document."""
     begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     return np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer of a model. A local path is read locally, and no remote code is run."""
+    """Load the tokenizer of a model folder, hub id or GGUF file.
+
+    No remote code is run, and a local path needs no network.
+    """
     path = resolve(path)
     if os.path.isfile(path):
         with tempfile.TemporaryDirectory() as folder:
-            gguf_file.write_tokenizer(path, folder)
+            write_tokenizer(path, folder)
             return Tokenizer(_read(folder, path), path)
     return Tokenizer(_read(path, path), path)
 
@@ -93,15 +96,15 @@ def _read(folder: str, where: str):
         raise ConfigError(
             f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of the base model there"
         )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would lament that torch is not installed
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no advice about torch not being installed
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer(
             "a \U0010fffd"
-        )  # what no vocabulary holds: an unknown token that is itself unknown is found now, not in the millionth line
-        f"{tokenizer.chat_template}".encode()  # JSON can spell half a surrogate pair, which no text may hold
+        )  # in no vocabulary: fail now, not in the millionth line, if the unknown token is missing
+        f"{tokenizer.chat_template}".encode()  # fail if JSON escapes spell half a surrogate pair, which is not valid text
         return tokenizer
-    except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: many types
+    except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: the library raises many types
         raise ConfigError(f"cannot read the tokenizer in {where}: {' '.join(str(why).split())[:300]}") from why

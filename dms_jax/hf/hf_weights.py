@@ -1,7 +1,7 @@
 """Hugging Face tensor names <-> our parameters: one table, read in both directions.
 
-Import reads, for each device, only that device's slice of a layer-stacked parameter, so host memory holds one shard of one
-parameter at a time. Export walks the same table backwards and is bit-equal.
+Import reads only the slices of a layer-stacked parameter that each device holds, so host memory holds one shard of one
+parameter at a time. Export walks the same table backwards and gives the same bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,14 +54,17 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclass(frozen=True)
 class Layout:
-    """How one tensor lies in the file and in ours; `axes` is the table's text, `sizes` gives each letter's length."""
+    """The axes of one tensor in the file and in our parameter.
+
+    `axes` is the table's text, `sizes` gives the length of each letter.
+    """
 
     axes: str
     sizes: tuple[tuple[str, int], ...]
 
     @cached_property
     def sides(self) -> tuple[list[str], list[str]]:
-        """File axes, a merged pair as two letters ("NH"); our axes."""
+        """The axes in the file, a merged pair as two letters ("NH"), and our axes."""
         file, ours = self.axes.split(" -> ")
         return file.replace("(N H)", "NH").replace("(K H)", "KH").split(), ours.split()
 
@@ -73,7 +76,10 @@ class Layout:
         return tuple(map(self._size, self.sides[0]))
 
     def file_index(self, ours: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slice of the file tensor that holds a slice of ours. Of a merged pair only the outer letter may be split."""
+        """The slice of the file tensor that holds a slice of ours.
+
+        Only the outer letter of a merged pair may be split.
+        """
         spans = {letter: part.indices(self._size(letter))[:2] for letter, part in zip(self.sides[1], ours, strict=True)}
         index = []
         for letters in self.sides[0]:
@@ -83,14 +89,14 @@ class Layout:
         return tuple(index)
 
     def to_ours(self, part: np.ndarray) -> np.ndarray:
-        """A (slice of a) file tensor in our axes; a view."""
+        """Return a file tensor, or a slice of one, in our axes, as a view."""
         file, ours = self.sides
         split = [n for size, letters in zip(part.shape, file, strict=True) for n in self._split(size, letters)]
         letters = "".join(file)
         return part.reshape(split).transpose([letters.index(x) for x in ours])
 
     def to_file(self, ours: np.ndarray) -> np.ndarray:
-        """The inverse, contiguous."""
+        """Return our tensor in the axes of the file, contiguous: the inverse of `to_ours`."""
         letters = "".join(self.sides[0])
         return np.ascontiguousarray(ours.transpose([self.sides[1].index(x) for x in letters])).reshape(self.file_shape)
 
@@ -101,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our parameters and the file tensors that make it: one per layer, or a single one."""
+    """One of our parameters and the file tensors it consists of: one per layer if `stacked`, else a single one."""
 
     path: str
     names: tuple[str, ...]
@@ -110,13 +116,13 @@ class Entry:
 
     @property
     def evict(self) -> bool:
-        """Part of the evict head, not of the base."""
+        """Whether the parameter belongs to the evict head, not to the base."""
         return EVICT in self.names[0]
 
 
 @lru_cache
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
-    """Every parameter a model of this config has, in the order of the table."""
+    """Every parameter of a model with this config, in the order of the table."""
     sizes = tuple(
         zip(
             "VDNKHF",
@@ -144,9 +150,14 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
 def read_model(
     tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, fresh_evict_head: bool
 ) -> Decoder:
-    """A Decoder from named tensors, born sharded. `fresh_evict_head`: the file has none, start one that never evicts.
+    """Build a Decoder from named tensors, sharded over `mesh` from the start.
 
-    Evict parameters are fp32 whatever `dtype`. Raises ConfigError, naming tensors, when any is missing, extra or misshapen.
+    Args:
+      dtype: the dtype of the base; the evict head is fp32.
+      fresh_evict_head: the file has no evict head, so start one that never evicts.
+
+    Raises:
+      ConfigError: tensors are missing, extra or of the wrong shape; the message names them.
     """
     table = entries(config)
     from_file = [entry for entry in table if not (fresh_evict_head and entry.evict)]
@@ -166,7 +177,7 @@ def read_model(
 
 
 def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> Decoder:
-    """A model of `config` that shares every base array with `model` and reads its evict head from `tensors`."""
+    """Build a model of `config` that shares every base array with `model` and reads its evict head from `tensors`."""
     table = [entry for entry in entries(config) if entry.evict]
     check_tensors(tensors, config, table)
     sharding = model.embed[...].sharding
@@ -180,7 +191,10 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
 
 
 def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry]) -> None:
-    """Refuse files whose tensors are not exactly those of `table`: a tensor nobody reads is a model nobody has."""
+    """Refuse files whose tensors are not exactly those of `table`.
+
+    A tensor that nobody reads means that it is another model.
+    """
     wanted = {name: entry.layout.file_shape for entry in table for name in entry.names}
     have = {name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")}  # recomputed from config.json
     missing, extra = sorted(wanted.keys() - have), sorted(have - wanted.keys())
@@ -192,7 +206,7 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
     if extra:
         policy = any(EVICT in name for name in extra)
         raise ConfigError(
-            f"{tensors.where} has {len(extra)} tensors that its configuration does not call for: {shorten(extra)}"
+            f"{tensors.where} has {len(extra)} tensors that its configuration does not ask for: {shorten(extra)}"
             + ("; for an evict head set dms_separate_alpha to true in config.json" if policy else "")
         )
     for name, shape in wanted.items():
@@ -200,7 +214,7 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
         if got != shape:
             padded = name in (EMBED, HEAD) and len(got) == 2 and got[1] == shape[1] and got[0] > shape[0]
             raise ConfigError(
-                f"tensor {name} in {tensors.where} has shape {list(got)}, wanted is {list(shape)}"
+                f"tensor {name} in {tensors.where} must have shape {list(shape)}, got {list(got)}"
                 + (f"; the vocabulary is padded: set vocab_size in config.json to {got[0]}" if padded else "")
             )
         tensors.dtype(name)
@@ -213,7 +227,7 @@ def _hint(missing: list[str], extra: list[str]) -> str:
 
 
 def _check_tied(tensors: Tensors) -> None:
-    """A tied model may carry its head twice; two different ones would be decided silently, so they are refused."""
+    """Refuse a tied model whose head differs from its embedding. An equal copy of the embedding is harmless."""
     shape = tensors.shape(EMBED)
     same = tensors.shape(HEAD) == shape and all(
         np.array_equal(tensors.read(EMBED, index), tensors.read(HEAD, index))
@@ -221,13 +235,13 @@ def _check_tied(tensors: Tensors) -> None:
     )
     if not same:
         raise ConfigError(
-            f"{tensors.where}: config.json ties the embeddings, but {HEAD} differs from {EMBED}; "
-            f"set tie_word_embeddings to false to keep both"
+            f"{tensors.where}: tie_word_embeddings is true in config.json, but {HEAD} differs from {EMBED}; "
+            f"set it to false to keep both"
         )
 
 
 def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index to that block of one parameter, read layer by layer."""
+    """A function that reads the block of one parameter at an index, layer by layer."""
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
@@ -243,23 +257,25 @@ def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[
 
 
 class _Placement:
-    """Where the shards of one parameter go."""
+    """The devices that hold the shards of one parameter."""
 
     def __init__(self, variable: nnx.Variable, mesh: Mesh | None):
         self.shape = variable.shape
         self.sharding = None if mesh is None else named_sharding(variable.get_metadata("axes"), variable.shape, mesh)
 
     def build(self, block) -> jax.Array:
-        """Make the array from `block(index)`. `jax.make_array_from_callback` would hold every local shard on the host at
-        once; here each is handed to its devices before the next is read."""
+        """Build the array from `block(index)`.
+
+        Each shard is copied to its devices before the next is read; `jax.make_array_from_callback` would hold every
+        local shard on the host at once.
+        """
         if self.sharding is None:
             return jnp.asarray(block((slice(None),) * len(self.shape)))
         devices_of: dict[tuple, list[jax.Device]] = {}
         for device, index in self.sharding.addressable_devices_indices_map(self.shape).items():
-            # pyrefly: ignore[bad-argument-type]  # a device that is addressable has an index
-            devices_of.setdefault(
-                tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True)), []
-            ).append(device)
+            assert index is not None  # an addressable device always has an index
+            spans = tuple(part.indices(size)[:2] for part, size in zip(index, self.shape, strict=True))
+            devices_of.setdefault(spans, []).append(device)
         shards = []
         for spans, devices in devices_of.items():
             host = block(tuple(slice(*span) for span in spans))
@@ -273,10 +289,11 @@ def _extent(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=None) -> list[Write]:
-    """Every tensor of a model under its Hugging Face name, made when asked for.
+    """List every tensor of a model under its Hugging Face name. The values are made only when they are written.
 
-    `dtype_of(name, ours)` chooses the dtype in the file. `untouched(name, value)` may return the source's own bits for a
-    tensor that loading had rounded and nothing has changed since.
+    Args:
+      dtype_of: `dtype_of(name, ours)` chooses the dtype in the file.
+      untouched: `untouched(name, value)` may return the source's own bits for a tensor that only loading has rounded.
     """
     params = flatten(model)
     writes = []
@@ -295,9 +312,9 @@ def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=Non
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array as numpy, also when other processes hold a part of it."""
+    """The whole array as NumPy, also if other processes hold parts of it."""
     if not array.is_fully_addressable:
-        assert isinstance(array.sharding, NamedSharding)  # `_Placement` and `train/step.py` use no other on a mesh
+        assert isinstance(array.sharding, NamedSharding)  # the only kind that this package makes on a mesh
         replicated = NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())
         array = jax.jit(lambda x: x, out_shardings=replicated)(array)
     return np.asarray(array)

@@ -1,4 +1,4 @@
-"""Datasets of the hub by name, for training text and for evaluation problems."""
+"""Datasets of the Hugging Face hub, for training text and for evaluation problems."""
 
 import re
 from typing import Any
@@ -7,25 +7,28 @@ from dms_jax.errors import ConfigError
 
 
 def open_dataset(name: str) -> Any:
-    """The dataset of an `hf:NAME[:CONFIG][:SPLIT]` name. A single third part is the split if it reads like one; split `train` unless named.
+    """Load the dataset with a name of the form `hf:NAME[:CONFIG][:SPLIT]`.
 
-    Raises ConfigError.
+    If only one of CONFIG and SPLIT is given, it is the split if it looks like one. The default split is `train`.
+
+    Raises:
+      ConfigError: the name is malformed, the `datasets` package is missing, or the dataset cannot be loaded.
     """
-    dataset, *rest = re.split(r":(?![^\[]*\])", name.removeprefix("hf:"))  # not the colon of a slice, `train[:1000]`
+    dataset, *rest = re.split(r":(?![^\[]*\])", name.removeprefix("hf:"))  # except the colon in a slice, `train[:1000]`
     split = (
         rest.pop()
         if len(rest) == 2 or (rest and re.match(r"(train|valid|validation|dev|test)\b", rest[0]))
         else "train"
     )
     if not dataset or len(rest) > 1:
-        raise ConfigError(f"a dataset is named hf:NAME[:CONFIG][:SPLIT], got {name!r}")
+        raise ConfigError(f"a dataset name must be hf:NAME[:CONFIG][:SPLIT], got {name!r}")
     try:
-        import datasets  # pyrefly: ignore[missing-import]  # an optional dependency, and slow to import
+        import datasets  # pyrefly: ignore[missing-import]  # optional, and slow to import
     except ImportError as why:
         raise ConfigError(f'{name} needs the datasets package: pip install "dms-jax[data]", or give files') from why
     try:
         return datasets.load_dataset(dataset, *rest, split=split)
-    except Exception as why:  # the hub, the network and the dataset's own files raise errors without a common base
+    except Exception as why:  # errors of the hub, the network and the files have no common base class
         raise ConfigError(
             f"cannot load {name}: {type(why).__name__}: {' '.join(str(why).split())}; offline, give files instead"
         ) from why

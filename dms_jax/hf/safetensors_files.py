@@ -1,4 +1,7 @@
-"""Tensors on disk: read slices of a folder of safetensors files, write shards. Nothing here knows what a tensor means."""
+"""Tensors on disk: reading slices of safetensors files and writing shards.
+
+Nothing here depends on what a tensor means.
+"""
 
 import hashlib
 import json
@@ -11,19 +14,19 @@ import ml_dtypes
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import read_json
+from dms_jax.files import read_json, replacing, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CONTENT_HASH = "content_sha256"  # in the header of files of ours
+CONTENT_HASH = "content_sha256"  # the key in the headers of adapters and caches
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 64 * 2**20
 
 
 class Tensors(Protocol):
-    """Named tensors that are read a slice at a time: a Hugging Face folder, or a GGUF file under Hugging Face names."""
+    """Tensors under Hugging Face names that are read a slice at a time, from a model folder or from a GGUF file."""
 
-    where: str  # for messages
+    where: str  # the path to name in messages
 
     def names(self) -> Iterable[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
@@ -32,7 +35,7 @@ class Tensors(Protocol):
 
 
 class SafetensorsFiles:
-    """The tensors of some safetensors files. Only asked-for slices are read."""
+    """The tensors of one or more safetensors files. Only the slices that are asked for are read."""
 
     def __init__(self, where: str, paths: list[str]):
         self.where = where
@@ -49,7 +52,7 @@ class SafetensorsFiles:
         dtype = self.handle_of[name].get_slice(name).get_dtype()
         if dtype not in DTYPES:
             raise ConfigError(
-                f"tensor {name} in {self.where} is {dtype}; supported are {', '.join(DTYPES)}. Convert it to BF16 first"
+                f"tensor {name} in {self.where} must be one of {', '.join(DTYPES)}, got {dtype}; convert it to BF16 first"
             )
         return DTYPES[dtype]
 
@@ -59,17 +62,17 @@ class SafetensorsFiles:
         return self.handle_of[name].get_slice(name)[index if len(index) > 1 else index[0]]
 
     def verify(self) -> None:
-        """Refuse a file of ours whose bytes are not those that were written: no shape shows a flipped bit. Reads it all."""
+        """Read the whole of an adapter or cache and refuse it unless its content has the hash in its header."""
         metadata = self.metadata
         written = metadata.pop(CONTENT_HASH, None)
         if written != _content_hash(self.names(), self.read, metadata):
             raise ConfigError(
-                f"{self.where} is damaged: its content is not what its header says ({CONTENT_HASH}); write it again"
+                f"{self.where} is damaged: its content does not match the {CONTENT_HASH} in its header; write it again"
             )
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The strings in the headers."""
+        """The key-value pairs in the headers of the files."""
         return {key: value for handle in self.handles.values() for key, value in (handle.metadata() or {}).items()}
 
 
@@ -86,14 +89,14 @@ def open_folder(folder: str) -> SafetensorsFiles:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
-    # A plain name only: a downloaded index must not make us read outside its folder.
+    # Plain names only, because a downloaded index must not make us read outside its folder.
     if strange := [
         name
         for name in file_of.values()
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
     ]:
         raise ConfigError(
-            f"{index} names {shown(strange[0])}, which is no .safetensors file of its folder; download the folder again"
+            f"{index} names {shown(strange[0])}, which is not a .safetensors file in its folder; download the folder again"
         )
     files = sorted(set(file_of.values()))
     absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
@@ -125,7 +128,7 @@ def _open(path: str):
 
 
 def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Indices that together read a tensor once, in order, at most about CHUNK_BYTES at a time."""
+    """Indices that read a tensor [rows ...] once, in order, about CHUNK_BYTES at a time."""
     rows = shape[0]
     step = max(1, CHUNK_BYTES // max(1, itemsize * int(np.prod(shape[1:]))))
     for start in range(0, rows, step):
@@ -134,7 +137,7 @@ def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, .
 
 @dataclass(frozen=True)
 class Write:
-    """One tensor to write; `value()` makes it when its turn comes."""
+    """One tensor to write. `value()` makes it only when its file is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -152,7 +155,7 @@ class Shard(NamedTuple):
 
 
 def plan_shards(writes: list[Write], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Tensors in order, into files of at most `limit` bytes (a single larger tensor gets its own)."""
+    """Divide tensors, in order, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
     groups: list[list[Write]] = [[]]
     for write in writes:
         if groups[-1] and sum(w.nbytes for w in groups[-1]) + write.nbytes > limit:
@@ -164,8 +167,11 @@ def plan_shards(writes: list[Write], limit: int = SHARD_BYTES) -> list[Shard]:
 
 
 def write_folder(folder: str, writes: list[Write], limit: int = SHARD_BYTES, writer: bool = True) -> None:
-    """Write tensors as `model*.safetensors` with an index when there are several. `writer=False`: another process writes, but
-    every process must make the values, since gathering a sharded array takes all of them."""
+    """Write tensors as `model.safetensors`, or as several shards with an index.
+
+    `writer=False` writes nothing but still makes the values, because gathering a sharded array takes part in every
+    process.
+    """
     shards = plan_shards(writes, limit)
     for file, group in shards:
         save_file(
@@ -179,12 +185,15 @@ def write_folder(folder: str, writes: list[Write], limit: int = SHARD_BYTES, wri
             "metadata": {"total_size": sum(w.nbytes for w in writes)},
             "weight_map": {w.name: shard.file for shard in shards for w in shard.writes},
         }
-        with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
-            json.dump(index, file, indent=2)
+        write_json(os.path.join(folder, INDEX), index)
 
 
 def save_file(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str], writer: bool = True) -> None:
-    """One safetensors file. `save_file` of the library writes a transposed array wrongly and says nothing, hence the copy."""
+    """Write one safetensors file.
+
+    The arrays are made contiguous first, because the library's `save_file` silently writes a transposed array in the
+    wrong order.
+    """
     from safetensors.numpy import save_file as save
 
     if writer:
@@ -192,7 +201,7 @@ def save_file(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str
 
 
 def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
-    """The absolute path of a file to write; ConfigError when it is there already and must not be replaced."""
+    """The absolute path of a file to write. Raises ConfigError if it exists and must not be replaced."""
     path = os.path.abspath(os.fspath(path))
     if os.path.exists(path) and not overwrite:
         raise ConfigError(f"{path} exists; give another file, or overwrite=True")
@@ -200,42 +209,43 @@ def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
 
 
 def write_whole(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """One safetensors file of ours that appears whole or not at all; its header says the hash of all of it. Raises ConfigError."""
+    """Write an adapter or cache, whole or not at all, with the hash of its content in its header.
+
+    Raises ConfigError.
+    """
     from safetensors import SafetensorError
 
-    temporary = f"{path}.tmp-{os.getpid()}"
+    content = {CONTENT_HASH: _content_hash(tensors, tensors.__getitem__, metadata)}
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save_file(temporary, tensors, metadata | {CONTENT_HASH: _content_hash(tensors, tensors.__getitem__, metadata)})
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as why:  # the library wraps a full disk in its own type
+        with replacing(path) as temporary:
+            save_file(os.fspath(temporary), tensors, metadata | content)
+    except (OSError, SafetensorError) as why:  # the library has its own type for a full disk
         raise ConfigError(f"cannot write {path}: {why}") from why
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def open_own(path: str | os.PathLike[str], what: str, kind: str, version: str) -> SafetensorsFiles:
-    """A file of ours, `what` it is with its article ("a cache"), whose header says `kind` and `version`. Raises ConfigError."""
+    """Open an adapter or cache whose header must have this kind and version; `what` is e.g. "a cache", for messages."""
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise ConfigError(f"{path}: no such {what.split()[-1]} file")
     tensors = SafetensorsFiles(path, [path])
     if tensors.metadata.get("kind") != kind:
-        raise ConfigError(f"{path} is not {what} of dms_jax (its header has no kind={kind})")
+        raise ConfigError(f"{path} is not {what} of dms_jax: its header does not have kind={kind}")
     if tensors.metadata.get("version") != version:
         raise ConfigError(
-            f"{path} is {what} of version {tensors.metadata.get('version')}, this dms_jax reads {version}"
+            f"{path} must be {what} of version {version}, got version {tensors.metadata.get('version')}; write it again"
         )
     return tensors
 
 
 def _drain(group: list[Write]) -> dict:
+    """Make every value and drop it."""
     for write in group:
         write.value()
     return {}
 
 
-def shorten(names: list[str], most: int = 6) -> str:
-    """The first few of a list of names, and how many more."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def shorten(names: list[str], limit: int = 6) -> str:
+    """The first few of a list of names, and the number of the others."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,4 +1,4 @@
-"""Look at the cases of one kind of input: PYTHONPATH=.:tests python -m fuzz "model weights" 0 50"""
+"""Print the cases of one target for a range of seeds: PYTHONPATH=.:tests python -m fuzz "model weights" 0 50"""
 
 import sys
 import tempfile

@@ -1,9 +1,8 @@
-"""Configurations: YAML files, `--set`, meshes, hardware names, policies by name, settings of generation."""
+"""Configurations: YAML files, `--set` and `--mesh`, settings of generation."""
 
 import dataclasses
 import json
 import random
-import re
 from pathlib import Path
 
 import yaml
@@ -12,12 +11,9 @@ from fuzz.fuzz_case import Target
 from fuzz.model_targets import typed
 from fuzz.mutations import HUGE, change_value, damage, nested, odd_value, replace_file, rewrite
 
-from dms_jax.config import DMSConfig
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
-from dms_jax.planning.hardware import hardware_of
-from dms_jax.policies import describe, policy_of
-from dms_jax.sharding import parse_mesh
+from dms_jax.policies import policy_of
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
 
 YAML = {
@@ -92,7 +88,7 @@ def mutate_yaml(rng: random.Random, folder: Path) -> str:
     at = rng.randrange(len(lines))
     if kind == 6:
         path.write_text("\n".join([*lines, lines[at]]) + "\n")
-        return f"line {lines[at]!r} twice"
+        return f"duplicate line {lines[at]!r}"
     if kind == 7:
         lines[at] = lines[at].partition(":")[0] + ": " + rng.choice(ODD_YAML)
         path.write_text("\n".join(lines), errors="surrogatepass")
@@ -113,7 +109,7 @@ def read_run(config: RetrofitConfig) -> dict:
 
 
 def flat(raw: dict, path: str = "") -> dict:
-    """One level, dotted keys, the type beside each value."""
+    """The values of a nested mapping under dotted keys, each with its type."""
     found = {}
     for key, value in raw.items():
         found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
@@ -121,7 +117,7 @@ def flat(raw: dict, path: str = "") -> dict:
 
 
 def meant_run(raw: dict, assignments: list[str] = (), mesh: str | None = None) -> dict:
-    """The defaults with what was given laid over them; a text in place of a number is read as Python reads it."""
+    """The defaults with the given values laid over them. A text in place of a number is read as Python reads it."""
     default = json.loads(json.dumps(dataclasses.asdict(RetrofitConfig())))
     for assignment in assignments:
         key, _, text = assignment.partition("=")
@@ -152,8 +148,8 @@ def lay(over: dict, raw: dict) -> None:
             over[key] = float(value) if isinstance(old, float) else value
 
 
-def once(path: Path) -> dict:
-    """A YAML mapping in which no key stands twice."""
+def strict_yaml(path: Path) -> dict:
+    """The mapping in a YAML file without duplicate keys."""
 
     def check(node):
         if isinstance(node, yaml.MappingNode):
@@ -243,63 +239,6 @@ def meant_options(folder: Path) -> dict:
     return meant_run({}, options["set"], options["mesh"])
 
 
-# --- short texts ---
-
-
-def text_target(name: str, count: int, good: list[str], read, means, names: str) -> Target:
-    """An option that is one text."""
-
-    def mutate(rng: random.Random, folder: Path) -> str:
-        text = rng.choice(good)
-        for _ in range(rng.choice([1, 1, 2, 3])):
-            at = rng.randrange(len(text) + 1)
-            piece = rng.choice(
-                ["x", "-", "0", "9" * 4400, "1", ":", " ", "", "\0", "٣", "é", "-1", ".", "X", "²", rng.choice(good)]
-            )
-            text = text[:at] + piece + text[at + rng.choice([0, 0, 1, 3]) :]
-        (folder / "option.json").write_text(json.dumps(text))
-        return f"{text[:50]!r}"
-
-    def of(what):
-        return lambda folder: what(json.loads((folder / "option.json").read_text()))
-
-    def make(folder: Path) -> None:
-        (folder / "option.json").write_text(json.dumps(good[0]))
-
-    return Target(name, count, make, mutate, of(read), of(means), names)
-
-
-def meant_mesh(text: str) -> tuple[int, ...]:
-    parts = tuple(int(part) for part in text.lower().split("x"))
-    assert min(parts) >= 1
-    return parts
-
-
-def meant_hardware(text: str) -> tuple[str, int]:
-    """The kind, and the product of all numbers after it."""
-    match = re.fullmatch(r"(h100|h200|cpu|v5e|v6e|v5p)(?:(?:x|-)([0-9]+(?:x[0-9]+)*))?", text.strip().lower())
-    assert match
-    count = 1
-    for part in (match[2] or "1").split("x"):
-        count *= int(part)
-    return match[1], count
-
-
-def read_policy(text: str) -> dict:
-    return describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), text))
-
-
-def meant_policy(text: str) -> dict:
-    if text.startswith("prompt:"):
-        return {"name": "prompt", "method": meant_policy(text.removeprefix("prompt:"))}
-    name, _, budget = text.partition(":")
-    return (
-        (describe(policy_of(dataclasses.replace(TINY, dms=DMSConfig()), f"{name}:{int(budget)}")) | {"name": name})
-        if budget
-        else {"name": name}
-    )
-
-
 # --- generation ---
 
 GENERATION = {
@@ -362,7 +301,7 @@ def read_generation(folder: Path) -> dict:
 
 
 def meant_generation(folder: Path) -> dict:
-    """Exactly what was given, where it is within its range."""
+    """The given values, which must be within their ranges."""
     raw = json.loads((folder / "generation.json").read_text())
     ranges = {
         "max_new_tokens": (1, 2**31),
@@ -374,8 +313,8 @@ def meant_generation(folder: Path) -> dict:
         "chunk_size": (1, 2**31),
         "threshold": (float("-inf"), float("inf")),
     }
-    for key, (least, most) in ranges.items():
-        assert raw[key] is None or least <= raw[key] <= most, key
+    for key, (low, high) in ranges.items():
+        assert raw[key] is None or low <= raw[key] <= high, key
     return {key: repr(tuple(value) if isinstance(value, list) else value) for key, value in raw.items()}
 
 
@@ -386,25 +325,8 @@ TARGETS = [
         make_yaml,
         mutate_yaml,
         lambda folder: read_run(read_config(str(folder / FILE), [], None)),
-        lambda folder: meant_run(once(folder / FILE)),
+        lambda folder: meant_run(strict_yaml(folder / FILE)),
     ),
     Target("--set and --mesh", 200, make_options, mutate_options, read_options, meant_options, " "),
-    text_target("mesh", 80, ["8x1", "1x1", "4x2"], parse_mesh, meant_mesh, "mesh"),
-    text_target(
-        "hardware name",
-        120,
-        ["h100x8", "v5e-8", "v5p-2x2x2", "cpu", "cpux8", "h200x1"],
-        lambda text: tuple(hardware_of(text)[1:]),
-        meant_hardware,
-        "ardware",
-    ),
-    text_target(
-        "policy name",
-        120,
-        ["tova:256", "dms", "prompt:snapkv:64", "dense", "quest:8"],
-        read_policy,
-        meant_policy,
-        "policy",
-    ),
     Target("generation settings", 120, make_generation, mutate_generation, read_generation, meant_generation, " "),
 ]

@@ -1,4 +1,4 @@
-"""What is trained on and prompted with: text, JSON lines, ids, tables, prompts; and the checkpoints of a run."""
+"""Training data and prompts (text, JSON lines, token ids, tables), and the checkpoints of a run."""
 
 import ast
 import gzip
@@ -78,7 +78,7 @@ def meant_jsonl(folder: Path) -> Any:
         value = record["text"] if "text" in record else record["messages"]
         texts = [value] if "text" in record else [message["content"] for message in value]
         assert all(isinstance(text, str) and "\0" not in text for text in texts)
-        [text.encode() for text in texts]  # no half characters
+        [text.encode() for text in texts]  # fails for lone surrogates
         found.append(value)
     return found
 
@@ -94,7 +94,7 @@ def make_zipped(folder: Path) -> None:
 
 
 def meant_zipped(folder: Path) -> Any:
-    """An empty file is an empty stream to gzip; that there are no documents is said later."""
+    """gzip reads an empty file as an empty stream. A later stage refuses data without documents."""
     assert (folder / ZIPPED).read_bytes() == b""
     return []
 
@@ -104,7 +104,7 @@ def make_txt(folder: Path) -> None:
 
 
 def meant_txt(folder: Path) -> Any:
-    """Documents lie between two blank lines or more, or between lines of `<|endoftext|>` where there are any."""
+    """Documents are separated by lines of `<|endoftext|>`, or, in a file without them, by two or more blank lines."""
     text = (folder / TXT).read_bytes().decode().removeprefix("\ufeff")
     assert "\0" not in text
     lines, parts, blank = text.replace("\r\n", "\n").split("\n"), [[]], 0
@@ -189,7 +189,10 @@ def make_table(folder: Path) -> None:
 
 
 def mutate_table(rng: random.Random, folder: Path) -> str:
-    """Cut, framed wrongly or replaced: a flipped bit of a page is not to be seen in a file without checksums."""
+    """Cut, misframe or replace the file.
+
+    A flipped bit in a page is not detectable, because the file has no checksums.
+    """
     path = folder / TABLE
     if rng.random() < 0.2:
         return replace_file(rng, path)
@@ -255,10 +258,10 @@ def mutate_checkpoints(rng: random.Random, folder: Path) -> str:
     kind = rng.randrange(10)
     if kind == 0:
         shutil.rmtree(step)
-        return f"{step.name} is gone"
+        return f"{step.name} is removed"
     if kind == 1:
         step.rename(where / rng.choice(["3", "007", "step_2", "2.tmp", "99"]))
-        return f"{step.name} has another name"
+        return f"{step.name} is renamed"
     if kind == 2:
         shutil.rmtree(step)
         step.write_text("a note")
@@ -278,7 +281,7 @@ def mutate_checkpoints(rng: random.Random, folder: Path) -> str:
 
 
 def read_checkpoints(folder: Path) -> Any:
-    """In a copy, since what is no checkpoint is moved aside: "whole" when the numbers are those that were saved as that step."""
+    """Restore from a copy, because unusable folders are moved aside. "whole": the numbers saved as that step."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(1))
     with tempfile.TemporaryDirectory() as temporary:
         copy = Path(temporary, "checkpoints")

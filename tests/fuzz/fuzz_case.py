@@ -1,7 +1,8 @@
-"""One mutated input: made from (target, seed), read under a deadline and a memory limit, and judged.
+"""One damaged input: derived from (target, seed), read under a deadline and a memory limit, and checked.
 
-A case is right when the reader refuses it with one ConfigError line that says where, or when what was read is what the files say:
-the same as before the damage, or what an independent reading of the damaged files gives. Nothing on disk may have changed.
+A case passes if the reader refuses it with a one-line ConfigError that names the place, or if the result is right:
+equal to the result before the damage, or to an independent reading of the damaged files. Reading must not change any
+file.
 """
 
 import contextlib
@@ -18,38 +19,39 @@ from typing import Any, NamedTuple
 from dms_jax.command import one_line
 from dms_jax.errors import ConfigError
 
-DEADLINE = 20  # seconds for one input; they take milliseconds, a loaded machine seconds
-MEMORY = 2 * 2**30  # bytes of address space beyond what the process has
+DEADLINE = 20  # seconds for one input, which takes milliseconds on an idle machine and seconds on a loaded one
+MEMORY = 2 * 2**30  # bytes of address space that reading may add to the process
 SAME, AS_WRITTEN, REFUSED = "same result", "read as written", "refused"
 
 
 class Target(NamedTuple):
-    """A kind of input, and how it is read."""
+    """A kind of input, with functions that write, damage and read it."""
 
     name: str
-    count: int  # inputs of the whole suite
-    make: Callable[[Path], None]  # write a good input into an empty folder
-    mutate: Callable[[random.Random, Path], str]  # damage it, say how
-    read: Callable[[Path], Any]  # as a command would; what it means, as plain comparable values
-    means: Callable[[Path], Any] | None = (
-        None  # the same by independent means; None: the result must be that of the good input
-    )
-    names: str = ""  # what each message has to contain; "": the folder's path
+    count: int  # seeds in the whole suite
+    make: Callable[[Path], None]  # writes an undamaged input into an empty folder
+    mutate: Callable[[random.Random, Path], str]  # damages it and describes the damage
+    read: Callable[[Path], Any]  # reads it like a command; the result consists of plain comparable values
+    means: Callable[[Path], Any] | None = None  # reads it independently; None: the result must equal the undamaged one
+    names: str = ""  # a text that each message must contain; "": the path of the folder
 
 
 class Wrong(AssertionError):
-    """A traceback, a hang, a silent wrong result, a changed file."""
+    """The failure of a case: a traceback, a hang, a silently wrong result, or a changed file."""
 
     def __init__(self, text: str):
-        super().__init__(text.encode(errors="backslashreplace").decode())  # half characters would break the test report
+        super().__init__(text.encode(errors="backslashreplace").decode())  # lone surrogates would break the test report
 
 
 class Late(BaseException):
-    """Not an Exception, so that no boundary swallows it."""
+    """The deadline has passed. Not an Exception, so that no `except Exception` swallows it."""
 
 
 def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, str]:
-    """(outcome, what was done and said) of one seed. `good` holds the input, `folder` is made for the damaged copy."""
+    """Run one seed and return the outcome and a description.
+
+    `good` holds the input, `folder` is created for the damaged copy.
+    """
     shutil.copytree(good, folder, symlinks=True)
     how = target.mutate(random.Random(f"{target.name}/{seed}"), folder)
     before = listing(folder)
@@ -61,7 +63,7 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
     except ConfigError as why:
         message = one_line(why)
         if (target.names or str(folder)) not in message:
-            raise Wrong(f"{case}: the message does not say where: {message[:300]}") from why
+            raise Wrong(f"{case}: the message does not name the place: {message[:300]}") from why
         outcome = REFUSED, f"{how} -> {message}"
     except Late:
         raise Wrong(f"{case}: still running after {DEADLINE} s") from None
@@ -75,10 +77,10 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
                 wanted = target.means(folder) if target.means else None
             except Exception as why:
                 raise Wrong(
-                    f"{case}: accepted, but read on its own it is none: {type(why).__name__} {why}"[:400]
+                    f"{case}: accepted, but the independent reader refuses it: {type(why).__name__} {why}"[:400]
                 ) from why
             if got != wanted:
-                raise Wrong(f"{case}: silently read as something else: {difference(got, wanted)}")
+                raise Wrong(f"{case}: silently misread: {difference(got, wanted)}")
             outcome = AS_WRITTEN, how
     if listing(folder) != before:
         raise Wrong(f"{case}: reading changed the files")
@@ -97,7 +99,7 @@ def difference(got: Any, wanted: Any) -> str:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """A deadline and a memory limit for what runs inside."""
+    """Limit the time and the memory of the code inside."""
 
     def late(signum, frame):
         raise Late
@@ -116,7 +118,7 @@ def limits() -> Iterator[None]:
 
 
 def listing(folder: Path) -> dict[str, str]:
-    """Every path below, with what it is: a link's target, a file's hash."""
+    """Every path in a folder with its content: the target of a link, the hash of a file."""
     found = {}
     for base, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -132,7 +134,7 @@ def listing(folder: Path) -> dict[str, str]:
 
 
 def tally(outcomes: dict[str, list[str]]) -> str:
-    """A table of target and outcome -> number of inputs."""
+    """A table with the number of inputs by target and outcome."""
     kinds = (REFUSED, SAME, AS_WRITTEN)
     rows = [(name, len(found), *(found.count(kind) for kind in kinds)) for name, found in sorted(outcomes.items())]
     rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, 5))))

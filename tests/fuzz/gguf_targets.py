@@ -10,10 +10,10 @@ import numpy as np
 from fuzz import oracles
 from fuzz.fuzz_case import Target
 from fuzz.mutations import HUGE, damage_head, replace_file, rewrite
-from hf.test_gguf_file import GOLDEN, write_gguf
+from hf.hf_cases import GOLDEN, write_gguf
 
 import dms_jax
-from dms_jax.hf.gguf_file import INSIDE, OUTSIDE, unpermute
+from dms_jax.hf.gguf.gguf_file import INSIDE, OUTSIDE, unpermute
 from dms_jax.hf.hf_weights import model_writes
 
 FILE, SOURCE = "model.gguf", "llama_untied"
@@ -37,12 +37,15 @@ def mutate(rng: random.Random, folder: Path) -> str:
 
 
 def data_start(data: bytes) -> int:
-    """About where the tensors' bytes begin: after the last tensor's name."""
+    """The approximate start of the tensors' bytes, shortly after the name of the last tensor."""
     return data.rfind(b".weight") + 64
 
 
 def change_field(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """One metadata value replaced, retyped, dropped, or given twice. The tensors' offsets are relative, so only padding moves."""
+    """Replace, retype, drop or duplicate one metadata value.
+
+    The offsets of tensors are relative, so only the padding changes.
+    """
     fields = spans(data)
     key = rng.choice(list(fields))
     begin, value_at, end = fields[key]
@@ -75,12 +78,12 @@ def change_field(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if rng.random() < 0.1:
         return repad(data, data[:begin] + data[end:], count - 1), f"drop {key}"
     if rng.random() < 0.05:
-        return repad(data, data[:end] + data[begin:], count + 1), f"{key} twice"
+        return repad(data, data[:end] + data[begin:], count + 1), f"duplicate {key}"
     return repad(data, data[:value_at] + new + data[end:], count), f"{key} becomes {how}"
 
 
 def change_tensor(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """One entry of the tensor list: name, dimensions, type or offset."""
+    """Change the name, the dimensions, the type or the offset of one tensor."""
     start = (
         data.rfind(b"token_embd.weight")
         if rng.random() < 0.3
@@ -107,7 +110,7 @@ def change_tensor(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def spans(data: bytes) -> dict[str, tuple[int, int, int]]:
-    """Metadata key -> where it begins, where its value begins, where it ends."""
+    """For each metadata key, the positions of its entry, of its value, and of the end of its value."""
     at, found = 24, {}
 
     def skip(kind: int, at: int) -> int:
@@ -130,7 +133,7 @@ def spans(data: bytes) -> dict[str, tuple[int, int, int]]:
 
 
 def repad(old: bytes, new: bytes, fields: int) -> bytes:
-    """`new` with its number of metadata fields, and the padding before the tensors' bytes as the format wants it."""
+    """`new` with the right number of metadata fields and the right padding before the tensors' bytes."""
     last = old.rfind(b".weight")
     name_end = last + 7
     head = name_end + 4 + 8 * struct.unpack_from("<I", old, name_end)[0] + 12
@@ -141,7 +144,7 @@ def repad(old: bytes, new: bytes, fields: int) -> bytes:
 
 
 def read(folder: Path) -> Any:
-    """The config, every tensor under its Hugging Face name, and what the tokenizer does."""
+    """The config, every tensor under its Hugging Face name, and an encoded and decoded text."""
     model = dms_jax.load(folder / FILE)
     tensors = {write.name: oracles.plain(write.value()) for write in model_writes(model)}
     config = model.config
@@ -154,7 +157,7 @@ def read(folder: Path) -> Any:
 
 
 def meant(folder: Path) -> Any:
-    """The tensors and the numbers of the config as the file's bytes say; the tokenizer as it was, or as its own damaged tokens say."""
+    """Compare the config with the bytes of the file, and return the tensors and the tokenizer that those bytes mean."""
     fields, tensors = oracles.gguf(folder / FILE)
     raw = json.loads((GOLDEN / SOURCE / "config.json").read_text())
     heads, groups = (

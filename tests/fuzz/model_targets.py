@@ -11,7 +11,7 @@ from cases import tiny_model
 from fuzz import oracles
 from fuzz.fuzz_case import Target
 from fuzz.mutations import HUGE, change_json, damage_head, replace_file, rewrite
-from hf.test_hf_tokenizer import write as write_tokenizer
+from hf.hf_cases import write_tokenizer
 
 import dms_jax
 from dms_jax.config import DMSConfig
@@ -42,14 +42,14 @@ def make_folder(folder: Path, shard_bytes: int = 10**9) -> None:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """Every tensor as the loaded model would write it."""
+    """Every tensor, as the loaded model would write it."""
     model = dms_jax.load(folder)
-    assert folder_writes(model)  # what saving it again would start with
+    assert folder_writes(model)  # the first step of saving it again
     return {write.name: oracles.plain(write.value()) for write in model_writes(model)}
 
 
 def meant_weights(folder: Path) -> dict[str, Any]:
-    """The tensors in the files that the index names, or in the one file, as fp32."""
+    """The tensors in the files that the index names, or in the only file, as fp32."""
     index = folder / "model.safetensors.index.json"
     files = (
         sorted(set(oracles.strict_json(index.read_bytes())["weight_map"].values()))
@@ -60,7 +60,7 @@ def meant_weights(folder: Path) -> dict[str, Any]:
     found: dict[str, np.ndarray] = {}
     for name in files:
         tensors = oracles.safetensors(folder / name)[1]
-        assert not found.keys() & tensors.keys(), "a tensor twice"
+        assert not found.keys() & tensors.keys(), "duplicate tensor"
         found |= tensors
     return {
         name: oracles.plain(value.astype(np.float32)) for name, value in found.items() if not name.endswith("inv_freq")
@@ -74,7 +74,7 @@ def mutate_config(rng: random.Random, folder: Path) -> str:
     path = folder / ("generation_config.json" if rng.random() < 0.15 else "config.json")
     if rng.random() < 0.08:
         return replace_file(rng, path)
-    if rng.random() < 0.4:  # a known key, as the mutations of a tree would rarely choose one that is absent
+    if rng.random() < 0.4:  # a known key that is absent, which `change_json` would never add
         path = folder / "config.json"
         raw = json.loads(path.read_text())
         key = rng.choice(
@@ -118,13 +118,13 @@ def mutate_config(rng: random.Random, folder: Path) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as the model that was loaded would spell it, the stop tokens apart."""
+    """The config.json that the loaded model would write, with the stop tokens and the policy apart."""
     config = dms_jax.load(folder).config
     return typed(fresh_config(config) | {"eos": config.eos_token_ids, "dms": config.dms})
 
 
 def meant_config(folder: Path) -> dict[str, Any]:
-    """What config.json itself says for each key that `fresh_config` writes; defaults as the families have them."""
+    """The values in config.json, or the defaults of the family, for each key that `fresh_config` writes."""
     raw = oracles.strict_json((folder / "config.json").read_bytes())
     generation = folder / "generation_config.json"
     more = oracles.strict_json(generation.read_bytes()).get("eos_token_id") if generation.exists() else None
@@ -139,24 +139,24 @@ def meant_config(folder: Path) -> dict[str, Any]:
         "mlp_bias": False,
         "use_cache": True,
     }
-    said = {key: raw[key] if raw.get(key) is not None else defaults.get(key) for key in wanted}
-    said |= {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"], "use_cache": True}
+    found = {key: raw[key] if raw.get(key) is not None else defaults.get(key) for key in wanted}
+    found |= {"head_dim": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"], "use_cache": True}
     if not raw.get("num_key_value_heads"):
-        said["num_key_value_heads"] = raw["num_attention_heads"]
+        found["num_key_value_heads"] = raw["num_attention_heads"]
     for key in ("rms_norm_eps", "rope_theta"):
-        said[key] = float(said[key])
+        found[key] = float(found[key])
     rope = (raw.get("rope_scaling") or {}) | (raw.get("rope_parameters") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
-    said["rope_theta"] = float(rope.pop("rope_theta", said["rope_theta"]))
-    said["rope_scaling"] = (
+    found["rope_theta"] = float(rope.pop("rope_theta", found["rope_theta"]))
+    found["rope_scaling"] = (
         None if kind == "default" else {"rope_type": kind, **{key: float(value) for key, value in rope.items()}}
     )
     if kind == "llama3":
-        said["rope_scaling"]["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
+        found["rope_scaling"]["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     as_list = lambda ids: [] if ids is None else ids if isinstance(ids, list) else [ids]
     own = as_list(raw.get("eos_token_id"))
     eos = list(dict.fromkeys(own + as_list(more)))
-    said["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
+    found["eos_token_id"] = eos[0] if len(eos) == 1 else eos or None
     dms = {
         "window_size": raw.get("dms_window_size", 512),
         "target_cr": float(raw.get("dms_cr", 8)),
@@ -168,12 +168,12 @@ def meant_config(folder: Path) -> dict[str, Any]:
         "zero_borrowed": raw.get("dms_zero_mode", "pre+post"),
         "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed",
     }
-    return typed(said | {"eos": tuple(eos), "dms": DMSConfig(**dms)})
+    return typed(found | {"eos": tuple(eos), "dms": DMSConfig(**dms)})
 
 
-def typed(said: dict) -> dict:
-    """With the type beside each value: 1, 1.0 and True are equal to Python."""
-    return {key: (type(value).__name__, value) for key, value in said.items()}
+def typed(values: dict) -> dict:
+    """The values with their types, because 1, 1.0 and True are equal to Python."""
+    return {key: (type(value).__name__, value) for key, value in values.items()}
 
 
 # --- weights ---
@@ -190,7 +190,7 @@ def mutate_weights(rng: random.Random, folder: Path) -> str:
 
 
 def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """A safetensors header changed as JSON: one tensor retyped, reshaped, renamed, moved, lost, or given twice."""
+    """Change a safetensors header as JSON: retype, reshape, rename, move, drop or duplicate one tensor."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     names = [name for name in header if name != "__metadata__"]
@@ -242,14 +242,14 @@ def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
         header[rng.choice([name + "x", name.upper(), name.replace("0", "9"), "", "../" + name, "\ud800"])] = header.pop(
             name
         )
-    elif how == 7:  # in half the precision, rightly written: harmless for weights
+    elif how == 7:  # a valid file with one tensor in fp16, which is harmless for weights
         tensor = np.frombuffer(body[begin:end], np.float32).astype(np.float16).tobytes()
         body = body[:begin] + tensor + body[end:]
         for item in names:
             a, b = header[item]["data_offsets"]
             header[item]["data_offsets"] = [a - len(tensor) * (a >= end), b - len(tensor) * (b >= end)]
         entry["dtype"] = "F16"
-    elif how == 8:  # a tensor that nobody asked for, rightly written
+    elif how == 8:  # a valid file with an extra tensor
         header["extra.weight"] = {"dtype": "F32", "shape": [2], "data_offsets": [len(body), len(body) + 8]}
         body += bytes(8)
     elif how == 9:
@@ -333,7 +333,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def meant_tokenizer(folder: Path) -> Any:
-    """The library itself on the same files: no reading of ours may come between."""
+    """The result of the library itself on the same files, which ours must equal."""
     from transformers import AutoTokenizer
 
     inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -1,4 +1,4 @@
-"""Seeded damage to bytes, JSON values, text and files. Each function draws from `rng` and says what it did."""
+"""Seeded damage to bytes, JSON values, text and files. Each function draws from `rng` and describes what it did."""
 
 import json
 import math
@@ -48,7 +48,7 @@ ODD_NUMBERS: list[Any] = [
 
 
 def odd_value(rng: random.Random) -> Any:
-    """A JSON value that nobody expects."""
+    """A JSON value that no reader expects."""
     return rng.choice(
         [
             lambda: rng.choice(ODD_NUMBERS),
@@ -73,7 +73,10 @@ def nested(depth: int) -> list:
 
 
 def change_value(rng: random.Random, root: Any) -> str:
-    """Change one place of a JSON tree in place: delete, rename, retype, swap, scale. An empty root is left alone."""
+    """Change one value of a JSON tree in place: delete, rename, retype, swap or scale it.
+
+    An empty root stays as it is.
+    """
     places = _places(root)
     if not places:
         return "nothing"
@@ -108,7 +111,7 @@ def change_value(rng: random.Random, root: Any) -> str:
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """(container, key) of every value in a tree."""
+    """The container and the key of every value in a tree."""
     if not isinstance(value, (dict, list)):
         return []
     items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
@@ -116,7 +119,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def change_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
-    """A JSON object changed as a value, or as text: a key twice, deep nesting, comments, commas, cut off, damaged bytes."""
+    """Change a JSON object as a value or as text: duplicate keys, deep nesting, comments, commas, damaged bytes."""
     kind = rng.randrange(10)
     if kind < 6:
         value = json.loads(text)
@@ -129,7 +132,7 @@ def change_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
             json.dumps(name).encode(),
             json.dumps(odd_value(rng)).encode(),
             stripped[1:],
-        ), f"{name!r} twice"
+        ), f"duplicate {name!r}"
     if kind == 7:
         return rng.choice(
             [
@@ -149,7 +152,7 @@ def change_json(rng: random.Random, text: bytes) -> tuple[bytes, str]:
 
 
 def damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """Bytes flipped, cut, inserted, repeated, removed, zeroed, swapped, or recoded."""
+    """Flip, cut, insert, repeat, remove, zero, swap or recode some bytes."""
     if not data:
         return b"\xff\x00", "bytes into an empty file"
     at, size = rng.randrange(len(data)), 1 + rng.randrange(min(64, len(data)))
@@ -179,7 +182,7 @@ def damage(rng: random.Random, data: bytes) -> tuple[bytes, str]:
 
 
 def damage_head(rng: random.Random, data: bytes, head: int) -> tuple[bytes, str]:
-    """Like `damage`, but nine times in ten in the first `head` bytes, and sometimes a length field of 2**60."""
+    """Damage bytes, mostly the first `head` ones, and sometimes overwrite a length field with a number like 2**60."""
     if rng.random() < 0.2:
         at = rng.randrange(0, max(1, min(head, len(data) - 8)))
         value = rng.choice([HUGE, 2**63 - 1, 2**64 - 1, 2**32, len(data) + 1, 0])
@@ -191,7 +194,7 @@ def damage_head(rng: random.Random, data: bytes, head: int) -> tuple[bytes, str]
 
 
 def replace_file(rng: random.Random, path: Path) -> str:
-    """A file gone, empty, a folder, a link to nothing, to itself, or to a copy (which is harmless)."""
+    """Remove a file, empty it, or replace it by a folder or a link. A link to a copy is harmless."""
     kind = rng.choice(
         ["gone", "empty", "a folder", "a link to nothing", "a link to itself", "a link to a copy", "a full folder"]
     )
@@ -215,6 +218,7 @@ def replace_file(rng: random.Random, path: Path) -> str:
 
 
 def rewrite(path: Path, change: Callable[[bytes], tuple[bytes, str]]) -> str:
+    """Replace the content of a file by `change` of it."""
     new, how = change(path.read_bytes())
     path.write_bytes(new)
     return f"{path.name}: {how}"

@@ -1,4 +1,4 @@
-"""What damaged files say, read without the package and without the libraries it reads with: strict, small, slow."""
+"""Independent readers of damaged files: strict, small, slow, and without this package or the libraries it uses."""
 
 import json
 import math
@@ -22,18 +22,18 @@ GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 
 
 
 def strict_json(data: bytes) -> Any:
-    """JSON in which no key stands twice."""
+    """The value of a JSON text without duplicate keys."""
 
-    def once(pairs):
+    def without_duplicates(pairs):
         if len({key for key, _ in pairs}) != len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("duplicate key")
         return dict(pairs)
 
-    return json.loads(data.decode(), object_pairs_hook=once)
+    return json.loads(data.decode(), object_pairs_hook=without_duplicates)
 
 
 def safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """(metadata, tensors): the whole file is accounted for, no byte twice."""
+    """The metadata and the tensors of a file in which every byte belongs to exactly one tensor."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = strict_json(data[8 : 8 + size])
@@ -50,7 +50,7 @@ def safetensors(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 
 
 def gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """(fields, fp32 tensors) of a little-endian GGUF v2 or v3 file of F32 and F16 tensors."""
+    """The metadata and the fp32 tensors of a little-endian GGUF file, version 2 or 3, of F32 and F16 tensors."""
     data, at = path.read_bytes(), 0
 
     def take(code: str):
@@ -101,7 +101,7 @@ def gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def plain(value: Any) -> Any:
-    """Arrays as (dtype, shape, bytes), so that == compares bit by bit."""
+    """A value with its arrays as (dtype, shape, bytes), so that == compares bits."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Files of our own formats: adapters, caches, token caches, tuned block sizes, metrics, results."""
+"""Files in formats of this project: adapters, caches, token caches, tuned block sizes, metrics, results."""
 
 import json
 import random
@@ -32,7 +32,7 @@ ADAPTER, CACHE, TUNED, METRICS, RESULTS = (
 )
 
 
-# --- adapters and caches: safetensors with a header of ours ---
+# --- adapters and caches: safetensors with metadata ---
 
 
 def mutate_tensors(name: str):
@@ -50,7 +50,7 @@ def mutate_tensors(name: str):
 
 
 def change_metadata(rng: random.Random, data: bytes) -> tuple[bytes, str]:
-    """One string of the header: dropped, damaged, or, where it is JSON, changed inside."""
+    """Drop or damage one string of the metadata, or change a value in it if it is JSON."""
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     metadata = header["__metadata__"]
@@ -146,7 +146,7 @@ def mutate_tokens(rng: random.Random, folder: Path) -> str:
 
 
 def read_tokens(folder: Path) -> Any:
-    """In a copy: a damaged entry is built anew."""
+    """Read from a copy, because a damaged entry is rebuilt."""
     with tempfile.TemporaryDirectory() as temporary:
         shutil.copytree(folder, Path(temporary, "copy"), symlinks=True)
         return read_tokens_in(Path(temporary, "copy"))
@@ -185,7 +185,7 @@ def mutate_tuned(rng: random.Random, folder: Path) -> str:
 
 
 def meant_tuned(folder: Path) -> Any:
-    """The fields as they stand, each of its type."""
+    """The fields in the file, each of the right type."""
     raw = oracles.strict_json((folder / TUNED).read_bytes())
     kinds = {"head_dim": int, "speed_to_xla": float, "max_error": float}
     for entry in raw:
@@ -216,7 +216,7 @@ def make_metrics(folder: Path) -> None:
 
 
 def mutate_lines(name: str, broken: list[str]):
-    """One line of a JSONL file changed, doubled, moved, or replaced."""
+    """Change, duplicate, move or replace one line of a JSONL file."""
 
     def mutate(rng: random.Random, folder: Path) -> str:
         path, kind = folder / name, rng.randrange(12)
@@ -232,10 +232,10 @@ def mutate_lines(name: str, broken: list[str]):
             lines[at] = json.dumps(record)
         elif kind == 8:
             lines.insert(rng.randrange(len(lines)), lines[at])
-            how = "twice"
+            how = "duplicate"
         elif kind == 9:
             del lines[at]
-            how = "gone"
+            how = "removed"
         else:
             lines[at] = rng.choice(
                 [
@@ -267,7 +267,7 @@ def mutate_lines(name: str, broken: list[str]):
 
 
 def read_metrics(folder: Path) -> Any:
-    """The steps of a run resumed at 6, in a copy: resuming rewrites the file. Each is there once, whatever else was damaged."""
+    """The steps of a run that is resumed at step 6, from a copy, because resuming rewrites the file."""
     with tempfile.TemporaryDirectory() as temporary:
         shutil.copytree(folder, Path(temporary, "copy"), symlinks=True)
         path = Path(temporary, "copy", METRICS)

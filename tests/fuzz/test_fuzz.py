@@ -1,26 +1,28 @@
-"""Mutated inputs of every kind that the commands read. `python -m pytest tests/fuzz -s` prints the table, with `-m slow` the rest.
+"""Damaged inputs of every kind that the commands read.
 
-One case again: `python -m pytest "tests/fuzz/test_fuzz.py::test_input[model weights-17]"`.
+Type `python -m pytest tests/fuzz -s` for a table of the outcomes, and add `-m slow` for the remaining seeds. To run one
+case again, type `python -m pytest "tests/fuzz/test_fuzz.py::test_damaged_input_is_refused_or_read_right[model
+weights-17]"`.
 """
 
 import time
 from collections import defaultdict
 
 import pytest
-from fuzz import config_targets, data_targets, gguf_targets, model_targets, own_targets
+from fuzz import config_targets, data_targets, gguf_targets, model_targets, own_targets, text_targets
 from fuzz.fuzz_case import run_case, tally
 
 TARGETS = [
     target
-    for group in (config_targets, model_targets, gguf_targets, own_targets, data_targets)
+    for group in (config_targets, text_targets, model_targets, gguf_targets, own_targets, data_targets)
     for target in group.TARGETS
 ]
-QUICK = 12  # seeds of each target that the default suite runs
+QUICK = 12  # the number of seeds per target in the default suite
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """The undamaged input of a target, made once."""
+    """The folder with the undamaged input of a target, which is written once."""
     made = {}
 
     def folder(target):
@@ -48,6 +50,6 @@ def outcomes():
         for seed in range(target.count)
     ],
 )
-def test_input(target, seed, good, outcomes, tmp_path):
+def test_damaged_input_is_refused_or_read_right(target, seed, good, outcomes, tmp_path):
     outcome, _ = run_case(target, seed, good(target), tmp_path / "input")
     outcomes[target.name].append(outcome)

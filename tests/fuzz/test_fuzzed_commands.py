@@ -1,4 +1,4 @@
-"""Damaged inputs through the commands themselves: exit code 0 or 2, then one line on stderr, and nothing that was given is changed."""
+"""Damaged inputs given to the commands: exit code 0, or 2 with one line on stderr, and no input file changes."""
 
 import os
 import random
@@ -13,12 +13,12 @@ from fuzz.model_targets import make_folder, make_tokenizer
 from fuzz.test_fuzz import TARGETS
 from train_runs import ROOT, run_settings
 
-SEEDS = 8  # of each; the default suite runs the first
-DEADLINE = 240  # seconds, several times what the slowest takes
+SEEDS = 8  # per command; the default suite runs the first
+DEADLINE = 240  # seconds; several times as long as the slowest command takes
 
 
 def dry_run(*options: str, **changes) -> Callable[[Path, Path], list[str]]:
-    """A training command on the damaged folder, with a model and data that are good unless `changes` say otherwise."""
+    """A dry run of a retrofit on the damaged folder. Model and data are undamaged unless `changes` replace them."""
 
     def command(folder: Path, beside: Path) -> list[str]:
         settings = run_settings(beside) | {
@@ -97,7 +97,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 
 
 def inputs(name: str, tmp_path: Path) -> tuple[Target, Path, Path]:
-    """The kind of input, a good one of it, and an empty folder beside it."""
+    """A target, a folder with its undamaged input, and an empty folder beside it."""
     target = next(target for target in TARGETS if target.name == name)
     folder, beside = tmp_path / "input", tmp_path / "beside"
     folder.mkdir()
@@ -108,7 +108,7 @@ def inputs(name: str, tmp_path: Path) -> tuple[Target, Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
-def test_undamaged_input_is_taken(name, tmp_path):
+def test_undamaged_input_is_accepted(name, tmp_path):
     _, folder, beside = inputs(name, tmp_path)
     done = run(COMMANDS[name](folder, beside))
     assert done.returncode == 0, done.stderr[-3000:]
@@ -122,15 +122,15 @@ def test_undamaged_input_is_taken(name, tmp_path):
         for seed in range(SEEDS)
     ],
 )
-def test_command(name, seed, tmp_path):
+def test_command_reports_damaged_input_in_one_line(name, seed, tmp_path):
     target, folder, beside = inputs(name, tmp_path)
     how = target.mutate(random.Random(f"command {name}/{seed}"), folder)
     before, command = listing(folder), COMMANDS[name](folder, beside)
     done = run(command)
-    said = f"{how}: exit code {done.returncode}\n{done.stderr[-3000:]}"
-    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, said
+    details = f"{how}: exit code {done.returncode}\n{done.stderr[-3000:]}"
+    assert done.returncode in (0, 2) and "Traceback" not in done.stderr, details
     if done.returncode == 2:
         assert [
             line for line in done.stderr.splitlines() if line.startswith(f"{command[0]}:")
-        ] == done.stderr.splitlines()[-1:], said
-    assert listing(folder) == before, said
+        ] == done.stderr.splitlines()[-1:], details
+    assert listing(folder) == before, details

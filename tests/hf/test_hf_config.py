@@ -1,4 +1,4 @@
-"""config.json in both spellings, the refusals, and the policy keys."""
+"""`config.json` in both spellings, the model families, the refusals, and the `dms_*` keys."""
 
 import dataclasses
 import json
@@ -8,16 +8,9 @@ import pytest
 
 from dms_jax.config import DMSConfig, ModelConfig, RopeScaling
 from dms_jax.errors import ConfigError
-from dms_jax.hf.hf_config import (
-    DMS_KEYS,
-    FAMILIES,
-    dms_config,
-    dms_keys,
-    folder_config,
-    fresh_config,
-    model_config,
-    read_folder,
-)
+from dms_jax.hf.dms_keys import DMS_KEYS, dms_config, dms_keys
+from dms_jax.hf.families import FAMILIES, Family
+from dms_jax.hf.hf_config import folder_config, fresh_config, model_config, read_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LLAMA2 = {
@@ -30,7 +23,7 @@ LLAMA2 = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-5,
 }
-# NVIDIA's released folder, `dms.md` 8.1: only these of the policy keys.
+# The keys of the folder that NVIDIA released; it has no other `dms_*` keys.
 NVIDIA = LLAMA2 | {
     "model_type": "qwen3",
     "num_key_value_heads": 2,
@@ -76,11 +69,11 @@ NVIDIA = LLAMA2 | {
         ),
     ],
 )
-def test_old_and_new_spellings_mean_the_same(old, new):
+def test_old_and_new_spellings_give_equal_configs(old, new):
     assert model_config(LLAMA2 | old) == model_config(LLAMA2 | new)
 
 
-def test_what_a_llama2_file_leaves_out_takes_the_class_defaults():
+def test_missing_keys_of_a_llama2_file_take_the_class_defaults():
     config = model_config(LLAMA2)
     assert (config.num_kv_heads, config.head_dim, config.rope_theta, config.tie_word_embeddings) == (
         4,
@@ -91,13 +84,16 @@ def test_what_a_llama2_file_leaves_out_takes_the_class_defaults():
     assert not (config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
 
 
-def test_families_differ_in_biases_and_norms():
+def test_families_differ_in_biases_norms_and_head_dim():
     common = LLAMA2 | {"num_key_value_heads": 2}
     assert (
         model_config(common | {"model_type": "qwen2"}).qkv_bias
         and not model_config(common | {"model_type": "qwen2"}).o_bias
     )
     assert model_config(common | {"model_type": "qwen3"}).qk_norm
+    assert model_config(common | {"model_type": "qwen3"}).head_dim == 128
+    assert model_config(common | {"model_type": "qwen3", "head_dim": None}).head_dim == 16
+    assert not model_config(common | {"model_type": "qwen2", "attention_bias": True}).o_bias
     biased = model_config(common | {"attention_bias": True, "mlp_bias": True})
     assert biased.qkv_bias and biased.o_bias and biased.mlp_bias
 
@@ -107,7 +103,7 @@ def test_families_differ_in_biases_and_norms():
     [
         ("mistral", {"sliding_window": None}, None),
         ("mistral", {"sliding_window": 32}, 32),
-        ("mistral", {}, 4096),  # the class default: a file without the key has a window
+        ("mistral", {}, 4096),  # the class default, so a file without the key has a window
         ("qwen2", {"sliding_window": 32, "use_sliding_window": False}, None),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 2}, None),
         ("qwen2", {"sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, 32),
@@ -119,7 +115,7 @@ def test_families_differ_in_biases_and_norms():
         ("qwen3", {"sliding_window": None, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, None),
     ],
 )
-def test_the_models_own_sliding_window(family, keys, window):
+def test_sliding_window_of_the_model(family, keys, window):
     assert model_config(LLAMA2 | {"model_type": family, "num_key_value_heads": 2} | keys).sliding_window == window
 
 
@@ -128,22 +124,22 @@ def test_the_models_own_sliding_window(family, keys, window):
     [
         ({"model_type": "gemma3"}, "gemma3.*llama, mistral, qwen2, qwen3"),
         ({"rms_norm_epz": 1e-5}, "rms_norm_epz.*did you mean rms_norm_eps"),
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*may change the mathematics"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*HARMLESS"),
         ({"dms_window_sise": 8}, "dms_window_sise.*did you mean dms_window_size"),
         ({"hidden_act": "gelu"}, "hidden_act.*silu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn.*default, linear, llama3"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "dynamic"),
-        ({"rope_scaling": {"type": "linear"}}, "linear.*lacks factor"),
+        ({"rope_scaling": {"type": "linear"}}, "linear.*factor"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}}, "mrope_section"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "3 key/value heads"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_kv_heads.* 4 and 3"),
         ({"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True}, "attention_bias.*mistral"),
         ({"dms_window_size": "big"}, "dms_window_size"),
-        ({"dms_window_size": -1}, "window_size.*>= 0"),
+        ({"dms_window_size": -1}, "dms_window_size.*-1"),
         ({"dms_alpha_per": "token"}, "dms_alpha_per.*head, layer"),
         ({"dms_disable_eviction": True}, "dms_disable_eviction"),
     ],
@@ -154,7 +150,7 @@ def test_refusals_are_one_line_and_name_the_key(keys, words):
     assert "\n" not in str(refusal.value)
 
 
-def test_nvidias_folder_is_borrowed_shift_one_and_zeroed_twice():
+def test_nvidia_folder_is_borrowed_with_shift_one_and_zeroed_twice():
     dms = model_config(NVIDIA).dms
     assert dms == DMSConfig(
         variant="borrowed", window_size=512, target_cr=8.0, decision_shift=1, zero_borrowed="pre+post"
@@ -170,7 +166,7 @@ def write(folder: Path, **files) -> Path:
     return folder
 
 
-def test_fastdms_folders_decide_about_themselves_with_the_channel_live(tmp_path):
+def test_fastdms_folder_has_shift_zero_and_keeps_the_channel(tmp_path):
     want = DMSConfig(variant="borrowed", window_size=128, evict_logit_bias=4.0, decision_shift=0, zero_borrowed="none")
     metadata = {"window_size": 128, "alpha_offset": 4.0, "context_len": 2048}
     assert read_folder(write(tmp_path / "a", config=LLAMA2, dms_metadata=metadata))[1].dms == want
@@ -178,7 +174,7 @@ def test_fastdms_folders_decide_about_themselves_with_the_channel_live(tmp_path)
     assert read_folder(write(tmp_path / "c", config=LLAMA2 | metadata))[1].dms == want
     write(tmp_path / "run", training_log={"config": metadata})
     assert read_folder(write(tmp_path / "run" / "final", config=LLAMA2))[1].dms == want
-    # An explicit key wins, also for the convention itself.
+    # An explicit key wins, even for decision_shift.
     explicit = read_folder(
         write(tmp_path / "d", config=LLAMA2 | {"dms_window_size": 64, "dms_decision_shift": 1}, dms_metadata=metadata)
     )[1].dms
@@ -191,16 +187,16 @@ def test_fastdms_folders_decide_about_themselves_with_the_channel_live(tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["projection", "borrowed"])
-def test_policy_keys_round_trip_and_none_is_left_implicit(variant):
+def test_dms_keys_round_trip_with_every_key_explicit(variant):
     dms = DMSConfig(variant, 7, 3.5, 0.25, 50.0, 2.0, "layer", 0, "pre")
     assert dms_config(dms_keys(dms)) == dms
     assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items()), (
-        "every field differs from its default here"
+        "every field must differ from its default in this test"
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_fresh_config_reads_back(family):
+def test_fresh_config_reads_back(family):
     config = ModelConfig(
         family,
         131,
@@ -226,7 +222,22 @@ def test_a_fresh_config_reads_back(family):
     assert model_config(folder_config(linear)) == linear
 
 
-def test_the_original_config_is_kept_but_for_the_policy():
+def test_new_family_is_one_record(monkeypatch):
+    """A family with every extra key, a default for its head size, and no window."""
+    extra_keys = ("attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "max_window_layers")
+    family = Family("NewForCausalLM", extra_keys, qk_norm=True, default_head_dim=32, default_window=None)
+    monkeypatch.setitem(FAMILIES, "new", family)
+    raw = LLAMA2 | {"model_type": "new", "num_key_value_heads": 2}
+    assert (model_config(raw).head_dim, model_config(raw).qk_norm, model_config(raw).sliding_window) == (32, True, None)
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0}
+    config = model_config(raw | window | {"attention_bias": True})
+    with pytest.raises(ConfigError, match="num_key_value_heads"):
+        model_config(raw | {"num_key_value_heads": None})
+    written = folder_config(config)
+    assert written["architectures"] == ["NewForCausalLM"] and model_config(written) == config
+
+
+def test_original_config_is_kept_except_for_the_policy():
     original = json.loads((GOLDEN / "qwen3_dms_projection_per_head" / "config.json").read_text()) | {
         "auto_map": {"AutoConfig": "x.Y"}
     }

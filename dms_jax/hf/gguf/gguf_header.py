@@ -1,7 +1,8 @@
-"""The metadata and the tensor list of a GGUF file, every length checked against the file before anything is read by it.
+"""The metadata and the tensor list of a GGUF file. Every length is checked against the size of the file before use.
 
-`gguf.GGUFReader` trusts the lengths: an array that claims 2**60 entries keeps it busy, and growing, for ever; two tensors may share
-their bytes. Format: ggml's `gguf.md`; what is refused beyond it is what llama.cpp's own reader refuses.
+`gguf.GGUFReader` trusts the lengths in a file: an array that claims 2**60 entries makes it grow until memory runs out,
+and two tensors may share their bytes. Format: ggml's `gguf.md`; what is refused beyond it is what llama.cpp's own
+reader refuses.
 """
 
 import math
@@ -13,38 +14,27 @@ import numpy as np
 
 from dms_jax.errors import ConfigError, shown
 
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # GGUF type -> struct code
+# GGUF type -> struct code
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MOST_DIMENSIONS = 4  # of ggml
+MAX_DIMENSIONS = 4  # ggml's limit
 
 
 class GGUFTensor(NamedTuple):
-    """One tensor as it lies in the file."""
+    """One tensor of the file, still in its quantization."""
 
-    shape: tuple[int, ...]  # as NumPy counts axes; ggml counts from the fastest
+    shape: tuple[int, ...]  # in NumPy's order; ggml lists the fastest axis first
     kind: Any  # gguf.GGMLQuantizationType
-    data: np.ndarray  # memory-mapped; a quantised one as bytes, its last axis that many bytes
+    data: np.ndarray  # memory-mapped; a quantized tensor as uint8, whose last axis counts bytes
 
     @property
     def bits(self) -> float:
-        """Per element."""
+        """Stored bits per element."""
         return 8 * self.data.nbytes / math.prod(self.shape)
 
 
 def read_gguf(path: str) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """(metadata, tensors) under the names of the file. Raises ConfigError."""
+    """The metadata and the tensors of a file, both by their names in the file. Raises ConfigError."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             fields, infos, start = _Parser(view).read()
@@ -61,31 +51,31 @@ class _Info(NamedTuple):
 
 
 class _Parser:
-    """Reads on from `at`; ValueError where the file ends, or says what cannot be."""
+    """Reads the header from byte `at` on. Raises ValueError where the file ends early or contradicts itself."""
 
     def __init__(self, view: mmap.mmap):
         self.view, self.at = view, 0
 
     def read(self) -> tuple[dict[str, Any], list[_Info], int]:
-        """Metadata, tensor list, and the byte after them."""
+        """The metadata, the tensor list, and the position of the first byte after them."""
         if self._bytes(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
+            raise ValueError("it does not begin with the letters GGUF")
         version = self._scalar("I")
         if version not in (2, 3):
-            raise ValueError(f"version {version}; supported are 2 and 3, little-endian")
+            raise ValueError(f"version {version} is not supported; supported: 2 and 3, little-endian")
         num_tensors, num_fields = self._count(24), self._count(13)
         fields: dict[str, Any] = {}
         for _ in range(num_fields):
             key = self._text()
             if key in fields:
-                raise ValueError(f"{shown(key)} stands twice")
+                raise ValueError(f"duplicate key {shown(key)}")
             fields[key] = self._value(self._scalar("I"))
         return fields, [self._info() for _ in range(num_tensors)], self.at
 
     def _info(self) -> _Info:
         name, number = self._text(), self._scalar("I")
-        if not 1 <= number <= MOST_DIMENSIONS:
-            raise ValueError(f"tensor {shown(name)} has {number} dimensions")
+        if not 1 <= number <= MAX_DIMENSIONS:
+            raise ValueError(f"tensor {shown(name)} must have 1 to {MAX_DIMENSIONS} dimensions, got {number}")
         return _Info(name, [self._scalar("Q") for _ in range(number)], self._scalar("I"), self._scalar("Q"))
 
     def _value(self, kind: int) -> Any:
@@ -102,14 +92,14 @@ class _Parser:
 
     def _code(self, kind: int) -> str:
         if kind not in SCALARS:
-            raise ValueError(f"a value of type {kind} at byte {self.at}")
+            raise ValueError(f"unknown value type {kind} at byte {self.at}")
         return SCALARS[kind]
 
-    def _count(self, least: int) -> int:
-        """A number of things that take at least so many bytes each."""
+    def _count(self, min_bytes: int) -> int:
+        """The number of entries that follow, each of which takes at least `min_bytes` bytes."""
         count = self._scalar("Q")
-        if count * least > len(self.view) - self.at:
-            raise ValueError(f"{count} entries at byte {self.at} of a file of {len(self.view)} bytes")
+        if count * min_bytes > len(self.view) - self.at:
+            raise ValueError(f"{count} entries at byte {self.at} do not fit into a file of {len(self.view)} bytes")
         return count
 
     def _text(self) -> str:
@@ -120,7 +110,7 @@ class _Parser:
 
     def _bytes(self, count: int) -> bytes:
         if count > len(self.view) - self.at:
-            raise ValueError(f"it ends at byte {len(self.view)}, within its header")
+            raise ValueError(f"the file ends at byte {len(self.view)}, within its header")
         self.at += count
         return self.view[self.at - count : self.at]
 
@@ -130,7 +120,7 @@ def _tensors(path: str, infos: list[_Info], start: int, alignment: object) -> di
     from gguf.quants import quant_shape_to_byte_shape
 
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {shown(alignment)}")
+        raise ValueError(f"general.alignment must be a power of two, got {shown(alignment)}")
     plain = {
         GGMLQuantizationType.F32: np.float32,
         GGMLQuantizationType.F16: np.float16,
@@ -146,18 +136,13 @@ def _tensors(path: str, infos: list[_Info], start: int, alignment: object) -> di
             raise ValueError(f"tensor {shown(name)} has the unknown type {number}") from None
         block, size = GGML_QUANT_SIZES[kind]
         if min(dimensions) < 1 or dimensions[0] % block:
-            raise ValueError(f"tensor {shown(name)} has dimensions {dimensions}, of type {kind.name}")
+            raise ValueError(f"tensor {shown(name)} cannot have dimensions {dimensions} in type {kind.name}")
         nbytes = math.prod(dimensions) // block * size
         begin = start + offset
         if name in tensors or offset != expected or begin + nbytes > len(whole):
-            what = (
-                "stands twice"
-                if name in tensors
-                else "is not where the one before it ends"
-                if offset != expected
-                else "is cut off"
-            )
-            raise ValueError(f"tensor {shown(name)} {what} ({len(whole)} bytes in all)")
+            problem = "does not begin where the one before it ends" if offset != expected else "is cut off"
+            problem = "is a duplicate" if name in tensors else problem
+            raise ValueError(f"tensor {shown(name)} {problem} (the file has {len(whole)} bytes)")
         expected += nbytes + -nbytes % alignment
         shape, data = tuple(reversed(dimensions)), whole[begin : begin + nbytes]
         rows = (
@@ -166,6 +151,6 @@ def _tensors(path: str, infos: list[_Info], start: int, alignment: object) -> di
             else data.reshape(quant_shape_to_byte_shape(shape, kind))
         )
         tensors[name] = GGUFTensor(shape, kind, rows)
-    if start + expected < len(whole):  # something was put in, and each tensor would be read from the wrong place
+    if start + expected < len(whole):  # bytes were inserted, so each tensor would be read from the wrong place
         raise ValueError(f"{len(whole) - start - expected} bytes follow its last tensor")
     return tensors

@@ -1,0 +1,48 @@
+"""Typed reading of single keys of a foreign `config.json`, in which null and absence mean the same."""
+
+import math
+
+from dms_jax.config_reader import MAX_INT
+from dms_jax.errors import ConfigError, shown
+
+
+def whole_number(raw: dict, key: str, min: int = 1) -> int:
+    """The whole number of at least `min` under a key that must be there."""
+    value = raw.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or not min <= value <= MAX_INT:
+        raise ConfigError(f"`{key}` must be a whole number in [{min}, 2**31), got {shown(value)}")
+    return value
+
+
+def positive_number(raw: dict, key: str, default: float) -> float:
+    """A positive finite number, or the default."""
+    value = raw.get(key)
+    if value is None:
+        return default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf or value > 1e300:  # a larger whole number does not fit into a float
+        raise ConfigError(f"`{key}` must be a positive number, got {shown(value)}")
+    return float(value)
+
+
+def flag(raw: dict, key: str) -> bool:
+    """true or false; null and absence mean false. The text "false", which is true to Python, is refused."""
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"`{key}` must be true or false, got {shown(value)}")
+    return bool(value)
+
+
+def token_id(key: str, value: object) -> int | None:
+    """A token id. Old files write -1 for "no such token", which is kept."""
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MAX_INT:
+        raise ConfigError(f"`{key}` must be a token id, got {shown(value)}")
+    return value
+
+
+def token_ids(key: str, values: object) -> tuple[int, ...]:
+    """The token ids of a key that holds one, a list of them, or null."""
+    ids = [] if values is None else values if isinstance(values, list) else [values]
+    return tuple(value for item in ids if (value := token_id(key, item)) is not None)

@@ -1,0 +1,88 @@
+"""The `dms_*` keys of `config.json` <-> DMSConfig: the names that NVIDIA released, and the metadata of FastDMS.
+
+Begin with `dms_config` and `dms_keys`, which are inverses of each other.
+"""
+
+import os
+
+from dms_jax.config import DMSConfig
+from dms_jax.config_reader import build
+from dms_jax.errors import ConfigError
+from dms_jax.files import read_json
+from dms_jax.hf.config_values import flag
+
+# DMSConfig field -> the key in config.json, and its default (that of Model-Optimizer's Qwen3ConfigDMS).
+DMS_KEYS = {
+    "window_size": ("dms_window_size", 512),
+    "target_cr": ("dms_cr", 8.0),
+    "tau": ("dms_tau", 0.1),
+    "evict_logit_scale": ("dms_alpha_scale", 100.0),
+    "evict_logit_bias": ("dms_initial_alpha_offset", 5.0),
+    "granularity": ("dms_alpha_per", "head"),
+    "decision_shift": ("dms_decision_shift", 1),
+    "zero_borrowed": ("dms_zero_mode", "pre+post"),
+}
+SEPARATE = "dms_separate_alpha"  # true: own projection; false: the borrowed query channel
+# FastDMS trains token t to decide about pair t, and keeps the borrowed channel in the attention scores.
+FASTDMS_DEFAULTS = {"window_size": 256, "decision_shift": 0, "zero_borrowed": "none"}
+FASTDMS_SPELLINGS = {
+    "window_size": ("window_size",),
+    "target_cr": ("target_cr",),
+    "tau": ("tau",),
+    "evict_logit_scale": ("alpha_scale",),
+    "evict_logit_bias": ("alpha_offset", "dms_alpha_offset"),
+}
+FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
+FASTDMS_KEYS = FASTDMS_HINTS | {"context_len", "compression_mode"}  # the last two change nothing
+READ_KEYS = {SEPARATE, *(key for key, _ in DMS_KEYS.values())}
+
+
+def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
+    """The DMSConfig that a `config.json` declares, or None.
+
+    An explicit `dms_*` key wins, then the metadata of FastDMS, then the defaults of the code that wrote the folder.
+    """
+    written = {key for key in raw if key.startswith("dms_")}
+    if fastdms is None and raw.keys() & FASTDMS_HINTS:
+        fastdms = raw
+    if not written and fastdms is None:
+        return None
+    values = {field: default for field, (_, default) in DMS_KEYS.items()}
+    if fastdms is not None:
+        values |= FASTDMS_DEFAULTS
+        for field, (key, _) in DMS_KEYS.items():
+            for name in (*FASTDMS_SPELLINGS.get(field, ()), key):  # the last one found wins: the explicit key
+                values[field] = fastdms.get(name, values[field])
+    values |= {field: raw[key] for field, (key, _) in DMS_KEYS.items() if key in raw}
+    values["variant"] = "projection" if flag(raw, SEPARATE) else "borrowed"
+    try:
+        return build(DMSConfig, values)
+    except ConfigError as why:
+        text = str(why)
+        for field, (key, _) in DMS_KEYS.items():
+            text = text.replace(f"`{field}`", f"`{key}`").replace(f"dms.{field} ", f"{key} ")
+        raise ConfigError(text) from why
+
+
+def dms_keys(dms: DMSConfig) -> dict:
+    """The `dms_*` keys of a DMSConfig, all of them explicit; `dms_config` reads them back to an equal one."""
+    keys = {SEPARATE: dms.variant == "projection"} | {key: getattr(dms, field) for field, (key, _) in DMS_KEYS.items()}
+    # Other readers of `dms_cr` expect a whole number where it is one.
+    return keys | {"dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr}
+
+
+def fastdms_metadata(folder: str, search_parent: bool) -> dict | None:
+    """The metadata that FastDMS keeps beside the weights of a folder, or None.
+
+    It is `dms_metadata.json`, or, if `search_parent`, the config in the `training_log.json` of the parent folder.
+    """
+    beside = os.path.join(folder, "dms_metadata.json")
+    if os.path.exists(beside):
+        raw = read_json(beside)
+        return raw["config"] if isinstance(raw.get("config"), dict) else raw
+    above = os.path.join(os.path.dirname(os.path.abspath(folder)), "training_log.json")
+    if search_parent and os.path.exists(above):
+        config = read_json(above).get("config")
+        if isinstance(config, dict) and config.keys() & FASTDMS_HINTS:
+            return config
+    return None
