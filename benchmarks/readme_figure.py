@@ -86,7 +86,13 @@ def draw(curves: dict[str, list[tuple[float, float]]]) -> Any:
     if "quest" in curves:
         live, kl = curves["quest"][-1]
         axes.annotate("reads 256", (live, kl), xytext=(live * 1.09, kl), va="center", fontsize=11, color=VIOLET)
-    axes.set(xscale="log", yscale="log", xlim=(235, 1600), ylim=(0.002, 10), xlabel="live tokens per KV head after 1024 tokens")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(235, 1600),
+        ylim=(0.002, 10),
+        xlabel="live tokens per KV head after 1024 tokens",
+    )
     axes.set_ylabel("mean KL to the dense model, nats per token")
     axes.xaxis.set(major_locator=FixedLocator([256, 512, 1024]), minor_locator=NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda live, _: f"{live:.0f}\n(CR {1024 / live:.0f})"))
