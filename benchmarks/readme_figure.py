@@ -1,4 +1,4 @@
-"""Draw the picture of the README: mean KL to the dense model against live tokens, for every policy.
+"""Draw the picture of the README: mean KL to the dense model against live tokens, for each policy that was measured.
 
     python -m benchmarks.readme_figure
     python -m benchmarks.readme_figure --measurements FILE.jsonl --output FIGURE.png

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import readme_figure
 from dms_jax.command import DOORS
+from dms_jax.files import read_jsonl
 from dms_jax.training.retrofit_config import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +178,20 @@ def test_readme_fits_its_size():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= README_LINES
     assert not (wide := [number for number, line in enumerate(lines, 1) if len(line) > README_COLUMNS]), wide
+
+
+def test_figure_is_drawn_from_the_numbers_of_the_tables(tmp_path):
+    tables = (ROOT / "docs" / "results.md").read_text()
+    for _, record in read_jsonl(readme_figure.MEASUREMENTS):
+        if record.get("budget"):
+            kl, low, high = (f"{record[key]:.4f}" for key in ("kl_mean", "kl_low", "kl_high"))
+            assert re.search(rf"^{record['policy']}@{record['budget']} .* {kl} +{low}-{high} ", tables, re.MULTILINE), (
+                record
+            )
+    curves = readme_figure.read_curves(str(readme_figure.MEASUREMENTS))
+    assert len(curves) == 10 and curves["dms"][0][1] == pytest.approx((0.0066 + 0.0051 + 0.0036) / 3)
+    readme_figure.main(["--output", str(tmp_path / "figure.png")])
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_checks_find_planted_faults():
