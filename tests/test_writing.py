@@ -48,7 +48,7 @@ def test_docstrings_and_messages_follow_the_rules():
 def test_planted_offenses_are_found():
     source = (
         'def f(x):\n    """Of this process."""\n    raise ConfigError(f"`{x}` wants a number")\n'
-        'class C:\n    """The same for rows."""\n    parser.error("a" f"{x} is none" "b")\n'
+        'class C:\n    """The same for rows."""\n    parser.error("a " f"{x} is none; " "b")\n'
     )
     assert [text.split(": ")[0] for text in offenses(source, "x.py")] == ["x.py:2", "x.py:3", "x.py:5", "x.py:6"]
     fine = '"""Inside, a whole sentence."""\nraise ConfigError("x is no longer supported, nor is none_such")\nlog.info("x wants y")\n'
