@@ -23,12 +23,7 @@ TOLERANCE = 2e-2  # of bf16; or half as much again as the XLA path's own error
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="only this one")
     parser.add_argument(

@@ -29,12 +29,7 @@ NAME = "benchmarks.decode"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE")
     parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
     parser.add_argument("--batch", type=int, default=1)

@@ -26,12 +26,7 @@ PARTS = ("kernels", "train", "decode", "prefill")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
     parser.add_argument(
         "--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)"

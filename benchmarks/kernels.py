@@ -27,12 +27,7 @@ KERNELS = tuple(block_sizes.KERNELS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--quick", action="store_true", help="one small shape of each kernel")
     parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
     parser.add_argument(
