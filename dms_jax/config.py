@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dms_jax.config_reader import MAX_INT
 from dms_jax.errors import ConfigError, shown
 
+Overflow = Literal["evict", "raise", "grow"]  # what a full buffer of the cache does; see `dms_jax.init_cache`
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 MAX_LAYERS = 4096  # far beyond any decoder; a damaged file must not make us name a billion tensors
 
 
@@ -112,6 +114,13 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_q_heads // self.num_kv_heads
+
+    def context_limit(self) -> tuple[int, str]:
+        """Return the maximum number of tokens in a row, and the name of the limit that sets it."""
+        limits = [(self.max_position_embeddings, "max_position_embeddings")]
+        if self.sliding_window is not None:
+            limits.append((self.sliding_window, "own sliding_window"))
+        return min(limits)
 
     def require_dms(self) -> DMSConfig:
         """`dms`, where there has to be one."""

@@ -19,22 +19,25 @@ MAX_INT = 2**31 - 1  # of any size or count: JAX indexes with int32
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min`."""
+    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min` or `exclusive_max`."""
 
     min: float
     max: float = math.inf
     exclusive_min: bool = False
+    exclusive_max: bool = False
 
     def __contains__(self, number: float) -> bool:
         return (
             (number > self.min if self.exclusive_min else number >= self.min)
-            and number <= self.max
+            and (number < self.max if self.exclusive_max else number <= self.max)
             and number < math.inf
         )
 
     def __str__(self) -> str:
         if self.max < math.inf:
-            return f"in {'(' if self.exclusive_min else '['}{self.min:g}, {self.max:g}]"
+            return (
+                f"in {'(' if self.exclusive_min else '['}{self.min:g}, {self.max:g}{')' if self.exclusive_max else ']'}"
+            )
         return f"{'>' if self.exclusive_min else '>='} {self.min:g}"
 
 
@@ -52,10 +55,18 @@ def Between(low: float, high: float) -> Range:
 
 def range_of(kind: Any) -> Range | None:
     """The range in a field's type, `Annotated[int, AtLeast(1)]` or `Annotated[int, AtLeast(1)] | None`."""
-    for part in (kind, *typing.get_args(kind)):
-        if typing.get_origin(part) is Annotated:
-            return next((extra for extra in typing.get_args(part)[1:] if isinstance(extra, Range)), None)
-    return None
+    return next((extra for extra in _annotations(kind) if isinstance(extra, Range)), None)
+
+
+def number_type(kind: Any) -> type:
+    """The type of the numbers in such a field: int or float."""
+    return next(extra for extra in _annotations(kind) if isinstance(extra, type))
+
+
+def _annotations(kind: Any) -> tuple:
+    """What `Annotated` holds, the plain type first; () for a field without it."""
+    annotated = (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Annotated)
+    return next(map(typing.get_args, annotated), ())
 
 
 def check_ranges(config: Any, path: str = "") -> None:
@@ -63,10 +74,11 @@ def check_ranges(config: Any, path: str = "") -> None:
     names of its fields in messages, e.g. "dms."."""
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
         value, allowed = getattr(config, name), range_of(kind)
-        if allowed is None or value is None:
+        if allowed is None or (value is None and type(None) in typing.get_args(kind)):
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or value not in allowed:
-            raise ConfigError(f"{path}{name} must be {allowed}, got {shown(value)}")
+        whole = number_type(kind) is int
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or value not in allowed:
+            raise ConfigError(f"{path}{name} must be {'a whole number ' * whole}{allowed}, got {shown(value)}")
         if isinstance(value, int) and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
 

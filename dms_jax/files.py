@@ -17,10 +17,13 @@ from dms_jax.errors import ConfigError, shown
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file."""
+    """The text of a UTF-8 file, without a byte order mark."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as why:  # ValueError: not UTF-8, or a path that holds a NUL
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as why:
+        line = why.object[: why.start].count(b"\n") + 1
+        raise ConfigError(f"cannot read {path}, line {line}: not UTF-8 ({why.reason}); convert the file") from why
+    except (OSError, ValueError) as why:  # ValueError: a path that holds a NUL
         raise ConfigError(f"cannot read {path}: {why}") from why
 
 

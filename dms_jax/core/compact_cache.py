@@ -7,8 +7,8 @@ The functions here do not know why a pair leaves: a policy hands them a `Expirie
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +17,13 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.config import Overflow
 from dms_jax.core.visibility import NEVER, is_outside_window
 from dms_jax.errors import ConfigError
 from dms_jax.sharding import target_device
 
 EMPTY = NEVER  # position of a slot that holds nothing: later than any query, so the rule alone hides it
 GONE = jnp.iinfo(jnp.int32).min  # expiry of such a slot: earlier than any query
-
-Overflow = Literal["evict", "raise", "grow"]
-OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class Expiries(NamedTuple):
@@ -77,7 +75,14 @@ class CompactCache:
     seen: Int[Array, "B"]  # tokens of each row so far; the next one has this position
     policy: Any  # a `CachePolicy`, which this layer does not know; hashable, part of the program
     overflow: Overflow = "evict"
-    bounds: HostBounds | None = None  # no part of the pytree; None: not known
+    bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None: not known
+
+    def with_bounds(self, bounds: HostBounds) -> "CompactCache":
+        """Return the same cache with bounds that the host knows. They are not part of the pytree, and `replace` drops them, so they
+        never outlive the arrays that they describe."""
+        known = replace(self)
+        object.__setattr__(known, "bounds", bounds)
+        return known
 
     @property
     def batch_size(self) -> int:
@@ -106,7 +111,7 @@ class CompactCache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"], ["bounds"])
+jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"])
 
 
 def empty_layer(

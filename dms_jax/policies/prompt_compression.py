@@ -50,7 +50,7 @@ def compress_prompt(cache: CompactCache, capacity: int | None = None) -> Compact
             f"capacity {capacity} is less than the budget of {policy.method.budget} pairs; use capacity >= {policy.method.budget}"
         )
     layers = tuple(_compressed(layer, cache.seen, policy.method, capacity or layer.capacity) for layer in cache.layers)
-    return replace(cache, layers=layers, policy=KeepAll(), bounds=None)
+    return replace(cache, layers=layers, policy=KeepAll())
 
 
 @partial(jax.jit, static_argnames=("method", "capacity"))
