@@ -4,7 +4,7 @@
     python -m infer.generate --model runs/retrofit/export --prompts questions.jsonl --as-chat --batch 4 --output answers.jsonl
     python -m infer.generate --model runs/retrofit/export --chat --temperature 0.7 --top-p 0.9
 
---prompts: a .txt file has one prompt on each line; a .jsonl file has one object on each line, with "prompt" (text) or "messages" (a chat).
+--prompts: a .txt file has one prompt on each line, a .jsonl file one object with "prompt" (text) or "messages" (a chat).
 --chat: Ctrl-C stops an answer, /reset starts a new conversation, /stats shows the costs so far, Ctrl-D ends.
 Text goes to stdout. A table of speed, compression and memory follows on stderr.
 """

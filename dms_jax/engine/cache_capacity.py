@@ -1,7 +1,8 @@
 """How many slots a cache gets, and what happens when a head needs more of them.
 
-The host keeps upper bounds of what a cache holds (each token adds at most one pair per head) and reads the device only when such a
-bound reaches the capacity. So decoding does not wait for the device after each token, whatever the policy. Errors are `ConfigError`.
+The host keeps upper bounds of what a cache holds (each token adds at most one pair per head) and reads the device only
+when such a bound reaches the capacity. So decoding does not wait for the device after each token, whatever the policy.
+Errors are `ConfigError`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def round_up(number: int) -> int:
 
 
 def default_overflow(policy: CachePolicy) -> Overflow:
-    """Choose what a full buffer does: "evict" under a learned policy; "raise" where nothing leaves or where a budget bounds the pairs."""
+    """Choose "evict" for a learned policy, and "raise" where nothing leaves or a budget bounds the pairs."""
     slots = policy.slot_bounds()
     return "evict" if slots.max is None and slots.min < EVERYTHING else "raise"
 
@@ -40,11 +41,11 @@ def plan_capacity(
     """Decide the slots per row and KV head of a new cache, and what happens when a head needs more.
 
     Args:
-      capacity: what the caller asks for, which is then kept. None: enough for the longest prompt and its new tokens, or less where
-        the policy bounds the pairs or the cache may grow.
+      capacity: what the caller asks for, which is then kept. None: enough for the longest prompt and its new tokens, or
+        less where the policy bounds the pairs or the cache may grow.
       overflow: what the caller asks for; None: `default_overflow`.
-      more_to_come: turns of unknown length will follow. Unless the caller asks for something else, the cache then holds all tokens
-        of the first turn and may grow later.
+      more_to_come: turns of unknown length will follow. Unless the caller asks for something else, the cache then holds
+        all tokens of the first turn and may grow later.
     """
     overflow = overflow or ("grow" if more_to_come and capacity is None else default_overflow(policy))
     if capacity is not None:
@@ -88,7 +89,7 @@ def check_min_slots(cache: CompactCache, count: int) -> None:
 
 
 def grow_for(cache: CompactCache, count: int) -> CompactCache:
-    """Return the cache with larger buffers where `count` more tokens might not fit. Only a cache with overflow "grow" changes."""
+    """With overflow "grow", return the cache with larger buffers where `count` more tokens might not fit."""
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
     exact, max_slots = host_bounds(cache, exact=True), cache.policy.slot_bounds().max
@@ -117,8 +118,9 @@ def check_overflow(cache: CompactCache, before: HostBounds, count: int) -> Compa
     layer, row, head = (int(i) for i in np.unravel_index(forced.argmax(), forced.shape))
     capacity, more = cache.capacities[layer], int(forced.max())
     raise ConfigError(
-        f"cache overflow at layer {layer}, row {row}, KV head {head}: capacity {capacity} must be at least {capacity + more}; "
-        f"use capacity >= {round_up(capacity + more)}, or overflow='evict' or 'grow'"
+        f"cache overflow at layer {layer}, row {row}, KV head {head}: capacity {capacity} "
+        f"must be at least {capacity + more}; use capacity >= {round_up(capacity + more)}, or overflow='evict' "
+        "or 'grow'"
     )
 
 

@@ -1,4 +1,4 @@
-"""Find the eviction threshold that meets a realised compression ratio on given text, without training. Errors are `ConfigError`."""
+"""Find the eviction threshold that meets a realised compression ratio on given text, without training."""
 
 import math
 from collections.abc import Callable
@@ -25,9 +25,9 @@ def calibrate(
 ) -> float:
     """Return the threshold at which the rows `tokens` reach `target_cr` (tokens / mean live pairs at their end).
 
-    Runs the hard path until the ratio is within the relative `tolerance`, at most `most_runs` times, and returns the best threshold
-    seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, so there is a highest ratio that
-    these rows can reach; a target above it is a ConfigError that names it.
+    Runs the hard path until the ratio is within the relative `tolerance`, at most `most_runs` times, and returns the
+    best threshold seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, so
+    there is a highest ratio that these rows can reach; a target above it is a ConfigError that names it.
     """
     dms, tokens = model.config.dms, np.asarray(tokens)
     if dms is None:
@@ -51,9 +51,9 @@ def threshold_for(
 ) -> float:
     """Do the search of `calibrate` on rows that `scores` runs.
 
-    Evictions in one layer change the logits of the layers above, so each candidate must be run. The next candidate is the threshold that
-    would be right if the logits did not change. If it lies outside the interval between the thresholds known to be too low and too
-    high, the middle of that interval is tried instead.
+    Evictions in one layer change the logits of the layers above, so each candidate must be run. The next candidate is
+    the threshold that would be right if the logits did not change. If it lies outside the interval between the
+    thresholds known to be too low and too high, the middle of that interval is tried instead.
     """
     if not target_cr >= 1:
         raise ConfigError(f"target_cr must be >= 1 (1 keeps everything), got {target_cr!r}")
@@ -68,8 +68,8 @@ def threshold_for(
         if wanted > pool.size * (1 + tolerance):
             highest = realised_cr(math.inf, length, dms.window_size)
             raise ConfigError(
-                f"target_cr must be at most {highest:.4g} for rows of {length} tokens and a window of {dms.window_size}, "
-                f"got {target_cr:.4g}; use longer rows, or target_cr <= {highest:.4g}"
+                f"target_cr must be at most {highest:.4g} for rows of {length} tokens "
+                f"and a window of {dms.window_size}, got {target_cr:.4g}; use longer rows, or target_cr <= {highest:.4g}"
             )
         tried[threshold] = pairs / (pairs - int(np.sum(pool > threshold)))
         if abs(tried[threshold] / target_cr - 1) <= tolerance:

@@ -45,7 +45,7 @@ class Conversation:
         free = session.free_context(self.cache) - len(ids)
         if free < 1:
             raise ConfigError(
-                f"the conversation has no room for {len(ids)} more tokens in this model's context; /reset starts a new one"
+                f"this model's context has no room for {len(ids)} more tokens; /reset starts a new conversation"
             )
         config = replace(self.config, max_new_tokens=min(free, self.config.max_new_tokens))
         stream = session.stream()
@@ -115,8 +115,10 @@ def _run_command(conversation: Conversation, line: str) -> None:
 
 @contextmanager
 def ctrl_c_asks_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make Ctrl-C set a flag, which the yielded function reads, instead of interrupting the step that is running. A second Ctrl-C
-    interrupts the program."""
+    """Make the first Ctrl-C set a flag, which the yielded function returns, instead of interrupting the running step.
+
+    A second one interrupts the program.
+    """
     pressed = []
 
     def remember(*_):

@@ -1,8 +1,8 @@
 """The decode loop: one jitted program that samples and appends until every row has stopped, run in segments.
 
-A segment ends where the host has to look: at the text for stop strings, at the room in a cache that grows, or to report progress. A
-segment that ran past a stop string is run again from the cache before it, with the limit known, so that the cache holds exactly the
-tokens that are returned.
+A segment ends where the host has to look: at the text for stop strings, at the room in a cache that grows, or to report
+progress. A segment that ran past a stop string is run again from the cache before it, with the limit known, so that the
+cache holds exactly the tokens that are returned.
 """
 
 from collections.abc import Iterator
@@ -138,7 +138,7 @@ def _loop_body(
     numbers: SamplingNumbers,
     mode: SamplingMode,
 ) -> DecodeState:
-    """Sample and append until every row has stopped or has `min(until, limit)` tokens. Rows that are done are frozen."""
+    """Sample and append until every row has stopped or has `min(until, limit)` tokens. A finished row is frozen."""
 
     def active(state):
         return ~state.stopped & (state.num_generated < jnp.minimum(until, limit))

@@ -1,7 +1,8 @@
 """Prefill and decoding against a compact cache: one jitted function, `extend_rows`, for chunks of any length.
 
-A chunk attends to the slots and to itself under the rule of `core/visibility.py`; the pairs that stay then move into free slots, so a
-dense cache never exists. Lengths are rounded up to a few sizes, so that few programs are compiled. Errors are `ConfigError`.
+A chunk attends to the slots and to itself under the rule of `core/visibility.py`; the pairs that stay then move into
+free slots, so a dense cache never exists. Lengths are rounded up to a few sizes, so that few programs are compiled.
+Errors are `ConfigError`.
 """
 
 from collections.abc import Callable
@@ -53,15 +54,15 @@ def init_cache(
     """Make an empty cache.
 
     Args:
-      capacity: slots per row and KV head, one number or one per layer. A head needs at most as many as there will be tokens, and
-        about 1/CR of that on average; heads differ, so leave a margin.
-      policy: decides which pairs leave the cache. None: the model's own policy, or to keep everything for a plain model. A name of
-        `dms_jax.policies.POLICIES` with its budget in pairs, or an object: "tova:256" or `TOVA(256)`. "prompt:tova:256" ranks
-        the pairs once, when `compress_prompt` is called after the prefill.
-      overflow: what happens when a head needs more slots than it has. "evict" pushes out the pair with the highest evict logit
-        outside the window, the oldest among equals, and counts it in `forced_evictions`; it is the default of a learned policy.
-        "raise" is an error; it is the default where nothing leaves or a budget bounds the pairs. "grow" makes larger buffers and
-        compiles again.
+      capacity: slots per row and KV head, one number or one per layer. A head needs at most as many as there will be
+        tokens, and about 1/CR of that on average; heads differ, so leave a margin.
+      policy: decides which pairs leave the cache. None: the model's own policy, or to keep everything for a plain
+        model. A name of `dms_jax.policies.POLICIES` with its budget in pairs, or an object: "tova:256" or `TOVA(256)`.
+        "prompt:tova:256" ranks the pairs once, when `compress_prompt` is called after the prefill.
+      overflow: what happens when a head needs more slots than it has. "evict" pushes out the pair with the highest
+        evict logit outside the window, the oldest among equals, and counts it in `forced_evictions`; it is the default
+        of a learned policy. "raise" is an error; it is the default where nothing leaves or a budget bounds the pairs.
+        "grow" makes larger buffers and compiles again.
       dense: the same as policy="dense": keep everything, whatever the model has learned.
       dtype: of keys and values; by default that of the model's weights.
     """
@@ -101,21 +102,24 @@ def prefill(
     donate: bool = False,
     watch: Callable[[int], object] | None = None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
-    """Append tokens to every row: a prompt, or the next turn after decoding. Returns logits [B T V], fp32, and the new cache.
+    """Append tokens to every row: a prompt, or the next turn. Returns logits [B T V], fp32, and the new cache.
 
     Args:
-      lengths: number of real tokens in each row, 0 to T; the others are padding, on the `padding` side ("right" or "left").
+      lengths: number of real tokens in each row, 0 to T; the others are padding, on the `padding` side ("right" or
+        "left").
       mask: True where a token is real, instead of `lengths`; the real tokens of a row must be next to each other.
-      chunk_size: tokens per chunk; by default that of `platform_defaults`. Memory grows with its square. Logits do not depend on it
-        unless pairs are forced out of a full cache or the policy ranks them, which it does after each chunk.
+      chunk_size: tokens per chunk; by default that of `platform_defaults`. Memory grows with its square. Logits do not
+        depend on it unless pairs are forced out of a full cache or the policy ranks them, which it does after each
+        chunk.
       threshold: a token evicts iff its logit exceeds it; a new value compiles nothing.
       last_only: return only the logits [B V] of each row's last real token (zeros for a row without any).
       donate: give the old cache's memory to the new one. The old cache must not be used afterwards.
-      watch: called with the number of columns done after each chunk, once the device has finished it. An exception from it ends the
-        call.
+      watch: called with the number of columns done after each chunk, once the device has finished it. An exception from
+        it ends the call.
 
-    Logits of padding are 0, and a row that is all padding keeps its state. Raises ConfigError for token ids outside the vocabulary,
-    gaps in the mask, rows beyond the model's context, and an overflow of a cache made with overflow "raise".
+    Logits of padding are 0, and a row that is all padding keeps its state. Raises ConfigError for token ids outside the
+    vocabulary, gaps in the mask, rows beyond the model's context, and an overflow of a cache made with overflow
+    "raise".
     """
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be >= 1, got {chunk_size}")
@@ -148,8 +152,9 @@ def prefill_rows(
     donate: bool,
     watch: Callable[[int], object] | None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
-    """Do the work of `prefill` for a caller that has checked ids and sizes: the first `count` tokens of each row are real.
+    """Do the work of `prefill` for a caller that has checked ids and sizes.
 
+    The first `count` tokens of each row are real.
     The T of the logits is the number of columns computed: `count.max()`, with the last chunk rounded up.
     """
     runner, size = unrolled(model), chunk_size or platform_defaults().prefill_chunk
@@ -185,9 +190,9 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], CompactCache]:
     """Append one token to every row that is `active` (all by default); the others stay as they are and get logits of 0.
 
-    Returns logits [B V], fp32, and the new cache. `threshold` and `donate` are those of `prefill`. Raises ConfigError for wrong shapes,
-    rows beyond the model's context and token ids outside the vocabulary. Ids that are on the device are not checked, because reading
-    them would wait for it: there, ids outside the vocabulary are clipped.
+    Returns logits [B V], fp32, and the new cache. `threshold` and `donate` are those of `prefill`. Raises ConfigError
+    for wrong shapes, rows beyond the model's context and token ids outside the vocabulary. Ids that are on the device
+    are not checked, because reading them would wait for it: there, ids outside the vocabulary are clipped.
     """
     if np.shape(tokens) != (cache.batch_size,):
         raise ConfigError(f"tokens must be one for each row, shape ({cache.batch_size},), got shape {np.shape(tokens)}")
@@ -215,10 +220,10 @@ def extend_rows(
     threshold: Float[Array, ""],
     last: Array | None,
 ) -> tuple[Array, CompactCache]:
-    """Append the first `count` tokens of each row: the one step of the engine, traced by every program that prefills or decodes.
+    """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
 
-    Returns the logits of all tokens [B T V], 0 for padding. Given `last`, the logits [B V] so far, it returns those after the chunk
-    instead: a row without tokens in this chunk keeps the ones it has.
+    Returns the logits of all tokens [B T V], 0 for padding. Given `last`, the logits [B V] so far, it returns those
+    after the chunk instead: a row without tokens in this chunk keeps the ones it has.
     """
     hidden, cache = model.extend(cache, tokens, count, threshold)
     if last is None:
@@ -233,7 +238,7 @@ _extend_donated = jax.jit(extend_rows, donate_argnums=1)
 
 
 def num_compilations() -> int:
-    """Count the programs that `prefill` and `decode_step` have compiled so far. Constant once every size in use has been seen."""
+    """Count the programs that `prefill` and `decode_step` have compiled: constant once each size has been seen."""
     return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
 
 
@@ -250,7 +255,7 @@ def _bucket(length: int, max_length: int) -> int:
 
 
 def _left_aligned(tokens, lengths, padding, mask, batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Move the real tokens of each row to its left; return rows [B T], the column where each began, and how many are real."""
+    """Return rows [B T] with their real tokens on the left, the column where each began, and how many are real."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ConfigError(f"tokens must have the shape [{batch} rows, at least 1], got {list(tokens.shape)}")
@@ -286,7 +291,7 @@ def _left_aligned(tokens, lengths, padding, mask, batch) -> tuple[np.ndarray, np
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str = "tokens") -> np.ndarray:
-    """Return token ids as int32. `where` begins the message about one that is not an integer or is outside the vocabulary."""
+    """Return token ids as int32. `where` begins the message about one that is not in the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
         values = tokens.ravel()
         if np.issubdtype(tokens.dtype, np.floating):  # blame a value that is not whole, if there is one

@@ -28,7 +28,7 @@ STOP_ID_MULTIPLE = 8  # stop ids are padded to a multiple of it, so that another
 
 @dataclass(frozen=True)
 class Generation:
-    """The results of one call, row by row. `cache` has seen the prompt and all `tokens`: prefill the next turn into it."""
+    """The results of one call, row by row. `cache` has seen prompt and `tokens`: prefill the next turn into it."""
 
     tokens: list[np.ndarray]  # int32; a stop id, if one came, is the last
     texts: list[str] | None  # for prompts that were strings: without stop id and stop string
@@ -64,11 +64,12 @@ def generate(
       prompts: strings or token ids, of any lengths; none may be empty.
       config: the settings; greedy by default.
       tokenizer: for strings; by default the one in the model's folder.
-      cache: of an earlier turn, with a row for each prompt: the prompts are appended to it. It stays usable. None makes a new one.
-      watch: called after each chunk of the prefill and every few tokens. Returning True while tokens are generated ends the call
-        there, with a cache of exactly the tokens returned. An exception from it passes through and leaves a given `cache` untouched.
+      cache: of an earlier turn, with a row for each prompt, to append to. It stays usable. None makes a new one.
+      watch: called after each chunk of the prefill and every few tokens. Returning True while tokens are generated ends
+        the call there, with a cache of exactly the tokens returned. An exception from it passes through and leaves a
+        given `cache` untouched.
 
-    Raises ConfigError for settings, prompts and sizes that cannot work, and, with overflow "raise", when a head needs more slots.
+    Raises ConfigError for arguments that cannot work, and, with overflow "raise", when a head needs more slots.
     """
     config = config or GenerationConfig()
     # 1. Check prompts and stop ids. Nothing below checks an id again.
@@ -82,7 +83,7 @@ def generate(
         capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
         cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
     _check_sizes(model, cache, lengths, config)
-    # 3. Prefill all prompts but keep only the logits of each one's last token; compress the prompts if the policy is to do so.
+    # 3. Prefill, keeping the logits of each prompt's last token only; compress the prompts if the policy says so.
     padded = _padded(rows)
     on_chunk = None if watch is None else lambda done: watch(Progress(done, None))
     logits, cache = prefill_rows(
@@ -102,7 +103,7 @@ def generate(
 
 
 def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokenizer | None, bool]:
-    """Return the checked ids of each prompt, the tokenizer where one is needed, and whether the prompts were strings."""
+    """Return the checked ids of each prompt, the tokenizer if one is needed, and whether prompts were strings."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ConfigError("there are no prompts; give at least one")
@@ -138,7 +139,7 @@ def _stop_ids(model, config) -> np.ndarray:
 
 
 def _check_sizes(model, cache, lengths, config) -> None:
-    """Refuse a cache of other rows, rows that would outgrow the model's context, too small a capacity and too few seeds."""
+    """Refuse a batch size, lengths, a capacity or seeds that cannot work."""
     if cache.batch_size != len(lengths):
         raise ConfigError(
             f"the cache must have one row for each prompt, got {cache.batch_size} rows for {len(lengths)} prompts; "
@@ -162,7 +163,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _first_state(cache: CompactCache, logits: Array, rows: list[np.ndarray], config: GenerationConfig) -> DecodeState:
-    """Return the state after the prefill, with room for all new tokens; their number is rounded up, so that few are ever compiled."""
+    """Return the state after the prefill. The room for new tokens is rounded up, so that few sizes are compiled."""
     num_rows, columns = len(rows), round_up(config.max_new_tokens)
     seen_tokens = None
     if config.repetition_penalty != 1:

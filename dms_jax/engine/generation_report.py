@@ -1,4 +1,5 @@
-"""What the prompts of one `generate` command cost: tokens per second without compiling, and memory next to that of a dense cache."""
+"""What the prompts of one `generate` command cost: tokens per second without compiling, and memory next to that of a
+dense cache."""
 
 from dataclasses import dataclass, field
 
@@ -22,8 +23,8 @@ class Report:
     def add(
         self, prompt_tokens: int, new_tokens: int, cache: CompactCache, rows: int, same_cache: bool = False
     ) -> None:
-        """Count a batch, of which the first `rows` rows of `cache` are prompts. `same_cache`: it replaces the last cache that was
-        counted, as the next turn of a conversation does."""
+        """Count a batch, of which the first `rows` rows of `cache` are prompts. `same_cache`: it replaces the last
+        cache that was counted, as the next turn of a conversation does."""
         self.prompts += rows
         self.prefill_tokens += prompt_tokens
         self.decode_tokens += new_tokens
@@ -82,8 +83,9 @@ def _mebibytes(size: int) -> str:
 
 
 def cache_numbers(cache: CompactCache, rows: int) -> dict:
-    """Sum the tokens and the live pairs of the first `rows` rows, the latter as a mean over layers and heads; and give the bytes of
-    keys and values that are live, that a dense cache would hold, and that are allocated with all bookkeeping."""
+    """Sum the tokens and the live pairs of the first `rows` rows, the latter as a mean over layers and heads; and give
+    the bytes of keys and values that are live, that a dense cache would hold, and that are allocated with all
+    bookkeeping."""
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
     layer = cache.layers[0]
     pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize

@@ -1,4 +1,5 @@
-"""Prompts: read from files, and encoded as token ids. Imports no JAX until a prompt is encoded. Errors are `ConfigError`."""
+"""Prompts: read from files, and encoded as token ids. Imports no JAX until a prompt is encoded. Errors are
+`ConfigError`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +26,13 @@ class Prompt:
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Read a file of prompts: a .txt file has one on each line, a .jsonl file an object with "prompt" or "messages" on each line. Blank
-    lines are skipped."""
+    """Read a file of prompts: a .txt file has one on each line, a .jsonl file an object with "prompt" or "messages" on
+    each line. Blank lines are skipped."""
     kind = Path(path).suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise ConfigError(
-            f"--prompts must be a .txt file (a prompt on each line) or a .jsonl file (an object with prompt or messages on each "
-            f"line), got {path}"
+            "--prompts must be a .txt file (a prompt on each line) or a .jsonl file "
+            f"(an object with prompt or messages on each line), got {path}"
         )
     if kind == ".jsonl":
         prompts = [_from_record(record, where) for where, record in read_jsonl(path)]
@@ -93,9 +94,9 @@ class Encoder:
 def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int | None = None) -> np.ndarray:
     """Return the ids that bring a cache from the end of one answer to the beginning of the next.
 
-    The chat template is applied to a conversation with a stand-in for the answer; the ids are those of the text after the stand-in. So
-    the answer stays in the cache as the model gave it. `ended_by` is the id that ended the answer and is therefore in the cache already;
-    None means a loaded cache, whose last answer is taken to be complete.
+    The chat template is applied to a conversation with a stand-in for the answer; the ids are those of the text after
+    the stand-in. So the answer stays in the cache as the model gave it. `ended_by` is the id that ended the answer and
+    is therefore in the cache already; None means a loaded cache, whose last answer is taken to be complete.
     """
     text = tokenizer.chat_text(
         [*with_system(system, [{"role": "user", "content": "x"}]), {"role": "assistant", "content": REPLY}, *messages],
@@ -104,8 +105,8 @@ def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int
     _, found, rest = text.rpartition(REPLY)
     if not found:
         raise ConfigError(
-            f"the chat template of {tokenizer.where} must repeat earlier answers, and it does not, so this conversation "
-            "cannot be continued; start a new one"
+            f"the chat template of {tokenizer.where} does not repeat earlier answers, so this conversation cannot be "
+            "continued; start a new one"
         )
     ids = tokenizer.encode(rest)
     ended_by = tokenizer.eos_id if ended_by is None else ended_by
@@ -117,7 +118,8 @@ def with_system(system: str | None, messages: list[dict]) -> list[dict]:
 
 
 def check_text(prompt: Prompt) -> None:
-    """Refuse text that no tokenizer can take: a shell passes bytes that are not UTF-8 as lone surrogates, and JSON can spell them."""
+    """Refuse text that no tokenizer can take: a shell passes bytes that are not UTF-8 as lone surrogates, and JSON can
+    spell them."""
     for text in [prompt.content] if isinstance(prompt.content, str) else [m["content"] for m in prompt.content]:
         try:
             text.encode()

@@ -1,4 +1,5 @@
-"""What the three modes of the `generate` command share: the model, its settings, the costs so far, and one call of `dms_jax.generate`."""
+"""What the three modes of the `generate` command share: the model, its settings, the costs so far, and one call of
+`dms_jax.generate`."""
 
 import argparse
 import sys
@@ -92,7 +93,8 @@ class Session:
         show: Callable[[list[np.ndarray]], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """Continue `rows`; row i draws with seed + first + i. `show` gets the tokens so far, `cancelled` says when to stop.
+        """Continue `rows`; row i draws with seed + first + i. `show` gets the tokens so far, `cancelled` says when to
+        stop.
 
         Raises ConfigError; and Cancelled, when the user stops it before the first token.
         """

@@ -8,7 +8,8 @@ import jax
 class Clock:
     """Seconds of each phase; tracing and compiling are their own phase, "compile".
 
-    The device must be idle when a lap ends, as it is when `generate` calls its `watch`. Otherwise work of one lap is counted in the next.
+    The device must be idle when a lap ends, as it is when `generate` calls its `watch`. Otherwise work of one lap is
+    counted in the next.
     """
 
     def __init__(self):
@@ -39,8 +40,8 @@ class Clock:
 
 
 def covered(intervals: list[tuple[float, float]], since: float) -> float:
-    """Return the length of the union of intervals from `since` on. They overlap: tracing a function traces the functions inside it,
-    and JAX reports both."""
+    """Return the length of the union of intervals from `since` on. They overlap: tracing a function traces the
+    functions inside it, and JAX reports both."""
     total, until = 0.0, since
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, until))

@@ -18,8 +18,8 @@ def trim_at_stop(text: str, stops: Sequence[str]) -> str:
 class TextStream:
     """Turns the growing tokens of a row into pieces of text which, joined, are the text of all tokens.
 
-    A piece ends with a whole character: the bytes of an incomplete one wait for the rest. With stop strings, text that may turn out to
-    be the beginning of one waits too, and nothing from the first stop string on is ever returned.
+    A piece ends with a whole character: the bytes of an incomplete one wait for the rest. With stop strings, text that
+    may turn out to be the beginning of one waits too, and nothing from the first stop string on is ever returned.
     """
 
     def __init__(self, decode, stops: Sequence[str] = ()):

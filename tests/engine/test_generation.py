@@ -1,7 +1,10 @@
 """Generation equals the model's own mask path, and refuses settings and inputs that cannot work."""
 
 import functools
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +19,7 @@ from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
 from dms_jax.policies import policy_of
 
+ROOT = Path(__file__).parents[2]
 POLICY = DMSConfig(window_size=3, evict_logit_bias=0.0)
 
 
@@ -345,6 +349,12 @@ def test_fully_padded_row_keeps_its_state():
     assert after.seen.tolist() == [8, 5] and not np.asarray(logits[1]).any()
     for old, new in zip(cache.layers, after.layers, strict=True):
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), old, new)
+
+
+def test_settings_and_text_streams_import_no_jax():
+    code = "import sys, dms_jax.engine.generation_config, dms_jax.engine.text_stream; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_bounds_on_the_host_do_not_outlive_a_change_of_the_cache():
