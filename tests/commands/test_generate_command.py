@@ -13,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import dms_jax
+from dms_jax.command import DOORS
 from dms_jax.commands.generate import NAME, main, parse
 from dms_jax.engine.prompts import Encoder, Prompt, next_turn
 from dms_jax.engine.stopwatch import covered
@@ -20,6 +21,7 @@ from dms_jax.engine.text_stream import TextStream, trim_at_stop
 from dms_jax.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
+DOOR = DOORS[NAME]
 GOLDEN = ROOT / "tests" / "golden"
 DMS, DENSE = "qwen3_dms_projection_per_head", "qwen3_qk_norm"
 TEMPLATE = (
@@ -70,7 +72,7 @@ def run(folder, *argv, new: int = 8) -> int:
 
 
 def chat(folder, lines: str, *argv) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", NAME, "--model", str(folder), "--chat", "--max-new-tokens", "6", *map(str, argv)]
+    command = [sys.executable, "-m", DOOR, "--model", str(folder), "--chat", "--max-new-tokens", "6", *map(str, argv)]
     return subprocess.run(command, cwd=ROOT, input=lines.encode(), capture_output=True, timeout=300)
 
 
@@ -424,7 +426,7 @@ def command(*argv: str, **variables) -> subprocess.CompletedProcess:
     import os
 
     return subprocess.run(
-        [sys.executable, "-m", NAME, *argv],
+        [sys.executable, "-m", DOOR, *argv],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -463,7 +465,7 @@ def test_missing_backend_is_one_line_and_exit_2(folder):
 
 def test_closed_stdout_ends_quietly_with_exit_141(folder):
     process = subprocess.Popen(
-        [sys.executable, "-m", NAME, "--model", str(folder), "--prompt", "hello", "--ignore-eos"],
+        [sys.executable, "-m", DOOR, "--model", str(folder), "--prompt", "hello", "--ignore-eos"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -475,7 +477,7 @@ def test_closed_stdout_ends_quietly_with_exit_141(folder):
 
 def test_commands_in_readme_and_help_parse():
     for text in ((ROOT / "README.md").read_text(), (ROOT / "infer" / "generate.py").read_text().split('"""')[1]):
-        lines = re.findall(rf"^ *python -m {re.escape(NAME)} (.*(?:\\\n.*)*)", text, re.M)
+        lines = re.findall(rf"^ *python -m {re.escape(DOOR)} (.*(?:\\\n.*)*)", text, re.M)
         assert len(lines) >= 3
         for line in lines:
             import shlex
