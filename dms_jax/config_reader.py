@@ -1,11 +1,12 @@
 """The strict builder that turns plain values (YAML, JSON, `--set a.b=c`) into frozen configurations, and the ranges of their fields.
 
-A field states its range in its type, `steps: Annotated[int, AtLeast(1)] = 55`; `check_ranges`, called from `__post_init__`, holds
-every instance to it, however it was made, and `--help` prints it.
+A field states its range and its meaning in its type, `steps: Annotated[int, AtLeast(1), "optimizer steps in all"] = 55`.
+`check_ranges`, called from `__post_init__`, holds every instance to the range, however it was made; `keys_help` prints both.
 """
 
 import dataclasses
 import math
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -27,17 +28,14 @@ class Range:
     exclusive_max: bool = False
 
     def __contains__(self, number: float) -> bool:
-        return (
-            (number > self.min if self.exclusive_min else number >= self.min)
-            and (number < self.max if self.exclusive_max else number <= self.max)
-            and number < math.inf
-        )
+        above = number > self.min if self.exclusive_min else number >= self.min
+        below = number < self.max if self.exclusive_max else number <= self.max
+        return above and below and number < math.inf
 
     def __str__(self) -> str:
         if self.max < math.inf:
-            return (
-                f"in {'(' if self.exclusive_min else '['}{self.min:g}, {self.max:g}{')' if self.exclusive_max else ']'}"
-            )
+            left, right = "(" if self.exclusive_min else "[", ")" if self.exclusive_max else "]"
+            return f"in {left}{self.min:g}, {self.max:g}{right}"
         return f"{'>' if self.exclusive_min else '>='} {self.min:g}"
 
 
@@ -49,37 +47,59 @@ def Above(number: float) -> Range:
     return Range(number, exclusive_min=True)
 
 
-def Between(low: float, high: float) -> Range:
-    return Range(low, high)
+def Between(low: float, high: float, *, exclusive_max: bool = False) -> Range:
+    return Range(low, high, exclusive_max=exclusive_max)
 
 
 def range_of(kind: Any) -> Range | None:
     """The range in a field's type, `Annotated[int, AtLeast(1)]` or `Annotated[int, AtLeast(1)] | None`."""
-    return next((extra for extra in _annotations(kind) if isinstance(extra, Range)), None)
+    return next((extra for extra in _extras(kind) if isinstance(extra, Range)), None)
 
 
-def number_type(kind: Any) -> type:
-    """The type of the numbers in such a field: int or float."""
-    return next(extra for extra in _annotations(kind) if isinstance(extra, type))
+def meaning_of(kind: Any) -> str:
+    """The explanation in a field's type, `Annotated[int, "rows of a batch"]`; "" if it has none."""
+    return next((extra for extra in _extras(kind) if isinstance(extra, str)), "")
 
 
-def _annotations(kind: Any) -> tuple:
-    """What `Annotated` holds, the plain type first; () for a field without it."""
+def _extras(kind: Any) -> tuple:
+    """The annotations of a type, or of a member of a union."""
     annotated = (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Annotated)
-    return next(map(typing.get_args, annotated), ())
+    return next((typing.get_args(part)[1:] for part in annotated), ())
+
+
+def keys_help(config: Any, path: str = "") -> str:
+    """Every key of a configuration for `--help`: its default, its range or choices, and its meaning."""
+    blocks = []
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            blocks.append(keys_help(value, f"{path}{name}."))
+            continue
+        plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+        choices = typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+        allowed = " | ".join(map(str, choices)) if choices else range_of(kind)
+        lines = [f"  {path}{name} = {value!r}" + (f"  ({allowed})" if allowed else "")]
+        lines += textwrap.wrap(meaning_of(kind), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
 
 
 def check_ranges(config: Any, path: str = "") -> None:
-    """Hold the fields of a configuration to the ranges in their types; whole numbers must also fit into an int32. `path` begins the
-    names of its fields in messages, e.g. "dms."."""
+    """Check the fields of a configuration against the ranges in their types. Whole numbers must also fit into an int32.
+
+    `path` comes before the names of its fields in messages, e.g. "dms.".
+    """
+    plain = typing.get_type_hints(type(config))
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
-        value, allowed = getattr(config, name), range_of(kind)
-        if allowed is None or (value is None and type(None) in typing.get_args(kind)):
+        value, allowed, kinds = getattr(config, name), range_of(kind), typing.get_args(plain[name]) or (plain[name],)
+        if allowed is None or (value is None and type(None) in kinds):
             continue
-        whole = number_type(kind) is int
-        if not isinstance(value, int if whole else int | float) or isinstance(value, bool) or value not in allowed:
-            raise ConfigError(f"{path}{name} must be {'a whole number ' * whole}{allowed}, got {shown(value)}")
-        if isinstance(value, int) and value > MAX_INT:
+        whole = int in kinds
+        if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+            raise ConfigError(f"{path}{name} must be a {'whole ' * whole}number {allowed}, got {shown(value)}")
+        if value not in allowed:
+            raise ConfigError(f"{path}{name} must be {allowed}, got {shown(value)}")
+        if whole and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
 
 

@@ -17,9 +17,9 @@ from dms_jax.errors import ConfigError, shown
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file, without a byte order mark."""
+    """The text of a UTF-8 file."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as why:
         line = why.object[: why.start].count(b"\n") + 1
         raise ConfigError(f"cannot read {path}, line {line}: not UTF-8 ({why.reason}); convert the file") from why
@@ -53,7 +53,7 @@ def read_jsonl(path: str | os.PathLike[str], torn_tail_ok: bool = False) -> Iter
 
     `torn_tail_ok`: ignore a last line without a newline that does not parse, which a writer that was killed leaves behind.
     """
-    lines = read_text(path).split("\n")
+    lines = read_text(path).removeprefix("\ufeff").split("\n")  # Windows editors begin a file with this mark
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

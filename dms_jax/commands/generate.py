@@ -11,7 +11,6 @@ Text goes to stdout. A table of speed, compression and memory follows on stderr.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, TextIO, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import OVERFLOWS, ImplementationName
-from dms_jax.config_reader import number_type, range_of
+from dms_jax.config_reader import meaning_of, range_of
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
 
@@ -31,14 +30,7 @@ if TYPE_CHECKING:  # both load JAX
     from dms_jax.engine.session import Session
 
 NAME = "generate"
-SAMPLING_HELP = {  # settings of GenerationConfig, whose types, ranges and defaults are read from its fields
-    "max_new_tokens": "tokens per answer",
-    "temperature": "0 is greedy",
-    "top_k": "sample among the k likeliest tokens; 0: off",
-    "top_p": "sample among the likeliest tokens that hold this probability; 1: off",
-    "min_p": "drop tokens less likely than this times the likeliest; 0: off",
-    "repetition_penalty": "make tokens of prompt and answer less likely; 1: off",
-}
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of GenerationConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -79,17 +71,8 @@ def _add_inputs(group) -> None:
 
 
 def _add_sampling(group) -> None:
-    kinds = typing.get_type_hints(GenerationConfig, include_extras=True)
-    defaults = {field.name: field.default for field in dataclasses.fields(GenerationConfig)}
-    for name, text in SAMPLING_HELP.items():
-        kind, default = number_type(kinds[name]), defaults[name]
-        group.add_argument(
-            _option(name),
-            type=kind,
-            default=default,
-            metavar="N" if kind is int else "X",
-            help=f"{text} ({range_of(kinds[name])}; default {default:g})",
-        )
+    for name in SAMPLING:
+        _add_setting(group, name)
     group.add_argument(
         "--seed",
         type=int,
@@ -122,11 +105,20 @@ def _add_cache(group) -> None:
         metavar="X",
         help="a token evicts iff its logit exceeds this (default 0); a lower one evicts more",
     )
-    group.add_argument("--chunk-size", type=int, metavar="N", help="tokens per chunk of the prefill")
+    _add_setting(group, "chunk_size")
     group.add_argument("--save-cache", metavar="FILE", help="write the cache at the end (with --prompt and --chat)")
     group.add_argument(
         "--load-cache", metavar="FILE", help="continue from a saved cache; each prompt of a file gets a copy"
     )
+
+
+def _add_setting(group, name: str) -> None:
+    """Add the option of a field of GenerationConfig with the field's type, default, range and meaning."""
+    kind = typing.get_type_hints(GenerationConfig, include_extras=True)[name]
+    default = getattr(GenerationConfig, name)
+    number = int if isinstance(default, int) or default is None else float
+    text = f"{meaning_of(kind)} ({range_of(kind)}" + (")" if default is None else f"; default {default:g})")
+    group.add_argument(_option(name), type=number, default=default, metavar="N" if number is int else "X", help=text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,12 +16,18 @@ class GenerationConfig:
     Raises ConfigError for a value outside its range.
     """
 
-    max_new_tokens: Annotated[int, AtLeast(1)] = 128  # of each row
-    temperature: Annotated[float, AtLeast(0)] = 0.0  # 0 is greedy
-    top_k: Annotated[int, AtLeast(0)] = 0  # 0: off
-    top_p: Annotated[float, Range(0, 1, exclusive_min=True)] = 1.0  # 1: off
-    min_p: Annotated[float, Range(0, 1, exclusive_max=True)] = 0.0  # drop tokens less likely than min_p * the likeliest
-    repetition_penalty: Annotated[float, Above(0)] = 1.0  # 1: off; counts prompt and generated tokens of this call
+    max_new_tokens: Annotated[int, AtLeast(1), "tokens per row"] = 128
+    temperature: Annotated[float, AtLeast(0), "0 is greedy"] = 0.0
+    top_k: Annotated[int, AtLeast(0), "sample among the k likeliest tokens; 0: off"] = 0
+    top_p: Annotated[
+        float, Range(0, 1, exclusive_min=True), "sample among the likeliest tokens that hold this probability; 1: off"
+    ] = 1.0
+    min_p: Annotated[
+        float, Range(0, 1, exclusive_max=True), "drop tokens less likely than this times the likeliest; 0: off"
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, Above(0), "make tokens that prompt or answer already hold less likely; 1: off"
+    ] = 1.0
     stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): none
     stop_strings: tuple[str, ...] = ()  # need a tokenizer
     seed: int | tuple[int, ...] = 0  # one for all, from which each row derives its own by its index; or one per row
@@ -30,7 +36,7 @@ class GenerationConfig:
     )
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
     overflow: Overflow | None = None  # what a full buffer does; None: see `init_cache`
-    chunk_size: Annotated[int, AtLeast(1)] | None = None  # tokens per chunk of the prefill
+    chunk_size: Annotated[int, AtLeast(1), "tokens per chunk of the prefill"] | None = None
     threshold: float = 0.0  # a token evicts iff its logit exceeds it; see `calibrate`
     dense: bool = False  # the same as policy="dense"
     policy: Any = None  # a CachePolicy or its name ("tova:256", "prompt:tova:256"); None: the model's own
@@ -42,6 +48,8 @@ class GenerationConfig:
         strings = self.stop_strings if isinstance(self.stop_strings, tuple | list) else [None]
         for name, rule, holds in (
             ("threshold", "a number", _is_number(self.threshold)),
+            ("temperature", "a number", _is_number(self.temperature)),  # an int may be larger than any float
+            ("repetition_penalty", "a number", _is_number(self.repetition_penalty)),
             ("overflow", f"one of {', '.join(OVERFLOWS)}", self.overflow is None or self.overflow in OVERFLOWS),
             ("stop_strings", "a tuple of non-empty strings", all(isinstance(s, str) and s for s in strings)),
             ("stop_ids", "a tuple of token ids", isinstance(ids, tuple | list) and all(map(_is_id, ids))),

@@ -37,7 +37,7 @@ def read_prompts(path: str) -> list[Prompt]:
     if kind == ".jsonl":
         prompts = [_from_record(record, where) for where, record in read_jsonl(path)]
     else:
-        lines = enumerate(read_text(path).split("\n"), start=1)
+        lines = enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1)
         prompts = [Prompt(line, f"{path}, line {number}", line) for number, line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"{path} must hold at least one prompt, got none")
