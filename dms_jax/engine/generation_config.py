@@ -31,9 +31,7 @@ class GenerationConfig:
     stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): none
     stop_strings: tuple[str, ...] = ()  # need a tokenizer
     seed: int | tuple[int, ...] = 0  # one for all, from which each row derives its own by its index; or one per row
-    logprobs: bool = (
-        False  # also return log p of each token under the model itself, at temperature 1 without top-k etc.
-    )
+    logprobs: bool = False  # also return log p of each token under the model itself: temperature 1, nothing cut
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
     overflow: Overflow | None = None  # what a full buffer does; None: see `init_cache`
     chunk_size: Annotated[int, AtLeast(1), "tokens per chunk of the prefill"] | None = None
@@ -59,14 +57,14 @@ class GenerationConfig:
                 raise ConfigError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
 
 
-def _is_whole(value: object) -> bool:
+def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MAX_INT
+def _is_id(value: Any) -> bool:
+    return _is_whole(value) and abs(value) <= MAX_INT
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     """Infinities count: a threshold of inf never evicts."""
     return not math.isnan(value) if isinstance(value, float) else _is_id(value)
