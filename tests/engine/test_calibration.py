@@ -30,5 +30,5 @@ def test_calibrate_refuses_impossible_targets_and_inputs(rng):
         dms_jax.calibrate(model, ids, 0.5)
     with pytest.raises(ConfigError, match="tokens .* .40."):
         dms_jax.calibrate(model, ids[0], 2.0)
-    with pytest.raises(ConfigError, match="no eviction policy"):
+    with pytest.raises(ConfigError, match="calibrate .*dms=DMSConfig"):
         dms_jax.calibrate(tiny_model(None, 3, num_layers=1), ids, 2.0)
