@@ -117,7 +117,7 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
     layers, cache = list(cache.layers), dataclasses.replace(cache, layers=())
     for index in range(len(layers)):
         layers[index] = fill(layers[index], jax.random.key(index))
-    return dataclasses.replace(cache, layers=tuple(layers), seen=jnp.full(batch, context, jnp.int32), bounds=None)
+    return dataclasses.replace(cache, layers=tuple(layers), seen=jnp.full(batch, context, jnp.int32))
 
 
 def decode(options, model, ratios: list[float], show) -> list[dict]:

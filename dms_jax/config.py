@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from dms_jax.config_reader import Above, AtLeast, Between, check_ranges
 from dms_jax.errors import ConfigError, shown
@@ -12,6 +12,8 @@ MAX_LAYERS = 4096  # far beyond any decoder, so that a damaged file cannot make 
 MAX_WINDOW = 2**30  # position + window_size is an int32 expiry
 
 ImplementationName = Literal["auto", "xla", "mosaic_gpu", "pallas_tpu"]  # see `dms_jax.kernels.dispatch`
+Overflow = Literal["evict", "raise", "grow"]  # what a full buffer of the cache does; see `dms_jax.init_cache`
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,13 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per key/value head."""
         return self.num_q_heads // self.num_kv_heads
+
+    def context_limit(self) -> tuple[int, str]:
+        """Return the maximum number of tokens in a row, and the name of the limit that sets it."""
+        limits = [(self.max_position_embeddings, "max_position_embeddings")]
+        if self.sliding_window is not None:
+            limits.append((self.sliding_window, "own sliding_window"))
+        return min(limits)
 
     def require_dms(self) -> DMSConfig:
         """Return `dms`. Raises ValueError for a model without a policy."""

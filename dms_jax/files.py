@@ -20,7 +20,10 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as why:  # ValueError: not UTF-8, or a path that holds a NUL
+    except UnicodeDecodeError as why:
+        line = why.object[: why.start].count(b"\n") + 1
+        raise ConfigError(f"cannot read {path}, line {line}: not UTF-8 ({why.reason}); convert the file") from why
+    except (OSError, ValueError) as why:  # ValueError: a path that holds a NUL
         raise ConfigError(f"cannot read {path}: {why}") from why
 
 
@@ -51,7 +54,7 @@ def read_jsonl(path: str | os.PathLike[str], torn_tail_ok: bool = False) -> Iter
     `torn_tail_ok`: ignore a last line that has no newline and does not parse, which is what a killed writer leaves
     behind.
     """
-    lines = read_text(path).split("\n")
+    lines = read_text(path).removeprefix("\ufeff").split("\n")  # Windows editors begin a file with this mark
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

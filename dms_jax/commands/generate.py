@@ -5,22 +5,32 @@
     python -m infer.generate --model runs/retrofit/export --chat --temperature 0.7 --top-p 0.9
 
 --prompts: a .txt file has one prompt on each line, a .jsonl file one object with "prompt" (text) or "messages" (a chat).
---chat: Ctrl-C stops an answer, /reset starts anew, /stats shows the costs so far, Ctrl-D ends.
-Text goes to stdout; a table of speed, compression and memory ends on stderr.
+--chat: Ctrl-C stops an answer, /reset starts a new conversation, /stats shows the costs so far, Ctrl-D ends.
+Text goes to stdout. A table of speed, compression and memory follows on stderr.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, TextIO, get_args
 
 from dms_jax.command import Parser, start_devices
-from dms_jax.config import ImplementationName
+from dms_jax.config import OVERFLOWS, ImplementationName
+from dms_jax.config_reader import meaning_of, range_of
+from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
 
+if TYPE_CHECKING:  # both load JAX
+    from dms_jax.engine.prompts import Prompt
+    from dms_jax.engine.session import Session
+
 NAME = "generate"
+SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of GenerationConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -28,62 +38,87 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
     parser.add_argument("--adapter", metavar="FILE", help="an adapter of this base model")
     parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16"], help="of weights and cache; float32 on a CPU, else bfloat16"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="dtype of weights and cache; default: float32 on a CPU, else bfloat16",
     )
     parser.add_argument(
         "--implementation",
         choices=get_args(ImplementationName),
         default="auto",
-        help="of attention; auto: the fastest one measured on the device",
+        help="implementation of attention; auto: the fastest measured on the device",
     )
-    what = parser.add_argument_group("what to continue (one of the first three)")
-    what.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it comes")
-    what.add_argument("--prompts", metavar="FILE", help="many, .txt or .jsonl; the results are JSON lines")
-    what.add_argument("--chat", action="store_true", help="a conversation with the lines of stdin, all in one cache")
-    what.add_argument(
-        "--as-chat", action="store_true", help="put each plain prompt into the chat template, as what a user says"
+    parser.add_argument(
+        "--json", action="store_true", help="--prompt: print one JSON object; otherwise: print the final table as JSON"
     )
-    what.add_argument("--system", metavar="TEXT", help="the system message of a chat")
-    what.add_argument("--batch", type=int, default=1, metavar="N", help="prompts of a file at a time (default 1)")
-    what.add_argument("--output", metavar="FILE", help="where the results of --prompts go, instead of stdout")
-    what.add_argument("--overwrite", action="store_true", help="replace the files of --output and --save-cache")
-    how = parser.add_argument_group("sampling")
-    how.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="of each answer (default 128)")
-    how.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    how.add_argument("--top-k", type=int, default=0, metavar="N", help="0: off")
-    how.add_argument("--top-p", type=float, default=1.0, help="1: off")
-    how.add_argument("--min-p", type=float, default=0.0, help="0: off")
-    how.add_argument("--repetition-penalty", type=float, default=1.0, help="1: off")
-    how.add_argument("--seed", type=int, default=0, help="prompt i of a file draws with seed + i, turn i of a chat too")
-    how.add_argument(
+    _add_inputs(parser.add_argument_group("what to continue (one of the first three)"))
+    _add_sampling(parser.add_argument_group("sampling"))
+    _add_cache(parser.add_argument_group("cache"))
+    return parser.parse_args(argv)
+
+
+def _add_inputs(group) -> None:
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it is generated")
+    group.add_argument("--prompts", metavar="FILE", help="many prompts, .txt or .jsonl; the results are JSON lines")
+    group.add_argument("--chat", action="store_true", help="hold a conversation with the lines of stdin, in one cache")
+    group.add_argument(
+        "--as-chat", action="store_true", help="put each plain prompt into the chat template, as a user message"
+    )
+    group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
+    group.add_argument("--batch", type=int, default=1, metavar="N", help="prompts of a file at a time (default 1)")
+    group.add_argument("--output", metavar="FILE", help="write the results of --prompts there instead of to stdout")
+    group.add_argument("--overwrite", action="store_true", help="replace the files of --output and --save-cache")
+
+
+def _add_sampling(group) -> None:
+    for name in SAMPLING:
+        _add_setting(group, name)
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="prompt i of a file, or turn i of a chat, draws with seed + i (default 0)",
+    )
+    group.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be given several times"
     )
-    how.add_argument("--ignore-eos", action="store_true", help="go on after the model's end-of-text")
-    cache = parser.add_argument_group("cache")
-    cache.add_argument(
+    group.add_argument("--ignore-eos", action="store_true", help="continue after the model's end-of-text token")
+
+
+def _add_cache(group) -> None:
+    group.add_argument(
         "--capacity",
         metavar="N[,N...]",
         help="slots per row and KV head, one number or one per layer; default: enough for all tokens",
     )
-    cache.add_argument(
+    group.add_argument(
         "--overflow",
-        choices=["evict", "raise", "grow"],
-        help="when a head wants more; default evict, dense raise; "
-        "grow in a chat and with --save-cache, unless there is a --capacity",
+        choices=OVERFLOWS,
+        help="what to do when a head needs more slots; default: evict, or raise for a dense cache; in a chat and with "
+        "--save-cache grow, unless --capacity is given",
     )
-    cache.add_argument("--dense", action="store_true", help="ignore the policy, keep everything")
-    cache.add_argument(
-        "--threshold", type=float, help="a token evicts iff its logit exceeds it (default 0); lower forgets more"
+    group.add_argument("--dense", action="store_true", help="ignore the policy and keep everything")
+    group.add_argument(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="a token evicts iff its logit exceeds this (default 0); a lower one evicts more",
     )
-    cache.add_argument("--chunk-size", type=int, metavar="N", help="tokens of the prefill at a time")
-    cache.add_argument("--save-cache", metavar="FILE", help="write the cache at the end (--prompt and --chat)")
-    cache.add_argument(
-        "--load-cache", metavar="FILE", help="go on from a saved cache; each prompt of a file gets a copy"
+    _add_setting(group, "chunk_size")
+    group.add_argument("--save-cache", metavar="FILE", help="write the cache at the end (with --prompt and --chat)")
+    group.add_argument(
+        "--load-cache", metavar="FILE", help="continue from a saved cache; each prompt of a file gets a copy"
     )
-    parser.add_argument(
-        "--json", action="store_true", help="--prompt: print one JSON object; else: the closing table as JSON"
-    )
-    return parser.parse_args(argv)
+
+
+def _add_setting(group, name: str) -> None:
+    """Add the option of a field of GenerationConfig with the field's type, default, range and meaning."""
+    kind = typing.get_type_hints(GenerationConfig, include_extras=True)[name]
+    default = getattr(GenerationConfig, name)
+    number = int if isinstance(default, int) or default is None else float
+    text = f"{meaning_of(kind)} ({range_of(kind)}" + (")" if default is None else f"; default {default:g})")
+    group.add_argument(_option(name), type=number, default=default, metavar="N" if number is int else "X", help=text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,61 +126,56 @@ def main(argv: list[str] | None = None) -> int:
     check(options)
     from dms_jax.engine.prompts import Prompt, check_text, read_prompts
 
-    prompts = (
-        read_prompts(options.prompts)
-        if options.prompts
-        else [Prompt(options.prompt, "--prompt")]
-        if options.prompt is not None
-        else []
-    )
-    for name in ("prompt", "system", "stop"):
-        given = getattr(options, name) or []
-        for text in [given] if isinstance(given, str) else given:
-            check_text(Prompt(text, f"--{name}"))
-    for stream, errors in (
-        (sys.stdin, "replace"),
-        (sys.stdout, "replace"),
-    ):  # a terminal that cannot show a character shows ?
+    prompts = read_prompts(options.prompts) if options.prompts else []
+    if options.prompt is not None:
+        prompts = [Prompt(options.prompt, "--prompt")]
+    for name, texts in (("prompt", [options.prompt]), ("system", [options.system]), ("stop", options.stop)):
+        for text in texts:
+            check_text(Prompt(text or "", f"--{name}"))
+    for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
     start_devices(1)
+    with _out_of_memory_advice():
+        from dms_jax.engine.chat import chat
+        from dms_jax.engine.session import open_session
+
+        session = open_session(options)
+        if options.chat:
+            chat(session)
+        elif options.prompts:
+            many(session, prompts)
+        else:
+            one(session, prompts[0])
+    if options.prompt is None or not options.json:
+        report = session.report
+        print(json.dumps(report.numbers()) if options.json else report.table(), file=sys.stderr)
+    return 0
+
+
+@contextlib.contextmanager
+def _out_of_memory_advice() -> Iterator[None]:
+    """Turn running out of memory, on the host or on the device, into one line that says which options need less."""
     import jax
 
-    from dms_jax.engine.session import Engine
-
     try:
-        engine = Engine(options)
-        if options.chat:
-            from dms_jax.engine.chat import chat
-
-            chat(engine)
-        elif options.prompts:
-            many(engine, prompts)
-        else:
-            one(engine, prompts[0])
-            if options.json:
-                return 0
-        print(json.dumps(engine.report.numbers()) if options.json else engine.report.table(), file=sys.stderr)
+        yield
     except (MemoryError, jax.errors.JaxRuntimeError) as why:
         if isinstance(why, MemoryError) or "RESOURCE_EXHAUSTED" in str(why):
             raise ConfigError(
                 "out of memory; give a smaller --capacity, --batch or --chunk-size, or --dtype bfloat16"
             ) from why
         raise
-    except BrokenPipeError:  # the reader of stdout has what it wanted, as in `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return 0
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be refused before anything is read or imported."""
+    """Refuse what can be refused before anything is read or imported."""
     if not options.model:
         raise ConfigError(
             "--model is missing; give a Hugging Face folder, a hub id or a .gguf file, e.g. --model runs/retrofit/export"
         )
     if (options.prompt is not None) + (options.prompts is not None) + options.chat != 1:
-        raise ConfigError("say what to continue with one of --prompt TEXT, --prompts FILE and --chat")
+        raise ConfigError("exactly one of --prompt TEXT, --prompts FILE and --chat must be given")
     if options.prompt == "":
         raise ConfigError("--prompt is empty; give at least one token")
     if options.batch < 1:
@@ -158,82 +188,85 @@ def check(options: argparse.Namespace) -> None:
         "save_cache": mode == "prompts",
         "system": mode == "prompt" and not options.as_chat,
     }
-    for name, wrong in unused.items():
-        if wrong and getattr(options, name):
-            raise ConfigError(
-                f"--{name.replace('_', '-')} has no use with --{mode}"
-                + (" unless --as-chat is given" if name == "system" else "")
-            )
+    for name, is_unused in unused.items():
+        if is_unused and getattr(options, name):
+            unless = " unless --as-chat is given" if name == "system" else ""
+            raise ConfigError(f"{_option(name)} has no effect with --{mode}{unless}; leave it out")
     for name in ("capacity", "dense"):
         if options.load_cache and getattr(options, name):
             raise ConfigError(
-                f"--{name} has no use with --load-cache: a saved cache brings its own; --overflow grow lets it become larger"
+                f"{_option(name)} has no effect with --load-cache, because a saved cache brings its own; leave it out, "
+                "or let the cache become larger with --overflow grow"
             )
     if options.dense and options.threshold is not None:
-        raise ConfigError("--threshold has no use with --dense: nothing is evicted")
+        raise ConfigError("--threshold has no effect with --dense, which evicts nothing; leave one of them out")
     for name in ("output", "save_cache"):
         path = getattr(options, name)
         if path and os.path.exists(path) and not options.overwrite:
-            raise ConfigError(f"{path} exists; give another file, or --overwrite")
+            raise ConfigError(f"{_option(name)} {path} exists; give another file, or --overwrite")
         if path and os.path.isdir(path):
-            raise ConfigError(f"--{name.replace('_', '-')} {path} is a folder; give a file")
+            raise ConfigError(f"{_option(name)} must be a file, got the folder {path}")
 
 
-def one(engine, prompt) -> None:
-    """One prompt, printed as it is continued, or as one JSON object."""
-    options = engine.options
-    ids = engine.encoder()(prompt)
-    stream = engine.stream()
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
-    def show(rows):
-        print(stream.push(engine.shown(rows[0])), end="", flush=True)
 
-    result = engine.generate([ids], show=None if options.json else show)
-    engine.report.add(len(ids), len(result.tokens[0]), result.cache, 1)
+def one(session: "Session", prompt: "Prompt") -> None:
+    """Continue one prompt, printed as it is generated, or as one JSON object."""
+    options, stream = session.options, session.stream()
+    ids = session.encoder()(prompt)
+    config = session.config_for([len(ids)], more_to_come=bool(options.save_cache))
+
+    def show(rows, last: bool = False) -> None:
+        print(stream.push(session.without_end(rows[0]), last), end="\n" if last else "", flush=True)
+
+    result = session.generate([ids], config, session.start_from_loaded(1), show=None if options.json else show)
+    session.report.add(len(ids), len(result.tokens[0]), result.cache, 1)
     if options.json:
-        print(
-            json.dumps(
-                {"prompt": prompt.content} | engine.row(result, 0, ids) | {"costs": engine.report.numbers()},
-                ensure_ascii=False,
-            )
-        )
+        record = {"prompt": prompt.content, **session.record(result, 0, ids), "costs": session.report.numbers()}
+        print(json.dumps(record, ensure_ascii=False))
     else:
-        print(stream.push(engine.shown(result.tokens[0]), last=True), flush=True)
-    engine.save(result.cache)
+        show(result.tokens, last=True)
+    session.save(result.cache)
 
 
-def many(engine, prompts) -> None:
-    """A file of prompts, batch by batch; each batch is written when it is done."""
+def many(session: "Session", prompts: "list[Prompt]") -> None:
+    """Continue a file of prompts, batch by batch; each batch is written when it is done."""
     from tqdm import tqdm
 
-    options, encode = engine.options, engine.encoder()
-    ids = [encode(prompt) for prompt in prompts]
-    engine.refuse_too_long(ids, [prompt.where for prompt in prompts])
+    rows = list(map(session.encoder(), prompts))
+    session.check_lengths(rows, [prompt.where for prompt in prompts])
+    config = session.config_for(list(map(len, rows)))  # one capacity for all batches: another one would compile anew
+    size = min(session.options.batch, len(prompts))
+    with (
+        _results_file(session.options.output) as file,
+        tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as progress,
+    ):
+        for start in range(0, len(prompts), size):
+            batch = rows[start : start + size]
+            # The last batch is filled up with its last prompt: another number of rows would compile anew.
+            padded = batch + [batch[-1]] * (size - len(batch))
+            result = session.generate(padded, config, session.start_from_loaded(size), first=start)
+            for row, ids in enumerate(batch):
+                prompt = {"index": start + row, "input": prompts[start + row].record}
+                print(json.dumps(prompt | session.record(result, row, ids), ensure_ascii=False), file=file, flush=True)
+            new_tokens = sum(map(len, result.tokens[: len(batch)]))
+            session.report.add(sum(map(len, batch)), new_tokens, result.cache, len(batch))
+            progress.update(len(batch))
+
+
+@contextlib.contextmanager
+def _results_file(path: str | None) -> Iterator[TextIO]:
+    """Open the file of --output, or give stdout; an error in writing to it names it."""
     try:
-        if options.output:
-            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-        file = open(options.output, "w", encoding="utf-8") if options.output else sys.stdout  # noqa: SIM115
+        if path is None:
+            yield sys.stdout
+        else:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                yield file
+    except BrokenPipeError:
+        raise  # nobody reads on, which is not an error; `run_command` ends quietly
     except OSError as why:
-        raise ConfigError(f"cannot write {options.output}: {why.strerror or why}") from why
-    size = min(options.batch, len(prompts))
-    try:
-        with tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as progress:
-            for start in range(0, len(prompts), size):
-                rows = ids[start : start + size]
-                # The last batch is filled up with its last prompt: another number of rows would be compiled anew.
-                result = engine.generate(rows + [rows[-1]] * (size - len(rows)), first=start)
-                for row in range(len(rows)):
-                    line = {"index": start + row, "input": prompts[start + row].record} | engine.row(
-                        result, row, rows[row]
-                    )
-                    print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-                new = sum(len(tokens) for tokens in result.tokens[: len(rows)])
-                engine.report.add(sum(map(len, rows)), new, result.cache, len(rows))
-                progress.update(len(rows))
-    except OSError as why:
-        if isinstance(why, BrokenPipeError):
-            raise
-        raise ConfigError(f"cannot write {options.output or 'stdout'}: {why.strerror or why}") from why
-    finally:
-        if options.output:
-            file.close()
+        raise ConfigError(f"cannot write {path or 'stdout'}: {why.strerror or why}") from why

@@ -18,8 +18,8 @@ Each chunk goes through three stages in `slot_attention.extend_layer`. For examp
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +28,13 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.config import Overflow
 from dms_jax.core.visibility import NEVER, is_outside_window
 from dms_jax.errors import ConfigError
 from dms_jax.platform_defaults import platform_defaults
 
 EMPTY = NEVER  # position of an empty slot: later than any query, so the rule alone hides it
 NEVER_VISIBLE = jnp.iinfo(jnp.int32).min  # expiry of an empty slot: earlier than any query
-
-Overflow = Literal["evict", "raise", "grow"]
-OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class Expiries(NamedTuple):
@@ -89,7 +87,14 @@ class CompactCache:
     seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
     policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
     overflow: Overflow = "evict"
-    bounds: HostBounds | None = None  # not part of the pytree; None: unknown
+    bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None: not known
+
+    def with_bounds(self, bounds: HostBounds) -> "CompactCache":
+        """Return the same cache with bounds that the host knows. They are not part of the pytree, and `replace` drops them, so they
+        never outlive the arrays that they describe."""
+        known = replace(self)
+        object.__setattr__(known, "bounds", bounds)
+        return known
 
     @property
     def batch_size(self) -> int:
@@ -118,7 +123,7 @@ class CompactCache:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
-jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"], ["bounds"])
+jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"])
 
 
 def empty_layer(

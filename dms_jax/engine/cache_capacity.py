@@ -1,109 +1,141 @@
-"""What the host knows about a cache, and what it does when a head wants more than it has.
+"""How many slots a cache gets, and what happens when a head needs more of them.
 
-The host keeps upper bounds (each token adds at most one pair per head) and reads the device only when a bound reaches the
-capacity, so no policy waits for the device at each token.
+The host keeps upper bounds of what a cache holds (each token adds at most one pair per head) and reads the device only
+when such a bound reaches the capacity. So decoding does not wait for the device after each token, whatever the policy.
+Errors are `ConfigError`.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, Overflow
 from dms_jax.core.compact_cache import CompactCache, HostBounds, grown
 from dms_jax.errors import ConfigError
-from dms_jax.sharding import target_device
-
-SIZE_STEP = {"tpu": 128}  # by platform: capacities offered and grown to are multiples of it, which the kernels want
-DEFAULT_SIZE_STEP = 64
+from dms_jax.platform_defaults import platform_defaults
+from dms_jax.policies import CachePolicy
+from dms_jax.policies.cache_policy import UNBOUNDED
 
 
 def round_up(number: int) -> int:
-    step = SIZE_STEP.get(target_device()[0], DEFAULT_SIZE_STEP)
-    return -(-number // step) * step
+    """Round a number of slots up to the multiple that this platform's kernels require."""
+    multiple = platform_defaults().capacity_multiple
+    return -(-number // multiple) * multiple
 
 
-def bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
-    """Upper bounds of tokens seen and of live pairs per layer; `exact` reads the device."""
+def default_overflow(policy: CachePolicy) -> Overflow:
+    """Choose "evict" for a learned policy, and "raise" where nothing leaves or a budget bounds the pairs."""
+    slots = policy.slot_bounds()
+    return "evict" if slots.max is None and slots.min < UNBOUNDED else "raise"
+
+
+def plan_capacity(
+    capacity: int | tuple[int, ...] | None,
+    prompt_lengths: Sequence[int] | np.ndarray,
+    new_tokens: int,
+    policy: CachePolicy,
+    overflow: Overflow | None = None,
+    more_to_come: bool = False,
+) -> tuple[int | tuple[int, ...], Overflow]:
+    """Decide the slots per row and KV head of a new cache, and what happens when a head needs more.
+
+    Args:
+      capacity: what the caller asks for, which is then kept. None: enough for the longest prompt and its new tokens, or
+        less where the policy bounds the pairs or the cache may grow.
+      overflow: what the caller asks for; None: `default_overflow`.
+      more_to_come: turns of unknown length will follow. Unless the caller asks for something else, the cache then holds
+        all tokens of the first turn and may grow later.
+    """
+    overflow = overflow or ("grow" if more_to_come and capacity is None else default_overflow(policy))
+    if capacity is not None:
+        return capacity, overflow
+    slots, bounds = round_up(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
+    if bounds.max is not None or (overflow == "grow" and not more_to_come):
+        slots = min(slots, round_up(bounds.max or 2 * bounds.min))
+    return slots, overflow
+
+
+def host_bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
+    """Return upper bounds of the tokens seen and of the live pairs per layer; `exact` reads them from the device."""
     if cache.bounds is not None and not exact:
         return cache.bounds
     return HostBounds(int(np.max(cache.seen)), tuple(np.asarray(cache.live_counts).max(axis=(1, 2)).tolist()))
 
 
-def advanced(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
-    """The cache with what is known of it after `count` more tokens."""
-    most = cache.policy.slot_bounds().max
-    live = tuple(
-        min(capacity, n + count, most or capacity) for capacity, n in zip(cache.capacities, before.live, strict=True)
-    )
-    return replace(cache, bounds=HostBounds(before.seen + count, live))
-
-
-def context_limit(config: ModelConfig) -> tuple[int, str]:
-    """The most tokens a row may hold, and what says so."""
-    limits = [(config.max_position_embeddings, "max_position_embeddings")]
-    if config.sliding_window is not None:
-        limits.append((config.sliding_window, "own sliding_window"))
-    return min(limits)
-
-
 def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -> None:
-    """Refuse rows that would grow beyond what the model can tell apart."""
-    limit, name = context_limit(config)
-    if bounds(cache).seen + count.max() <= limit:
+    """Refuse rows that `count` [B] more tokens would bring beyond the model's context."""
+    limit, name = config.context_limit()
+    if host_bounds(cache).seen + count.max() <= limit:
         return
     total = np.asarray(cache.seen) + count
     if total.max() > limit:
         raise ConfigError(
-            f"row {total.argmax()} would have {total.max()} tokens, beyond this model's {name} of {limit}; shorten it by {total.max() - limit}"
+            f"row {total.argmax()} must have at most {limit} tokens, this model's {name}, got {total.max()}; "
+            f"shorten it by {total.max() - limit}"
         )
 
 
-def check_room(cache: CompactCache, count: int) -> None:
-    """Refuse a capacity that cannot work: the newest pairs, which no policy gives up, must fit."""
-    limits = cache.policy.slot_bounds()
-    needed = min(count, limits.min)
+def check_min_slots(cache: CompactCache, count: int) -> None:
+    """Refuse a capacity that cannot work: the newest pairs, which no policy evicts, must fit."""
+    slots = cache.policy.slot_bounds()
+    needed = min(count, slots.min)
     for layer, capacity in enumerate(cache.capacities):
         if capacity < needed and cache.overflow != "grow":
             raise ConfigError(
-                f"capacity {capacity} of layer {layer} cannot hold {needed} tokens of {limits.reason}; use capacity >= {round_up(needed)}"
+                f"capacity {capacity} of layer {layer} cannot hold {needed} tokens of {slots.reason}; "
+                f"use capacity >= {round_up(needed)}"
             )
 
 
-def with_room(cache: CompactCache, count: int) -> CompactCache:
-    """Under "grow": the cache in larger buffers where `count` more tokens might not fit."""
-    if cache.overflow != "grow" or not _may_overflow(cache, bounds(cache), count):
+def grow_for(cache: CompactCache, count: int) -> CompactCache:
+    """With overflow "grow", return the cache with larger buffers where `count` more tokens might not fit."""
+    if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
-    exact = bounds(cache, exact=True)
-    most = cache.policy.slot_bounds().max
+    exact, max_slots = host_bounds(cache, exact=True), cache.policy.slot_bounds().max
     layers = []
-    for layer, n in zip(cache.layers, exact.live, strict=True):
-        needed = min(n + count, most or n + count)
-        layers.append(layer if needed <= layer.capacity else grown(layer, next_size(layer.capacity, needed)))
-    return replace(cache, layers=tuple(layers), bounds=exact)
+    for layer, live in zip(cache.layers, exact.live, strict=True):
+        needed = min(live + count, max_slots or live + count)
+        layers.append(layer if needed <= layer.capacity else grown(layer, _next_capacity(layer.capacity, needed)))
+    return replace(cache, layers=tuple(layers)).with_bounds(exact)
 
 
-def next_size(capacity: int, needed: int) -> int:
-    """The next size bucket: half as much again at least, so that growing to n compiles about log(n) programs."""
+def _next_capacity(capacity: int, needed: int) -> int:
+    """Grow by half at least, so that growing to n slots compiles about log(n) programs."""
     return round_up(max(needed, capacity + capacity // 2))
 
 
-def check_forced(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
-    """After `count` tokens: the cache with what is known of it; under "raise", an error if a pair was pushed out."""
+def check_overflow(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
+    """Return the cache after `count` tokens with new bounds on the host, given those from `before` them.
+
+    With overflow "raise", a pair that was pushed out is an error.
+    """
     if cache.overflow != "raise" or not _may_overflow(cache, before, count):
-        return advanced(cache, before, count)
+        return _advance(cache, before, count)
     forced = np.asarray(cache.forced_evictions)
     if not forced.any():
-        return replace(cache, bounds=bounds(cache, exact=True))
+        return cache.with_bounds(host_bounds(cache, exact=True))
     layer, row, head = (int(i) for i in np.unravel_index(forced.argmax(), forced.shape))
     capacity, more = cache.capacities[layer], int(forced.max())
     raise ConfigError(
-        f"cache overflow at layer {layer}, row {row}, KV head {head}: {capacity + more} live pairs wanted, capacity {capacity}. "
-        f"Use capacity >= {round_up(capacity + more)}, or overflow='evict' or 'grow'"
+        f"cache overflow at layer {layer}, row {row}, KV head {head}: capacity {capacity} "
+        f"must be at least {capacity + more}; use capacity >= {round_up(capacity + more)}, or overflow='evict' "
+        "or 'grow'"
     )
 
 
+def _advance(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
+    max_slots = cache.policy.slot_bounds().max
+    live = tuple(
+        min(capacity, n + count, max_slots or capacity)
+        for capacity, n in zip(cache.capacities, before.live, strict=True)
+    )
+    return cache.with_bounds(HostBounds(before.seen + count, live))
+
+
 def _may_overflow(cache: CompactCache, known: HostBounds, count: int) -> bool:
-    most = cache.policy.slot_bounds().max
+    max_slots = cache.policy.slot_bounds().max
     return any(
-        min(n + count, most or n + count) > capacity for n, capacity in zip(known.live, cache.capacities, strict=True)
+        min(n + count, max_slots or n + count) > capacity
+        for n, capacity in zip(known.live, cache.capacities, strict=True)
     )

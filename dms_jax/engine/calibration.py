@@ -1,4 +1,4 @@
-"""The eviction threshold that meets a realised compression ratio on given text, without training."""
+"""Find the eviction threshold that meets a realised compression ratio on given text, without training."""
 
 import math
 from collections.abc import Callable
@@ -14,25 +14,26 @@ from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 
-WIDEST = 1e6  # beyond any logit
-Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits of some rows that decide under it
+MAX_THRESHOLD = 1e6  # beyond any logit
+Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits of rows that run with it
 
 
 def calibrate(
     model: Decoder, tokens: Int[Array, "B T"], target_cr: float, *, tolerance: float = 0.01, most_runs: int = 12
 ) -> float:
-    """The threshold at which rows `tokens` reach `target_cr`, tokens / mean live pairs at their end, within `tolerance` (relative).
+    """Return the threshold at which the rows `tokens` reach `target_cr` (tokens / mean live pairs at their end).
 
-    At most `most_runs` runs of the hard path; returns the best threshold seen. The window always stays: ConfigError names the
-    highest ratio these rows can reach. Pass the result as `threshold`.
+    Runs the hard path until the ratio is within the relative `tolerance`, at most `most_runs` times, and returns the
+    best threshold seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, so
+    there is a highest ratio that these rows can reach; a target above it is a ConfigError that names it.
     """
     dms, tokens = model.config.dms, np.asarray(tokens)
     if dms is None:
         raise ConfigError(
-            "this model has no eviction policy, so there is no threshold to calibrate; load it with dms=DMSConfig(...)"
+            "calibrate needs a model with an eviction policy, and this one has none; load it with dms=DMSConfig(...)"
         )
     if tokens.ndim != 2 or not tokens.size:
-        raise ConfigError(f"calibrate wants tokens of shape [rows, length]; got {list(tokens.shape)}")
+        raise ConfigError(f"tokens must have the shape [rows, length], got {list(tokens.shape)}")
     scores = jitted(model, "hard_scores")
     return threshold_for(
         lambda threshold: np.asarray(scores(tokens, None, np.float32(threshold))),
@@ -46,15 +47,16 @@ def calibrate(
 def threshold_for(
     scores: Scores, dms: DMSConfig, target_cr: float, tolerance: float = 0.01, most_runs: int = 12
 ) -> float:
-    """`calibrate`, for rows that `scores` knows how to run.
+    """Do the search of `calibrate` on rows that `scores` runs.
 
-    What a layer forgets changes the logits of the layers above, so each candidate is run. The next one is the threshold that
-    would be right if those logits did not change; when that steps out of what is known to be too low and too high, their middle.
+    Evictions in one layer change the logits of the layers above, so each candidate must be run. The next candidate is
+    the threshold that would be right if the logits did not change. If it lies outside the interval between the
+    thresholds known to be too low and too high, the middle of that interval is tried instead.
     """
     if not target_cr >= 1:
         raise ConfigError(f"target_cr must be >= 1 (1 keeps everything), got {target_cr!r}")
-    low, high, threshold = -WIDEST, WIDEST, 0.0
-    tried: dict[float, float] = {}
+    low, high, threshold = -MAX_THRESHOLD, MAX_THRESHOLD, 0.0
+    tried: dict[float, float] = {}  # threshold -> realised ratio
     for _ in range(most_runs):
         seen = scores(threshold)
         length = seen.shape[-1]
@@ -63,9 +65,9 @@ def threshold_for(
         wanted = round(pairs * (1 - 1 / target_cr))
         if wanted > pool.size * (1 + tolerance):
             highest = realised_cr(math.inf, length, dms.window_size)
-            way_out = f"use longer rows, or target_cr <= {highest:.4g}"
             raise ConfigError(
-                f"rows of {length} tokens under a window of {dms.window_size} reach at most {highest:.4g}; {way_out}"
+                f"target_cr must be at most {highest:.4g} for rows of {length} tokens "
+                f"and a window of {dms.window_size}, got {target_cr:.4g}; use longer rows, or target_cr <= {highest:.4g}"
             )
         tried[threshold] = pairs / (pairs - int(np.sum(pool > threshold)))
         if abs(tried[threshold] / target_cr - 1) <= tolerance:
@@ -78,7 +80,7 @@ def threshold_for(
 
 
 def _between(ordered: np.ndarray, number: int) -> float:
-    """A value that the first `number` of falling values exceed, and the rest do not."""
+    """Return a value that exactly the first `number` of the descending values `ordered` exceed."""
     if number <= 0:
         return float(ordered[0]) + 1.0 if len(ordered) else 0.0
     if number >= len(ordered):

@@ -1,78 +1,74 @@
-"""A conversation in one compact cache: each turn is prefilled after the answer before it, nothing is read twice."""
+"""A conversation in one compact cache: each turn is prefilled after the answer before it, so nothing is read twice."""
 
 import json
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 
-from dms_jax.engine.cache_capacity import round_up
 from dms_jax.engine.prompts import Prompt, check_text, next_turn, with_system
-from dms_jax.engine.session import Cancelled, Engine
+from dms_jax.engine.session import Cancelled, Session
 from dms_jax.errors import ConfigError
 
 COMMANDS = {"/reset": "forget the conversation", "/stats": "speed, compression and memory so far", "/help": "this list"}
-FIRST_CAPACITY = 1024  # slots a conversation begins with; it grows by half, and each growth compiles anew
-NOT_ENDED = -1  # no token id: the last answer was cut off, so its end is still to be given
+FIRST_CAPACITY = 1024  # slots that a conversation starts with; the cache grows by half, and each growth compiles anew
+NOT_ENDED = -1  # an id that no token has: the last answer was cut off, so its end is still to be given
 
 
 class Conversation:
-    """The cache, and what is needed to go on from it."""
+    """A cache and its settings, and how the last answer in it ended."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, session: Session):
+        self.session = session
+        session.tokenizer.chat_text([{"role": "user", "content": "x"}], reply=True)  # fails without a chat template
+        first_tokens = min(session.free_context(None), FIRST_CAPACITY)
+        self.config = session.config_for([0], first_tokens, more_to_come=True)
+        self.cache = session.loaded
         self.turns = 0
-        self.cache = engine.loaded
         self.ended_by: int | None = None
-        engine.tokenizer.chat_text(
-            [{"role": "user", "content": "x"}], reply=True
-        )  # refuses a model without a template at once
-        limit = round_up(engine.room(None))
-        if engine.config.capacity is None:
-            engine.config = _with_capacity(engine.config, min(limit, FIRST_CAPACITY))
 
     def reset(self) -> None:
         self.cache, self.ended_by = None, None
-        self.engine.loaded = None
 
     def say(self, line: str) -> None:
         """Answer one line on stdout. Raises ConfigError and Cancelled, and has then not changed."""
-        engine = self.engine
+        session = self.session
         check_text(Prompt(line, "this line"))
         message = [{"role": "user", "content": line}]
         if self.cache is None:
-            ids = engine.tokenizer.encode_chat(with_system(engine.options.system, message), reply=True)
+            ids = session.tokenizer.encode_chat(with_system(session.options.system, message), reply=True)
         else:
-            ids = next_turn(engine.tokenizer, engine.options.system, message, self.ended_by)
-        room = engine.room(self.cache) - len(ids)
-        if room < 1:
+            ids = next_turn(session.tokenizer, session.options.system, message, self.ended_by)
+        free = session.free_context(self.cache) - len(ids)
+        if free < 1:
             raise ConfigError(
-                f"the conversation has no room for {len(ids)} tokens more within this model's context; /reset starts anew"
+                f"this model's context has no room for {len(ids)} more tokens; /reset starts a new conversation"
             )
-        stream = engine.stream()
+        config = replace(self.config, max_new_tokens=min(free, self.config.max_new_tokens))
+        stream = session.stream()
 
-        def show(rows: list[np.ndarray]) -> None:
-            print(stream.push(engine.shown(rows[0])), end="", flush=True)
+        def show(rows: list[np.ndarray], last: bool = False) -> None:
+            print(stream.push(session.without_end(rows[0]), last), end="\n" if last else "", flush=True)
 
-        with stopping() as stop:
-            result = engine.generate([ids], self.cache, self.turns, show, stop, min(room, engine.config.max_new_tokens))
+        with ctrl_c_asks_to_stop() as stopped:
+            result = session.generate([ids], config, self.cache, first=self.turns, show=show, cancelled=stopped)
+        show(result.tokens, last=True)
         tokens = result.tokens[0]
-        print(stream.push(engine.shown(tokens), last=True), flush=True)
         self.cache, self.turns = result.cache, self.turns + 1
         self.ended_by = int(tokens[-1]) if result.finish_reasons[0] == "stop_id" else NOT_ENDED
-        engine.report.add(len(ids), len(tokens), result.cache, 1, goes_on=True)
+        session.report.add(len(ids), len(tokens), result.cache, 1, same_cache=True)
 
 
-def chat(engine: Engine) -> None:
-    """Read lines until the end of stdin, answer each."""
-    talk, terminal = Conversation(engine), sys.stdin.isatty()
+def chat(session: Session) -> None:
+    """Answer the lines of stdin until it ends."""
+    conversation, terminal = Conversation(session), sys.stdin.isatty()
     if terminal:
-        print(
-            "Ctrl-C stops an answer, Ctrl-D ends; " + ", ".join(f"{name}: {what}" for name, what in COMMANDS.items()),
-            file=sys.stderr,
-        )
-        import readline  # noqa: F401  (gives input() its history and editing)
+        commands = ", ".join(f"{name}: {what}" for name, what in COMMANDS.items())
+        print(f"Ctrl-C stops an answer, Ctrl-D ends; {commands}", file=sys.stderr)
+        import readline  # noqa: F401  # gives input() its history and editing
     while True:
         try:
             line = (input("> ") if terminal else _next_line()).strip()
@@ -84,17 +80,17 @@ def chat(engine: Engine) -> None:
             print("\n(Ctrl-D ends)", file=sys.stderr)
             continue
         if line.startswith("/"):
-            _command(talk, line)
+            _run_command(conversation, line)
         elif line:
             try:
-                talk.say(line)
+                conversation.say(line)
             except Cancelled:
                 print("(stopped)", file=sys.stderr)
             except ConfigError as why:
-                print(f"{' '.join(str(why).split())}", file=sys.stderr)
+                print(" ".join(str(why).split()), file=sys.stderr)
     if terminal:
         print(file=sys.stderr)
-    engine.save(talk.cache)
+    session.save(conversation.cache)
 
 
 def _next_line() -> str:
@@ -104,25 +100,29 @@ def _next_line() -> str:
     return line
 
 
-def _command(talk: Conversation, line: str) -> None:
+def _run_command(conversation: Conversation, line: str) -> None:
+    session = conversation.session
     if line == "/reset":
-        talk.reset()
+        conversation.reset()
     elif line == "/stats":
-        report = talk.engine.report
-        print(json.dumps(report.numbers()) if talk.engine.options.json else report.table(), file=sys.stderr)
+        report = session.report
+        print(json.dumps(report.numbers()) if session.options.json else report.table(), file=sys.stderr)
     else:
         if line != "/help":
-            print(f"unknown command {line.split()[0]}; there are:", file=sys.stderr)
+            print(f"unknown command {line.split()[0]}; the commands are:", file=sys.stderr)
         print("\n".join(f"{name}  {what}" for name, what in COMMANDS.items()), file=sys.stderr)
 
 
 @contextmanager
-def stopping():
-    """While this is open, Ctrl-C makes the yielded function say True, instead of tearing the step under way."""
+def ctrl_c_asks_to_stop() -> Iterator[Callable[[], bool]]:
+    """Make the first Ctrl-C set a flag, which the yielded function returns, instead of interrupting the running step.
+
+    A second one interrupts the program.
+    """
     pressed = []
 
     def remember(*_):
-        if pressed:  # the second time: the user means the program
+        if pressed:
             raise KeyboardInterrupt
         pressed.append(True)
 
@@ -131,9 +131,3 @@ def stopping():
         yield lambda: bool(pressed)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _with_capacity(config, capacity: int):
-    from dataclasses import replace
-
-    return replace(config, capacity=capacity, overflow=config.overflow or "grow")

@@ -1,81 +1,40 @@
-"""What a generation cost: time without compiling, and memory next to that of a dense cache."""
+"""What the prompts of one `generate` command cost: tokens per second without compiling, and memory next to that of a
+dense cache."""
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-
-class Clock:
-    """Seconds of prefill and decode; what went into tracing and compiling is counted apart.
-
-    The device must be idle when a lap ends, as it is when `generate` calls its `watch`: else work of one lap is hidden in the next.
-    """
-
-    def __init__(self):
-        import jax
-
-        self.seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
-        self.compiled: list[tuple[float, float]] = []
-        self.since = time.perf_counter()
-        jax.monitoring.register_event_duration_secs_listener(self._heard)
-
-    def _heard(self, event: str, duration_secs: float, **_) -> None:
-        if event.startswith("/jax/core/compile/"):
-            now = time.perf_counter()
-            self.compiled.append((now - duration_secs, now))
-
-    def start(self) -> None:
-        self.since, self.compiled = time.perf_counter(), []
-
-    def lap(self, phase: str) -> None:
-        """Book the time since the last start or lap."""
-        now = time.perf_counter()
-        compiling = covered(self.compiled, self.since)
-        self.seconds[phase] += max(0.0, now - self.since - compiling)
-        self.seconds["compile"] += compiling
-        self.start()
-
-    def close(self) -> None:
-        import jax
-
-        jax.monitoring.unregister_event_duration_listener(self._heard)
-
-
-def covered(intervals: list[tuple[float, float]], since: float) -> float:
-    """Length of the union of intervals, from `since` on: tracing a function traces those inside it, and both are reported."""
-    total, until = 0.0, since
-    for begin, end in sorted(intervals):
-        total += max(0.0, end - max(begin, until))
-        until = max(until, end)
-    return total
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.engine.stopwatch import Clock
 
 
 @dataclass
 class Report:
     """Sums over all prompts or turns of a command."""
 
-    nominal_cr: float | None  # None: no policy, or not used
+    nominal_cr: float | None  # None: the model has no policy, or it is not used
     clock: Clock
     prompts: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    caches: list[dict] = field(default_factory=list)  # of each batch; of a conversation, the one it has now
+    caches: list[dict] = field(default_factory=list)  # `cache_numbers` of each batch, or of a conversation as it is now
 
-    def add(self, prompt_tokens: int, new_tokens: int, cache, rows: int, goes_on: bool = False) -> None:
+    def add(
+        self, prompt_tokens: int, new_tokens: int, cache: CompactCache, rows: int, same_cache: bool = False
+    ) -> None:
+        """Count a batch, of which the first `rows` rows of `cache` are prompts. `same_cache`: it replaces the last
+        cache that was counted, as the next turn of a conversation does."""
         self.prompts += rows
         self.prefill_tokens += prompt_tokens
         self.decode_tokens += new_tokens
-        self.caches = [*([] if goes_on else self.caches), cache_numbers(cache, rows)]
+        self.caches = [*([] if same_cache else self.caches), cache_numbers(cache, rows)]
 
     def numbers(self) -> dict:
-        """Everything in the table, for `--json`."""
-        seconds = {f"{phase}_s": round(value, 4) for phase, value in self.clock.seconds.items()}
-        rate = lambda tokens, phase: (
-            round(tokens / self.clock.seconds[phase], 2) if self.clock.seconds[phase] > 0 else None
-        )
+        """Return everything in the table, for `--json`."""
+        seconds = self.clock.seconds
         sums = {key: sum(cache[key] for cache in self.caches) for key in ("seen", "rows", "live", "forced_evictions")}
-        most = {
+        largest = {
             key: max((cache[key] for cache in self.caches), default=0)
             for key in ("cache_bytes", "live_bytes", "dense_bytes")
         }
@@ -83,41 +42,50 @@ class Report:
             "prompts": self.prompts,
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
-            **seconds,
-            "prefill_tokens_per_s": rate(self.prefill_tokens, "prefill"),
-            "decode_tokens_per_s": rate(self.decode_tokens, "decode"),
+            **{f"{phase}_s": round(value, 4) for phase, value in seconds.items()},
+            "prefill_tokens_per_s": _rate(self.prefill_tokens, seconds["prefill"]),
+            "decode_tokens_per_s": _rate(self.decode_tokens, seconds["decode"]),
             "realised_cr": round(sums["seen"] / sums["live"], 4) if sums["live"] else 1.0,
             "nominal_cr": self.nominal_cr,
             "tokens_seen_per_row": round(sums["seen"] / max(sums["rows"], 1), 1),
             "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
-            **most,
+            **largest,
             "forced_evictions": sums["forced_evictions"],
         }
 
     def table(self) -> str:
+        """Return the lines that end a command."""
         n = self.numbers()
-        show = lambda value, width, digits: f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
         lines = [f"{'':<10}{'tokens':>9}{'seconds':>10}{'tokens/s':>10}"]
         for phase in ("prefill", "decode"):
-            lines.append(
-                f"{phase:<10}{n[f'{phase}_tokens']:>9}{show(n[f'{phase}_s'], 10, 2)}{show(n[f'{phase}_tokens_per_s'], 10, 1)}"
-            )
-        lines.append(f"{'compile':<10}{'':>9}{show(n['compile_s'], 10, 2)}")
+            rate = n[f"{phase}_tokens_per_s"]
+            rate = "-" if rate is None else f"{rate:.1f}"
+            lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{n[f'{phase}_s']:>10.2f}{rate:>10}")
+        lines.append(f"{'compile':<10}{'':>9}{n['compile_s']:>10.2f}")
         nominal = "dense" if n["nominal_cr"] is None else f"nominal {n['nominal_cr']:g}"
         lines.append(
-            f"live {n['live_pairs_per_head']:g} of {n['tokens_seen_per_row']:g} tokens a row and head: CR {n['realised_cr']:.2f} ({nominal})"
+            f"live pairs per row and head: {n['live_pairs_per_head']:g} for {n['tokens_seen_per_row']:g} tokens, "
+            f"CR {n['realised_cr']:.2f} ({nominal})"
         )
-        size = lambda count: f"{count / 2**20:.1f} MiB"
         lines.append(
-            f"cache {size(n['cache_bytes'])} allocated, {size(n['live_bytes'])} live, {size(n['dense_bytes'])} if dense; "
-            f"forced evictions {n['forced_evictions']}"
+            f"cache: {_mebibytes(n['cache_bytes'])} allocated, {_mebibytes(n['live_bytes'])} live, "
+            f"{_mebibytes(n['dense_bytes'])} if dense; forced evictions {n['forced_evictions']}"
         )
         return "\n".join(lines)
 
 
-def cache_numbers(cache, rows: int) -> dict:
-    """Tokens and live pairs of the first `rows` rows, live pairs as a mean over layers and heads; bytes of keys and values, and
-    of what is allocated for them with all book-keeping."""
+def _rate(tokens: int, seconds: float) -> float | None:
+    return round(tokens / seconds, 2) if seconds > 0 else None
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def cache_numbers(cache: CompactCache, rows: int) -> dict:
+    """Sum the tokens and the live pairs of the first `rows` rows, the latter as a mean over layers and heads; and give
+    the bytes of keys and values that are live, that a dense cache would hold, and that are allocated with all
+    bookkeeping."""
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
     layer = cache.layers[0]
     pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize

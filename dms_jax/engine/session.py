@@ -1,80 +1,47 @@
-"""What the modes of `infer.generate` share: the model, its settings, the clock, and one call of `dms_jax.generate`."""
+"""What the three modes of the `generate` command share: the model, its settings, the costs so far, and one call of
+`dms_jax.generate`."""
 
 import argparse
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dms_jax
-from dms_jax.engine.cache_capacity import context_limit, round_up
+from dms_jax.core.compact_cache import CompactCache, fork
+from dms_jax.engine.cache_capacity import plan_capacity
 from dms_jax.engine.decode_layout import unrolled
-from dms_jax.engine.generation import Progress
-from dms_jax.engine.generation_config import find_stop
-from dms_jax.engine.generation_report import Clock, Report
+from dms_jax.engine.decoding import select_policy
+from dms_jax.engine.generation import Generation, Progress, generate
+from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.generation_report import Report
 from dms_jax.engine.prompts import Encoder
-from dms_jax.engine.text_stream import TextStream
+from dms_jax.engine.stopwatch import Clock
+from dms_jax.engine.text_stream import TextStream, trim_at_stop
 from dms_jax.errors import ConfigError
+from dms_jax.hf.hf_tokenizer import Tokenizer
+from dms_jax.models.decoder import Decoder
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import KeepAll
 
 
 class Cancelled(Exception):
-    """Somebody stopped the prefill; no cache has changed."""
+    """The prefill was stopped by the user; no cache has changed."""
 
 
-class Engine:
-    """The model of one command and the costs so far."""
+@dataclass(frozen=True)
+class Session:
+    """The model of one command and how to generate with it. Only `report` changes: it sums the costs of all calls."""
 
-    def __init__(self, options: argparse.Namespace):
-        self.options = options
-        settings = self._settings()  # wrong numbers are refused before the weights are read
-        dtype = jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-        self.tokenizer = dms_jax.load_tokenizer(options.model)
-        self.model = dms_jax.load(options.model, dtype=dtype, implementation=options.implementation)
-        if options.adapter:
-            self.model = dms_jax.load_adapter(self.model, options.adapter)
-        dms = self.model.config.dms
-        if options.threshold is not None and dms is None:
-            raise ConfigError(
-                f"--threshold has no use: {options.model} has no eviction policy; give a retrofitted folder, or --adapter FILE"
-            )
-        self.stop_ids = () if options.ignore_eos else self.model.config.eos_token_ids
-        self.config = replace(settings, stop_ids=self.stop_ids)
-        self.loaded = self._load_cache() if options.load_cache else None
-        dense = self.loaded.policy == KeepAll() if self.loaded is not None else options.dense
-        jax.block_until_ready(unrolled(self.model))  # lays out the weights: part of loading, not of the first prefill
-        self.report = Report(None if dms is None or dense else dms.target_cr, Clock())
-
-    def _settings(self) -> "dms_jax.GenerationConfig":
-        o = self.options
-        grows = o.capacity is None and (o.chat or o.save_cache)  # more will come than this call knows of
-        return dms_jax.GenerationConfig(
-            max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature,
-            top_k=o.top_k,
-            top_p=o.top_p,
-            min_p=o.min_p,
-            repetition_penalty=o.repetition_penalty,
-            stop_strings=tuple(o.stop),
-            seed=o.seed,
-            capacity=parse_capacity(o.capacity),
-            overflow=o.overflow or ("grow" if grows else None),
-            chunk_size=o.chunk_size,
-            threshold=o.threshold or 0.0,
-            dense=o.dense,
-        )
-
-    def _load_cache(self):
-        cache = dms_jax.load_cache(self.model, self.options.load_cache)
-        if cache.batch_size != 1:
-            raise ConfigError(
-                f"{self.options.load_cache} holds {cache.batch_size} rows, this command goes on from one; use dms_jax.load_cache in Python"
-            )
-        if int(cache.seen[0]) == 0:
-            raise ConfigError(f"{self.options.load_cache} holds an empty cache; leave --load-cache out")
-        return replace(cache, overflow=self.options.overflow) if self.options.overflow else cache
+    options: argparse.Namespace
+    config: GenerationConfig
+    model: Decoder
+    tokenizer: Tokenizer
+    loaded: CompactCache | None  # of --load-cache
+    report: Report
 
     def encoder(self) -> Encoder:
         return Encoder(self.tokenizer, self.options.system, self.options.as_chat, continues=self.loaded is not None)
@@ -82,58 +49,63 @@ class Engine:
     def stream(self) -> TextStream:
         return TextStream(self.tokenizer.decode, self.options.stop)
 
-    def shown(self, tokens: np.ndarray) -> np.ndarray:
-        """Tokens without the end-of-text that closes them."""
-        return tokens[:-1] if tokens.size and int(tokens[-1]) in self.stop_ids else tokens
+    def without_end(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the tokens without a stop id at their end."""
+        return tokens[:-1] if tokens.size and int(tokens[-1]) in (self.config.stop_ids or ()) else tokens
 
-    def room(self, cache) -> int:
-        """Tokens that the model's context still takes."""
-        return context_limit(self.model.config)[0] - (0 if cache is None else int(np.max(cache.seen)))
+    def free_context(self, cache: CompactCache | None) -> int:
+        """Return how many more tokens the model's context takes."""
+        return self.model.config.context_limit()[0] - (0 if cache is None else int(np.max(cache.seen)))
 
-    def refuse_too_long(self, ids: list[np.ndarray], where: list[str]) -> None:
-        """Before the first prompt runs: name the first one that cannot."""
-        room = self.room(self.loaded) - self.config.max_new_tokens
-        for row, name in zip(ids, where, strict=True):
-            if len(row) > room:
+    def start_from_loaded(self, rows: int) -> CompactCache | None:
+        """Return a copy of the loaded cache for each of `rows` prompts; None without --load-cache."""
+        return None if self.loaded is None else fork(self.loaded, rows)
+
+    def config_for(
+        self, prompt_lengths: Sequence[int], new_tokens: int | None = None, more_to_come: bool = False
+    ) -> GenerationConfig:
+        """Return the settings with the capacity of a cache for any of these prompts, see `plan_capacity`."""
+        config = self.config
+        policy = select_policy(self.model.config, config.policy, config.dense)
+        new_tokens = config.max_new_tokens if new_tokens is None else new_tokens
+        capacity, overflow = plan_capacity(
+            config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
+        )
+        return replace(config, capacity=capacity, overflow=overflow)
+
+    def check_lengths(self, rows: Sequence[np.ndarray], where: Sequence[str]) -> None:
+        """Name the first prompt that is too long, before any prompt runs."""
+        limit = self.free_context(self.loaded) - self.config.max_new_tokens
+        for row, name in zip(rows, where, strict=True):
+            if len(row) > limit:
                 raise ConfigError(
-                    f"{name}: {len(row)} tokens are {len(row) - room} too many for this model's context together with "
-                    f"--max-new-tokens {self.config.max_new_tokens}"
+                    f"{name}: a prompt must have at most {limit} tokens to fit into this model's context with "
+                    f"--max-new-tokens {self.config.max_new_tokens}, got {len(row)}; shorten it by {len(row) - limit}"
                 )
-        if (
-            self.config.capacity is None and self.config.overflow != "grow"
-        ):  # one capacity for all: another one is compiled anew
-            self.config = replace(self.config, capacity=round_up(max(map(len, ids)) + self.config.max_new_tokens))
 
     def generate(
         self,
-        rows: list[np.ndarray],
-        cache=None,
+        rows: Sequence[np.ndarray],
+        config: GenerationConfig,
+        cache: CompactCache | None = None,
+        *,
         first: int = 0,
-        show=None,
-        cancelled=lambda: False,
-        max_new_tokens: int | None = None,
-    ):
-        """Continue `rows`; row i draws with seed + first + i. `show` gets the tokens so far, `cancelled` is asked when to stop.
+        show: Callable[[list[np.ndarray]], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Generation:
+        """Continue `rows`; row i draws with seed + first + i. `show` gets the tokens so far, `cancelled` says when to
+        stop.
 
-        Raises ConfigError; Cancelled when that happens before the first token.
+        Raises ConfigError; and Cancelled, when the user stops it before the first token.
         """
         seeds = tuple((self.options.seed + first + i) % 2**32 for i in range(len(rows)))
-        config = replace(self.config, seed=seeds, max_new_tokens=max_new_tokens or self.config.max_new_tokens)
-        if cache is None and self.loaded is not None:
-            cache = dms_jax.fork(self.loaded, len(rows))
-        elif cache is None and self.options.save_cache and config.capacity is None:
-            config = replace(
-                config, capacity=round_up(len(rows[0]) + config.max_new_tokens)
-            )  # enough at once, and free to grow later
-        total, live, clock = max(map(len, rows)), sys.stderr.isatty(), self.report.clock
+        total, terminal, clock = max(map(len, rows)), sys.stderr.isatty(), self.report.clock
 
         def watch(progress: Progress) -> bool:
             clock.lap("prefill" if progress.tokens is None else "decode")
             if progress.tokens is None:
-                if live and total > progress.prefilled:
-                    print(f"\rreading {progress.prefilled} of {total} tokens", end="", file=sys.stderr, flush=True)
-                elif live:
-                    print("\r\033[K", end="", file=sys.stderr, flush=True)
+                if terminal:
+                    _show_prefill(progress.prefilled, total)
                 if cancelled():
                     raise Cancelled
             elif show is not None:
@@ -142,37 +114,95 @@ class Engine:
             return cancelled()
 
         clock.start()
-        return dms_jax.generate(self.model, rows, config, tokenizer=self.tokenizer, cache=cache, watch=watch)
+        config = replace(config, seed=seeds)
+        return generate(self.model, rows, config, tokenizer=self.tokenizer, cache=cache, watch=watch)
 
-    def row(self, result, index: int, ids: np.ndarray) -> dict:
-        """What there is to say about one row."""
-        tokens = self.shown(result.tokens[index])
-        text = self.tokenizer.decode(tokens)
+    def record(self, result: Generation, index: int, ids: np.ndarray) -> dict:
+        """Return what `--json` and `--prompts` write about one row."""
+        tokens = result.tokens[index]
         return {
-            "text": text[: find_stop(text, self.options.stop)],
+            "text": trim_at_stop(self.tokenizer.decode(self.without_end(tokens)), self.options.stop),
             "finish_reason": result.finish_reasons[index],
             "prompt_tokens": len(ids),
-            "new_tokens": len(result.tokens[index]),
-            "tokens": result.tokens[index].tolist(),
+            "new_tokens": len(tokens),
+            "tokens": tokens.tolist(),
             "live_pairs": round(float(result.live_pairs[index]), 2),
             "realised_cr": round(float(result.realised_cr[index]), 4),
             "forced_evictions": int(result.forced_evictions[index]),
         }
 
-    def save(self, cache) -> None:
+    def save(self, cache: CompactCache | None) -> None:
+        """Write the cache where --save-cache says, if it is given and there is one."""
         if self.options.save_cache and cache is not None:
             dms_jax.save_cache(self.model, cache, self.options.save_cache, overwrite=self.options.overwrite)
 
 
+def open_session(options: argparse.Namespace) -> Session:
+    """Load the model, the tokenizer and the cache that the options of the command name."""
+    config = settings(options)  # wrong numbers are refused before the weights are read
+    dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
+    tokenizer = dms_jax.load_tokenizer(options.model)
+    model = dms_jax.load(options.model, dtype=dtype, implementation=options.implementation)
+    if options.adapter:
+        model = dms_jax.load_adapter(model, options.adapter)
+    dms = model.config.dms
+    if options.threshold is not None and dms is None:
+        raise ConfigError(
+            f"--threshold must not be given for {options.model}, which has no eviction policy; "
+            "give a retrofitted folder, or --adapter FILE"
+        )
+    config = replace(config, stop_ids=() if options.ignore_eos else model.config.eos_token_ids)
+    loaded = _load_cache(model, options)
+    dense = options.dense if loaded is None else loaded.policy == KeepAll()
+    jax.block_until_ready(unrolled(model))  # lays out the weights: part of loading, not of the first prefill
+    return Session(
+        options, config, model, tokenizer, loaded, Report(None if dms is None or dense else dms.target_cr, Clock())
+    )
+
+
+def settings(options: argparse.Namespace) -> GenerationConfig:
+    """Return the settings in the options of the command: those of the same name, and three that are not."""
+    given = {field.name: getattr(options, field.name) for field in fields(GenerationConfig) if field.name in options}
+    return GenerationConfig(
+        **given
+        | {
+            "stop_strings": tuple(options.stop),
+            "capacity": parse_capacity(options.capacity),
+            "threshold": 0.0 if options.threshold is None else options.threshold,
+        }
+    )
+
+
 def parse_capacity(text: str | None) -> int | tuple[int, ...] | None:
+    """Parse --capacity: one number, or one for each layer."""
     if text is None:
         return None
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
         raise ConfigError(
-            f"--capacity wants a whole number, or one per layer with commas between; got {text!r}"
-        ) from None
-    if bad := [n for n in numbers if n < 1]:
-        raise ConfigError(f"--capacity must be at least 1, got {bad[0]}")
+            f"--capacity must be a whole number >= 1, or one for each layer with commas between, got {text!r}"
+        )
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+def _load_cache(model: Decoder, options: argparse.Namespace) -> CompactCache | None:
+    if not options.load_cache:
+        return None
+    cache = dms_jax.load_cache(model, options.load_cache)
+    if cache.batch_size != 1:
+        raise ConfigError(
+            f"--load-cache must name a cache of one row, got {cache.batch_size} rows in {options.load_cache}; "
+            "use dms_jax.load_cache in Python"
+        )
+    if int(cache.seen[0]) == 0:
+        raise ConfigError(f"--load-cache must name a cache with tokens, got an empty one in {options.load_cache}")
+    return replace(cache, overflow=options.overflow) if options.overflow else cache
+
+
+def _show_prefill(done: int, total: int) -> None:
+    """Overwrite one line of the terminal; clear it at the end."""
+    line = f"\rreading {done} of {total} tokens" if done < total else "\r\033[K"
+    print(line, end="", file=sys.stderr, flush=True)

@@ -1,48 +1,51 @@
-"""Text from tokens that come a few at a time."""
+"""Text of tokens that come a few at a time, and the strings at which it stops."""
 
 from collections.abc import Sequence
 
-from dms_jax.engine.generation_config import find_stop
+REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not a whole character, or not yet
 
-REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no whole character, or not yet
+
+def find_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Return where the first stop string begins; None if the text has none."""
+    return min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+
+
+def trim_at_stop(text: str, stops: Sequence[str]) -> str:
+    """Return the text before its first stop string."""
+    return text[: find_stop(text, stops)]
 
 
 class TextStream:
-    """Turns the growing tokens of a row into pieces of text that, joined, are the text of all of them.
+    """Turns the growing tokens of a row into pieces of text which, joined, are the text of all tokens.
 
-    A piece ends with a whole character: bytes of one that is still coming wait for the rest. With stop strings, whatever may
-    become one waits too, and nothing from the first one on comes out.
+    A piece ends with a whole character: the bytes of an incomplete one wait for the rest. With stop strings, text that
+    may turn out to be the beginning of one waits too, and nothing from the first stop string on is ever returned.
     """
 
     def __init__(self, decode, stops: Sequence[str] = ()):
         self.decode, self.stops = decode, tuple(stops)
-        self.read, self.context = (
-            0,
-            0,
-        )  # tokens turned into text; where the last piece began, without which a next one may lack its space
+        self.num_read = 0  # tokens that are text already
+        self.context = 0  # where the previous piece began; decoded again, because a tokenizer may drop a leading space
         self.waiting, self.stopped = "", False
 
     def push(self, tokens, last: bool = False) -> str:
-        """The new text of all `tokens` so far; `last` lets go of what still waits."""
+        """Return the new text, given all `tokens` of the row so far; `last` also returns what still waits."""
         if self.stopped:
             return ""
-        before, now = self.decode(tokens[self.context : self.read]), self.decode(tokens[self.context :])
+        before, now = self.decode(tokens[self.context : self.num_read]), self.decode(tokens[self.context :])
         if last or not now.endswith(REPLACEMENT):
             self.waiting += now[len(before) :]
-            if len(tokens) > self.read:
-                self.context, self.read = self.read, len(tokens)
-        cut = find_stop(self.waiting, self.stops)
-        if cut is not None:
-            self.stopped, ready = True, self.waiting[:cut]
-        else:
-            held = 0 if last else _held(self.waiting, self.stops)
-            ready, self.waiting = self.waiting[: len(self.waiting) - held], self.waiting[len(self.waiting) - held :]
-        return ready
+            if len(tokens) > self.num_read:
+                self.context, self.num_read = self.num_read, len(tokens)
+        if find_stop(self.waiting, self.stops) is not None:
+            self.stopped = True
+            return trim_at_stop(self.waiting, self.stops)
+        ready = len(self.waiting) - (0 if last else _partial_stop(self.waiting, self.stops))
+        text, self.waiting = self.waiting[:ready], self.waiting[ready:]
+        return text
 
 
-def _held(text: str, stops: Sequence[str]) -> int:
-    """The length of the longest end of `text` with which a stop string begins."""
-    longest = max(map(len, stops), default=1) - 1
-    return next(
-        (n for n in range(min(longest, len(text)), 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0
-    )
+def _partial_stop(text: str, stops: Sequence[str]) -> int:
+    """Return the length of the longest end of `text` with which a stop string begins."""
+    longest = min(max(map(len, stops), default=1) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

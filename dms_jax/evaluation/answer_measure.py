@@ -13,10 +13,10 @@ import numpy as np
 
 import dms_jax
 from dms_jax.core.sampling import token_logprobs
-from dms_jax.engine.cache_capacity import context_limit, round_up
+from dms_jax.engine.cache_capacity import round_up
 from dms_jax.engine.decoding import init_cache, prefill
-from dms_jax.engine.generation_config import find_stop
-from dms_jax.engine.generation_report import Clock
+from dms_jax.engine.stopwatch import Clock
+from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.arms import PROMPT, Arm, Setting, Settings
 from dms_jax.evaluation.results import ResultsFile, problem_of
@@ -73,7 +73,7 @@ class AnswerMeasure:
     def groups(self, task: Task, problems: list[Problem]) -> list[Group]:
         """By prompt length where the task has it, else all together. Raises ConfigError for prompts beyond the model's context."""
         prompts = [self._ids(problem) for problem in problems]
-        limit = context_limit(self.model.config)[0]
+        limit = self.model.config.context_limit()[0]
         found = []
         for label in dict.fromkeys(problem.groups.get("length", "") for problem in problems):
             chosen = [i for i, problem in enumerate(problems) if problem.groups.get("length", "") == label]
@@ -181,8 +181,7 @@ class AnswerMeasure:
         for b, problem in enumerate(problems):
             for chain in range(chains):
                 i = b * chains + chain
-                text = self.tokenizer.decode(self._shown(out.tokens[i]))
-                text = text[: find_stop(text, problem.stop_strings)]
+                text = trim_at_stop(self.tokenizer.decode(self._shown(out.tokens[i])), problem.stop_strings)
                 peak = max(len(rows[b]), out.live_pairs[i]) if arm.policy.startswith(PROMPT) else out.live_pairs[i]
                 records.append(
                     {

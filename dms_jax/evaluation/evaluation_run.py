@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 import dms_jax
 from dms_jax.commands.option_values import numbers
-from dms_jax.engine.cache_capacity import context_limit
 from dms_jax.engine.decoding import check_ids
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.answer_measure import AnswerMeasure, Group, Sampling
@@ -59,7 +58,7 @@ class EvaluationRun:
         check_learned(self.model, (arm.policy for arm in self.arms), options.model)
         if options.chunk > (page := Quest.page_size) and (quest := [arm for arm in self.arms if arm.policy == "quest"]):
             raise ConfigError(f"{quest[0]} chooses pages in chunks of at most a page; use --chunk {page} or less")
-        limit, name = context_limit(self.model.config)
+        limit, name = self.model.config.context_limit()
         if texts and options.length > limit:
             raise ConfigError(
                 f"--length {options.length} is beyond this model's {name} of {limit}; use --length {limit // options.chunk * options.chunk}"

@@ -4,7 +4,6 @@ Every policy runs as in decoding, at its budget from the first token to the last
 model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1 pairs more.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -56,7 +55,7 @@ def online_rows(
     metrics, live, cache = _online(
         unrolled(model), cache, jnp.asarray(tokens), dense_hidden, jnp.float32(threshold), chunk
     )
-    return OnlineRows(jax.tree.map(np.asarray, metrics), np.asarray(live), replace(cache, bounds=None))
+    return OnlineRows(jax.tree.map(np.asarray, metrics), np.asarray(live), cache)
 
 
 @partial(jax.jit, static_argnames="chunk")
@@ -74,13 +73,10 @@ def _online(
     def one(cache, part):
         ids, dense, following = part
         hidden, cache = model.extend(cache, ids, jnp.full(rows, chunk), threshold)
-        cache = replace(cache, bounds=None)
         live = jnp.mean(cache.live_counts.astype(jnp.float32), axis=(0, 2))
         return cache, (token_metrics(hidden, dense, model.head, model.head, following), live)
 
-    cache, (metrics, live) = jax.lax.scan(
-        one, replace(cache, bounds=None), tuple(map(chunks, (tokens, dense_hidden, next_tokens(tokens))))
-    )
+    cache, (metrics, live) = jax.lax.scan(one, cache, tuple(map(chunks, (tokens, dense_hidden, next_tokens(tokens)))))
     return jax.tree.map(whole, metrics), live.T, cache
 
 

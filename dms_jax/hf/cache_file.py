@@ -7,7 +7,8 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.core.compact_cache import OVERFLOWS, CompactCache, LayerCache
+from dms_jax.config import OVERFLOWS
+from dms_jax.core.compact_cache import CompactCache, LayerCache
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json
 from dms_jax.hf.dms_keys import dms_keys

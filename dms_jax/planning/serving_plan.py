@@ -64,11 +64,7 @@ def serving_plan(
     Raises ConfigError for a context beyond the model's and for memory that does not hold the weights.
     """
     data, model = mesh[0], math.prod(mesh[1:])
-    limit = (
-        config.max_position_embeddings
-        if config.sliding_window is None
-        else min(config.max_position_embeddings, config.sliding_window)
-    )
+    limit, _ = config.context_limit()
     if context > limit:
         raise ConfigError(f"--context {context} is beyond this model's context of {limit}")
     chip = hardware.chip

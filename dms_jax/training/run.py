@@ -55,10 +55,9 @@ class Run:
         c = self.config
         path = resolve(c.model or default_assets.default_model(c.data.cache_dir))
         base = open_source(path)[1]
-        if c.length > base.max_position_embeddings:
-            raise ConfigError(
-                f"length {c.length} exceeds the model's max_position_embeddings of {base.max_position_embeddings}; use length <= that"
-            )
+        limit, name = base.context_limit()
+        if c.length > limit:
+            raise ConfigError(f"length {c.length} exceeds the model's {name} of {limit}; use length <= {limit}")
         dms = c.trained_dms
         if base.dms is not None:
             dms = dataclasses.replace(base.dms, window_size=dms.window_size, target_cr=dms.target_cr, tau=dms.tau)

@@ -1,4 +1,4 @@
-"""The project's central test: mask path = one-shot prefill = every chunking = decode = any interleaving of them."""
+"""The project's central test: mask path = one-shot prefill = prefill in chunks = decoding = any interleaving of them."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.engine import decoding, generation
+from dms_jax.engine import decode_loop, decoding
 
 ROWS, LENGTH = 3, 40
 
@@ -56,7 +56,7 @@ MODELS = {
 
 @functools.cache
 def build(name):
-    """The model; its mask path, jitted once: (rows [3, 40], threshold) -> (logits, decisions [L 3 K 40])."""
+    """Return a model and its mask path, jitted once: (rows [3, 40], threshold) -> (logits, decisions [L 3 K 40])."""
     dms, fields = MODELS[name]
     model = tiny_model(dms, 3, num_layers=2, **fields)
     if dms is None or name == "policy ignored":
@@ -66,7 +66,7 @@ def build(name):
 
 
 def poisoned(cache: CompactCache) -> CompactCache:
-    """NaN in the keys and values of every slot that is not live."""
+    """Write NaN into the keys and values of every slot that is not live."""
     layers = []
     for layer in cache.layers:
         dead = (layer.expiry < cache.seen[:, None, None] - 1)[..., None]
@@ -80,7 +80,7 @@ poisoned_jit = jax.jit(poisoned)
 
 
 def padded_chunk(rng, ids, seen, count):
-    """Rows of a chunk, padded left, right or, with a mask, on both sides; padding holds ids that no vocabulary has."""
+    """Return rows of a chunk, padded left, right or, with a mask, on both sides. Padding holds ids that no vocabulary has."""
     width = max(int(count.max()) + int(rng.integers(0, 3)), 1)
     style = rng.choice(["right", "left", "mask"])
     offset = {"right": np.zeros(ROWS, int), "left": width - count, "mask": rng.integers(0, width - count + 1)}[style]
@@ -93,7 +93,7 @@ def padded_chunk(rng, ids, seen, count):
 
 
 def check(name: str, seed: int, operations: list[str]):
-    """Random ragged rows through a random interleaving; every logit and every live count against the mask path."""
+    """Run random ragged rows through a random interleaving; compare every logit and live count with the mask path."""
     rng = np.random.default_rng(seed)
     model, hard = build(name)
     ids, threshold = tokens(rng, ROWS, LENGTH), float(rng.choice([0.0, -5.0, 5.0]))
@@ -173,7 +173,7 @@ OPERATIONS = st.lists(
 
 @pytest.mark.parametrize("cases", [15, pytest.param(150, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_path_is_the_mask_path(name, cases):
+def test_every_path_equals_the_mask_path(name, cases):
     @settings(max_examples=cases, deadline=None)
     @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
     def run(seed, operations):
@@ -182,7 +182,7 @@ def test_every_path_is_the_mask_path(name, cases):
     run()
 
 
-def test_the_models_of_the_central_test_do_evict(rng):
+def test_models_of_the_central_test_evict(rng):
     ids = tokens(rng, ROWS, LENGTH)
     for name, (dms, _) in MODELS.items():
         if dms is not None and name != "policy ignored":
@@ -191,7 +191,7 @@ def test_the_models_of_the_central_test_do_evict(rng):
 
 @pytest.mark.parametrize("name", GOLDEN_DMS)
 @pytest.mark.parametrize("chunk_size", [None, 13])
-def test_golden_prefill_and_decode(name, chunk_size):
+def test_prefill_and_decode_match_the_golden_vectors(name, chunk_size):
     model, want = golden_reference(f"qwen3_dms_{name}")
     ids, cache = np.asarray(want["input_ids"]), dms_jax.init_cache(model, 2, 64)
     logits, cache = dms_jax.prefill(model, cache, ids[:, :GOLDEN_PROMPT], chunk_size=chunk_size)
@@ -206,7 +206,7 @@ def test_golden_prefill_and_decode(name, chunk_size):
 
 
 @pytest.mark.parametrize("dense", [True, False])
-def test_without_eviction_everything_is_dense(rng, dense):
+def test_cache_without_eviction_equals_the_dense_model(rng, dense):
     model = tiny_model(policy(4) if dense else DMSConfig(window_size=4, evict_logit_bias=1e4), 3)
     ids = tokens(rng, 2, 40)
     cache = dms_jax.init_cache(model, 2, 40, dense=dense)
@@ -221,7 +221,7 @@ def test_without_eviction_everything_is_dense(rng, dense):
     assert dms_jax.compression_ratio(cache) == 1.0
 
 
-def test_forks_go_their_own_ways(rng):
+def test_forks_are_independent(rng):
     model, ids = build("w1")[0], tokens(rng, 1, 12)
     _, prompt = dms_jax.prefill(model, dms_jax.init_cache(model, 1, 40), ids)
     chains, tails = dms_jax.fork(prompt, ROWS), tokens(rng, ROWS, 5)
@@ -232,7 +232,7 @@ def test_forks_go_their_own_ways(rng):
     assert not np.allclose(logits[0], logits[1], atol=1e-3)
 
 
-def test_a_cache_may_be_used_twice_unless_it_was_given_away(rng):
+def test_cache_stays_usable_unless_it_is_donated(rng):
     model, ids = build("w1")[0], tokens(rng, 1, 12)
     cache = dms_jax.init_cache(model, 1, 40)
     first, after = dms_jax.prefill(model, cache, ids)
@@ -243,7 +243,7 @@ def test_a_cache_may_be_used_twice_unless_it_was_given_away(rng):
         dms_jax.decode_step(model, after, ids[:, 0])
 
 
-def test_weights_changed_in_place_are_used(rng):
+def test_weights_changed_in_place_take_effect(rng):
     model, ids = tiny_model(policy(1), 3, num_layers=2), tokens(rng, 1, 8)
     before, _ = dms_jax.prefill(model, dms_jax.init_cache(model, 1, 16), ids)
     model.layers.attention.v[...] = model.layers.attention.v[...] * 1.5
@@ -252,7 +252,7 @@ def test_weights_changed_in_place_are_used(rng):
     np.testing.assert_allclose(after, model.hard(ids)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_no_length_and_no_number_compiles_again(rng):
+def test_programs_are_reused_for_any_length_and_threshold(rng):
     model = tiny_model(policy(2), 3, num_layers=1)
     cache = dms_jax.init_cache(model, 2, 64)
 
@@ -274,8 +274,8 @@ def test_no_length_and_no_number_compiles_again(rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dms", "tova:40"])
-def test_ten_thousand_steps_take_no_memory_and_compile_nothing(rng, kind):
-    """Ten times a thousand generated tokens: the arrays that live, their bytes, and the programs stay as they were."""
+def test_memory_and_programs_stay_constant_over_ten_thousand_steps(rng, kind):
+    """Generate a thousand tokens ten times: live arrays, their bytes and the number of programs stay constant."""
     model = tiny_model(policy(8), 3, num_layers=2, max_position_embeddings=20_000)
     config = dms_jax.GenerationConfig(max_new_tokens=1000, stop_ids=(), temperature=1.0)
     # Random decisions keep about half of all pairs for good, so the buffer is full after 500 steps and the rest are forced out.
@@ -288,7 +288,7 @@ def test_ten_thousand_steps_take_no_memory_and_compile_nothing(rng, kind):
         gc.collect()
         arrays = [x.nbytes for x in jax.live_arrays()]  # not the arrays themselves: they would live on
         sizes.append(
-            (len(arrays), sum(arrays), cache.bytes, generation.num_loop_compilations(), decoding.num_compilations())
+            (len(arrays), sum(arrays), cache.bytes, decode_loop.num_loop_compilations(), decoding.num_compilations())
         )
     assert int(cache.seen[0]) == 10 * 1001 and sizes[1:] == sizes[1:2] * 9
     live = np.asarray(cache.live_counts)
@@ -296,8 +296,8 @@ def test_ten_thousand_steps_take_no_memory_and_compile_nothing(rng, kind):
     assert (np.asarray(cache.forced_evictions) > 1000).any() == (kind == "dms")
 
 
-def test_a_step_copies_no_buffer_and_a_chunk_at_most_twice():
-    """Temporary memory of the compiled programs, as the capacity grows: a decode step writes keys and values in place."""
+def test_compiled_step_copies_no_buffer_and_chunk_at_most_two():
+    """A decode step writes keys and values in place, so its temporary memory does not grow with the capacity."""
     model = tiny_model(policy(2), 3, num_layers=1, head_dim=64)
     runner, slots = decoding.unrolled(model), 4096 * TINY.num_kv_heads
 
@@ -309,5 +309,9 @@ def test_a_step_copies_no_buffer_and_a_chunk_at_most_twice():
         )
 
     keys = slots * 64 * 4
-    assert temporary(1, 4096) < keys / 2, "less than a copy of the keys, for all the book-keeping of the slots"
-    assert temporary(16, 4096) - temporary(16, 64) < 2.5 * keys, "a copy of keys and of values, per chunk"
+    assert temporary(1, 4096) < keys / 2, (
+        "must be less than one copy of the keys; the bookkeeping of the slots needs some"
+    )
+    assert temporary(16, 4096) - temporary(16, 64) < 2.5 * keys, (
+        "must be at most one copy of the keys and one of the values"
+    )

@@ -1,4 +1,4 @@
-"""Prefill and decode under a mesh: what one device computes, with each device deciding about its own rows and heads."""
+"""Prefill and decoding on a mesh equal those on one device; each device decides about its own rows and heads."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def mesh_of(data, model):
 
 
 def run(model, ids, lengths) -> tuple[list, CompactCache]:
-    """A ragged prompt in two calls, chunked, then four tokens."""
+    """Prefill a ragged prompt in two calls, the first in chunks, then decode four tokens."""
     cache = dms_jax.init_cache(model, len(ids), 16)
     first, cache = dms_jax.prefill(model, cache, ids[:, :20], np.minimum(lengths, 20), chunk_size=7)
     second, cache = dms_jax.prefill(model, cache, ids[:, 20:30], np.maximum(lengths - 20, 0), last_only=True)
@@ -38,19 +38,19 @@ DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
 @pytest.mark.parametrize(
     ("data", "model_axis", "kv_heads", "dms"), [(4, 2, 4, DMS), (1, 8, 8, DMS), (2, 4, 3, DMS), (4, 2, 4, None)]
 )
-def test_a_mesh_changes_nothing(rng, data, model_axis, kv_heads, dms):
+def test_mesh_does_not_change_results(rng, data, model_axis, kv_heads, dms):
     model = tiny_model(dms, 3, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
-    # No token twice in a row: in the first layer both would have one score, and which of them is forced out would be a matter of rounding.
+    # No row has a token twice: in the first layer both would have the same score, and rounding would decide which is forced out.
     ids = np.stack([rng.permutation(model.config.vocab_size)[:34] for _ in range(8)]).astype(np.int32)
     lengths = np.array([30, 5, 20, 21, 13, 30, 1, 27])
-    if dms is None:  # nothing leaves a buffer of 16
+    if dms is None:  # nothing leaves the 16 slots
         lengths = np.minimum(lengths, 8)
     wanted, cache = run(model, ids, lengths)
     mesh = mesh_of(data, model_axis)
     template = ModelStructure(model)
     params = flatten(model)
     placed = jax.device_put(params, template.shardings(list(params), mesh))
-    actual, sharded = run(template.build(placed), ids, lengths)  # in the mesh of its weights, nobody sets one
+    actual, sharded = run(template.build(placed), ids, lengths)  # runs on the mesh of its weights
     assert len(sharded.layers[0].k.sharding.device_set) == data * model_axis
     for ours, theirs in zip(actual, wanted, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -61,12 +61,12 @@ def test_a_mesh_changes_nothing(rng, data, model_axis, kv_heads, dms):
 
 
 @pytest.mark.parametrize("length", [1, 16])
-def test_attention_over_a_sharded_cache_communicates_nothing(length):
+def test_sharded_attention_needs_no_communication(length):
     config = tiny_model(DMSConfig(window_size=4)).config
     mesh = mesh_of(1, 4)
     cache = abstract_cache(config, 2, 32, mesh, dtype=jnp.float32)
     program = lower_extend(config, cache, mesh, length, jnp.float32).compile()
     text = program.as_text()
-    # An all-reduce after attention and after the MLP of each layer, and one for the embedding, whose vocabulary of 97 is not split.
+    # One all-reduce after attention and one after the MLP of each layer. The vocabulary of 97 is not split, so it needs none.
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 2 * config.num_layers
     assert not any(f" {kind}(" in text for kind in ("all-gather", "collective-permute", "all-to-all", "reduce-scatter"))

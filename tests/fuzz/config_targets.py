@@ -11,6 +11,7 @@ from fuzz.fuzz_case import Target
 from fuzz.model_targets import typed
 from fuzz.mutations import HUGE, change_value, damage, nested, odd_value, replace_file, rewrite
 
+from dms_jax.engine.decode_loop import sampling_of
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
 from dms_jax.policies import policy_of
@@ -293,7 +294,7 @@ def mutate_generation(rng: random.Random, folder: Path) -> str:
 def read_generation(folder: Path) -> dict:
     raw = json.loads((folder / "generation.json").read_text())
     config = GenerationConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
-    assert config.mode and config.numbers
+    assert sampling_of(config)
     policy_of(TINY, config.policy)
     if config.overflow not in (None, "evict"):
         raise ConfigError("overflow")  # read elsewhere

@@ -332,7 +332,7 @@ def read_report(folder: Path) -> Any:
 
 def meant_results(folder: Path) -> Any:
     """The whole lines, each once."""
-    lines = (folder / RESULTS).read_bytes().decode().split("\n")[:-1]
+    lines = (folder / RESULTS).read_bytes().decode().removeprefix("\ufeff").split("\n")[:-1]
     found = [oracles.strict_json(line.encode()) for line in lines]
     assert "header" in found[0]
     return repr(

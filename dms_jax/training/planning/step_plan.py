@@ -75,11 +75,9 @@ class Setting:
 
     def problem(self) -> str | None:
         """Why this cannot be run at all; None when it can."""
-        limit = self.config.max_position_embeddings
+        limit, name = self.config.context_limit()
         if self.length > limit:
-            return f"length {self.length} exceeds the model's max_position_embeddings of {limit}; use length <= that"
-        if self.config.sliding_window is not None and self.length > self.config.sliding_window:
-            return f"length {self.length} exceeds the model's own sliding_window of {self.config.sliding_window}; use length <= that"
+            return f"length {self.length} exceeds the model's {name} of {limit}; use length <= {limit}"
         if self.length % self.split.context:
             return f"length {self.length} must be a multiple of {self.split.context}: the mesh splits each row into as many parts"
         least = self.split.data * self.accumulate

@@ -1,0 +1,181 @@
+"""The decode loop: one jitted program that samples and appends until every row has stopped, run in segments.
+
+A segment ends where the host has to look: at the text for stop strings, at the room in a cache that grows, or to report
+progress. A segment that ran past a stop string is run again from the cache before it, with the limit known, so that the
+cache holds exactly the tokens that are returned.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.sampling import SamplingMode, SamplingNumbers, sample, token_logprobs
+from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
+from dms_jax.engine.decode_layout import UnrolledDecoder
+from dms_jax.engine.decoding import extend_rows
+from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.text_stream import find_stop
+from dms_jax.hf.hf_tokenizer import Tokenizer
+from dms_jax.sharding import mesh_of
+
+SEGMENT = 16  # tokens between two looks of the host, when it has to look
+WATCHED_SEGMENT = 4  # tokens between two calls of `watch`: text appears smoothly, and the loop is rarely left
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DecodeState:
+    """What the loop carries from token to token."""
+
+    cache: CompactCache
+    logits: Float[Array, "B V"]  # after the last token
+    seen_tokens: Bool[Array, "B V"] | None  # ids in prompt or answer, for the repetition penalty; None: it is off
+    num_generated: Int[Array, "B"]
+    tokens: Int[Array, "B M"]
+    logprobs: Float[Array, "B M"]
+    stopped: Bool[Array, "B"]  # at a stop id
+    keys: Array  # [B]
+    pairs_read: Float[Array, "B"]  # summed over the generated tokens, mean over layers and heads
+
+
+def generated_tokens(state: DecodeState) -> list[np.ndarray]:
+    """Return the tokens of each row so far, as copies: the loop may reuse its arrays."""
+    rows = zip(np.asarray(state.tokens), np.asarray(state.num_generated), strict=True)
+    return [row[:number].copy() for row, number in rows]
+
+
+def sampling_of(config: GenerationConfig) -> tuple[SamplingMode, SamplingNumbers]:
+    """Return the static and the traced part of the sampling settings."""
+    greedy = config.temperature == 0
+    sorts = not greedy and (config.top_k > 0 or config.top_p < 1)
+    mode = SamplingMode(greedy, sorts, config.repetition_penalty != 1)
+    numbers = (config.temperature or 1.0, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
+    return mode, SamplingNumbers(*map(jnp.asarray, numbers))
+
+
+def generate_segments(
+    model: UnrolledDecoder,
+    state: DecodeState,
+    config: GenerationConfig,
+    stop_ids: np.ndarray,
+    tokenizer: Tokenizer | None,
+    watched: bool,
+) -> Iterator[tuple[DecodeState, np.ndarray]]:
+    """Generate segment by segment. Yields the state after each, and which rows [B] a stop string has ended.
+
+    A yielded state may be given to the next segment, so only the last one stays usable.
+    """
+    limit, until = np.full(len(state.num_generated), config.max_new_tokens, np.int32), 0
+    stopped_by_text = np.zeros(len(limit), bool)
+    while until < config.max_new_tokens:
+        start, until = until, until + _segment_length(state.cache, config, until, watched)
+        state = replace(state, cache=grow_for(state.cache, until - start))
+        before = host_bounds(state.cache)
+        after = _run_segment(model, state, until, limit, stop_ids, config)
+        if config.stop_strings:
+            assert tokenizer is not None  # checked in `generation.generate`
+            ends = _stop_string_ends(after, tokenizer, config.stop_strings)
+            stopped_by_text, limit = ends >= 0, np.where(ends >= 0, ends, limit)
+            if (limit < np.asarray(after.num_generated)).any():
+                after = _run_segment(model, state, until, limit, stop_ids, config)
+        state = replace(after, cache=check_overflow(after.cache, before, until - start))
+        yield state, stopped_by_text
+        if until < config.max_new_tokens and not _active(state, limit).any():
+            break
+
+
+def _active(state: DecodeState, limit: np.ndarray) -> np.ndarray:
+    return ~np.asarray(state.stopped) & (np.asarray(state.num_generated) < limit)
+
+
+def _segment_length(cache: CompactCache, config: GenerationConfig, until: int, watched: bool) -> int:
+    """Choose how many tokens the loop may run for: all that are left, unless the host has to look before."""
+    length = config.max_new_tokens - until
+    if config.stop_strings:
+        length = min(length, SEGMENT)
+    if watched:
+        length = min(length, WATCHED_SEGMENT)
+    if cache.overflow == "grow":
+        free = min(capacity - live for capacity, live in zip(cache.capacities, host_bounds(cache).live, strict=True))
+        length = min(length, max(free, SEGMENT))
+    return length
+
+
+def _run_segment(model, state, until: int, limit: np.ndarray, stop_ids: np.ndarray, config) -> DecodeState:
+    step = _loop if config.stop_strings else _loop_donated  # only a stop string makes a segment run again
+    mode, numbers = sampling_of(config)
+    with mesh_of(model.embed):
+        return step(model, state, np.int32(until), limit, stop_ids, jnp.float32(config.threshold), numbers, mode)
+
+
+def _stop_string_ends(state: DecodeState, tokenizer: Tokenizer, stops: tuple[str, ...]) -> np.ndarray:
+    """Return how many tokens [B] complete the first stop string of each row; -1 for a row without one."""
+
+    def has_stop(tokens: np.ndarray) -> bool:
+        return find_stop(tokenizer.decode(tokens), stops) is not None
+
+    ends = [
+        next(n for n in range(1, len(row) + 1) if has_stop(row[:n])) if has_stop(row) else -1
+        for row in generated_tokens(state)
+    ]
+    return np.array(ends, np.int32)
+
+
+def _loop_body(
+    model: UnrolledDecoder,
+    state: DecodeState,
+    until: Array,
+    limit: Array,
+    stop_ids: Array,
+    threshold: Array,
+    numbers: SamplingNumbers,
+    mode: SamplingMode,
+) -> DecodeState:
+    """Sample and append until every row has stopped or has `min(until, limit)` tokens. A finished row is frozen."""
+
+    def active(state):
+        return ~state.stopped & (state.num_generated < jnp.minimum(until, limit))
+
+    def one_token(state):
+        going = active(state)
+        keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
+        token = sample(state.logits, keys, state.seen_tokens, numbers, mode)
+        rows = jnp.arange(len(token))
+        # A frozen row writes to a column that does not exist, so its write is dropped.
+        column = jnp.where(going, state.num_generated, state.tokens.shape[1])
+        logits, cache = extend_rows(
+            model, state.cache, token[:, None], going.astype(jnp.int32), threshold, state.logits
+        )
+        return DecodeState(
+            cache=cache,
+            logits=logits,
+            seen_tokens=None if state.seen_tokens is None else state.seen_tokens.at[rows, token].max(going),
+            num_generated=state.num_generated + going,
+            tokens=state.tokens.at[rows, column].set(token, mode="drop"),
+            logprobs=state.logprobs.at[rows, column].set(token_logprobs(state.logits, token), mode="drop"),
+            stopped=state.stopped | (going & jnp.any(token[:, None] == stop_ids, axis=1)),
+            keys=state.keys,
+            pairs_read=state.pairs_read + jnp.where(going, _pairs_read(cache), 0.0),
+        )
+
+    return lax.while_loop(lambda state: jnp.any(active(state)), one_token, state)
+
+
+def _pairs_read(cache: CompactCache) -> Float[Array, "B"]:
+    return jnp.mean(cache.policy.pairs_read(cache.live_counts.astype(jnp.float32)), axis=(0, 2))
+
+
+_loop = jax.jit(_loop_body, static_argnames="mode")
+_loop_donated = jax.jit(_loop_body, static_argnames="mode", donate_argnames="state")
+
+
+def num_loop_compilations() -> int:
+    """Count the programs that the loop has compiled so far."""
+    return _loop._cache_size() + _loop_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
