@@ -13,7 +13,7 @@ from flax import nnx
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import open_source, read_config, resolve
-from dms_jax.kernels.dispatch import Facts, choose
+from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import Template, params_of
 from dms_jax.provenance import versions
@@ -40,7 +40,9 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     config = replace(read_config(named), max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     if layers:
         config = replace(config, num_layers=layers)
-    choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)  # refuses what cannot run
+    select_implementation(
+        "train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation
+    )  # refuses what cannot run
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     if mesh is not None:
         template, params = Template(model), params_of(model)

@@ -1,12 +1,12 @@
 """The gradient of attention with the DMS gate on Hopper GPUs: one kernel for the queries, one for keys, values and the gate.
 
-Both recompute the scores from the saved log-sum of each row, and neither adds to memory that another CTA writes: the result is
-the same in every run. `gradient_of_queries` walks over keys as the forward pass does. In `gradients_of_keys` a CTA owns a block
-of keys of one key/value head and walks over the queries of all heads of its group; keys are the rows of its scores, so what
-their gate gets is the sum of a row, taken in registers and written once.
+Both recompute the scores from the saved log-sum-exp of each row, and neither adds to memory that another CTA writes, so every run gives
+the same result. `gradient_of_queries` loops over keys as the forward pass does. In `gradients_of_keys` a CTA owns a block of keys of one
+KV head and loops over the queries of all heads of its group. There keys are the rows of the scores, so the gate's gradient is the sum of
+a row, which is accumulated in registers and written once.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,19 @@ from dms_jax.kernels.key_blocks_gpu import (
     live_blocks,
     raw_gate,
 )
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
+from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, bind, interpreter
 
 
 def dkv_blocks(blocks: TrainBlocks) -> TrainBlocks:
-    """A CTA owns as many keys as one of the forward pass owns queries. The steps are short: two gradients fill the registers."""
+    """Block sizes for `gradients_of_keys`. A CTA owns as many keys as a CTA of the forward pass owns queries; steps are short, because two
+    gradients fill the registers."""
     return TrainBlocks(q=min(blocks.k, 64), k=blocks.q, steps=blocks.steps)
 
 
 def gradient_of_queries(
     q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> Array:
-    """[B K G T H]. `log_total` is the forward pass's, `delta` of each row the product of its output and that one's gradient."""
+    """The gradient of the queries [B K G T H]. `log_total` comes from the forward pass, and `delta` is rowsum(dO * O), both [B K G T]."""
     b, heads, group, length, h = q.shape
     rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
@@ -158,150 +159,119 @@ def gradient_of_queries(
     )
 
 
+class KeysPlan(NamedTuple):
+    """Static facts of a call of `gradients_of_keys`."""
+
+    ops: Ops
+    blocks: TrainBlocks  # `k` keys per CTA, `q` queries per step
+    window_size: int
+    length: int
+    group: int  # query heads per KV head
+    head_dim: int
+    dtype: Any
+    has_segments: bool
+
+    @property
+    def rows(self) -> int:
+        """Keys per warpgroup."""
+        return self.blocks.k // COMPUTE
+
+
+class KeysRefs(NamedTuple):
+    """Inputs and results in global memory; names that end in _s are shared memory, and the rest are barriers."""
+
+    q: Any  # [B K G T H]
+    k: Any  # [B K T H]
+    v: Any  # [B K T H]
+    keep: Any  # [B K T]
+    live: Any  # [B K T/blocks.k]
+    log_total: Any  # [B K G T]
+    delta: Any  # [B K G T]
+    d_out: Any  # [B K G T H]
+    segments: Any  # [B T], or None
+    dk: Any  # [B K T H]
+    dv: Any  # [B K T H]
+    dkeep: Any  # [B K T]
+    k_s: Any
+    v_s: Any
+    keep_s: Any
+    dkeep_s: Any
+    q_s: Any
+    do_s: Any
+    total_s: Any
+    delta_s: Any
+    k_ready: Any
+    ready: Any
+    free: Any
+    k_seg_s: Any  # None without segments
+    q_seg_s: Any
+
+
+class QuerySections(NamedTuple):
+    """Blocks of queries by what their scores need. [start, past) hold the diagonal, [past, inside) lie within the window of all keys,
+    [inside, outside) straddle its edge, and [outside, end) lie beyond it; the last are skipped if all keys are evicted."""
+
+    start: Array
+    past: Array
+    inside: Array
+    outside: Array
+    end: Array
+
+    @classmethod
+    def of_keys(cls, plan: KeysPlan, first: Array, live: Any, at: tuple) -> "QuerySections":
+        """The sections for the keys of a CTA, which begin at `first`; `live[at]` says whether any of them is not evicted."""
+        block, window_size = plan.blocks.q, plan.window_size
+        blocks = plan.length // block
+        count = lambda queries: jnp.minimum(lax.div(queries + block - 1, jnp.int32(block)), blocks)
+        start, past = lax.div(first, jnp.int32(block)), count(first + plan.blocks.k - 1)
+        outside = jnp.maximum(count(first + plan.blocks.k + window_size), past)
+        inside = jnp.minimum(jnp.maximum(lax.div(first + window_size + 1, jnp.int32(block)), past), outside)
+        return cls(start, past, inside, outside, jnp.where(live[at] > 0, jnp.int32(blocks), outside))
+
+    def fold(self, step: Any, plan: KeysPlan, carry: Any) -> Any:
+        """step(i, carry, gate, causal) over all blocks; `gate` is None, "all" or "outside"."""
+        near = "outside" if plan.window_size < plan.blocks.k + plan.blocks.q else None
+        sections = (
+            (self.start, self.past, near, True),
+            (self.past, self.inside, None, False),
+            (self.inside, self.outside, "outside", False),
+            (self.outside, self.end, "all", False),
+        )
+        for low, high, gate, causal in sections:
+            carry = lax.fori_loop(low, high, lambda i, carry, how=(gate, causal): step(i, carry, *how), carry)
+        return carry
+
+
 def gradients_of_keys(
     q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> tuple[Array, Array, Array]:
-    """Of keys and values [B K T H] and of the gate [B K T]. `blocks.k` are the keys a CTA owns, `blocks.q` the queries of a step."""
+    """The gradients of keys and values [B K T H] and of the gate [B K T]. A CTA owns `blocks.k` keys; a step takes `blocks.q` queries."""
     b, heads, group, length, h = q.shape
-    rows, block, steps = blocks.k // COMPUTE, blocks.q, blocks.steps
-    ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
+    plan = KeysPlan(Ops(interpret), blocks, window_size, length, group, h, q.dtype, has_segments)
+    run = plgpu.kernel(
+        bind(train_attention_dkv, plan, KeysRefs, () if has_segments else ("segments", "k_seg_s", "q_seg_s")),
+        out_type=[
+            jax.ShapeDtypeStruct(k.shape, q.dtype),
+            jax.ShapeDtypeStruct(v.shape, q.dtype),
+            jax.ShapeDtypeStruct(log_keep.shape, jnp.float32),
+        ],
+        scratch_types=_scratch(plan),
+        grid=(b, heads, length // blocks.k),
+        grid_names=("batch", "head", "block"),
+        num_threads=COMPUTE + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreter() if interpret else None,
+    )
+    live = is_live(log_keep, blocks.k).astype(jnp.int32)
+    optional = [segments] if has_segments else []
+    return tuple(run(q, k, v, raw_gate(log_keep, h), live, log_total, delta, d_out, *optional))
 
-    def train_attention_dkv(
-        *refs,
-        k_s,
-        v_s,
-        keep_s,
-        dkeep_s,
-        q_s,
-        do_s,
-        total_s,
-        delta_s,
-        k_ready,
-        ready,
-        free,
-        k_seg_s: Any = None,
-        q_seg_s: Any = None,
-    ):
-        (
-            q_ref,
-            k_ref,
-            v_ref,
-            keep_ref,
-            live_ref,
-            total_ref,
-            delta_ref,
-            do_ref,
-            *maybe_segments,
-            dk_ref,
-            dv_ref,
-            dkeep_ref,
-        ) = refs
-        segments_ref: Any = maybe_segments[0] if has_segments else None
-        batch, head, owned, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
-        first = owned * blocks.k
-        # Blocks of queries: [start, past) hold the diagonal, [past, inside) lie within the window of all keys,
-        # [inside, outside) straddle its edge, [outside, end) lie beyond it and are skipped when all keys are gone.
-        count = lambda queries: jnp.minimum(lax.div(queries + block - 1, jnp.int32(block)), length // block)
-        start, past = lax.div(first, jnp.int32(block)), count(first + blocks.k - 1)
-        outside = jnp.maximum(count(first + blocks.k + window_size), past)
-        inside = jnp.minimum(jnp.maximum(lax.div(first + window_size + 1, jnp.int32(block)), past), outside)
-        end = jnp.where(live_ref[batch, head, owned] > 0, jnp.int32(length // block), outside)
 
-        @pl.when(wg < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(240, action="increase")
-            own = first + wg * rows
-            mine = (batch, head, pl.ds(own, rows))
-            for ref, buffer in ((k_ref, k_s), (v_ref, v_s), (keep_ref, keep_s)):
-                plgpu.copy_gmem_to_smem(ref.at[mine], buffer.at[wg], k_ready.at[wg])
-            if has_segments:
-                plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(own, rows)], k_seg_s.at[wg], k_ready.at[wg])
-            plgpu.barrier_wait(k_ready.at[wg])
-            shape = (rows, block)
-            over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
-            over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])
-            keep = ops.load(keep_s.at[wg], COLUMN)
-            k_segments = ops.load(k_seg_s.at[wg], COLUMN) if has_segments else None
-
-            def step(g, i, carry, gate, causal):
-                dk, dv, dkeep = carry
-                slot = lax.rem(g * (end - start) + (i - start), jnp.int32(steps))
-                plgpu.barrier_wait(ready.at[slot])
-                s, dp = ops.dots(
-                    [(k_s.at[wg], q_s.at[slot], False, True), (v_s.at[wg], do_s.at[slot], False, True)], shape
-                )
-                later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (own - i * block + shift)
-                gated = later_than(window_size + 1) if gate == "outside" else None
-                if gate is not None:
-                    s = s + over_queries(keep) if gated is None else jnp.where(gated, s + over_queries(keep), s)
-                if causal:
-                    s = jnp.where(later_than(0), s, MASKED)
-                if has_segments:
-                    s = jnp.where(over_queries(k_segments) == over_keys(ops.load(q_seg_s.at[slot], ROW)), s, MASKED)
-                p = jnp.exp2(s * factor - over_keys(ops.load(total_s.at[slot], ROW)))
-                ds = p * (dp - over_keys(ops.load(delta_s.at[slot], ROW)))
-                if gate is not None:
-                    dkeep = dkeep + (ds if gated is None else jnp.where(gated, ds, 0.0)).sum(axis=1)
-                products = [
-                    (p.astype(dtype), do_s.at[slot], False, False),
-                    (ds.astype(dtype), q_s.at[slot], False, False),
-                ]
-                dv, dk = ops.add_dots([dv, dk], products)
-                plgpu.barrier_arrive(free.at[slot])
-                return dk, dv, dkeep
-
-            near = "outside" if window_size < blocks.k + block else None
-            sections = (
-                (start, past, near, True),
-                (past, inside, None, False),
-                (inside, outside, "outside", False),
-                (outside, end, "all", False),
-            )
-
-            def head_of_group(g, carry):
-                for low, high, gate, causal in sections:
-                    carry = lax.fori_loop(
-                        low, high, lambda i, carry, how=(gate, causal): step(g, i, carry, *how), carry
-                    )
-                return carry
-
-            zeros = ops.full((rows, h), 0.0, ROWS), ops.full((rows, h), 0.0, ROWS), ops.full((rows,), 0.0, COLUMN)
-            dk, dv, dkeep = lax.fori_loop(0, group, head_of_group, zeros)
-            k_s.at[wg][...] = (dk * h**-0.5).astype(dtype)
-            v_s.at[wg][...] = dv.astype(dtype)
-            dkeep_s.at[wg][...] = dkeep
-            plgpu.commit_smem()
-            for buffer, ref in ((k_s, dk_ref), (v_s, dv_ref), (dkeep_s, dkeep_ref)):
-                plgpu.copy_smem_to_gmem(buffer.at[wg], ref.at[mine])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == COMPUTE)
-        def copy():
-            plgpu.set_max_registers(24, action="decrease")
-            per_head = end - start
-            total = group * per_head
-
-            def copy_queries(n, _):
-                g, slot = lax.div(n, per_head), lax.rem(n, jnp.int32(steps))
-                queries = pl.ds((start + n - g * per_head) * block, block)
-
-                @pl.when(n >= steps)
-                def _():
-                    plgpu.barrier_wait(free.at[slot])
-
-                for ref, buffer in ((q_ref, q_s), (do_ref, do_s), (total_ref, total_s), (delta_ref, delta_s)):
-                    plgpu.copy_gmem_to_smem(ref.at[batch, head, g, queries], buffer.at[slot], ready.at[slot])
-                if has_segments:
-                    plgpu.copy_gmem_to_smem(segments_ref.at[batch, queries], q_seg_s.at[slot], ready.at[slot])
-
-            def drain(n, _):
-                plgpu.barrier_wait(free.at[lax.rem(n, jnp.int32(steps))])
-
-            lax.fori_loop(0, total, copy_queries, None)
-            lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)
-
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)
+def _scratch(plan: KeysPlan) -> dict[str, Any]:
+    rows, block, steps = plan.rows, plan.blocks.q, plan.blocks.steps
+    operand = lambda *shape: plan.ops.matrix((*shape, plan.head_dim), plan.dtype)
     row = lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch: dict[str, Any] = {
         "k_s": operand(COMPUTE, rows),
@@ -312,28 +282,118 @@ def gradients_of_keys(
         "do_s": operand(steps, block),
         "total_s": row(steps, block),
         "delta_s": row(steps, block),
-        "k_ready": plgpu.Barrier(num_arrivals=3 + has_segments, num_barriers=COMPUTE),
-        "ready": plgpu.Barrier(num_arrivals=4 + has_segments, num_barriers=steps),
+        "k_ready": plgpu.Barrier(num_arrivals=3 + plan.has_segments, num_barriers=COMPUTE),
+        "ready": plgpu.Barrier(num_arrivals=4 + plan.has_segments, num_barriers=steps),
         "free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
     }
-    if has_segments:
-        scratch |= {"k_seg_s": plgpu.SMEM((COMPUTE, rows), jnp.int32), "q_seg_s": plgpu.SMEM((steps, block), jnp.int32)}
-    run = plgpu.kernel(
-        train_attention_dkv,
-        out_type=[
-            jax.ShapeDtypeStruct(k.shape, dtype),
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct(log_keep.shape, jnp.float32),
+    if plan.has_segments:
+        scratch["k_seg_s"] = plgpu.SMEM((COMPUTE, rows), jnp.int32)
+        scratch["q_seg_s"] = plgpu.SMEM((steps, block), jnp.int32)
+    return scratch
+
+
+def train_attention_dkv(plan: KeysPlan, refs: KeysRefs) -> None:
+    """The kernel: what each warpgroup does."""
+    batch, head, owned, wg = (lax.axis_index(name) for name in ("batch", "head", "block", "warpgroup"))
+    first = owned * plan.blocks.k
+    sections = QuerySections.of_keys(plan, first, refs.live, (batch, head, owned))
+    pl.when(wg < COMPUTE)(lambda: _compute_keys(plan, refs, (batch, head), first, sections, wg))
+    pl.when(wg == COMPUTE)(lambda: _copy_queries(plan, refs, (batch, head), sections))
+
+
+def _compute_keys(plan: KeysPlan, refs: KeysRefs, at: tuple, first, sections: QuerySections, wg) -> None:
+    """A compute warpgroup: accumulate the gradients of its keys in registers."""
+    plgpu.set_max_registers(240, action="increase")
+    ops, rows = plan.ops, plan.rows
+    own = first + wg * rows
+    mine = (*at, pl.ds(own, rows))
+    for ref, buffer in ((refs.k, refs.k_s), (refs.v, refs.v_s), (refs.keep, refs.keep_s)):
+        plgpu.copy_gmem_to_smem(ref.at[mine], buffer.at[wg], refs.k_ready.at[wg])
+    if plan.has_segments:
+        source = refs.segments.at[at[0], pl.ds(own, rows)]
+        plgpu.copy_gmem_to_smem(source, refs.k_seg_s.at[wg], refs.k_ready.at[wg])
+    plgpu.barrier_wait(refs.k_ready.at[wg])
+    keep = ops.load(refs.keep_s.at[wg], COLUMN)
+    k_segments = ops.load(refs.k_seg_s.at[wg], COLUMN) if plan.has_segments else None
+
+    def head_of_group(g, carry):
+        def step(i, carry, gate, causal):
+            slot = lax.rem(g * (sections.end - sections.start) + (i - sections.start), jnp.int32(plan.blocks.steps))
+            return _meet_queries(plan, refs, wg, slot, own - i * plan.blocks.q, keep, k_segments, carry, gate, causal)
+
+        return sections.fold(step, plan, carry)
+
+    shape = (rows, plan.head_dim)
+    zeros = ops.full(shape, 0.0, ROWS), ops.full(shape, 0.0, ROWS), ops.full((rows,), 0.0, COLUMN)
+    dk, dv, dkeep = lax.fori_loop(0, plan.group, head_of_group, zeros)
+    refs.k_s.at[wg][...] = (dk * plan.head_dim**-0.5).astype(plan.dtype)
+    refs.v_s.at[wg][...] = dv.astype(plan.dtype)
+    refs.dkeep_s.at[wg][...] = dkeep
+    plgpu.commit_smem()
+    for buffer, ref in ((refs.k_s, refs.dk), (refs.v_s, refs.dv), (refs.dkeep_s, refs.dkeep)):
+        plgpu.copy_smem_to_gmem(buffer.at[wg], ref.at[mine])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, offset, keep, k_segments, carry, gate, causal) -> tuple:
+    """Add the gradients that a block of queries gives to (dk, dv, dkeep). `offset` is the first key minus the first query."""
+    ops, shape = plan.ops, (plan.rows, plan.blocks.q)
+    over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
+    over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])
+    dk, dv, dkeep = carry
+    plgpu.barrier_wait(refs.ready.at[slot])
+    s, dp = ops.dots(
+        [
+            (refs.k_s.at[wg], refs.q_s.at[slot], False, True),
+            (refs.v_s.at[wg], refs.do_s.at[slot], False, True),
         ],
-        scratch_types=scratch,
-        grid=(b, heads, length // blocks.k),
-        grid_names=("batch", "head", "block"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if interpret else None,
+        shape,
     )
-    live = is_live(log_keep, blocks.k).astype(jnp.int32)
-    return tuple(
-        run(q, k, v, raw_gate(log_keep, h), live, log_total, delta, d_out, *([segments] if has_segments else []))
-    )
+    later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (offset + shift)
+    gated = later_than(plan.window_size + 1) if gate == "outside" else None
+    if gate is not None:
+        s = s + over_queries(keep) if gated is None else jnp.where(gated, s + over_queries(keep), s)
+    if causal:
+        s = jnp.where(later_than(0), s, MASKED)
+    if plan.has_segments:
+        s = jnp.where(over_queries(k_segments) == over_keys(ops.load(refs.q_seg_s.at[slot], ROW)), s, MASKED)
+    p = jnp.exp2(s * exponent(plan.head_dim) - over_keys(ops.load(refs.total_s.at[slot], ROW)))
+    ds = p * (dp - over_keys(ops.load(refs.delta_s.at[slot], ROW)))
+    if gate is not None:
+        dkeep = dkeep + (ds if gated is None else jnp.where(gated, ds, 0.0)).sum(axis=1)
+    products = [
+        (p.astype(plan.dtype), refs.do_s.at[slot], False, False),
+        (ds.astype(plan.dtype), refs.q_s.at[slot], False, False),
+    ]
+    dv, dk = ops.add_dots([dv, dk], products)
+    plgpu.barrier_arrive(refs.free.at[slot])
+    return dk, dv, dkeep
+
+
+def _copy_queries(plan: KeysPlan, refs: KeysRefs, at: tuple, sections: QuerySections) -> None:
+    """The copying warpgroup: the queries of all heads of the group, block after block."""
+    plgpu.set_max_registers(24, action="decrease")
+    block, steps = plan.blocks.q, plan.blocks.steps
+    per_head = sections.end - sections.start
+    total = plan.group * per_head
+
+    def copy_block(n, _):
+        g, slot = lax.div(n, per_head), lax.rem(n, jnp.int32(steps))
+        queries = pl.ds((sections.start + n - g * per_head) * block, block)
+        pl.when(n >= steps)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
+        arrays = (
+            (refs.q, refs.q_s),
+            (refs.d_out, refs.do_s),
+            (refs.log_total, refs.total_s),
+            (refs.delta, refs.delta_s),
+        )
+        for ref, buffer in arrays:
+            plgpu.copy_gmem_to_smem(ref.at[(*at, g, queries)], buffer.at[slot], refs.ready.at[slot])
+        if plan.has_segments:
+            plgpu.copy_gmem_to_smem(refs.segments.at[at[0], queries], refs.q_seg_s.at[slot], refs.ready.at[slot])
+
+    def drain(n, _):
+        plgpu.barrier_wait(refs.free.at[lax.rem(n, jnp.int32(steps))])
+
+    lax.fori_loop(0, total, copy_block, None)
+    lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)

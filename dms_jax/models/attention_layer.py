@@ -14,7 +14,7 @@ from dms_jax.core import eviction, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, turns
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
-from dms_jax.kernels.dispatch import Facts, runs
+from dms_jax.kernels.dispatch import KernelQuery, is_available
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.keep_all import KeepAll
@@ -145,9 +145,9 @@ class AttentionLayer(nnx.Module):
 
     def _updates_in_one_kernel(self, cache: LayerCache, dtype: jnp.dtype) -> bool:
         """The kernel knows two policies; for others, and without it, a decode step is composed of its parts."""
-        return runs(
+        return is_available(
             "decode_update",
-            Facts(self.config.head_dim, dtype, cache.k.dtype, cache.capacity),
+            KernelQuery(self.config.head_dim, dtype, cache.k.dtype, cache.capacity),
             self.config.implementation,
         )
 

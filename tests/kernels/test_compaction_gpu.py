@@ -13,6 +13,7 @@ from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.compaction_gpu import write_pairs
+from dms_jax.kernels.operands import Pairs
 
 RUN = jax.jit(partial(write_pairs, interpret=True), static_argnames="blocks")
 
@@ -36,8 +37,8 @@ def check(seed, batch, heads, capacity, length, stays, comes, pairs, dtype=jnp.f
     staying, coming = jnp.asarray(staying), jnp.asarray(coming)
     layer = LayerCache(*old, jnp.zeros((batch, heads), jnp.int32))
     expected = compact_cache.write_pairs(layer, *new, staying, coming)
-    actual = RUN(*old, *new, staying, coming, blocks=PlaceBlocks(pairs))
-    for got, name in zip(actual, ("k", "v", "position", "expiry", "score"), strict=True):
+    actual = RUN(Pairs(*old), Pairs(*new), staying, coming, blocks=PlaceBlocks(pairs))
+    for got, name in zip(actual, Pairs._fields, strict=True):
         np.testing.assert_array_equal(
             np.asarray(got, np.float32), np.asarray(getattr(expected, name), np.float32), name
         )

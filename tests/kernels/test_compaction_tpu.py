@@ -11,9 +11,9 @@ from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.compaction_tpu import _staircase, write_pairs
+from dms_jax.kernels.operands import Pairs
 
 B, K = 2, 3
-FIELDS = ("k", "v", "position", "expiry", "score")
 
 
 def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come: float):
@@ -37,10 +37,10 @@ def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dty
     layer, chunk, stays, comes = case(rng, capacity, length, head_dim, dtype, cache_dtype or dtype, full, come)
     k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])  # what does not come may hold anything
     actual = jax.jit(lambda *arrays: write_pairs(*arrays, blocks=blocks, interpret=True))(
-        *(getattr(layer, name) for name in FIELDS), k, v, *chunk[2:], stays, comes
+        Pairs.of_layer(layer), Pairs(k, v, *chunk[2:]), stays, comes
     )
     expected = compact_cache.write_pairs(layer, *chunk, stays, comes)
-    for name, array in zip(FIELDS, actual, strict=True):
+    for name, array in zip(Pairs._fields, actual, strict=True):
         want = getattr(expected, name)
         assert array.dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(array, np.float64), np.asarray(want, np.float64), err_msg=name)

@@ -15,6 +15,7 @@ from dms_jax.core.compact_cache import EMPTY, GONE, LayerCache, append, apply_pe
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.decode_update_gpu import decode_update
+from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
@@ -72,15 +73,9 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     expected = apply_pending(layer, verdict, seen, count)
     expected = append(expected, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, policy.window_size)
 
-    arrays = layer.k, layer.v, layer.position, layer.expiry, layer.score
-    turned, *updated, forced = RUN(
-        q,
-        k,
-        v,
-        jnp.cos(angle),
-        jnp.sin(angle),
-        logit,
-        *arrays,
+    turned, updated, forced = RUN(
+        Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
+        Pairs.of_layer(layer),
         seen,
         count,
         threshold,
@@ -91,14 +86,14 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     as_float = lambda x: np.asarray(x, np.float32)
     np.testing.assert_allclose(as_float(turned), as_float(turn(q)), **tolerance)
     np.testing.assert_array_equal(forced, expected.forced_evictions)
-    for got, name in zip(updated, ("k", "v", "position", "expiry", "score"), strict=True):
+    for got, name in zip(updated, Pairs._fields, strict=True):
         np.testing.assert_allclose(
             as_float(got),
             as_float(getattr(expected, name)),
             err_msg=name,
             **(tolerance if name in "kv" else {"rtol": 0}),
         )
-    return forced, updated[2]
+    return forced, updated.position
 
 
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])

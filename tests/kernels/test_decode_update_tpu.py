@@ -14,11 +14,11 @@ from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels import decode_update_tpu
 from dms_jax.kernels.decode_update_tpu import decode_update
+from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
 B, G, THRESHOLD = 3, 2, 0.25
-FIELDS = ("k", "v", "position", "expiry", "score")
 
 
 def policy(shift: int | None, window: int):
@@ -39,14 +39,9 @@ def by_core(layer, q, k, v, position, frequency, logit, seen, count, shift, wind
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
     angle = position * frequency
-    q, *arrays, forced = decode_update(
-        q,
-        k,
-        v,
-        jnp.cos(angle),
-        jnp.sin(angle),
-        logit,
-        *(getattr(layer, name) for name in FIELDS),
+    q, slots, forced = decode_update(
+        Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
+        Pairs.of_layer(layer),
         seen,
         count,
         jnp.float32(THRESHOLD),
@@ -54,9 +49,8 @@ def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, wi
         decision_shift=shift,
         interpret=True,
     )
-    return q, dataclasses.replace(
-        layer, **dict(zip(FIELDS, arrays, strict=True)), forced_evictions=layer.forced_evictions + forced
-    )
+    layer = slots.put_into(layer)
+    return q, dataclasses.replace(layer, forced_evictions=layer.forced_evictions + forced)
 
 
 def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCache, np.ndarray]:
@@ -98,7 +92,7 @@ def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype
         np.testing.assert_allclose(
             np.asarray(q, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
         )
-        for name in (*FIELDS[1:], "forced_evictions"):
+        for name in (*Pairs._fields[1:], "forced_evictions"):
             np.testing.assert_array_equal(
                 *(np.asarray(getattr(x, name), np.float64) for x in (layer, expected)), err_msg=name
             )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dms_jax.core.chunked_attention import attend_in_blocks
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.train_attention_tpu import Walk, attend
+from dms_jax.kernels.train_attention_tpu import BlockPlan, attend
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
@@ -131,18 +131,18 @@ def test_needed_blocks_and_where_they_lie(window, q, k):
     """Against the definition, pair by pair: a block is needed iff a pair of it is inside the window, or visible through a gate that
     is open; a step that is not needed asks for a block that is."""
     length, gone = 64, np.random.default_rng(window + q).random(64 // k) < 0.6
-    walk = Walk(window, q, k, length // q, length // k)
-    next_alive = np.minimum.accumulate(np.where(gone, walk.num_k, np.arange(walk.num_k))[::-1])[::-1]
-    distance = (np.arange(length)[:, None] - np.arange(length)).reshape(walk.num_q, q, walk.num_k, k).swapaxes(1, 2)
+    plan = BlockPlan(window, q, k, length // q, length // k)
+    next_alive = np.minimum.accumulate(np.where(gone, plan.num_k, np.arange(plan.num_k))[::-1])[::-1]
+    distance = (np.arange(length)[:, None] - np.arange(length)).reshape(plan.num_q, q, plan.num_k, k).swapaxes(1, 2)
     needed = ((distance >= 0) & ((distance <= window) | ~gone[None, :, None, None])).any((2, 3))
 
-    i, j, following = np.broadcast_arrays(np.arange(walk.num_q)[:, None], np.arange(walk.num_k), next_alive)
+    i, j, following = np.broadcast_arrays(np.arange(plan.num_q)[:, None], np.arange(plan.num_k), next_alive)
     i, j, following = (jnp.asarray(x, jnp.int32) for x in (i, j, following))
-    key_block, query_block = np.asarray(walk.key_block(i, j, following)), np.asarray(walk.query_block(i, j, following))
+    key_block, query_block = np.asarray(plan.key_block(i, j, following)), np.asarray(plan.query_block(i, j, following))
     assert needed[i, key_block].all() and needed[query_block, j].all()
     np.testing.assert_array_equal(key_block == j, needed)
     np.testing.assert_array_equal(query_block == i, needed)
 
     inside, outside = ((distance >= 0) & (distance <= window)).all((2, 3)), (distance > window).all((2, 3))
-    for (condition, _), lies in zip(walk.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
+    for (condition, _), lies in zip(plan.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
         np.testing.assert_array_equal(condition, needed & lies)
