@@ -43,7 +43,7 @@ class PallasKernel(NamedTuple):
         default = self.default_blocks(head_dim, dtype)
         if default is None:
             return [None]
-        found = [default]
+        found: list[Blocks | None] = [default]
         for choices in self.alternatives:
             for values in itertools.product(*choices.values()):
                 sizes = {

@@ -177,12 +177,12 @@ class Refs(NamedTuple):
 class Share(NamedTuple):
     """What a CTA works on: its head, its rows, and the `number` blocks of slots from block `first` on."""
 
-    head: Array
-    batch: Array
-    row_block: Array
-    part: Array
-    first: Array
-    number: Array
+    head: Any
+    batch: Any
+    row_block: Any
+    part: Any
+    first: Any
+    number: Any
 
     def group(self, plan: Plan, thread: Any, size: int) -> Any:
         """The first `size` rows of the group that warpgroup `thread` has."""

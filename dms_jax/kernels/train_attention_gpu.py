@@ -1,8 +1,8 @@
-"""Attention with the DMS gate on Hopper GPUs, value and gradient: the kernels behind `core.chunked_attention`'s layout.
+"""Attention with the DMS gate on Hopper GPUs, value and gradient: the kernels for `core.chunked_attention`.
 
-The forward pass: a CTA owns a block of queries of one query head, half of it in each of two warpgroups, and walks over the
-blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The gate is a row added to the scores of
-blocks outside the window, the mask is made only where the diagonal runs. Bound by the tensor cores; memory O(T).
+This file holds the forward pass. A CTA owns a block of queries of one query head, half of it in each of two warpgroups, and loops over the
+blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The gate is a row that is added to the scores of
+blocks outside the window, and a mask is made only for blocks on the diagonal. It is bound by the tensor cores, and its memory is O(T).
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ from dms_jax.kernels.train_attention_gpu_backward import dkv_blocks, gradient_of
 def _forward(
     q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> tuple[Array, Array]:
-    """Output [B K G T H], and of each row the base-2 logarithm of its sum of exponentials [B K G T]."""
+    """The output [B K G T H], and the log-sum-exp of each row in base 2 [B K G T]."""
     b, heads, group, length, h = q.shape
     rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
     ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
@@ -62,7 +62,7 @@ def _forward(
         segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
         first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
-        sections = KeySections.of(first, blocks.q, block, window_size)
+        sections = KeySections.of_queries(first, blocks.q, block, window_size)
         num_live = before_ref[batch, head, sections.outside]
 
         @pl.when(wg < COMPUTE)
@@ -103,10 +103,10 @@ def _forward(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return new_high, total, acc
 
-            # One warpgroup's exponentials run beside the other's matrix products: the second is half a step behind.
+            # The second warpgroup is half a step behind, so that one computes exponentials while the other multiplies matrices.
             pl.when(wg == 1)(change_turns)
-            # Higher than any masked score: a row that has met nothing else holds zeros. (Against a maximum that is itself MASKED the
-            # fused multiply-add below would leave the product's rounding error, 1e21 and of either sign, to the exponential.)
+            # The first maximum is higher than any masked score, so a row that has met only masked scores holds zeros. (If the maximum
+            # were MASKED itself, the fused multiply-add would pass the rounding error of the product, about 1e21, to the exponential.)
             start = (
                 ops.full((rows,), MASKED * factor / 2, COLUMN),
                 ops.full((rows,), 0.0, COLUMN),
@@ -159,7 +159,12 @@ def _forward(
         train_attention_forward,
         out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
         scratch_types=scratch,
-        grid=(b, heads, length // blocks.q, group),  # the last is the fastest: a group's heads share keys in L2
+        grid=(
+            b,
+            heads,
+            length // blocks.q,
+            group,
+        ),  # the last axis varies fastest, so the heads of a group share keys in L2
         grid_names=("batch", "head", "block", "group"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
@@ -183,13 +188,13 @@ def attend(
     blocks: TrainBlocks,
     interpret: bool = False,
 ) -> Float[Array, "B K G T H"]:
-    """See `core.chunked_attention.with_heads_folded`; gradients reach q, k, v and log_keep. T is a multiple of both blocks."""
+    """See `core.chunked_attention.with_heads_folded`; differentiable in q, k, v and log_keep. T must be a multiple of both block sizes."""
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
     assert interpret or (
         blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16
     ), (blocks, q)
-    # Position differences reach T - 1, so a longer window is the same window; capped, sums with it stay within int32.
+    # Position differences are at most T - 1, so a window of T is as good as a longer one, and sums with it stay within int32.
     return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
 
 

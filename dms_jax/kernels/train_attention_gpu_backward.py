@@ -67,7 +67,7 @@ def gradient_of_queries(
         segments_ref: Any = maybe_segments[0] if has_segments else None
         batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
         first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
-        sections = KeySections.of(first, blocks.q, block, window_size)
+        sections = KeySections.of_queries(first, blocks.q, block, window_size)
         num_live = before_ref[batch, head, sections.outside]
 
         @pl.when(wg < COMPUTE)
@@ -229,7 +229,7 @@ class QuerySections(NamedTuple):
         return cls(start, past, inside, outside, jnp.where(live[at] > 0, jnp.int32(blocks), outside))
 
     def fold(self, step: Any, plan: KeysPlan, carry: Any) -> Any:
-        """step(i, carry, gate, causal) over all blocks; `gate` is None, "all" or "outside"."""
+        """Run step(i, carry, gate, causal) for all blocks; `gate` is None, "all" or "outside"."""
         near = "outside" if plan.window_size < plan.blocks.k + plan.blocks.q else None
         sections = (
             (self.start, self.past, near, True),

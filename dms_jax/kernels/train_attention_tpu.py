@@ -108,11 +108,10 @@ class Inputs(NamedTuple):
     delta: Any = None  # [1, q]
 
     @classmethod
-    def of_arrays(cls, plan, q, k, v, log_keep, segments, d_out=None, logsumexp=None, delta=None):
+    def of_arrays(cls, plan, q, k, v, log_keep, segments, d_out=None, row_numbers=(None, None)):
         """Rows of numbers get a second-to-last axis of length 1, so that they can be cut into blocks along the last axis."""
         row = None if segments is None else segments[:, None]
-        if d_out is not None:
-            logsumexp, delta = logsumexp[..., None, :], delta[..., None, :]
+        logsumexp, delta = (None if x is None else x[..., None, :] for x in row_numbers)
         alive = _next_alive(log_keep, plan)
         return cls(alive, q, k, v, log_keep[:, :, None], row, row, d_out, logsumexp, delta)
 
@@ -162,7 +161,7 @@ def _block_scores(plan, i, j, place, query_axis, held, other, keep, held_segment
     same_segment = None
     if held_segment is not None:
         same_segment = _spread(held_segment[...], other.shape[0]) == other_segment[...]
-    distance = plan.distance(i, j, query_axis) if place == MIXED else None
+    distance: Any = plan.distance(i, j, query_axis) if place == MIXED else None
     s = _dot(held[...], other[...], 1) * (held.shape[1] ** -0.5 * LOG2_E)
     if place == OUTSIDE:
         s = s + keep
@@ -369,7 +368,7 @@ def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     q, k, v, log_keep, segments, out, logsumexp = saved
     plan, h = _plan(q, window_size, blocks), q.shape[4]
-    inputs = Inputs.of_arrays(plan, q, k, v, log_keep, segments, d_out, logsumexp, row_products(d_out, out))
+    inputs = Inputs.of_arrays(plan, q, k, v, log_keep, segments, d_out, (logsumexp, row_products(d_out, out)))
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     floats = lambda *shape: pltpu.VMEM(shape, jnp.float32)
 

@@ -150,7 +150,7 @@ def test_documented_kernels_are_those_of_the_table():
     assert list(rows) == list(KERNELS)
     for kernel, record in KERNELS.items():
         for function in (record.xla, record.gpu.function, record.tpu.function):
-            path = "/".join(function.partition(":")[0].split(".")[1:]) + ".py"
+            path = function.partition(":")[0].replace(".", "/") + ".py"
             assert f"`{path}`" in rows[kernel], (kernel, path)
 
 
