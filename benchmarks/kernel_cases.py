@@ -312,7 +312,7 @@ def error(case: Case, outputs: tuple, wanted: tuple) -> float:
 
 
 def in_fp32(inputs: Any) -> Any:
-    """The same numbers in fp32. A cache keeps its dtype, because the reference must round what it writes in the same way."""
+    """Convert inputs to fp32. A cache keeps its dtype, because the reference must round what it writes in the same way."""
     wider = lambda x: (
         x.astype(jnp.float32) if not isinstance(x, LayerCache) and jnp.issubdtype(x.dtype, jnp.floating) else x
     )

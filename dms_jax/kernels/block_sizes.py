@@ -11,7 +11,7 @@ class TrainBlocks(NamedTuple):
     steps: int = 2  # blocks in flight (GPU)
 
     def fit(self, length: int) -> "TrainBlocks":
-        """The same blocks, cut down to what rows of `length` tokens need."""
+        """Cut the blocks down to what rows of `length` tokens need."""
         longest = max(128, 1 << (length - 1).bit_length())
         return self._replace(q=min(self.q, longest), k=min(self.k, longest))
 

@@ -87,7 +87,7 @@ class Refs(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a CTA knows of its head and of the new token."""
+    """Facts about a CTA's head and its new token."""
 
     batch: Array
     head: Array

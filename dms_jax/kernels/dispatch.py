@@ -19,7 +19,7 @@ from dms_jax.sharding import target_device
 
 
 class KernelQuery(NamedTuple):
-    """What the choice of an implementation depends on."""
+    """The facts that the choice of an implementation depends on."""
 
     head_dim: int
     dtype: Any  # of queries

@@ -30,7 +30,7 @@ def head_split(q_heads: int, kv_heads: int, devices: int) -> HeadSplit:
 
 
 def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
-    """What training attention computes more than once on this mesh, as a list of at most one sentence."""
+    """A sentence about what training attention computes more than once on this mesh; an empty list if there is nothing."""
     devices = ways("heads", mesh)
     copies, group = head_split(q_heads, kv_heads, devices)
     if copies == 1:

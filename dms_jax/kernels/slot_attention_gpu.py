@@ -175,7 +175,7 @@ class Refs(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a CTA works on: its head, its rows, and the `number` blocks of slots from block `first` on."""
+    """The share of a CTA: its head, its rows, and the `number` blocks of slots from block `first` on."""
 
     head: Any
     batch: Any
@@ -184,10 +184,13 @@ class Share(NamedTuple):
     first: Any
     number: Any
 
-    def group(self, plan: Plan, thread: Any, size: int) -> Any:
-        """The first `size` rows of the group that warpgroup `thread` has."""
-        group = self.row_block if plan.alternate else 2 * self.row_block + thread
-        return pl.ds(group * GROUP, size)
+    def group(self, plan: Plan, thread: Any) -> Any:
+        """The group of rows that warpgroup `thread` has."""
+        return self.row_block if plan.alternate else 2 * self.row_block + thread
+
+    def rows(self, plan: Plan, thread: Any, size: int) -> Any:
+        """The first `size` rows of that group."""
+        return pl.ds(self.group(plan, thread) * GROUP, size)
 
 
 class Queries(NamedTuple):
@@ -263,9 +266,9 @@ def slot_attention(plan: Plan, refs: Refs) -> None:
 def _compute(plan: Plan, refs: Refs, share: Share, thread: Array) -> None:
     """A compute warpgroup: the online softmax of its rows over the blocks of this part."""
     plgpu.set_max_registers(232, action="increase")
-    ops, group = plan.ops, share.row_block if plan.alternate else 2 * share.row_block + thread
-    low, high = refs.bounds[share.batch, group, 0], refs.bounds[share.batch, group, 1]
-    first, last = refs.bounds[share.batch, plan.groups, 0], refs.bounds[share.batch, plan.groups, 1]
+    ops = plan.ops
+    low, high = (refs.bounds[share.batch, share.group(plan, thread), i] for i in range(2))
+    first, last = (refs.bounds[share.batch, plan.groups, i] for i in range(2))
     plgpu.barrier_wait(refs.rows_full)
     own = 0 if plan.alternate else thread
     queries = Queries(ops.load(refs.q_position_s.at[own], COLUMN, optimized=False), low, high, first, last)
@@ -283,10 +286,10 @@ def _compute(plan: Plan, refs: Refs, share: Share, thread: Array) -> None:
     refs.acc_s.at[thread][...] = acc
     plgpu.commit_smem()
     to = 2 * share.part + thread if plan.alternate else share.part
-    group, piece = share.group(plan, thread, GROUP), share.group(plan, thread, plan.piece)
-    plgpu.copy_smem_to_gmem(refs.high_s.at[thread], refs.high.at[to, share.head, group])
-    plgpu.copy_smem_to_gmem(refs.total_s.at[thread], refs.total.at[to, share.head, group])
-    plgpu.copy_smem_to_gmem(refs.acc_s.at[thread, pl.ds(0, plan.piece)], refs.acc.at[to, share.head, piece])
+    for source, target in ((refs.high_s, refs.high), (refs.total_s, refs.total)):
+        plgpu.copy_smem_to_gmem(source.at[thread], target.at[to, share.head, share.rows(plan, thread, GROUP)])
+    rows = share.rows(plan, thread, plan.piece)
+    plgpu.copy_smem_to_gmem(refs.acc_s.at[thread, pl.ds(0, plan.piece)], refs.acc.at[to, share.head, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -367,9 +370,10 @@ def _copy(plan: Plan, refs: Refs, share: Share) -> None:
     plgpu.set_max_registers(40, action="decrease")
     piece, block, steps = plan.piece, plan.blocks.keys, plan.blocks.steps
     for i in range(plan.own_groups):
-        rows, positions = share.group(plan, i, piece), share.group(plan, i, GROUP)
-        plgpu.copy_gmem_to_smem(refs.rows.at[share.head, rows], refs.rows_s.at[i, pl.ds(0, piece)], refs.rows_full)
-        plgpu.copy_gmem_to_smem(refs.q_position.at[share.batch, positions], refs.q_position_s.at[i], refs.rows_full)
+        source = refs.rows.at[share.head, share.rows(plan, i, piece)]
+        plgpu.copy_gmem_to_smem(source, refs.rows_s.at[i, pl.ds(0, piece)], refs.rows_full)
+        source = refs.q_position.at[share.batch, share.rows(plan, i, GROUP)]
+        plgpu.copy_gmem_to_smem(source, refs.q_position_s.at[i], refs.rows_full)
 
     def one_block(j, _):
         stage, slots = lax.rem(j, jnp.int32(steps)), pl.ds((share.first + j) * block, block)

@@ -319,7 +319,7 @@ def _compute_keys(plan: KeysPlan, refs: KeysRefs, at: tuple, first, sections: Qu
     def head_of_group(g, carry):
         def step(i, carry, gate, causal):
             slot = lax.rem(g * (sections.end - sections.start) + (i - sections.start), jnp.int32(plan.blocks.steps))
-            return _meet_queries(plan, refs, wg, slot, own - i * plan.blocks.q, keep, k_segments, carry, gate, causal)
+            return _meet_queries(plan, refs, wg, slot, own, i, keep, k_segments, carry, gate, causal)
 
         return sections.fold(step, plan, carry)
 
@@ -335,8 +335,8 @@ def _compute_keys(plan: KeysPlan, refs: KeysRefs, at: tuple, first, sections: Qu
     plgpu.wait_smem_to_gmem(0)
 
 
-def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, offset, keep, k_segments, carry, gate, causal) -> tuple:
-    """Add the gradients that a block of queries gives to (dk, dv, dkeep). `offset` is the first key minus the first query."""
+def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, own, i, keep, k_segments, carry, gate, causal) -> tuple:
+    """Add the gradients that query block `i` gives to (dk, dv, dkeep) of the keys from `own` on."""
     ops, shape = plan.ops, (plan.rows, plan.blocks.q)
     over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
     over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])
@@ -349,7 +349,7 @@ def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, offset, keep, k_segm
         ],
         shape,
     )
-    later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (offset + shift)
+    later_than = lambda shift: ops.iota(shape, 1) >= ops.iota(shape, 0) + (own - i * plan.blocks.q + shift)
     gated = later_than(plan.window_size + 1) if gate == "outside" else None
     if gate is not None:
         s = s + over_queries(keep) if gated is None else jnp.where(gated, s + over_queries(keep), s)

@@ -94,7 +94,7 @@ class BlockPlan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What the kernels read: arrays outside a kernel, blocks inside. `Layout.inputs` holds the block specs in the same form."""
+    """The inputs of the kernels: arrays outside a kernel, blocks inside. `Layout.inputs` holds the block specs in the same form."""
 
     next_alive: Any  # [B * K * num_k], in scalar memory
     q: Any  # [q, H]
