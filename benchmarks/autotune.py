@@ -70,9 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         found = best_entry(make(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
             found_any, entries[found[:5]] = True, found
-            tuned.write_tuned(
-                path, tuple(entries[key] for key in sorted(entries))
-            )  # at once: the process may be stopped
+            # At once: the process may be stopped.
+            tuned.write_tuned(path, tuple(entries[key] for key in sorted(entries)))
     if not found_any:
         raise ConfigError("no candidate was correct and timed; see the lines above")
 

@@ -110,7 +110,7 @@ def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
 
 
 def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
-    """Yield a record for each of XLA, the kernels that run here and dense attention, or for `only` these. They alternate while they are timed."""
+    """Yield a record for XLA, for each kernel that runs here and for dense attention, or for those in `only`. Their timings alternate."""
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32

@@ -43,9 +43,8 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     config = replace(read_config(named), max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     if layers:
         config = replace(config, num_layers=layers)
-    select_implementation(
-        "train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation
-    )  # refuses an implementation that cannot run
+    # Refuses an implementation that cannot run.
+    select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     if mesh is not None:
         template, params = Template(model), params_of(model)

@@ -90,10 +90,8 @@ def extend_layer(
         attend=partial(attend_to_slots, implementation=implementation),
         write_pairs=partial(write_pairs, implementation=implementation),
     )
-    cache_axes, expiry_axes = (
-        cast(Any, LayerCache),
-        cast(Any, Expiries),
-    )  # these hold the axes of each array in its place
+    # These hold the axes of each array in its place.
+    cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
     cache = cache_axes(*PAIRS, "batch kv_heads", None if layer.statistic is None else VECTORS)
     last = None if expiries.last_expiry is None else "batch kv_heads"
     run = _per_device(

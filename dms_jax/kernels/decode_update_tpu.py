@@ -150,9 +150,7 @@ class Plan(NamedTuple):
 class Refs(NamedTuple):
     """Blocks of a step in VMEM, whole arrays in HBM, and scratch memory. "rows" are of the batch, "heads" are KV heads."""
 
-    numbers: (
-        Any  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, whether it exceeds the threshold
-    )
+    numbers: Any  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, whether it marks
     cos: Any  # [rows, 1, H/2]
     sin: Any
     q: Any  # [rows, G heads, H]
@@ -177,9 +175,7 @@ class Refs(NamedTuple):
     new_v: Any
     k_tile: Any  # [rows, heads, tile, H]
     v_tile: Any
-    target: (
-        Any  # [rows, heads, 128]: the slot that the new pair takes (-1: none), and the slot that the decision is about
-    )
+    target: Any  # [rows, heads, 128]: the slot of the new pair (-1: none), and the slot that the decision is about
     target_smem: Any
     ready: Any
     done: Any

@@ -19,9 +19,8 @@ class PallasKernel(NamedTuple):
     """A kernel written for one kind of accelerator, with its default block sizes and what autotuning tries beside them."""
 
     function: str  # "module:function", imported when it is first called: a TPU host need not load Mosaic GPU
-    blocks: Blocks | None = (
-        None  # for heads of 128 in bf16, fit for the fast memory of every target; None: no block sizes
-    )
+    # For heads of 128 in bf16, small enough for the fast memory of every target; None: the kernel has no block sizes.
+    blocks: Blocks | None = None
     per_head_dim: tuple[str, ...] = ()  # sizes that grow as heads shrink, so that a block keeps its bytes
     halved_in_fp32: tuple[str, ...] = ()  # sizes that are halved in fp32, for the same reason
     # Sizes to try: all combinations within a mapping. An int is a size, a float a multiple of the default.

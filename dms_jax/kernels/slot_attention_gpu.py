@@ -59,9 +59,8 @@ def attend_slots(
     blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2]))
     q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=PADDING_POSITION)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
-        rows = rows.astype(
-            jnp.float16
-        )  # fp16 holds both 8-bit types exactly, and converting takes one instruction instead of three
+        # A float16 holds both 8-bit types exactly, and converting takes one instruction instead of three.
+        rows = rows.astype(jnp.float16)
     plan = Plan(Ops(interpret), blocks, heads, h, padded, groups, rows.dtype, keys.dtype)
     high, total, acc = _run(
         plan,

@@ -33,9 +33,8 @@ def check(seed, batch, heads, capacity, length, stays, comes, pairs, dtype=jnp.f
     )
     staying = rng.random((batch, heads, capacity)) < np.array(stays)[:, None]
     coming = rng.random((batch, heads, length)) < np.array(comes)[:, None]
-    coming &= np.cumsum(coming, axis=-1) <= (~staying).sum(
-        -1, keepdims=True
-    )  # no more pairs may come than slots are free
+    # No more pairs may come than slots are free.
+    coming &= np.cumsum(coming, axis=-1) <= (~staying).sum(-1, keepdims=True)
     staying, coming = jnp.asarray(staying), jnp.asarray(coming)
     layer = LayerCache(*old, jnp.zeros((batch, heads), jnp.int32))
     expected = compact_cache.write_pairs(layer, *new, staying, coming)

@@ -35,9 +35,8 @@ def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come:
 def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dtype=None, full=0.6, come=0.7):
     rng = np.random.default_rng(seed)
     layer, chunk, stays, comes = case(rng, capacity, length, head_dim, dtype, cache_dtype or dtype, full, come)
-    k, v = (
-        jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2]
-    )  # a pair that does not come may hold anything
+    # A pair that does not come may hold anything.
+    k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])
     actual = jax.jit(lambda *arrays: write_pairs(*arrays, blocks=blocks, interpret=True))(
         Pairs.of_layer(layer), Pairs(k, v, *chunk[2:]), stays, comes
     )

@@ -75,9 +75,8 @@ def test_ragged_cache_is_decoded_in_parts():
         and not of_empty_head.total.any()
         and not of_empty_head.acc.any()
     )
-    np.testing.assert_array_equal(
-        parts.total[:, 0, 0, 0] > 0, [True, False, True, True]
-    )  # the second one met only the expired block
+    # The second one met only the expired block.
+    np.testing.assert_array_equal(parts.total[:, 0, 0, 0] > 0, [True, False, True, True])
 
 
 def test_row_that_sees_nothing_stays_empty_among_rows_that_do():
