@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.visibility import MASKED
+from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.mosaic_gpu import ROW, Ops
 
 COMPUTE = 2  # warpgroups that compute
@@ -80,6 +81,35 @@ class KeySections(NamedTuple):
     def block_of(self, n: Array) -> Array:
         """The block of step n, for steps before those that follow the list of live blocks."""
         return self.end - 1 - n
+
+
+class QueryPlan(NamedTuple):
+    """Static facts of a call of a kernel that holds a block of queries."""
+
+    ops: Ops
+    blocks: TrainBlocks
+    window_size: int
+    length: int
+    head_dim: int
+    dtype: Any
+    has_segments: bool
+
+    @property
+    def rows(self) -> int:
+        """Queries per warpgroup."""
+        return self.blocks.q // COMPUTE
+
+    def first_and_sections(self) -> tuple[Array, KeySections]:
+        """The first query of a CTA, and its blocks of keys. The longest rows start first."""
+        first = (self.length // self.blocks.q - 1 - lax.axis_index("block")) * self.blocks.q
+        return first, KeySections.of_queries(first, self.blocks.q, self.blocks.k, self.window_size)
+
+    def segment_scratch(self) -> dict[str, Any]:
+        """Shared memory for the segments of queries and keys, if there are any."""
+        if not self.has_segments:
+            return {}
+        queries = plgpu.SMEM((COMPUTE, self.rows), jnp.int32)
+        return {"q_seg_s": queries, "k_seg_s": plgpu.SMEM((self.blocks.steps, self.blocks.k), jnp.int32)}
 
 
 class Tile(NamedTuple):

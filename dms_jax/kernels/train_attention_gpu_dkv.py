@@ -1,9 +1,8 @@
-"""The gradient of attention with the DMS gate on Hopper GPUs: one kernel for the queries, one for keys, values and the gate.
+"""The gradients of keys, values and gate in attention with the DMS gate on Hopper GPUs.
 
-Both recompute the scores from the saved log-sum-exp of each row, and neither adds to memory that another CTA writes, so every run gives
-the same result. `gradient_of_queries` loops over keys as the forward pass does. In `gradients_of_keys` a CTA owns a block of keys of one
-KV head and loops over the queries of all heads of its group. There keys are the rows of the scores, so the gate's gradient is the sum of
-a row, which is accumulated in registers and written once.
+A CTA owns a block of keys of one KV head and loops over the queries of all heads of its group. It recomputes the scores from the saved
+log-sum-exp of each row. Keys are the rows of the scores, so the gate's gradient is the sum of a row, which is accumulated in registers and
+written once. No CTA adds to memory that another one writes, so every run gives the same result.
 """
 
 from typing import Any, NamedTuple
@@ -17,17 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dms_jax.axes import Array
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.key_blocks_gpu import (
-    COMPUTE,
-    KeySections,
-    Tile,
-    copy_key_blocks,
-    exponent,
-    gated_scores,
-    is_live,
-    live_blocks,
-    raw_gate,
-)
+from dms_jax.kernels.key_blocks_gpu import COMPUTE, exponent, is_live, raw_gate
 from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, bind, interpreter
 
 
@@ -35,128 +24,6 @@ def dkv_blocks(blocks: TrainBlocks) -> TrainBlocks:
     """Block sizes for `gradients_of_keys`. A CTA owns as many keys as a CTA of the forward pass owns queries; steps are short, because two
     gradients fill the registers."""
     return TrainBlocks(q=min(blocks.k, 64), k=blocks.q, steps=blocks.steps)
-
-
-def gradient_of_queries(
-    q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
-) -> Array:
-    """The gradient of the queries [B K G T H]. `log_total` comes from the forward pass, and `delta` is rowsum(dO * O), both [B K G T]."""
-    b, heads, group, length, h = q.shape
-    rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
-    ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
-    has_segments = segments is not None
-
-    def train_attention_dq(
-        *refs,
-        q_s,
-        do_s,
-        k_s,
-        v_s,
-        keep_s,
-        total_s,
-        delta_s,
-        q_ready,
-        ready,
-        free,
-        q_seg_s: Any = None,
-        k_seg_s: Any = None,
-    ):
-        q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, total_ref, delta_ref, do_ref, *maybe_segments, dq_ref = (
-            refs
-        )
-        segments_ref: Any = maybe_segments[0] if has_segments else None
-        batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
-        first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
-        sections = KeySections.of_queries(first, blocks.q, block, window_size)
-        num_live = before_ref[batch, head, sections.outside]
-
-        @pl.when(wg < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(240, action="increase")
-            own = first + wg * rows
-            mine = (batch, head, g, pl.ds(own, rows))
-            for ref, buffer in ((q_ref, q_s), (do_ref, do_s), (total_ref, total_s), (delta_ref, delta_s)):
-                plgpu.copy_gmem_to_smem(ref.at[mine], buffer.at[wg], q_ready.at[wg])
-            if has_segments:
-                plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(own, rows)], q_seg_s.at[wg], q_ready.at[wg])
-            plgpu.barrier_wait(q_ready.at[wg])
-            log_total, delta = ops.load(total_s.at[wg], COLUMN), ops.load(delta_s.at[wg], COLUMN)
-            q_segments = ops.load(q_seg_s.at[wg], COLUMN) if has_segments else None
-            over_keys = lambda x: lax.broadcast_in_dim(x, (rows, block), [0])
-
-            def step(n, dq, gate, causal):
-                slot = lax.rem(n, jnp.int32(steps))
-                plgpu.barrier_wait(ready.at[slot])
-                products = [(q_s.at[wg], k_s.at[slot], False, True), (do_s.at[wg], v_s.at[slot], False, True)]
-                s, dp = ops.dots(products, (rows, block))
-                tile = Tile(own, sections.block_of(n) * block, (rows, block), window_size, q_segments)
-                s = gated_scores(
-                    ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal
-                )
-                ds = jnp.exp2(s * factor - over_keys(log_total)) * (dp - over_keys(delta))
-                dq = ops.add_dot(dq, ds.astype(dtype), k_s.at[slot])
-                plgpu.barrier_arrive(free.at[slot])
-                return dq
-
-            dq = sections.fold(step, num_live, block, blocks.q, window_size, ops.full((rows, h), 0.0, ROWS))
-            q_s.at[wg][...] = (dq * h**-0.5).astype(dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_s.at[wg], dq_ref.at[mine])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == COMPUTE)
-        def copy():
-            plgpu.set_max_registers(24, action="decrease")
-
-            def with_keys_and_values(j, slot):
-                for ref, buffer in ((k_ref, k_s), (v_ref, v_s), (keep_ref, keep_s)):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[batch, head, pl.ds(j * block, block)], buffer.at[slot], ready.at[slot]
-                    )
-                if has_segments:
-                    plgpu.copy_gmem_to_smem(
-                        segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], ready.at[slot]
-                    )
-
-            copy_key_blocks(sections, num_live, live_ref.at[batch, head], steps, [(free, with_keys_and_values)])
-
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)
-    scratch: dict[str, Any] = {
-        "q_s": operand(COMPUTE, rows),
-        "do_s": operand(COMPUTE, rows),
-        "k_s": operand(steps, block),
-        "v_s": operand(steps, block),
-        "keep_s": plgpu.SMEM((steps, block), jnp.float32),
-        "total_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
-        "delta_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
-        "q_ready": plgpu.Barrier(num_arrivals=4 + has_segments, num_barriers=COMPUTE),
-        "ready": plgpu.Barrier(num_arrivals=3 + has_segments, num_barriers=steps),
-        "free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
-    }
-    if has_segments:
-        scratch |= {"q_seg_s": plgpu.SMEM((COMPUTE, rows), jnp.int32), "k_seg_s": plgpu.SMEM((steps, block), jnp.int32)}
-    run = plgpu.kernel(
-        train_attention_dq,
-        out_type=jax.ShapeDtypeStruct(q.shape, dtype),
-        scratch_types=scratch,
-        grid=(b, heads, length // blocks.q, group),
-        grid_names=("batch", "head", "block", "group"),
-        num_threads=COMPUTE + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if interpret else None,
-    )
-    return run(
-        q,
-        k,
-        v,
-        raw_gate(log_keep, h),
-        *live_blocks(log_keep, block),
-        log_total,
-        delta,
-        d_out,
-        *([segments] if has_segments else []),
-    )
 
 
 class KeysPlan(NamedTuple):
