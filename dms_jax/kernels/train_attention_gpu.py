@@ -73,12 +73,8 @@ def _forward(
         bind(train_attention_forward, plan, Refs, () if has_segments else ("segments", "q_seg_s", "k_seg_s")),
         out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
         scratch_types=_scratch(plan),
-        grid=(
-            b,
-            heads,
-            length // blocks.q,
-            group,
-        ),  # the last axis varies fastest, so the heads of a group share keys in L2
+        # The last axis varies fastest, so the heads of a group share keys in L2.
+        grid=(b, heads, length // blocks.q, group),
         grid_names=("batch", "head", "block", "group"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
