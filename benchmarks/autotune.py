@@ -24,12 +24,7 @@ TOLERANCE = 2e-2  # for bf16; or 1.5 times the XLA path's own error, if that is 
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument(
         "--kernel", choices=tuple(KERNELS), action="append", help="tune only this kernel; may be repeated"
     )

@@ -29,12 +29,7 @@ NAME = "benchmarks.decode"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE", help="a folder, or a shape")
     parser.add_argument(
         "--layers", type=int, default=0, help="layers of a model with random weights; 0: as many as the named shape has"

@@ -28,12 +28,7 @@ NAME = "benchmarks.kernels"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--quick", action="store_true", help="measure one small shape per kernel")
     parser.add_argument(
         "--kernel", choices=tuple(KERNELS), action="append", help="measure only this kernel; may be repeated"
