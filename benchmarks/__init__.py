@@ -1,4 +1,7 @@
-"""What things cost. Commands of this package also run where only jax, flax and transformers are installed."""
+"""Benchmarks: speed, memory and correctness on the device at hand.
+
+These commands also run where only jax, flax and transformers are installed. Begin with `benchmarks.everything`.
+"""
 
 import importlib.util
 import sys
@@ -6,7 +9,7 @@ import types
 
 
 def _stand_in_for_shape_checks() -> None:
-    """Without jaxtyping and beartype, which an accelerator host may not have, the shapes in signatures go unchecked."""
+    """Leave shapes in signatures unchecked on a host without jaxtyping and beartype."""
 
     class Shape:
         def __class_getitem__(cls, item):

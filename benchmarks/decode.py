@@ -1,15 +1,15 @@
-"""What a decode step costs: the same engine dense and with compact caches, and this engine next to transformers.
+"""Measure decode steps: the same engine dense and with compact caches, and this engine compared with transformers.
 
     python -m benchmarks.decode --model smollm2-135m --batch 1 --context 4096 --cr 1,2,4,8
     python -m benchmarks.decode --model FOLDER --transformers --prompt-tokens 512 --new-tokens 32
 
---model is a folder, or the shape of one (smollm2-135m, llama-3.2-1b, qwen3-8b) with random weights. The caches are filled by
-hand: every head holds context / CR pairs, in buffers of just the size needed, and each step appends one pair; the arms are `dense`
-(a model without a policy, all pairs) and one for each CR under the policy. The roofline of an arm is what the bytes of a step allow,
-weights and live pairs; --equal-memory adds arms of CR times as many rows, which hold as many pairs as the dense one.
-The arms alternate, so that a busy machine hurts all, unless their caches do not fit into the device's memory together; an arm that
-does not fit alone is left out and says so. --transformers, which needs torch, times `generate` of both on the same weights and random
-prompts, fp32: prefill is a call for one token, decode what further tokens add. The ratios of the medians are what to look at.
+--model is a folder, or a shape (smollm2-135m, llama-3.2-1b, qwen3-8b) with random weights. The caches are filled artificially: every head
+holds context / CR pairs, in buffers that are just large enough, and each step appends one pair. The arms are `dense` (no policy, all
+pairs) and one for each CR under the policy. The roofline of an arm is the speed that the bytes of a step allow, weights and live pairs.
+--equal-memory adds arms with CR times as many rows, which hold as many pairs as the dense one.
+The arms alternate, so that a busy machine slows all of them down, unless their caches do not fit into memory together. An arm that does not
+fit alone is left out, and the output says so. --transformers, which needs torch, times `generate` of both engines in fp32, on the same weights
+and random prompts: prefill is a call for one token, and decode is the time that further tokens add. Compare the ratios of the medians.
 The last line is JSON.
 """
 
@@ -30,20 +30,29 @@ NAME = "benchmarks.decode"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE")
-    parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=4096, help="tokens seen before the timed steps")
-    parser.add_argument("--cr", default="1,2,4,8", help="realised ratios, with commas between; empty for none")
-    parser.add_argument("--steps", type=int, default=16, help="decode steps of one timing")
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each arm")
-    parser.add_argument("--equal-memory", action="store_true", help="also CR times as many rows for each CR above 1")
+    parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE", help="a folder, or a shape")
     parser.add_argument(
-        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache"
+        "--layers", type=int, default=0, help="layers of a model with random weights; 0: as many as the named shape has"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="rows of the dense arm")
+    parser.add_argument("--context", type=int, default=4096, help="tokens seen before the timed steps")
+    parser.add_argument(
+        "--cr", default="1,2,4,8", help="realised compression ratios, separated by commas; empty: no decode arms"
+    )
+    parser.add_argument("--steps", type=int, default=16, help="decode steps per timing")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per arm")
+    parser.add_argument(
+        "--equal-memory", action="store_true", help="for each CR above 1, also measure CR times as many rows"
+    )
+    parser.add_argument(
+        "--implementation",
+        choices=get_args(ImplementationName),
+        default="auto",
+        help="implementation of attention and cache",
     )
     parser.add_argument("--transformers", action="store_true", help="also time transformers' generate (torch, fp32)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="with --transformers")
-    parser.add_argument("--new-tokens", type=int, default=32, help="with --transformers")
+    parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens per prompt, with --transformers")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate, with --transformers")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(argv)
 
@@ -51,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     ratios = parse_ratios(options.cr)
-    for name, least in {
+    for name, minimum in {
         "batch": 1,
         "context": 2,
         "steps": 1,
@@ -60,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         "prompt_tokens": 2,
         "new_tokens": 2,
     }.items():
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+        if getattr(options, name) < minimum:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(options, name)}")
     start_devices(1)
     from benchmarks.models import load, provenance
 
@@ -84,14 +93,14 @@ def parse_ratios(text: str) -> list[float]:
     try:
         ratios = [float(part) for part in text.split(",") if part]
     except ValueError:
-        raise ConfigError(f"--cr wants numbers with commas between, e.g. 1,2,4; got {text!r}") from None
+        raise ConfigError(f"--cr must be numbers separated by commas, such as 1,2,4; got {text!r}") from None
     if bad := [ratio for ratio in ratios if not ratio >= 1]:
-        raise ConfigError(f"--cr must be >= 1 (1 keeps everything), got {bad[0]:g}")
+        raise ConfigError(f"--cr must be at least 1 (which keeps everything), got {bad[0]:g}")
     return ratios
 
 
 def filled_cache(model, batch: int, context: int, live: int, room: int, dense: bool):
-    """A cache that has seen `context` tokens of which the oldest half of `live` and the newest half remain, as random numbers."""
+    """A cache of random numbers that has seen `context` tokens and keeps `live` of them, half the oldest ones and half the newest."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -121,7 +130,7 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
 
 
 def decode(options, model, ratios: list[float], show) -> list[dict]:
-    """A record for each arm: seconds of a step, each step's token being the best one of the step before."""
+    """Return a record for each arm. The token of a step is the most likely one after the step before."""
     import jax
 
     from benchmarks.timing import measure_ceilings
@@ -129,7 +138,8 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     total = (options.repeats + 1) * options.steps
     if options.context + total > model.config.max_position_embeddings:
         raise ConfigError(
-            f"--context {options.context} and {total} steps are beyond this model's context of {model.config.max_position_embeddings}"
+            f"--context plus {total} steps must be at most {model.config.max_position_embeddings} tokens, this model's context, got {options.context + total}; "
+            "use a smaller --context"
         )
     arms = {"dense": (True, 1.0, options.batch)} | {f"cr {ratio:g}": (False, ratio, options.batch) for ratio in ratios}
     if options.equal_memory:
@@ -148,7 +158,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     for group in [list(arms)] if together else [[name] for name in arms]:
         try:
             timed |= timed_arms(model, {name: arms[name] for name in group}, live, options, total)
-        except jax.errors.JaxRuntimeError as why:  # out of memory after all: the other arms go on
+        except jax.errors.JaxRuntimeError as why:  # out of memory nevertheless: the other arms go on
             left_out |= {name: " ".join(str(why).split())[:200] for name in group}
     bandwidth = measure_ceilings(model.embed[...].dtype, 3, quick=True)[0].copy_bytes
     rows, dense, dense_bytes = [], timed.get("dense"), step_bytes(model, options.batch, options.context)
@@ -175,7 +185,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
         if dense is not None:
             row["speed_to_dense"] = row["tokens_per_s"] * statistics.median(dense[0]) / options.batch
             text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
-        # Where the dense arm does not fit, it is taken to run at the device's copy bandwidth, which flatters it.
+        # If the dense arm does not fit, it is assumed to run at the device's copy bandwidth, which flatters it.
         row["dense"] = "measured" if dense is not None else "counted from bytes"
         row["fraction_of_roofline"] = (
             row["speed_to_dense"] / row["roofline_speed_to_dense"]
@@ -191,7 +201,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
 
 
 def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
-    """By arm: seconds of a step, mean live pairs at the end, bytes of the cache."""
+    """For each arm: seconds per step, mean live pairs at the end, and bytes of the cache."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -233,7 +243,7 @@ def cache_bytes(model, batch: int, capacity: int) -> int:
 
 
 def step_bytes(model, batch: int, live: int) -> int:
-    """What a decode step must read at least: the weights of the layers and of the output, and the live pairs with their times."""
+    """The bytes that a decode step must read: weights of the layers and of the output, and live pairs with position and expiry."""
     import jax
     from flax import nnx
 
@@ -247,7 +257,7 @@ def step_bytes(model, batch: int, live: int) -> int:
 
 
 def free_bytes() -> float:
-    """Of the device; a CPU does not say."""
+    """Free memory of the device; infinity if it does not report it, as a CPU."""
     import jax
 
     stats = jax.devices()[0].memory_stats() or {}
@@ -255,7 +265,7 @@ def free_bytes() -> float:
 
 
 def against_transformers(options, model, show) -> dict:
-    """Both engines' `generate`, greedy, without a stop: seconds of a call for one token, and for all of them."""
+    """Time `generate` of both engines, greedy and without stop tokens: a call for one token, and a call for all tokens."""
     import importlib.util
     import tempfile
 
@@ -267,12 +277,12 @@ def against_transformers(options, model, show) -> dict:
     from dms_jax.engine.cache_capacity import round_up
 
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError("--transformers needs torch; pip install 'torch>=2.6'")
+        raise ConfigError("--transformers requires torch; run pip install 'torch>=2.6'")
     if model.embed[...].dtype != jnp.float32 or (
         model.config.dms is not None and model.config.dms.variant == "borrowed"
     ):
         raise ConfigError(
-            "--transformers compares a dense base in fp32 on a CPU; set JAX_PLATFORMS=cpu and give a model without a borrowed policy"
+            "--transformers requires an fp32 model without a borrowed policy; set JAX_PLATFORMS=cpu, or use another --model"
         )
     try:
         torch = importlib.import_module("torch")
@@ -325,7 +335,7 @@ def against_transformers(options, model, show) -> dict:
         first, whole = statistics.median(one[name]), statistics.median(all_tokens[name])
         if whole <= first:
             raise ConfigError(
-                f"{options.new_tokens} tokens take no longer than one here; give a larger --new-tokens to time the decode"
+                f"--new-tokens must be large enough to take longer than one token, got {options.new_tokens}; use more"
             )
         rates[name] = {
             "prefill_tokens_per_s": ids.size / first,

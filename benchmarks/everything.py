@@ -1,12 +1,12 @@
-"""All measurements of docs/performance.md on the device at hand, as JSON lines with their provenance.
+"""Make all measurements of docs/performance.md on the device at hand, as JSON lines with their provenance.
 
     python -m benchmarks.everything --output results.jsonl                      # all parts, one after the other
     python -m benchmarks.everything --part decode --output results.jsonl
 
-Parts: kernels (each kernel next to XLA, dense attention and the ceilings), train (a retrofit step of Llama-3.2-1B's shape, and its
-model-FLOPs utilisation), decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8). The
-call ends within --minutes; what there was no time for is a line that says so: give --part then. Lines are appended as each command ends. A CPU
-gets small shapes.
+The parts are kernels (each kernel, compared with XLA, dense attention and the ceilings), train (a retrofit step of Llama-3.2-1B's shape,
+and its model FLOPs utilization), and decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8).
+The command ends within --minutes. A measurement for which no time is left gets a line that says so; use --part for it. Lines are appended
+whenever a measurement ends. On a CPU the shapes are small.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import get_args
 from dms_jax.command import Parser, run_command
 from dms_jax.config import ImplementationName
 from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 
 NAME = "benchmarks.everything"
 PARTS = ("kernels", "train", "decode", "prefill")
@@ -27,16 +28,19 @@ PARTS = ("kernels", "train", "decode", "prefill")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--part", choices=PARTS, action="append", help="run only this part; may be repeated")
     parser.add_argument(
-        "--output", metavar="FILE", default="benchmark_results.jsonl", help="lines are appended (default %(default)s)"
+        "--output",
+        metavar="FILE",
+        default="benchmark_results.jsonl",
+        help="file to append the lines to (default %(default)s)",
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole call (default 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole command (default 9)")
     parser.add_argument(
         "--implementation",
         choices=get_args(ImplementationName),
         default="auto",
-        help="of attention and cache in decode, prefill and train",
+        help="implementation of attention and cache in decode, prefill and train (default auto)",
     )
     return parser.parse_args(argv)
 
@@ -45,14 +49,14 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     output = Path(options.output)
     if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output {output} is no file in a folder that exists")
-    # Asked of another process: one that has touched a TPU keeps it from the commands.
+        raise ConfigError(f"--output must be a file in a folder that exists, got {output}")
+    # Another process asks for the platform: a process that has touched a TPU keeps it from the measurements.
     asked = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
     )
     if asked.returncode:
         raise ConfigError(
-            f"JAX found no usable device: {(asked.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+            f"JAX found no usable device: {(asked.stderr.strip().splitlines() or ['it gave no reason'])[-1]}"
         )
     deadline, failed = time.monotonic() + 60 * options.minutes, 0
     for part in options.part or PARTS:
@@ -62,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
-    """Arguments of python -m, most wanted first; each is a process of its own, so that the memory of one is free for the next."""
+    """The arguments of `python -m`, most important first. Each runs in a process of its own, so that its memory is free for the next one."""
     which = ["--implementation", implementation]
     if part == "kernels":
         return [["benchmarks.kernels", "--json", *(["--quick"] if on_cpu else [])]]
@@ -121,11 +125,11 @@ def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
 
 
 def run(part: str, command: list[str], seconds: float, output: Path) -> int:
-    """Append what the command prints as JSON; 1 when it failed."""
+    """Run a command and append the JSON lines that it prints. Returns 1 if it failed, else 0."""
     print(f"python -m {' '.join(command)}", file=sys.stderr)
     start = time.monotonic()
     if seconds < 20:
-        return append(output, part, command, [], "not begun: no time left")
+        return append(output, part, command, [], "not started: no time left")
     try:
         done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, timeout=seconds)
         text, problem = done.stdout, f"exit code {done.returncode}" if done.returncode else None
@@ -134,13 +138,14 @@ def run(part: str, command: list[str], seconds: float, output: Path) -> int:
             (why.stdout or b"").decode() if isinstance(why.stdout, bytes) else why.stdout or "",
             f"stopped after {seconds:.0f} s",
         )
-    records = [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+    where = f"the output of {command[0]}"
+    records = [parse_json(line, where) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
     print(f"  {len(records)} lines in {time.monotonic() - start:.0f} s", file=sys.stderr)
     return append(output, part, command, records, problem)
 
 
 def append(output: Path, part: str, command: list[str], records: list[dict], problem: str | None) -> int:
-    """1 when there was a problem, which a line says too."""
+    """Append the records. Returns 1 if there was a problem, which goes into the lines, too; else 0."""
     extra = {} if problem is None else {"problem": problem}
     with output.open("a", encoding="utf-8") as file:
         for record in records or [{}]:

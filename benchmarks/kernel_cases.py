@@ -1,7 +1,10 @@
-"""What `benchmarks.kernels` and `benchmarks.autotune` run: for each kernel inputs, a reference, and what it costs at least."""
+"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: inputs, a reference and a cost for each kernel, and in `SUITES` the shapes.
+
+A new kernel needs a function that makes a `Case`, and a suite.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,13 +17,13 @@ from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.reference_attention import reference_attention
 from dms_jax.core.rotary import rope_cos_sin
 from dms_jax.core.visibility import NEVER, expiry_of
-from dms_jax.kernels import attention_api
+from dms_jax.kernels import attention_api, decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks
+from dms_jax.kernels.operands import Token
 
-DENSE = {
-    "dense_xla": "xla",
-    "dense_cudnn": "cudnn",
-}  # `jax.nn.dot_product_attention`: no gate, no per-head lengths; what a dense model pays
+# Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the price of attention in a dense model.
+DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}
+BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
 
 class Case(NamedTuple):
@@ -28,30 +31,28 @@ class Case(NamedTuple):
 
     kernel: str
     shape: dict[str, int]
-    dtype: jnp.dtype  # of what is computed
+    dtype: jnp.dtype  # of the computation
     cache_dtype: jnp.dtype  # of keys and values
     inputs: tuple
-    run: Callable[..., Callable[..., tuple]]  # implementation, interpret -> function of the inputs
-    reference: Callable[..., tuple]  # of the inputs in fp32
-    feed: Callable[
-        [tuple, tuple], dict[int, Any]
-    ]  # inputs that the next call gets anew, by index: calls depend on each other
-    min_bytes: float  # each live byte once
+    run: Callable[..., Callable[..., tuple]]  # (implementation, interpret, blocks) -> a function of the inputs
+    reference: Callable[..., tuple]  # a function of the inputs in fp32
+    # (inputs, outputs) -> inputs of the next call that differ, by index: calls must depend on each other to be timed in a chain
+    feed: Callable[[tuple, tuple], dict[int, Any]]
+    min_bytes: float  # with each live byte moved once
     flops: float
-    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: (
-        None
-    )  # a dense attention on the same shapes, with its own reference
+    # A dense attention of the same shapes by its name in DENSE; None if there is none
+    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: None
 
     @property
-    def least_seconds(self) -> float:
-        """Faster than any device."""
+    def min_seconds(self) -> float:
+        """A time that no device beats."""
         return max(self.min_bytes / 1e13, self.flops / 2e15)
 
 
 def train_case(
     batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, dtype: jnp.dtype
 ) -> Case:
-    """Value and all gradients of attention under a gate that has let go of about half the pairs."""
+    """Training attention, value and all gradients, under a gate that has evicted about half the pairs."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (
         jax.random.normal(key, (batch, length, n, head_dim), dtype)
@@ -60,7 +61,7 @@ def train_case(
     log_keep = jax.nn.log_sigmoid(20 * jax.random.normal(keys[3], (batch, kv_heads, length)))
     d_out = jax.random.normal(keys[4], q.shape, dtype)
 
-    def of(attention):
+    def with_gradients(attention):
         def run(q, k, v, log_keep, d_out):
             out, pull = jax.vjp(lambda *x: attention(*x, window_size=window), q, k, v, log_keep)
             return out, *pull(d_out.astype(out.dtype))
@@ -68,7 +69,7 @@ def train_case(
         return run
 
     def dense(how):
-        if how == "xla" and length > 4096:  # all scores at once
+        if how == "xla" and length > 4096:  # it would hold all scores at once
             return None
 
         def run(q, k, v, log_keep, d_out):
@@ -98,17 +99,13 @@ def train_case(
         dtype,
         dtype,
         (q, k, v, log_keep, d_out),
-        lambda *which: of(_with(attention_api.gated_attention, *which)),
-        of(oracle),
+        lambda *how: with_gradients(_with(attention_api.gated_attention, *how)),
+        with_gradients(oracle),
         feed,
-        # Forward reads q, k, v and writes out; backward reads those and d_out, and writes dq, dk, dv.
+        # The forward pass reads q, k, v and writes out; the backward pass reads these and d_out, and writes dq, dk, dv.
         min_bytes=size * (5 * q.size + 3 * (k.size + v.size)),
-        flops=3.5
-        * 2
-        * batch
-        * heads
-        * length**2
-        * head_dim,  # causal: half of 4 T^2 H forward, 2.5 times that backward
+        # Causal: half of 4 T^2 H in the forward pass, and 2.5 times that in the backward pass.
+        flops=3.5 * 2 * batch * heads * length**2 * head_dim,
         dense=dense,
     )
 
@@ -122,9 +119,10 @@ def slot_case(
     kv_heads: int,
     head_dim: int,
     dtype: jnp.dtype,
-    cache_dtype: jnp.dtype,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """A chunk of `queries` (1: a decode step) over `live` of `capacity` slots on average; heads differ as far as there is room."""
+    """A chunk of `queries` (1: a decode step) over `live` of `capacity` slots on average; heads differ as far as the capacity allows."""
+    cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -136,7 +134,7 @@ def slot_case(
     chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)
     counts = int(jnp.sum(layer.expiry >= seen[:, None, None]))
 
-    def of(attention):
+    def attend_with(attention):
         return lambda q, layer, position, k, v, expiry: (attention(q, layer, position, chunk(k, v, expiry)),)
 
     def dense(how):
@@ -166,8 +164,8 @@ def slot_case(
         dtype,
         cache_dtype,
         (q, layer, position, k, v, expiry),
-        lambda *which: of(_with(attention_api.attend_to_slots, *which)),
-        of(slot_attention.slot_attention),
+        lambda *how: attend_with(_with(attention_api.attend_to_slots, *how)),
+        attend_with(slot_attention.slot_attention),
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype)},
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
         flops=4 * head_dim * pairs,
@@ -176,9 +174,16 @@ def slot_case(
 
 
 def compaction_case(
-    batch: int, pairs: int, capacity: int, kv_heads: int, head_dim: int, dtype: jnp.dtype, cache_dtype: jnp.dtype
+    batch: int,
+    pairs: int,
+    capacity: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """Half of a chunk survives, into slots of which a third is free anywhere."""
+    """A chunk of which half survives, into a cache with a third of its slots free, anywhere."""
+    cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, _ = filled_layer(numbers, batch, kv_heads, capacity, capacity, head_dim, cache_dtype)
     new_k, new_v = (
@@ -194,7 +199,7 @@ def compaction_case(
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
     fields = (position, position + 100, score, jnp.asarray(stays), jnp.asarray(comes))
 
-    def of(write_pairs):
+    def write_with(write_pairs):
         return lambda layer, *new: (write_pairs(layer, *new),)
 
     return Case(
@@ -203,8 +208,8 @@ def compaction_case(
         dtype,
         cache_dtype,
         (layer, new_k, new_v, *fields),
-        lambda *which: of(_with(attention_api.write_pairs, *which)),
-        of(compact_cache.write_pairs),
+        lambda *how: write_with(_with(attention_api.write_pairs, *how)),
+        write_with(compact_cache.write_pairs),
         lambda inputs, out: {0: out[0]},
         min_bytes=int(comes.sum())
         * (2 * head_dim * (jnp.dtype(dtype).itemsize + jnp.dtype(cache_dtype).itemsize) + 2 * 12),
@@ -220,9 +225,10 @@ def update_case(
     kv_heads: int,
     head_dim: int,
     dtype: jnp.dtype,
-    cache_dtype: jnp.dtype,
+    cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """One token a row; the first free slot is the one after the live ones."""
+    """One token per row; the first free slot is the one after the live ones."""
+    cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -233,6 +239,10 @@ def update_case(
     cos, sin = rope_cos_sin(seen, 1e4 ** -jnp.linspace(0, 1, head_dim // 2))
     logit = jnp.asarray(numbers.normal(size=(batch, kv_heads)), jnp.float32)
     fixed = {"window_size": 64, "decision_shift": 1}
+
+    def reference(q, k, v, cos, sin, logit, *cache):
+        return decode_update_xla.decode_update(Token(q, k, v, cos, sin, logit), *cache, **fixed)
+
     inputs = (q, k, v, cos, sin, logit, layer, seen, jnp.ones(batch, jnp.int32), jnp.float32(0))
     return Case(
         "decode_update",
@@ -247,10 +257,10 @@ def update_case(
         dtype,
         cache_dtype,
         inputs,
-        lambda *which: _with(partial(attention_api.decode_update, **fixed), *which),
-        partial(attention_api.decode_update_xla, **fixed),
+        lambda *how: _with(partial(attention_api.decode_update, **fixed), *how),
+        reference,
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype), 6: out[1]},
-        # The book-keeping of all slots is read; of keys and values one row is written.
+        # Position and expiry of all slots are read; one row of keys and one of values is written.
         min_bytes=batch * kv_heads * (8 * capacity + 2 * head_dim * jnp.dtype(cache_dtype).itemsize)
         + 2 * q.size * jnp.dtype(dtype).itemsize,
         flops=0.0,
@@ -260,7 +270,7 @@ def update_case(
 def filled_layer(
     numbers: np.random.Generator, batch: int, kv_heads: int, capacity: int, live: int, head_dim: int, dtype: jnp.dtype
 ) -> tuple[LayerCache, jax.Array]:
-    """A layer whose heads hold `live` pairs on average, up to a quarter more or fewer where there is room; and the tokens seen [B]."""
+    """A layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows; and the tokens seen [B]."""
     slots = (batch, kv_heads, capacity)
     spread = min(live // 4, capacity - live)
     counts = live + numbers.integers(-spread, spread + 1, (batch, kv_heads))
@@ -282,8 +292,11 @@ def filled_layer(
 
 
 def error(case: Case, outputs: tuple, wanted: tuple) -> float:
-    """The largest difference of any row (last axis) of any output, relative to the length of that row, or to the typical
-    length in its array where that is more (a gradient that should be 0 is rounding). Book-keeping is right or wrong: infinity."""
+    """The largest error of any row (last axis) of any output, relative to the norm of that row.
+
+    If the typical norm in its array is larger, that one counts: a gradient that should be 0 holds rounding errors. Integers must be equal;
+    if they are not, the error is infinite.
+    """
     worst = 0.0
     for ours, theirs in zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted), strict=True):
         if jnp.issubdtype(theirs.dtype, jnp.integer):
@@ -291,15 +304,15 @@ def error(case: Case, outputs: tuple, wanted: tuple) -> float:
                 return math.inf
             continue
         ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
-        length = np.linalg.norm(theirs, axis=-1)
-        typical = np.sqrt(np.mean(length**2)) or 1.0
-        found = float((np.linalg.norm(ours - theirs, axis=-1) / np.maximum(length, typical)).max())
+        norm = np.linalg.norm(theirs, axis=-1)
+        typical = np.sqrt(np.mean(norm**2)) or 1.0
+        found = float((np.linalg.norm(ours - theirs, axis=-1) / np.maximum(norm, typical)).max())
         worst = max(worst, found if math.isfinite(found) else math.inf)
     return worst
 
 
 def in_fp32(inputs: Any) -> Any:
-    """The same numbers with more room to compute; a cache keeps the room it has, to which what is written is rounded."""
+    """Convert inputs to fp32. A cache keeps its dtype, because the reference must round what it writes in the same way."""
     wider = lambda x: (
         x.astype(jnp.float32) if not isinstance(x, LayerCache) and jnp.issubdtype(x.dtype, jnp.floating) else x
     )
@@ -308,3 +321,65 @@ def in_fp32(inputs: Any) -> Any:
 
 def _with(function: Callable, implementation: str, interpret: bool = False, blocks: Blocks | None = None) -> Callable:
     return partial(function, implementation=implementation, interpret=interpret, blocks=blocks)
+
+
+CaseMaker = Callable[..., Case]  # called with dtype=; a maker, so that one case at a time is in memory
+
+
+class Suite(NamedTuple):
+    """The cases of one kernel."""
+
+    cpu: Sequence[CaseMaker]  # tiny, because interpret mode takes seconds per block
+    quick: Sequence[CaseMaker]
+    full: Sequence[CaseMaker]
+    tuned: Callable[[int, jnp.dtype], CaseMaker]  # of a head size and a cache dtype, for autotuning
+    cache_dtypes: tuple[jnp.dtype, ...] = (BF16, FP8)  # that autotuning measures
+
+
+def full_decode_cases() -> Iterator[CaseMaker]:
+    shapes = [(8, 4096, 128), (8, 32768, 128), (32, 4096, 128), (32, 4096, 64), (32, 4096, 128, FP8), (1, 32768, 128)]
+    for batch, live, head_dim, *cached in shapes:
+        capacity = live * 5 // 4 // 64 * 64
+        yield partial(slot_case, batch, 1, capacity, live, 32, 8, head_dim, cache_dtype=cached[0] if cached else None)
+
+
+SUITES = {
+    "train_attention": Suite(
+        cpu=[partial(train_case, 1, 128, 2, 1, 64, 40), partial(train_case, 2, 256, 4, 2, 128, 60)],
+        quick=[partial(train_case, 1, 4096, 16, 4, 128, 256)],
+        full=[
+            partial(train_case, 2, 8192, 32, 8, 128, 256),
+            partial(train_case, 1, 32768, 32, 8, 128, 256),
+            partial(train_case, 2, 8192, 32, 8, 64, 256),
+        ],
+        tuned=lambda head_dim, _: partial(train_case, 1, 8192, 16, 4, head_dim, 256),
+        cache_dtypes=(BF16,),
+    ),
+    "decode_attention": Suite(
+        cpu=[
+            partial(slot_case, 1, 1, 256, 150, 4, 2, 64),
+            partial(slot_case, 2, 1, 512, 300, 8, 2, 128, cache_dtype=FP8),
+        ],
+        quick=[partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128)],
+        full=[*full_decode_cases()],
+        tuned=lambda head_dim, cached: partial(slot_case, 16, 1, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+    ),
+    "chunk_attention": Suite(
+        cpu=[partial(slot_case, 1, 64, 128, 100, 2, 1, 64)],
+        quick=[partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128)],
+        full=[partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128)],
+        tuned=lambda head_dim, cached: partial(slot_case, 2, 1024, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+    ),
+    "compaction": Suite(
+        cpu=[partial(compaction_case, 1, 64, 128, 2, 64), partial(compaction_case, 2, 128, 512, 2, 128)],
+        quick=[partial(compaction_case, 8, 1024, 8192, 8, 128)],
+        full=[partial(compaction_case, batch, 1024, 8192, 8, 128) for batch in (8, 64)],
+        tuned=lambda head_dim, cached: partial(compaction_case, 8, 1024, 8192, 8, head_dim, cache_dtype=cached),
+    ),
+    "decode_update": Suite(
+        cpu=[partial(update_case, 2, 128, 60, 4, 2, 64)],
+        quick=[partial(update_case, 32, 4096, 3000, 32, 8, 128)],
+        full=[partial(update_case, batch, 8192, 4096, 32, 8, 128) for batch in (8, 64)],
+        tuned=lambda head_dim, cached: partial(update_case, 32, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+    ),
+}

@@ -1,14 +1,15 @@
-"""Each kernel in each implementation that runs on the device at hand: is it right, and how fast is it next to what could be?
+"""Measure each kernel in each implementation that runs on the device at hand: is it correct, and how close is it to what the device can do?
 
     python -m benchmarks.kernels --quick --json
     python -m benchmarks.kernels --kernel decode_attention --minutes 5
 
-First the ceilings of the device, measured: a copy (bytes read plus written) and a matrix product. Then a line for each kernel, shape and
-implementation: `max_error` against the reference in fp32 on the same numbers, the largest of any row relative to that row's length; `ratio_to_xla`,
-how many times as fast as the XLA path; `fraction_of_copy_bandwidth`, the fewest bytes it must move over its time, against the copy; the same for the
-matrix product. dense_xla and dense_cudnn are `jax.nn.dot_product_attention`: no gate, no lengths of each head, what a dense model pays.
-On a CPU the Pallas kernels run in interpret mode: that shows that they are right; their time says nothing. With --json there is
-nothing but JSON lines, each with its provenance.
+First the ceilings of the device are measured: a copy (bytes read plus written) and a matrix product. Then comes one line per kernel, shape
+and implementation. `max_error` compares with the reference in fp32 on the same numbers: it is the largest error of any row, relative to the
+norm of that row. `ratio_to_xla` is the speed relative to the XLA path. `fraction_of_copy_bandwidth` is the minimum number of bytes that the
+kernel must move, divided by its time and by the copy bandwidth; `fraction_of_matmul` is the same for FLOPs and the matrix product.
+dense_xla and dense_cudnn are `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the price in a dense model.
+On a CPU the Pallas kernels run in interpret mode, which shows that they are correct; their times mean nothing there. With --json the
+output is JSON lines only, each with its provenance.
 """
 
 import argparse
@@ -16,28 +17,32 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import partial
 
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
-from dms_jax.kernels import block_sizes
+from dms_jax.kernels.kernel_table import KERNELS
 
 NAME = "benchmarks.kernels"
-KERNELS = tuple(block_sizes.KERNELS)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--quick", action="store_true", help="one small shape of each kernel")
-    parser.add_argument("--kernel", choices=KERNELS, action="append", help="only this one; may be given several times")
+    parser.add_argument("--quick", action="store_true", help="measure one small shape per kernel")
+    parser.add_argument(
+        "--kernel", choices=tuple(KERNELS), action="append", help="measure only this kernel; may be repeated"
+    )
     parser.add_argument(
         "--arm",
         metavar="NAME",
         action="append",
-        help="only this one: xla, mosaic_gpu, pallas_tpu, dense_xla, dense_cudnn; may be repeated",
+        help="measure only this arm: xla, mosaic_gpu, pallas_tpu, dense_xla or dense_cudnn; may be repeated",
     )
-    parser.add_argument("--repeats", type=int, default=5, help="timings of each (default 5); the median counts")
-    parser.add_argument("--minutes", type=float, default=9.0, help="begin nothing new after this long (default 9)")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="timings per arm, of which the median counts (default 5)"
+    )
+    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this time (default 9)")
     parser.add_argument("--json", action="store_true", help="print JSON lines only")
     return parser.parse_args(argv)
 
@@ -52,31 +57,31 @@ def main(argv: list[str] | None = None) -> None:
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS
 
     if unknown := set(options.arm or ()) - {*IMPLEMENTATIONS, *DENSE}:
-        raise ConfigError(f"--arm knows {', '.join((*IMPLEMENTATIONS, *DENSE))}; got {min(unknown)!r}")
-    start_devices(8)  # of a CPU: its interpreter of GPU kernels runs each warpgroup on a thread of its own
+        raise ConfigError(f"--arm must be one of {', '.join((*IMPLEMENTATIONS, *DENSE))}, got {min(unknown)!r}")
+    start_devices(8)  # on a CPU: the interpreter of GPU kernels needs a thread per warpgroup
     for record in run(options, time.monotonic() + 60 * options.minutes):
         print(json.dumps(record) if options.json else described(record), flush=True)
 
 
 def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
-    """One record after the other; what there was no time for is a record that says so."""
-    import jax
+    """Yield one record after the other. A case for which no time is left yields a record that says so."""
     import jax.numpy as jnp
 
     from benchmarks.timing import measure_ceilings
+    from dms_jax.platform_defaults import platform_defaults
     from dms_jax.provenance import versions
 
     where = versions() | {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-    dtype = jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    dtype = jnp.dtype(platform_defaults().dtype)
     ceilings, lines = measure_ceilings(dtype, options.repeats, options.quick)
     yield from (line | {"provenance": where} for line in lines)
-    for case in cases(options.quick, options.kernel or KERNELS, dtype):
-        case = case()
+    for make in cases(options.quick, options.kernel or KERNELS, dtype):
+        case = make()
         if time.monotonic() > deadline:
             yield {
                 "kernel": case.kernel,
                 **case.shape,
-                "skipped": "no time left; give more --minutes, or one --kernel",
+                "skipped": "no time left; use more --minutes, or a single --kernel",
                 "provenance": where,
             }
             continue
@@ -84,79 +89,31 @@ def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
             yield record | {"provenance": where}
 
 
-def cases(quick: bool, kernels, dtype) -> Iterator:
-    """Functions that make the cases, so that one is in memory at a time."""
-    from functools import partial
-
+def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
+    """Functions that make the cases, so that one at a time is in memory."""
     import jax
-    import jax.numpy as jnp
 
-    from benchmarks.kernel_cases import compaction_case, slot_case, train_case, update_case
+    from benchmarks.kernel_cases import SUITES
 
-    def by_kernel(train, slots, compaction, update) -> dict[str, list]:
-        slots = [partial(slot_case, *shape) for shape in slots]
-        return {
-            "train_attention": [partial(train_case, *shape, dtype) for shape in train],
-            "decode_attention": [case for case in slots if case.args[1] == 1],
-            "chunk_attention": [case for case in slots if case.args[1] > 1],
-            "compaction": [partial(compaction_case, *shape, dtype, dtype) for shape in compaction],
-            "decode_update": [partial(update_case, *shape, dtype, dtype) for shape in update],
-        }
-
-    fp8 = jnp.float8_e4m3fn
-    if jax.default_backend() == "cpu":  # interpret mode: seconds for each block
-        found = by_kernel(
-            [(1, 128, 2, 1, 64, 40), (2, 256, 4, 2, 128, 60)],
-            [
-                (1, 1, 256, 150, 4, 2, 64, dtype, dtype),
-                (2, 1, 512, 300, 8, 2, 128, dtype, fp8),
-                (1, 64, 128, 100, 2, 1, 64, dtype, dtype),
-            ],
-            [(1, 64, 128, 2, 64), (2, 128, 512, 2, 128)],
-            [(2, 128, 60, 4, 2, 64)],
-        )
-        found = {kernel: shapes[:1] if quick else shapes for kernel, shapes in found.items()}
-    elif quick:
-        found = by_kernel(
-            [(1, 4096, 16, 4, 128, 256)],
-            [(8, 1, 8192, 4096, 32, 8, 128, dtype, dtype), (1, 1024, 4096, 3000, 32, 8, 128, dtype, dtype)],
-            [(8, 1024, 8192, 8, 128)],
-            [(32, 4096, 3000, 32, 8, 128)],
-        )
-    else:
-        decode = (
-            (8, 4096, 128, dtype),
-            (8, 32768, 128, dtype),
-            (32, 4096, 128, dtype),
-            (32, 4096, 64, dtype),
-            (32, 4096, 128, fp8),
-            (1, 32768, 128, dtype),
-        )
-        found = by_kernel(
-            [(2, 8192, 32, 8, 128, 256), (1, 32768, 32, 8, 128, 256), (2, 8192, 32, 8, 64, 256)],
-            [
-                *(
-                    (batch, 1, live * 5 // 4 // 64 * 64, live, 32, 8, head_dim, dtype, cached)
-                    for batch, live, head_dim, cached in decode
-                ),
-                (4, 1024, 8192, 6000, 32, 8, 128, dtype, dtype),
-            ],
-            [(8, 1024, 8192, 8, 128), (64, 1024, 8192, 8, 128)],
-            [(8, 8192, 4096, 32, 8, 128), (64, 8192, 4096, 32, 8, 128)],
-        )
-    return (case for kernel, cases in found.items() if kernel in kernels for case in cases)
+    for kernel in (kernel for kernel in KERNELS if kernel in kernels):
+        suite = SUITES[kernel]
+        if jax.default_backend() == "cpu":
+            makers = suite.cpu[:1] if quick else suite.cpu
+        else:
+            makers = suite.quick if quick else suite.full
+        yield from (partial(make, dtype=dtype) for make in makers)
 
 
 def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
-    """XLA, the kernels that run here, and dense attention, or `only` those: one record each. Implementations alternate while they are timed."""
+    """Yield a record for XLA, for each kernel that runs here and for dense attention, or for those in `only`. Their timings alternate."""
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32
     from benchmarks.timing import Chain, long_enough, time_all
-    from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, Facts, why_not
+    from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, KernelQuery, unavailable_because
 
     on_cpu = jax.default_backend() == "cpu"
-    facts = Facts(case.shape["head_dim"], case.dtype, case.cache_dtype, case.shape.get("capacity", 128))
+    query = KernelQuery(case.shape["head_dim"], case.dtype, case.cache_dtype, case.shape.get("capacity", 128))
     base = {
         "kernel": case.kernel,
         **case.shape,
@@ -170,9 +127,9 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
             return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
 
     def attempt(name: str, f, wanted, notes: dict) -> None:
-        try:  # what a compiler or driver says is a result too, and the others go on
+        try:  # an error of a compiler or driver is a result, too, and the other arms go on
             wrong = None if wanted is None else error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
-            arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times), case.least_seconds)
+            arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times), case.min_seconds)
             found[name] = {"max_error": wrong if wrong is None or math.isfinite(wrong) else None} | notes
             if wrong is not None and not math.isfinite(wrong):
                 found[name]["wrong"] = True
@@ -184,7 +141,7 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
     wanted = precise(case.reference)
     for name in (name for name in IMPLEMENTATIONS if only is None or name in only):
         interpret = on_cpu and name != XLA
-        if (why := why_not(case.kernel, name, facts, interpret)) is not None:
+        if (why := unavailable_because(case.kernel, name, query, interpret)) is not None:
             print(f"{case.kernel}: {name} {why}", file=sys.stderr)
         else:
             attempt(name, case.run(name, interpret), wanted, {"interpreted": True} if interpret else {})
@@ -194,12 +151,14 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
         f = None if left_out else case.dense(how)
         if f is None:
             continue
-        if dense is None and case.shape.get("length", 0) <= 4096:  # all scores in fp32; longer ones would not fit
+        if (
+            dense is None and case.shape.get("length", 0) <= 4096
+        ):  # longer ones do not fit, because all scores are in memory in fp32
             try:
                 dense = precise(case.dense("xla"))
             except Exception as why:
                 print(
-                    f"{case.kernel}: no reference for dense attention: {' '.join(str(why).split())[:200]}",
+                    f"{case.kernel}: dense attention is not checked, because its reference failed: {' '.join(str(why).split())[:200]}",
                     file=sys.stderr,
                 )
         attempt(name, f, dense, {"dense": True})
@@ -224,7 +183,7 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
 
 
 def described(record: dict) -> str:
-    """The same, for people."""
+    """A record as a line for people."""
     shape = ", ".join(f"{key} {value}" for key, value in record.items() if key in SHAPE_KEYS)
     if "skipped" in record:
         return f"{record['kernel']:<16} {shape}: skipped, {record['skipped']}"

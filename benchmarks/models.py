@@ -1,4 +1,4 @@
-"""Models to measure: a folder, or the shape of a well-known one with random weights."""
+"""Models to measure: a folder, or the shape of a well-known model with random weights."""
 
 import os
 import platform
@@ -13,25 +13,28 @@ from flax import nnx
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import open_source, read_config, resolve
-from dms_jax.kernels.dispatch import Facts, choose
+from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import ModelStructure, flatten
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.provenance import versions
 
-WINDOW = 128  # of the policy that is added to a model without one
+WINDOW = 128  # window size of the policy that is added to a model without one
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"  # a config.json for each named shape
 
 
 def load(name: str, layers: int, context: int, implementation: str = "auto", dtype: jnp.dtype | None = None, mesh=None):
-    """A model with a policy, and where its weights are from; `layers` of a random one, 0 for as many as the named one has."""
+    """A model with a learned policy, and where its weights are from: the folder, or "random".
+
+    `layers` is the number of layers of a random model; 0 keeps that of the named shape."""
     policy = DMSConfig(window_size=min(WINDOW, context // 8))
-    dtype = dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    dtype = dtype or jnp.dtype(platform_defaults().dtype)
     if not (named := CONFIGS / f"{name}.json").exists():
         import dms_jax
 
         if layers:
             raise ConfigError(
-                f"--layers goes with a named shape ({', '.join(sorted(path.stem for path in CONFIGS.glob('*.json')))}); a folder brings its own"
+                f"--layers must be used with a named shape ({', '.join(sorted(path.stem for path in CONFIGS.glob('*.json')))}), got the folder {name}; drop --layers"
             )
         has_policy = open_source(path := resolve(name))[1].dms is not None
         return dms_jax.load(
@@ -40,7 +43,8 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     config = replace(read_config(named), max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     if layers:
         config = replace(config, num_layers=layers)
-    choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)  # refuses what cannot run
+    # Refuses an implementation that cannot run.
+    select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     if mesh is not None:
         template, params = ModelStructure(model), flatten(model)
@@ -49,7 +53,7 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
 
 
 def provenance() -> dict:
-    """Versions, device, commit and, because much is measured on a CPU, which one."""
+    """Versions, device, commit, and the model of the CPU, because much is measured on one."""
     return versions() | {
         "cpu": cpu_model(),
         "cores": cpu_cores(),
@@ -68,5 +72,5 @@ def cpu_model() -> str:
 
 
 def cpu_cores() -> int:
-    """Those that this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,10 +1,10 @@
-"""What reading a prompt costs, dense and under a policy that lets go of pairs while it reads.
+"""Measure prefill, dense and under a policy that evicts pairs while it reads the prompt.
 
     python -m benchmarks.prefill --model llama-3.2-1b --batch 1 --context 8192 --cr 2,4,8 --json
 
---model is a folder or a shape with random weights, as in `benchmarks.decode`. The evict head is random and its threshold set so that of a
-sample of the context's tokens 1 - 1/CR evict; the realised ratio is reported. Prompts are random tokens; the buffers have the size that the
-ratio needs and half as much again. The last line is JSON.
+--model is a folder, or a shape with random weights, as in `benchmarks.decode`. The evict head is random, and its threshold is set so that a
+fraction 1 - 1/CR of the decisions on a sample of tokens evict; the output reports the realised CR. Prompts are random tokens. The capacity is 1.5
+times what the CR needs. The last line is JSON.
 """
 
 import argparse
@@ -25,16 +25,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--model",
         default="smollm2-135m",
         metavar="FOLDER_OR_SHAPE",
-        help="a folder, or smollm2-135m, llama-3.2-1b, qwen3-8b",
+        help="a folder, or the shape smollm2-135m, llama-3.2-1b or qwen3-8b",
     )
-    parser.add_argument("--layers", type=int, default=0, help="of a random model; 0: as many as the named one has")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--context", type=int, default=2048, help="tokens of the prompt")
-    parser.add_argument("--cr", default="2,4,8", help="ratios, with commas between")
-    parser.add_argument("--chunk-size", type=int, default=None)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--implementation", choices=get_args(ImplementationName), default="auto", help="of attention and cache"
+        "--layers", type=int, default=0, help="layers of a model with random weights; 0: as many as the named shape has"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="prompts per batch")
+    parser.add_argument("--context", type=int, default=2048, help="tokens per prompt")
+    parser.add_argument("--cr", default="2,4,8", help="nominal compression ratios, separated by commas")
+    parser.add_argument("--chunk-size", type=int, default=None, help="tokens per prefill chunk")
+    parser.add_argument("--repeats", type=int, default=5, help="timings per arm")
+    parser.add_argument(
+        "--implementation",
+        choices=get_args(ImplementationName),
+        default="auto",
+        help="implementation of attention and cache",
     )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     return parser.parse_args(argv)
@@ -43,9 +48,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     ratios = parse_ratios(options.cr)
-    for name, least in {"batch": 1, "context": 16, "repeats": 1, "layers": 0}.items():
-        if getattr(options, name) < least:
-            raise ConfigError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for name, minimum in {"batch": 1, "context": 16, "repeats": 1, "layers": 0}.items():
+        if getattr(options, name) < minimum:
+            raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(options, name)}")
     start_devices(1)
     from benchmarks.models import load, provenance
 
@@ -61,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prefill(options, model, ratios: list[float], show) -> list[dict]:
-    """A record for each arm."""
+    """Return a record for each arm."""
     import jax
     import numpy as np
 
@@ -109,13 +114,13 @@ def prefill(options, model, ratios: list[float], show) -> list[dict]:
         )
         show(
             "{arm:<8} {tokens_per_s:>10.0f} tokens/s, {speed_to_dense:.2f}x dense, realised CR {realised_cr:.2f}, "
-            "{forced_evictions} pairs forced out".format(**rows[-1])
+            "{forced_evictions} forced evictions".format(**rows[-1])
         )
     return rows
 
 
 def random_scores(model, tokens):
-    """Give a model that never evicts a random evict head, in place; the evict logits of `tokens`."""
+    """Return the evict logits of `tokens`. A model that never evicts first gets a random evict head, in place."""
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""How everything here is timed, and the two ceilings of a device: what a copy and what a matrix product reach."""
+"""Timing for all benchmarks, and the two ceilings of a device: the rates that a copy and a matrix product reach."""
 
 import math
 import statistics
@@ -11,15 +11,15 @@ import jax.numpy as jnp
 
 
 class Timing(NamedTuple):
-    """Seconds of one call."""
+    """Seconds per call."""
 
     median: float
     all: list[float]
 
 
 def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Each call `repeats` times after one that compiles. The calls alternate, so that a busy machine hurts all. A call returns what it
-    made; its end is waited for."""
+    """Time each call `repeats` times, after a first time that compiles. The calls alternate, so that a busy machine slows all of them down.
+    A call must return its arrays, because the timing waits until they are ready."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -31,13 +31,15 @@ def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 
 
 class Chain:
-    """A program that applies `f` many times over, each time to what the time before made, so that nothing is computed once for all and
-    one launch from the host is shared by all. What changes is donated and fed again, what does not is only read: nothing is copied."""
+    """A program that applies `f` many times, each time to the results of the time before.
+
+    So the compiler cannot compute anything once for all, and all applications share one launch from the host. Inputs that change are
+    donated, the others are only read, and nothing is copied."""
 
     def __init__(
         self, f: Callable[..., tuple], feed: Callable[[tuple, tuple], dict[int, Any]], inputs: tuple, times: int
     ):
-        """`feed(inputs, outputs)` gives the inputs that change, by their index."""
+        """`feed(inputs, outputs)` returns the inputs that change, by their index."""
         changing = sorted(jax.eval_shape(lambda *x: feed(x, f(*x)), *inputs))
         self.times = times
         self._carry = {index: jax.tree.map(jnp.copy, inputs[index]) for index in changing}
@@ -58,27 +60,31 @@ class Chain:
         return self._carry
 
 
-def long_enough(make: Callable[[int], Chain], least: float, seconds: float = 0.02, most: int = 400) -> Chain:
-    """A chain of so many applications that one launch more or less does not count; on a CPU one. `least` is what one takes at the
-    fastest: the first guess is four times that, and only where it is too high another chain is compiled."""
+def long_enough(make: Callable[[int], Chain], min_seconds: float, seconds: float = 0.02, max_times: int = 400) -> Chain:
+    """A chain that runs for about `seconds`, so that the time of its launch does not matter; on a CPU, a chain of one application.
+
+    `min_seconds` is a lower bound for one application. The first guess is four times that; only if it was too high is another chain
+    compiled."""
     if jax.default_backend() == "cpu":
         return make(1)
-    chain = make(max(5, min(most, math.ceil(seconds / 4 / max(least, 1e-5)))))
+    chain = make(max(5, min(max_times, math.ceil(seconds / 4 / max(min_seconds, 1e-5)))))
     once = time_all({"": chain}, 1)[""].median / chain.times
-    return chain if chain.times * once >= seconds / 2 else make(min(most, math.ceil(seconds / once)))
+    return chain if chain.times * once >= seconds / 2 else make(min(max_times, math.ceil(seconds / once)))
 
 
 class Ceilings(NamedTuple):
+    """Rates of a device."""
+
     copy_bytes: float  # bytes/s, read plus written
-    flops: float  # 1/s, a square matrix product in the dtype of the benchmark
+    flops: float  # 1/s, of a square matrix product in the dtype of the benchmark
 
 
 def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceilings, Sequence[dict]]:
-    """Measured here and now, and the lines that say how."""
+    """Measure the ceilings now. Returns them, and a record for each with its details."""
     on_cpu = jax.default_backend() == "cpu"
     elements = (1 << 22 if on_cpu else 1 << 29) // (2 if quick else 1)  # far beyond any cache
     side = (512 if on_cpu else 8192) // (2 if quick else 1)
-    x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)  # narrower ones are copied more slowly
+    x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)  # narrower types are copied more slowly
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in (1, 2))
     chains = {
         "copy": long_enough(

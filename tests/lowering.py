@@ -1,4 +1,4 @@
-"""Inference steps for hardware that need not be here: lowered, to be compiled and asked what they need, and not run."""
+"""Lower inference steps for hardware that need not be present, so that tests can compile them and ask what they need."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ from dms_jax.sharding import named_sharding
 def abstract_cache(
     config: ModelConfig, batch: int, capacity: int, mesh: Mesh, dense: bool = False, dtype: jnp.dtype = jnp.bfloat16
 ) -> CompactCache:
-    """A cache of shapes: rows over the data axis, KV heads over the model axis."""
+    """A cache of shapes without arrays, with rows sharded over the data axis and KV heads over the model axis."""
     model = abstract_model(config, jnp.bfloat16)
     cache = jax.eval_shape(partial(init_cache, model, batch, capacity, dense=dense, dtype=dtype))
 
@@ -31,7 +31,7 @@ def abstract_cache(
 def lower_extend(
     config: ModelConfig, cache: CompactCache, mesh: Mesh, length: int = 1, dtype: jnp.dtype = jnp.bfloat16
 ) -> jax.stages.Lowered:
-    """A decode step, or a prefill chunk of `length` tokens, that returns the logits after it and the cache, whose memory it reuses."""
+    """Lower a decode step, or a prefill chunk of `length` tokens. It returns the logits and the cache, whose memory it reuses."""
     template = ModelStructure(model := abstract_model(config, dtype))
     names = list(template.variables)
     params = with_shardings(flatten(model), template.shardings(names, mesh))

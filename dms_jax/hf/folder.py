@@ -24,7 +24,7 @@ from dms_jax.hf.gguf.gguf_file import open_gguf
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
-from dms_jax.kernels.dispatch import Facts, choose
+from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 
 # Files without weights that belong to a model. `save` copies them unchanged.
 SIDE_FILES = {
@@ -84,7 +84,7 @@ def load(
     tensors, config, raw = open_source(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
     # What cannot run is said before the weights are read; these may be master weights of a computation in bf16.
-    choose("train_attention", Facts(config.head_dim, jnp.bfloat16), implementation)
+    select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
     model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)
     model.source = Source(path, None if raw is None else json.dumps(raw))

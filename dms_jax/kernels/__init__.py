@@ -1,4 +1,5 @@
-"""Attention and cache updates for GPUs and TPUs, each equal to a function of `dms_jax.core`.
+"""Kernels for GPUs and TPUs: attention and cache updates, each equal to a function of `dms_jax.core`.
 
-Begin with `attention_api`, which the model calls; `dispatch` decides which implementation runs, `block_sizes` how large its blocks are.
+Begin with `attention_api`, whose functions the model calls, and with `kernel_table`, which has a record for each kernel. `dispatch` decides
+which implementation runs, and `tuned` holds what was measured.
 """

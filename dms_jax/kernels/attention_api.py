@@ -1,11 +1,10 @@
-"""The kernels as the model calls them: one function each, the same result from every implementation.
+"""The kernels as the model calls them: one function each, with the same result from every implementation.
 
-Layouts, sharding and merging are here; what runs where is `dispatch`. Under a mesh each device runs the kernel on its own rows and
-KV heads: no kernel communicates.
+These functions adapt layouts, split the work over devices and merge partial results; `dispatch` decides which implementation runs.
+Under a mesh each device runs the kernel on its own rows and KV heads, so no kernel communicates.
 """
 
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable
@@ -20,7 +19,6 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.core import chunked_attention, compact_cache, slot_attention
 from dms_jax.core.compact_cache import Expiries, LayerCache
-from dms_jax.core.rotary import apply_rope
 from dms_jax.core.slot_attention import (
     CacheOps,
     Chunk,
@@ -30,15 +28,19 @@ from dms_jax.core.slot_attention import (
     slots_in_use,
     unfold_queries,
 )
-from dms_jax.core.visibility import expiry_of
+from dms_jax.kernels import decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks, TrainBlocks
-from dms_jax.kernels.dispatch import AUTO, GPU, XLA, Facts, choose
-from dms_jax.kernels.head_split import collect, deal_out
+from dms_jax.kernels.dispatch import KernelQuery, select_implementation
+from dms_jax.kernels.head_split import gather_heads, scatter_heads
+from dms_jax.kernels.kernel_table import AUTO, KERNELS, XLA, load
+from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.sharding import spec
 
-SLOTS = "batch kv_heads ."  # one number for each slot or pair
+# Axes of arrays as `_per_device` reads them.
+SLOTS = "batch kv_heads ."  # one number per slot or pair
 VECTORS = "batch kv_heads . ."  # keys, values, rows of queries
-LAYER = [VECTORS, VECTORS, SLOTS, SLOTS, SLOTS]  # `_arrays`
+PAIRS = cast(Any, Pairs)(VECTORS, VECTORS, SLOTS, SLOTS, SLOTS)
+TOKEN = cast(Any, Token)(SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads")
 
 
 @typed
@@ -54,28 +56,28 @@ def gated_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal grouped-query attention under eviction gates, differentiable in q, k, v and `log_keep`: `core.chunked_attention`.
+    """Causal grouped-query attention under eviction gates, as `core.chunked_attention` defines it, differentiable in q, k, v and
+    `log_keep`.
 
-    `interpret` runs a Pallas kernel on a CPU, slowly; `blocks` stand for the tuned ones. Raises ConfigError when the named implementation cannot run.
+    `interpret` runs a Pallas kernel on a CPU, slowly, and `blocks` replaces the tuned block sizes; the other functions of this module
+    have both, too. All raise ConfigError if the named implementation cannot run.
     """
-    name, blocks = choose("train_attention", Facts(q.shape[-1], q.dtype), implementation, interpret, blocks)
+    query = KernelQuery(q.shape[-1], q.dtype)
+    name, blocks = select_implementation("train_attention", query, implementation, interpret, blocks)
     if name == XLA:
         multiple = chunked_attention.block_size(q.shape[1])
         attend = partial(chunked_attention.attend_in_blocks, window_size=window_size, block=multiple)
     else:
         assert isinstance(blocks, TrainBlocks)
         blocks = blocks.fit(q.shape[1])
-        attend = partial(
-            _kernel("train_attention", "attend", name), window_size=window_size, blocks=blocks, interpret=interpret
-        )
+        kernel = _kernel("train_attention", name)
+        attend = partial(kernel, window_size=window_size, blocks=blocks, interpret=interpret)
         multiple = math.lcm(blocks.q, blocks.k)
     n, kv_heads = q.shape[2], k.shape[2]
-    q, k, v, log_keep = deal_out(q, k, v, log_keep)
-    rows = "batch heads . . ."
-    run = _per_device(
-        attend, (q.shape[0], k.shape[2]), [rows, "batch heads . .", "batch heads . .", "batch heads .", "batch ."], rows
-    )
-    return collect(chunked_attention.with_heads_folded(run, multiple, q, k, v, log_keep, segment_ids), n, kv_heads)
+    q, k, v, log_keep = scatter_heads(q, k, v, log_keep)
+    rows, keys = "batch heads . . .", "batch heads . ."
+    run = _per_device(attend, (q.shape[0], k.shape[2]), [rows, keys, keys, "batch heads .", "batch ."], rows)
+    return gather_heads(chunked_attention.with_heads_folded(run, multiple, q, k, v, log_keep, segment_ids), n, kv_heads)
 
 
 def extend_layer(
@@ -99,13 +101,14 @@ def extend_layer(
         part = chunk._replace(position=position, count=count)
         return slot_attention.extend_layer(layer, q, k, v, expiries, part, policy, ops)
 
-    cache_form, expiries_form = cast(Any, LayerCache), cast(Any, Expiries)  # of axes instead of arrays
-    cache = cache_form(*LAYER, "batch kv_heads", None if layer.statistic is None else VECTORS)
+    # These hold the axes of each array in its place.
+    cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
+    cache = cache_axes(*PAIRS, "batch kv_heads", None if layer.statistic is None else VECTORS)
     last = None if expiries.last_expiry is None else "batch kv_heads"
     run = _per_device(
         own,
         k.shape[:2],
-        [cache, "batch . kv_heads .", VECTORS, VECTORS, expiries_form(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        [cache, "batch . kv_heads .", VECTORS, VECTORS, expiry_axes(SLOTS, SLOTS, last, last), "batch .", "batch"],
         ("batch . kv_heads .", cache),
     )
     return run(layer, q, k, v, expiries, chunk.position, chunk.count)
@@ -122,15 +125,15 @@ def attend_to_slots(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of a chunk over the slots of a cache and over itself, a chunk of one being a decode step: `core.slot_attention`."""
-    why = None if read is None else "cannot leave out slots that a policy does not want to read"
+    """Attention of a chunk over the slots of a cache and over itself, as `core.slot_attention` defines it. A decode step is a chunk of
+    one token, which is already in its slot (`chunk` None)."""
+    xla_only_because = None if read is None else "cannot skip the slots that a policy does not read"
+    query = KernelQuery(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, xla_only_because)
     kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
-    name, blocks = choose(
-        kernel, Facts(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, why), implementation, interpret, blocks
-    )
+    name, blocks = select_implementation(kernel, query, implementation, interpret, blocks)
     if name == XLA:
         return slot_attention.slot_attention(q, slots, position, chunk, read=read)
-    attend_slots = _kernel("slot_attention", "attend_slots", name)
+    attend_slots = _kernel(kernel, name)
     rows = fold_queries(q, slots.k.shape[1])
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
     run = _per_device(
@@ -164,18 +167,15 @@ def write_pairs(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> LayerCache:
-    """The pairs of a chunk that come, into the lowest free slots: `core.compact_cache.write_pairs`."""
-    name, blocks = choose(
-        "compaction", Facts(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks
-    )
-    if name == XLA or k.shape[2] == 1:  # one pair is no stream
+    """Write the pairs of a chunk that `comes` marks into the lowest slots that `stays` leaves free: `core.compact_cache.write_pairs`."""
+    query = KernelQuery(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity)
+    name, blocks = select_implementation("compaction", query, implementation, interpret, blocks)
+    if name == XLA or k.shape[2] == 1:  # a single pair is not worth a kernel
         return compact_cache.write_pairs(layer, k, v, position, expiry, score, stays, comes)
-    kernel = _kernel("compaction", "write_pairs", name)
-    run = _per_device(
-        partial(kernel, blocks=blocks, interpret=interpret), k.shape[:2], [*LAYER, *LAYER, SLOTS, SLOTS], tuple(LAYER)
-    )
-    new = run(*_arrays(layer), k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score, stays, comes)
-    return _with_arrays(layer, new)
+    kernel = partial(_kernel("compaction", name), blocks=blocks, interpret=interpret)
+    run = _per_device(kernel, k.shape[:2], [PAIRS, PAIRS, SLOTS, SLOTS], PAIRS)
+    new = Pairs(k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score)
+    return run(Pairs.of_layer(layer), new, stays, comes).put_into(layer)
 
 
 @typed
@@ -197,92 +197,66 @@ def decode_update(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
-    """One token a row, before RoPE: the rotated queries, and the cache with the token's pair in the lowest free slot.
+    """One decode step's update: rotate the queries, decide about eviction, and write one pair per row into the lowest free slot.
 
-    `logit` is the token's own decision score: above `threshold` it evicts pair seen - 1 (`decision_shift` 1) or its own (0); None:
-    nothing is ever marked. Rows of `count` 0 stay as they are.
+    `q`, `k` and `v` are before RoPE, and `logit` is the decision score of the new token: if it exceeds `threshold`, it marks pair
+    seen - 1 (`decision_shift` 1) or its own pair (0) for eviction; with `decision_shift` None no pair is ever marked. Returns the rotated
+    queries and the updated cache. A row of `count` 0 has no new token, and its cache stays as it is.
     """
-    name, _ = choose(
-        "decode_update", Facts(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity), implementation, interpret, blocks
-    )
-    threshold = jnp.asarray(threshold, jnp.float32)
+    query = KernelQuery(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity)
+    name, _ = select_implementation("decode_update", query, implementation, interpret, blocks)
+    token, threshold = Token(q, k, v, cos, sin, logit), jnp.asarray(threshold, jnp.float32)
+    fixed = {"window_size": window_size, "decision_shift": decision_shift}
     if name == XLA:
-        return decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift)
-    kernel = _kernel("decode_update", "decode_update", name)
-    run = _per_device(  # the query heads of a group are with their key head
-        partial(kernel, window_size=window_size, decision_shift=decision_shift, interpret=interpret),
+        return decode_update_xla.decode_update(token, layer, seen, count, threshold, **fixed)
+    run = _per_device(  # the query heads of a group are on the device of their key head
+        partial(_kernel("decode_update", name), **fixed, interpret=interpret),
         k.shape[:2],
-        [SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads", *LAYER, "batch", "batch", ""],
-        (SLOTS, *LAYER, "batch kv_heads"),
+        [TOKEN, PAIRS, "batch", "batch", ""],
+        (SLOTS, PAIRS, "batch kv_heads"),
     )
-    q, *new, forced = run(q, k, v, cos, sin, logit, *_arrays(layer), seen, count, threshold)
-    layer = _with_arrays(layer, new)
+    q, slots, forced = run(token, Pairs.of_layer(layer), seen, count, threshold)
+    layer = slots.put_into(layer)
     return q, replace(layer, forced_evictions=layer.forced_evictions + forced)
 
 
-def decode_update_xla(q, k, v, cos, sin, logit, layer, seen, count, threshold, window_size, decision_shift):
-    """The same of the parts that `core` has: what the kernel is tested against and timed next to."""
-    turn = lambda x: apply_rope(x, cos[:, None], sin[:, None])
-    marked, score = (logit > threshold)[..., None], logit[..., None]
-    position, nothing = seen[:, None, None], jnp.zeros_like(score)
-    unmarked = expiry_of(jnp.zeros_like(marked), position, window_size)
-    if decision_shift == 0:
-        expiries = Expiries(expiry_of(marked, position, window_size), score, None, None)
-    elif decision_shift == 1:
-        expiries = Expiries(unmarked, nothing, expiry_of(marked, position - 1, window_size)[..., 0], logit)
-    else:
-        expiries = Expiries(unmarked, nothing, None, None)
-    settled = compact_cache.apply_pending(layer, expiries, seen, count)
-    return turn(q), compact_cache.append(
-        settled, turn(k)[:, :, None], v[:, :, None], expiries, seen, count, window_size
-    )
+def _kernel(kernel: str, implementation: str) -> Any:
+    """The function of the record in `KERNELS`, jitted."""
+    return _jitted(KERNELS[kernel].written_for(implementation).function)
 
 
 @functools.cache
-def _kernel(file: str, function: str, implementation: str) -> Any:
-    """A kernel for one accelerator, whose file needs not load where another one runs. Jitted: the layers of a model that decodes are
-    unrolled, and what they all call is lowered and compiled once (minutes, for 36 layers)."""
-    found = getattr(
-        importlib.import_module(f"dms_jax.kernels.{file}_{'gpu' if implementation == GPU else 'tpu'}"), function
-    )
-    fixed = [
-        name
-        for name, parameter in inspect.signature(found).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
+def _jitted(function: str) -> Any:
+    """The function named "module:function", jitted with its keyword arguments static. A model unrolls its layers to decode; because all
+    call the same jitted function, it is lowered and compiled once (which saves minutes for 36 layers)."""
+    found = load(function)
+    parameters = inspect.signature(found).parameters.values()
+    fixed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     return jax.jit(found, static_argnames=fixed)
 
 
-def _arrays(layer: LayerCache) -> tuple[Array, ...]:
-    return layer.k, layer.v, layer.position, layer.expiry, layer.score
-
-
-def _with_arrays(layer: LayerCache, new) -> LayerCache:
-    return replace(layer, **dict(zip(("k", "v", "position", "expiry", "score"), new, strict=True)))
-
-
 def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: Any) -> Callable:
-    """`f` on each device's rows and KV heads, of which there are `sizes`, where a mesh is set. An axis that its mesh axis does not divide
-    is not split.
+    """Run `f` on each device's rows and KV heads, of which there are `sizes`, if a mesh is set.
 
-    Axes are words, "." for one that is never split, "heads" for KV heads over model and context together; those of the results in the
-    form in which `f` returns them.
+    `axes_in` and `axes_out` have the structure of the arguments and the results of `f`, with the axes of an array in its place, as words:
+    "." is never split, and "heads" are KV heads over the model and context axes together. An axis that its mesh axes do not divide is
+    not split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if (
-        mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes
-    ):  # manual: each device runs this for itself already
+    # manual_axes: each device runs this code by itself already.
+    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
         return f
     size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1]}
 
-    def of(axes: str):
-        names = axes.split()
-        return spec(
-            tuple(None if name == "." else name for name in names), tuple(size_of[name] for name in names), mesh
-        )
+    def partition(axes: str):
+        words = axes.split()
+        names = tuple(None if word == "." else word for word in words)
+        return spec(names, tuple(size_of[word] for word in words), mesh)
 
     def run(*args):
-        specs = tuple(None if x is None else jax.tree.map(of, axes) for axes, x in zip(axes_in, args, strict=True))
-        return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(of, axes_out), check_vma=False)(*args)
+        specs = tuple(
+            None if x is None else jax.tree.map(partition, axes) for axes, x in zip(axes_in, args, strict=True)
+        )
+        return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(partition, axes_out), check_vma=False)(*args)
 
     return run

@@ -1,12 +1,13 @@
-"""What happens to a layer's cache when one token per row comes, in one Hopper kernel: RoPE, apply_pending, find a slot, write.
+"""The cache update of one decode step on Hopper, in one kernel: RoPE, apply_pending, find a slot, write.
 
-Grid (batch, KV head); each CTA rotates the queries of its group and its key, scans the integers of its head for the lowest
-free slot, only when there is none also for the pair that leaves, and writes one row of keys and of values. In place. Bound by
-the latency of the scan, 8 bytes a slot, where attention reads 512.
+Grid (batch, KV head). Each CTA rotates the queries of its group and its key, scans the integers of its head for the lowest free slot
+(and, only if there is none, for the pair to push out), and writes one row of keys and one of values, in place. It is bound by the
+latency of the scan, which reads 8 bytes per slot where attention reads 512.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +20,85 @@ from jaxtyping import Float, Int
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import EMPTY
 from dms_jax.core.visibility import NEVER
-from dms_jax.kernels.mosaic_gpu import ROW, ROWS, Ops, update_in_place
+from dms_jax.kernels.mosaic_gpu import ROW, ROWS, Ops, bind, update_in_place
+from dms_jax.kernels.operands import Pairs, Token
 
-LANES = 64  # the slots of a head as a matrix of rows of this many, in tiles of as many rows
+LANES = 64  # the numbers of a head's slots are a matrix with rows of this many, in tiles of as many rows
 BUFFERS = 2  # tiles in flight
 LOWEST = float(np.finfo(np.float32).min)  # below any score
 
 
+class Plan(NamedTuple):
+    """Static facts of a call. The numbers of a head's slots are [slot_rows, lanes]."""
+
+    ops: Ops
+    group: int  # query heads per KV head
+    head_dim: int
+    capacity: int
+    lanes: int
+    dtype: Any  # of the token
+    k_dtype: Any  # of the cache
+    v_dtype: Any
+    window_size: int
+    shift: int | None
+
+    @property
+    def slot_rows(self) -> int:
+        return self.capacity // self.lanes
+
+    @property
+    def tile(self) -> int:
+        """Rows per tile."""
+        return min(LANES, self.slot_rows)
+
+
+class Refs(NamedTuple):
+    """The slots of the layer, which are updated, the token, the results, and scratch memory for one head."""
+
+    k_cache: Any  # [B K C H]
+    v_cache: Any  # [B K C H]
+    position: Any  # [B K slot_rows lanes]
+    expiry: Any  # [B K slot_rows lanes]
+    score: Any  # [B K slot_rows lanes]
+    q: Any  # [B N H]
+    k: Any  # [B K H]
+    v: Any  # [B K H]
+    cos: Any  # [B H/2]
+    sin: Any  # [B H/2]
+    logit: Any  # [B K]
+    seen: Any  # [B]
+    num_tokens: Any  # [B], 0 or 1
+    threshold: Any  # [1]
+    q_out: Any  # [B N H]
+    forced: Any  # [B K], 0 or 1
+    q_s: Any
+    k_s: Any
+    v_s: Any
+    cos_s: Any
+    sin_s: Any
+    k_out_s: Any
+    v_out_s: Any
+    position_s: Any
+    expiry_s: Any
+    score_s: Any
+    token_here: Any
+    slots_here: Any
+    scores_here: Any
+
+
+class Step(NamedTuple):
+    """Facts about a CTA's head and its new token."""
+
+    batch: Array
+    head: Array
+    seen: Array
+    logit: Array
+    decided: Array  # the expiry that the token's decision gives
+
+
 def decode_update(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    cos: Float[Array, "B half"],
-    sin: Float[Array, "B half"],
-    logit: Float[Array, "B K"],
-    k_cache: Float[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"],
-    position: Int[Array, "B K C"],
-    expiry: Int[Array, "B K C"],
-    score: Float[Array, "B K C"],
+    token: Token,
+    slots: Pairs,
     seen: Int[Array, "B"],
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
@@ -45,214 +106,52 @@ def decode_update(
     window_size: int,
     decision_shift: int | None,
     interpret: bool = False,
-) -> tuple[Array, ...]:
-    """(q rotated [B N H], the five arrays, forced [B K] 0/1): `apply_pending` and `append` of `core.compact_cache` under
-    `LearnedEviction.mark` for one token, which `count` 0 leaves out. `decision_shift` None: nothing is ever marked."""
-    b, heads, capacity, h = k_cache.shape
-    group, lanes = q.shape[1] // heads, math.gcd(capacity, LANES)
-    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)
-    kernel, out_type, scratch = _program(
-        b,
-        heads,
+) -> tuple[Float[Array, "B N H"], Pairs, Int[Array, "B K"]]:
+    """`apply_pending` and `append` of `core.compact_cache` under `LearnedEviction.mark`, for one token per row.
+
+    Returns the rotated queries, the slots, and which heads (1) had to push a pair out. Rows of `count` 0 stay as they are. With
+    `decision_shift` None no pair is ever marked.
+    """
+    b, heads, capacity, h = slots.k.shape
+    lanes = math.gcd(capacity, LANES)
+    group = token.q.shape[1] // heads
+    plan = Plan(
+        Ops(interpret),
         group,
         h,
         capacity,
         lanes,
-        q.dtype,
-        k_cache.dtype,
-        v_cache.dtype,
-        window_size=window_size,
-        shift=decision_shift,
-        ops=Ops(interpret),
+        token.q.dtype,
+        slots.k.dtype,
+        slots.v.dtype,
+        window_size,
+        decision_shift,
     )
-    inputs = [q, k, v, cos, sin, logit, seen, count, threshold.reshape(1)]
+    inputs = [*token, seen, count, threshold.reshape(1)]
+    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)
     k_cache, v_cache, position, expiry, score, q, forced = update_in_place(
-        kernel,
-        [k_cache, v_cache, *map(as_rows, (position, expiry, score))],
+        bind(update, plan, Refs),
+        [slots.k, slots.v, *map(as_rows, slots[2:])],
         inputs,
-        out_type,
+        (jax.ShapeDtypeStruct(token.q.shape, plan.dtype), jax.ShapeDtypeStruct((b, heads), jnp.int32)),
         grid={"batch": b, "head": heads},
-        scratch=scratch,
+        scratch=_scratch(plan),
         interpret=interpret,
     )
-    return q, k_cache, v_cache, *(x.reshape(b, heads, capacity) for x in (position, expiry, score)), forced
+    return q, Pairs(k_cache, v_cache, *(x.reshape(b, heads, capacity) for x in (position, expiry, score))), forced
 
 
-def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, window_size, shift, ops) -> Any:
-    """The kernel, and the types of its outputs and of its scratch memory."""
-    half, slot_rows = h // 2, capacity // lanes
-    tile = min(LANES, slot_rows)
-    tiles = -(-slot_rows // tile)
-
-    def turned(ref, cos, sin):
-        """Channel pairs (i, i + half) of a vector, rotated in fp32."""
-        low, high = (
-            ops.load(ref.at[pl.ds(start, half)], ROW, optimized=False).astype(jnp.float32) for start in (0, half)
-        )
-        return (low * cos - high * sin).astype(dtype), (high * cos + low * sin).astype(dtype)
-
-    def narrowed(x, dtype):
-        return x.astype(jnp.float32).astype(dtype) if x.dtype != dtype else x  # 8 bits are reached from 32 only
-
-    def update(
-        k_cache_ref,
-        v_cache_ref,
-        position_ref,
-        expiry_ref,
-        score_ref,
-        q_ref,
-        k_ref,
-        v_ref,
-        cos_ref,
-        sin_ref,
-        logit_ref,
-        seen_ref,
-        count_ref,
-        threshold_ref,
-        q_out_ref,
-        forced_ref,
-        *,
-        q_s,
-        k_s,
-        v_s,
-        cos_s,
-        sin_s,
-        k_out_s,
-        v_out_s,
-        position_s,
-        expiry_s,
-        score_s,
-        token_here,
-        slots_here,
-        scores_here,
-    ):
-        batch, head = lax.axis_index("batch"), lax.axis_index("head")
-        heads_of_group = pl.ds(head * group, group)
-        copies = (
-            (q_ref.at[batch, heads_of_group], q_s),
-            (k_ref.at[batch, head], k_s),
-            (v_ref.at[batch, head], v_s),
-            (cos_ref.at[batch], cos_s),
-            (sin_ref.at[batch], sin_s),
-        )
-        for source, target in copies:
-            plgpu.copy_gmem_to_smem(source, target, token_here)
-        seen, real, logit = seen_ref[batch], count_ref[batch] > 0, logit_ref[batch, head]
-        expiry_if_marked = seen + (window_size - 1 if shift == 1 else window_size)
-        decided = jnp.where(logit > threshold_ref[0], expiry_if_marked, NEVER)
-
-        def scan(fold, start, with_score=False):
-            """Fold `fold(carry, index, position, expiry, score)`, settled, over the slots in tiles; the last may overlap the one
-            before it. Where a tile is larger than all slots, index is at least `capacity` and the rest is arbitrary."""
-            first_row = lambda i: jnp.minimum(i * tile, slot_rows - tile)
-
-            def fetch(i):
-                buffer, of_tile = lax.rem(i, jnp.int32(BUFFERS)), (batch, head, pl.ds(first_row(i), tile))
-                plgpu.copy_gmem_to_smem(
-                    position_ref.at[of_tile], position_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer]
-                )
-                plgpu.copy_gmem_to_smem(
-                    expiry_ref.at[of_tile], expiry_s.at[buffer, pl.ds(0, tile)], slots_here.at[buffer]
-                )
-                if with_score:
-                    plgpu.copy_gmem_to_smem(
-                        score_ref.at[of_tile], score_s.at[buffer, pl.ds(0, tile)], scores_here.at[buffer]
-                    )
-
-            def one_tile(i, carry):
-                pl.when(i + 1 < tiles)(lambda: fetch(i + 1))
-                buffer = lax.rem(i, jnp.int32(BUFFERS))
-                plgpu.barrier_wait(slots_here.at[buffer])
-                position, expiry = (ops.load(x.at[buffer], ROWS, optimized=False) for x in (position_s, expiry_s))
-                row, lane = ops.iota((LANES, lanes), 0), ops.iota((LANES, lanes), 1)
-                index = (first_row(i) + row) * lanes + lane
-                pending = position == seen - 1
-                if shift == 1:
-                    expiry = jnp.where(pending, decided, expiry)
-                if not with_score:
-                    return fold(carry, index, position, expiry, None)
-                plgpu.barrier_wait(scores_here.at[buffer])
-                score = ops.load(score_s.at[buffer], ROWS, optimized=False)
-                return fold(carry, index, position, expiry, jnp.where(pending, logit, score) if shift == 1 else score)
-
-            fetch(jnp.int32(0))
-            return lax.fori_loop(0, tiles, one_tile, start)
-
-        def free_and_pending(carry, index, position, expiry, _):
-            free, pending = carry
-            free = jnp.minimum(free, _least(jnp.where(expiry < seen, index, capacity)))
-            return free, jnp.minimum(pending, _least(jnp.where(position == seen - 1, index, capacity)))
-
-        def victim():
-            """core.compact_cache.victim of slots that are all alive and of the new pair: a slot, or `capacity` for the pair itself."""
-            outside = lambda index, position: (index < capacity) & (position + window_size < seen)
-
-            def highest(best, index, position, _, score):
-                return jnp.maximum(best, _most(jnp.where(outside(index, position), score, LOWEST)))
-
-            best = scan(highest, jnp.float32(LOWEST), with_score=True)
-
-            def leaves(index, position, score):
-                return (outside(index, position) & (score == best)) | ((index < capacity) & (best <= LOWEST))
-
-            def oldest(first, index, position, _, score):
-                return jnp.minimum(first, _least(jnp.where(leaves(index, position, score), position, EMPTY)))
-
-            first = scan(oldest, jnp.int32(EMPTY), with_score=True)
-
-            def slot_of(slot, index, position, _, score):
-                return jnp.minimum(
-                    slot, _least(jnp.where(leaves(index, position, score) & (position == first), index, capacity))
-                )
-
-            slot = scan(slot_of, jnp.int32(capacity), with_score=True)
-            return jnp.where(first > seen, capacity, slot)
-
-        free, pending = scan(free_and_pending, (jnp.int32(capacity), jnp.int32(capacity)))
-        slot = lax.cond(free < capacity, lambda: free, victim)
-        forced_ref[batch, head] = jnp.where(real & (free == capacity), 1, 0)
-
-        plgpu.barrier_wait(token_here)
-        cos, sin = (ops.load(x, ROW, optimized=False) for x in (cos_s, sin_s))
-        for start, k_half in zip((0, half), turned(k_s, cos, sin), strict=True):
-            k_out_s.at[pl.ds(start, half)][...] = narrowed(k_half, k_dtype)
-        # Queries one by one: as rows of one matrix, jax 0.11.2 rotates them wrongly on an H200, which no interpreter shows.
-        for query in range(group):
-            for start, q_half in zip((0, half), turned(q_s.at[query], cos, sin), strict=True):
-                q_s.at[query, pl.ds(start, half)][...] = q_half
-        v_out_s[...] = narrowed(ops.load(v_s, ROW, optimized=False), v_dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, q_out_ref.at[batch, heads_of_group])
-
-        @pl.when(real & (slot < capacity))
-        def _append():
-            plgpu.copy_smem_to_gmem(k_out_s, k_cache_ref.at[batch, head, slot])
-            plgpu.copy_smem_to_gmem(v_out_s, v_cache_ref.at[batch, head, slot])
-            at = batch, head, lax.div(slot, jnp.int32(lanes)), lax.rem(slot, jnp.int32(lanes))
-            position_ref[at] = seen
-            expiry_ref[at] = decided if shift == 0 else jnp.int32(NEVER)
-            score_ref[at] = logit if shift == 0 else jnp.float32(0)
-
-        if shift == 1:
-
-            @pl.when(real & (pending < capacity) & (pending != slot))
-            def _settle():
-                at = batch, head, lax.div(pending, jnp.int32(lanes)), lax.rem(pending, jnp.int32(lanes))
-                expiry_ref[at] = decided
-                score_ref[at] = logit
-
-        plgpu.wait_smem_to_gmem(0)
-
-    out_type = jax.ShapeDtypeStruct((b, heads * group, h), dtype), jax.ShapeDtypeStruct((b, heads), jnp.int32)
-    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, lanes), dtype)
-    scratch = {
-        "q_s": plgpu.SMEM((group, h), dtype),
-        "k_s": plgpu.SMEM((h,), dtype),
-        "v_s": plgpu.SMEM((h,), dtype),
+def _scratch(plan: Plan) -> dict[str, Any]:
+    h, half = plan.head_dim, plan.head_dim // 2
+    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, plan.lanes), dtype)
+    return {
+        "q_s": plgpu.SMEM((plan.group, h), plan.dtype),
+        "k_s": plgpu.SMEM((h,), plan.dtype),
+        "v_s": plgpu.SMEM((h,), plan.dtype),
         "cos_s": plgpu.SMEM((half,), jnp.float32),
         "sin_s": plgpu.SMEM((half,), jnp.float32),
-        "k_out_s": plgpu.SMEM((h,), k_dtype),
-        "v_out_s": plgpu.SMEM((h,), v_dtype),
+        "k_out_s": plgpu.SMEM((h,), plan.k_dtype),
+        "v_out_s": plgpu.SMEM((h,), plan.v_dtype),
         "position_s": tiles_of(jnp.int32),
         "expiry_s": tiles_of(jnp.int32),
         "score_s": tiles_of(jnp.float32),
@@ -260,12 +159,155 @@ def _program(b, heads, group, h, capacity, lanes, dtype, k_dtype, v_dtype, *, wi
         "slots_here": plgpu.Barrier(num_arrivals=2, num_barriers=BUFFERS),
         "scores_here": plgpu.Barrier(num_barriers=BUFFERS),
     }
-    return update, out_type, scratch
 
 
-def _least(x: Array) -> Array:
+def update(plan: Plan, refs: Refs) -> None:
+    """The kernel: one token of one head."""
+    capacity, shift = plan.capacity, plan.shift
+    batch, head = lax.axis_index("batch"), lax.axis_index("head")
+    query_heads = pl.ds(head * plan.group, plan.group)
+    copies = (
+        (refs.q.at[batch, query_heads], refs.q_s),
+        (refs.k.at[batch, head], refs.k_s),
+        (refs.v.at[batch, head], refs.v_s),
+        (refs.cos.at[batch], refs.cos_s),
+        (refs.sin.at[batch], refs.sin_s),
+    )
+    for source, target in copies:
+        plgpu.copy_gmem_to_smem(source, target, refs.token_here)
+    seen, real, logit = refs.seen[batch], refs.num_tokens[batch] > 0, refs.logit[batch, head]
+    expiry_if_marked = seen + (plan.window_size - 1 if shift == 1 else plan.window_size)
+    decided = jnp.where(logit > refs.threshold[0], expiry_if_marked, NEVER)
+    step = Step(batch, head, seen, logit, decided)
+
+    # Find the slots: the lowest free one, else that of the victim.
+    def free_and_pending(carry, index, position, expiry, _):
+        free, pending = carry
+        free = jnp.minimum(free, _min(jnp.where(expiry < seen, index, capacity)))
+        return free, jnp.minimum(pending, _min(jnp.where(position == seen - 1, index, capacity)))
+
+    free, pending = _scan(plan, refs, step, free_and_pending, (jnp.int32(capacity), jnp.int32(capacity)))
+    slot = lax.cond(free < capacity, lambda: free, lambda: _victim(plan, refs, step))
+    refs.forced[batch, head] = jnp.where(real & (free == capacity), 1, 0)
+
+    plgpu.barrier_wait(refs.token_here)
+    _rotate(plan, refs)
+    plgpu.copy_smem_to_gmem(refs.q_s, refs.q_out.at[batch, query_heads])
+
+    @pl.when(real & (slot < capacity))
+    def _append():
+        plgpu.copy_smem_to_gmem(refs.k_out_s, refs.k_cache.at[batch, head, slot])
+        plgpu.copy_smem_to_gmem(refs.v_out_s, refs.v_cache.at[batch, head, slot])
+        at = batch, head, lax.div(slot, jnp.int32(plan.lanes)), lax.rem(slot, jnp.int32(plan.lanes))
+        refs.position[at] = seen
+        refs.expiry[at] = decided if shift == 0 else jnp.int32(NEVER)
+        refs.score[at] = logit if shift == 0 else jnp.float32(0)
+
+    if shift == 1:
+
+        @pl.when(real & (pending < capacity) & (pending != slot))
+        def _apply_pending():
+            at = batch, head, lax.div(pending, jnp.int32(plan.lanes)), lax.rem(pending, jnp.int32(plan.lanes))
+            refs.expiry[at] = decided
+            refs.score[at] = logit
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_score: bool = False) -> Any:
+    """Fold `fold(carry, index, position, expiry, score)` over the slots, tile by tile, with the pending decision applied.
+
+    The last tile may overlap the one before it. If a tile is larger than all slots together, `index` is `capacity` or more for what lies
+    beyond them, and the other values are arbitrary there.
+    """
+    ops, tile, lanes = plan.ops, plan.tile, plan.lanes
+    tiles = -(-plan.slot_rows // tile)
+    first_row = lambda i: jnp.minimum(i * tile, plan.slot_rows - tile)
+
+    def fetch(i):
+        buffer, rows = lax.rem(i, jnp.int32(BUFFERS)), (step.batch, step.head, pl.ds(first_row(i), tile))
+        arrays = [
+            (refs.position, refs.position_s, refs.slots_here),
+            (refs.expiry, refs.expiry_s, refs.slots_here),
+            (refs.score, refs.score_s, refs.scores_here),
+        ]
+        for source, target, here in arrays[: 3 if with_score else 2]:
+            plgpu.copy_gmem_to_smem(source.at[rows], target.at[buffer, pl.ds(0, tile)], here.at[buffer])
+
+    def one_tile(i, carry):
+        pl.when(i + 1 < tiles)(lambda: fetch(i + 1))
+        buffer = lax.rem(i, jnp.int32(BUFFERS))
+        plgpu.barrier_wait(refs.slots_here.at[buffer])
+        position, expiry = (ops.load(x.at[buffer], ROWS, optimized=False) for x in (refs.position_s, refs.expiry_s))
+        row, lane = ops.iota((LANES, lanes), 0), ops.iota((LANES, lanes), 1)
+        index = (first_row(i) + row) * lanes + lane
+        pending = position == step.seen - 1
+        if plan.shift == 1:
+            expiry = jnp.where(pending, step.decided, expiry)
+        if not with_score:
+            return fold(carry, index, position, expiry, None)
+        plgpu.barrier_wait(refs.scores_here.at[buffer])
+        score = ops.load(refs.score_s.at[buffer], ROWS, optimized=False)
+        if plan.shift == 1:
+            score = jnp.where(pending, step.logit, score)
+        return fold(carry, index, position, expiry, score)
+
+    fetch(jnp.int32(0))
+    return lax.fori_loop(0, tiles, one_tile, start)
+
+
+def _victim(plan: Plan, refs: Refs, step: Step) -> Array:
+    """`core.compact_cache.victim` of slots that are all alive and of the new pair: a slot, or `capacity` for the new pair itself."""
+    capacity, seen = plan.capacity, step.seen
+    outside = lambda index, position: (index < capacity) & (position + plan.window_size < seen)
+
+    def highest(best, index, position, _, score):
+        return jnp.maximum(best, _max(jnp.where(outside(index, position), score, LOWEST)))
+
+    best = _scan(plan, refs, step, highest, jnp.float32(LOWEST), with_score=True)
+
+    def leaves(index, position, score):
+        return (outside(index, position) & (score == best)) | ((index < capacity) & (best <= LOWEST))
+
+    def oldest(first, index, position, _, score):
+        return jnp.minimum(first, _min(jnp.where(leaves(index, position, score), position, EMPTY)))
+
+    first = _scan(plan, refs, step, oldest, jnp.int32(EMPTY), with_score=True)
+
+    def lowest(slot, index, position, _, score):
+        matches = leaves(index, position, score) & (position == first)
+        return jnp.minimum(slot, _min(jnp.where(matches, index, capacity)))
+
+    slot = _scan(plan, refs, step, lowest, jnp.int32(capacity), with_score=True)
+    return jnp.where(first > seen, capacity, slot)
+
+
+def _rotate(plan: Plan, refs: Refs) -> None:
+    """Apply RoPE to queries and key in shared memory, and convert key and value to the cache's dtypes."""
+    ops, half = plan.ops, plan.head_dim // 2
+    load = lambda ref: ops.load(ref, ROW, optimized=False)
+    cos, sin = load(refs.cos_s), load(refs.sin_s)
+
+    def rotated(ref):  # channel pairs (i, i + half) of a vector, in fp32
+        low, high = (load(ref.at[pl.ds(start, half)]).astype(jnp.float32) for start in (0, half))
+        return (low * cos - high * sin).astype(plan.dtype), (high * cos + low * sin).astype(plan.dtype)
+
+    def narrowed(x, dtype):  # 8-bit types can be reached from fp32 only
+        return x.astype(jnp.float32).astype(dtype) if x.dtype != dtype else x
+
+    for start, k_half in zip((0, half), rotated(refs.k_s), strict=True):
+        refs.k_out_s.at[pl.ds(start, half)][...] = narrowed(k_half, plan.k_dtype)
+    # Queries one by one: jax 0.11.2 rotates them wrongly as rows of one matrix on an H200, which no interpreter shows.
+    for query in range(plan.group):
+        for start, q_half in zip((0, half), rotated(refs.q_s.at[query]), strict=True):
+            refs.q_s.at[query, pl.ds(start, half)][...] = q_half
+    refs.v_out_s[...] = narrowed(load(refs.v_s), plan.v_dtype)
+    plgpu.commit_smem()
+
+
+def _min(x: Array) -> Array:
     return jnp.min(jnp.min(x, axis=1))
 
 
-def _most(x: Array) -> Array:
+def _max(x: Array) -> Array:
     return jnp.max(jnp.max(x, axis=1))

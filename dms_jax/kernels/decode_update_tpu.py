@@ -1,12 +1,12 @@
-"""What one decoded token does to a layer of the cache, on TPU, in one kernel and in place: RoPE, apply_pending what was pending, append.
+"""The cache update of one decode step on a TPU, in one kernel and in place: RoPE, apply_pending, append.
 
-Grid (blocks of rows of the batch, blocks of heads); a step owns [rows, heads, C] of position, expiry and score in VMEM, finds the
-slot of each of its heads, and copies to and from HBM only the tiles of keys, values and book-keeping that hold it. It is bound by
-reading the book-keeping, and by the latency of those copies, which all heads of a step share.
+Grid (blocks of rows of the batch, blocks of heads). A step holds [rows, heads, C] of position, expiry and score in VMEM, finds the slot
+of each of its heads, and copies from and to HBM only the tiles of keys, values and numbers that contain it. It is bound by reading the
+numbers, and by the latency of the copies, which overlap for all heads of a step.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +20,16 @@ from dms_jax.core.compact_cache import EMPTY
 from dms_jax.core.rotary import apply_rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
+from dms_jax.kernels.operands import Pairs, Token
 
 SUBLANES = {1: 32, 2: 16, 4: 8}  # rows of a tile, by the bytes of a number
-HEADS_AT_ONCE = 64  # whose copies overlap
+HEADS_AT_ONCE = 64  # heads whose copies overlap
 NUMBERS_LIMIT = 20 * 2**20  # bytes of VMEM for position, expiry and score of a step; keys and values take the rest
 
 
 def decode_update(
-    q: Float[Array, "B N H"],
-    k: Float[Array, "B K H"],
-    v: Float[Array, "B K H"],
-    cos: Float[Array, "B H/2"],
-    sin: Float[Array, "B H/2"],
-    logit: Float[Array, "B K"],
-    k_cache: Float[Array, "B K C H"],
-    v_cache: Float[Array, "B K C H"],
-    position: Int[Array, "B K C"],
-    expiry: Int[Array, "B K C"],
-    score: Float[Array, "B K C"],
+    token: Token,
+    slots: Pairs,
     seen: Int[Array, "B"],
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
@@ -45,37 +37,39 @@ def decode_update(
     window_size: int,
     decision_shift: int | None,
     interpret: bool = False,
-) -> tuple[Array, Array, Array, Array, Array, Array, Array]:
-    """The rotated queries, the layer's five arrays after `apply_pending` and `append` of one token, and which heads [B K] pushed a pair out.
+) -> tuple[Float[Array, "B N H"], Pairs, Int[Array, "B K"]]:
+    """`apply_pending` and `append` of `core.compact_cache` for one token per row; see `attention_api.decode_update`.
 
-    `k` and `v` are not rotated yet; `decision_shift` None marks nothing. The arrays are updated in place where they are donated.
+    Returns the rotated queries, the slots, which are updated in place where the caller donates them, and which heads (1) had to push a pair
+    out. Raises NotImplementedError if no tile fits into VMEM.
     """
-    b, heads, capacity, h = k_cache.shape
-    lanes, itemsize = slots_in_lanes(h), k_cache.dtype.itemsize
+    b, heads, capacity, h = slots.k.shape
+    lanes, itemsize = slots_in_lanes(h), slots.k.dtype.itemsize
     block_h = 8 if heads % 8 == 0 else heads
     fits = min(HEADS_AT_ONCE, NUMBERS_LIMIT // (9 * 4 * capacity)) // block_h
     block_b = max(size for size in range(1, b + 1) if b % size == 0 and size <= max(fits, 1))
     along = LANES if lanes else SUBLANES[itemsize]
-    tile = along if capacity % along == 0 else capacity  # whole heads where tiles do not divide them
+    tile = along if capacity % along == 0 else capacity  # all slots of a head, if tiles do not divide them
     if (size := 2 * block_b * block_h * tile * h * itemsize) > VMEM_LIMIT // 2 and not interpret:
         raise NotImplementedError(
-            f"tiles of {capacity} slots would take {size / 2**20:.0f} MiB; make the capacity a multiple of {along}"
+            f"the cache capacity must be a multiple of {along}, got {capacity}, whose tiles would take {size / 2**20:.0f} MiB of VMEM"
         )
 
     seen, count = (jnp.broadcast_to(x[:, None], (b, heads)) for x in (seen, count))
     numbers = jnp.stack(
-        [seen, count, lax.bitcast_convert_type(logit, jnp.int32), (logit > threshold).astype(jnp.int32)], axis=-1
+        [seen, count, lax.bitcast_convert_type(token.logit, jnp.int32), (token.logit > threshold).astype(jnp.int32)],
+        axis=-1,
     )
     in_layout = lambda x: x.swapaxes(2, 3) if lanes else x
-    cache = tuple(in_hbm(in_layout(x), interpret) for x in (k_cache, v_cache))
+    cache = tuple(in_hbm(in_layout(x), interpret) for x in (slots.k, slots.v))
     by_heads = lambda *shape: pl.BlockSpec((block_b, *shape), lambda i, j: (i, j, 0))
     angle_spec = pl.BlockSpec((block_b, 1, h // 2), lambda i, j: (i, 0, 0))
     hbm_spec = pl.BlockSpec(memory_space=pltpu.HBM)
-    query_heads = q.shape[1] // heads * block_h
-    slots = (block_b, block_h, capacity)
+    query_heads = token.q.shape[1] // heads * block_h
+    numbers_shape = (block_b, block_h, capacity)
     tile_shape = (h, tile) if lanes else (tile, h)
     out = pl.pallas_call(
-        partial(_kernel, window_size=window_size, decision_shift=decision_shift, lanes=lanes, tile=tile),
+        partial(_kernel, Plan(window_size, decision_shift, lanes, tile)),
         grid=(b // block_b, heads // block_h),
         in_specs=[
             by_heads(block_h, 4),
@@ -91,14 +85,14 @@ def decode_update(
         out_specs=[by_heads(query_heads, h), by_heads(block_h, 1), *[hbm_spec] * 5],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for x in (q, jax.ShapeDtypeStruct((b, heads, 1), jnp.int32), position, expiry, score, *cache)
+            for x in (token.q, jax.ShapeDtypeStruct((b, heads, 1), jnp.int32), *slots[2:], *cache)
         ],
         scratch_shapes=[
-            pltpu.VMEM(slots, jnp.int32),
-            pltpu.VMEM(slots, jnp.int32),
-            pltpu.VMEM(slots, jnp.float32),
+            pltpu.VMEM(numbers_shape, jnp.int32),
+            pltpu.VMEM(numbers_shape, jnp.int32),
+            pltpu.VMEM(numbers_shape, jnp.float32),
             *[pltpu.VMEM((block_b, block_h, h), jnp.float32)] * 2,
-            *[pltpu.VMEM((block_b, block_h, *tile_shape), k_cache.dtype)] * 2,
+            *[pltpu.VMEM((block_b, block_h, *tile_shape), slots.k.dtype)] * 2,
             pltpu.VMEM((block_b, block_h, LANES), jnp.int32),
             pltpu.SMEM((block_b, block_h, LANES), jnp.int32),
             pltpu.SemaphoreType.DMA,
@@ -108,13 +102,14 @@ def decode_update(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_LIMIT),
         interpret=interpret,
         name="decode_update",
-    )(numbers, cos[:, None], sin[:, None], q, k, v, position, expiry, score, *cache)
+    )(numbers, token.cos[:, None], token.sin[:, None], *token[:3], *slots[2:], *cache)
     q, forced, position, expiry, score, k_cache, v_cache = out
-    return q, in_layout(k_cache), in_layout(v_cache), position, expiry, score, forced[:, :, 0]
+    return q, Pairs(in_layout(k_cache), in_layout(v_cache), position, expiry, score), forced[:, :, 0]
 
 
-def _settled(numbers, position, expiry, score, window_size, decision_shift):
-    """Expiry and score of the slots once this token has decided, which slot it decided about (C: none), expiry and score of its pair."""
+def _after_decision(numbers, position, expiry, score, window_size, decision_shift):
+    """Apply this token's decision. Returns expiry and score of the slots, the slot that the decision is about (C: none), and expiry and
+    score of the new pair."""
     seen, marked = numbers[..., 0:1], numbers[..., 3:4] > 0
     logit = lax.bitcast_convert_type(numbers[..., 2:3], jnp.float32)
     decided = jnp.full(seen.shape, position.shape[2], jnp.int32)
@@ -129,13 +124,13 @@ def _settled(numbers, position, expiry, score, window_size, decision_shift):
 
 
 def _lowest(slots):
-    """The lowest slot that is true; C where none is."""
+    """The lowest slot that is true; C if no slot is."""
     lane = lax.broadcasted_iota(jnp.int32, slots.shape, 2)
     return jnp.min(jnp.where(slots, lane, slots.shape[2]), axis=2, keepdims=True)
 
 
 def _victim(position, score, seen, window_size):
-    """`compact_cache.victim` of full heads. The new pair is inside the window and younger than all others: it is never chosen."""
+    """`compact_cache.victim` of full heads. It never is the new pair, which is inside the window and younger than all others."""
     outside = seen > position + window_size
     worst = jnp.max(jnp.where(outside, score, -jnp.inf), axis=2, keepdims=True)
     some = jnp.max(jnp.where(outside, 1.0, 0.0), axis=2, keepdims=True) > 0
@@ -143,70 +138,80 @@ def _victim(position, score, seen, window_size):
     return _lowest(oldest_of == jnp.min(oldest_of, axis=2, keepdims=True))
 
 
-def _kernel(
-    numbers_ref,  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, is it marked
-    cos_ref,
-    sin_ref,  # [rows, 1, H/2] x2
-    q_ref,
-    k_ref,
-    v_ref,  # [rows, G heads, H], [rows, heads, H] x2
-    old_position_ref,
-    old_expiry_ref,
-    old_score_ref,  # [rows, heads, C] x3
-    _old_k_ref,
-    _old_v_ref,  # the outputs are the same memory
-    q_out_ref,
-    forced_ref,  # [rows, G heads, H], [rows, heads, 1]
-    position_hbm,
-    expiry_hbm,
-    score_hbm,
-    k_hbm,
-    v_hbm,  # [B, K, C] x3, [B, K, C, H] x2 or [B, K, H, C] x2
-    position_ref,
-    expiry_ref,
-    score_ref,  # [rows, heads, C] x3: after this token
-    new_k_ref,
-    new_v_ref,  # [rows, heads, H] x2
-    k_tile_ref,
-    v_tile_ref,  # [rows, heads, tile, H] x2 or [rows, heads, H, tile] x2
-    target_ref,
-    target_smem,  # [rows, heads, 128] x2: the slot that the pair takes (-1: none), the one decided about
-    ready,
-    done,
-    *,
-    window_size,
-    decision_shift,
-    lanes,
-    tile,
-):
-    block_b, block_h, capacity = position_ref.shape
-    cos, sin = cos_ref[...], sin_ref[...]
-    q_out_ref[...] = apply_rope(q_ref[...], cos, sin)
-    new_k_ref[...] = apply_rope(k_ref[...], cos, sin).astype(jnp.float32)
-    new_v_ref[...] = v_ref[...].astype(jnp.float32)
+class Plan(NamedTuple):
+    """Static facts of a call."""
 
-    numbers, position = numbers_ref[...], old_position_ref[...]
+    window_size: int
+    decision_shift: int | None
+    lanes: bool  # `slots_in_lanes`: tiles of keys and values are [H, tile]
+    tile: int  # slots per tile
+
+
+class Refs(NamedTuple):
+    """Blocks of a step in VMEM, whole arrays in HBM, and scratch memory. "rows" are of the batch, "heads" are KV heads."""
+
+    numbers: Any  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, whether it marks
+    cos: Any  # [rows, 1, H/2]
+    sin: Any
+    q: Any  # [rows, G heads, H]
+    k: Any  # [rows, heads, H]
+    v: Any
+    old_position: Any  # [rows, heads, C]
+    old_expiry: Any
+    old_score: Any
+    old_k: Any  # unused, because the outputs are the same memory
+    old_v: Any
+    q_out: Any  # [rows, G heads, H]
+    forced: Any  # [rows, heads, 1]
+    position_hbm: Any  # [B, K, C]
+    expiry_hbm: Any
+    score_hbm: Any
+    k_hbm: Any  # [B, K, C, H]
+    v_hbm: Any
+    position: Any  # [rows, heads, C], after this token
+    expiry: Any
+    score: Any
+    new_k: Any  # [rows, heads, H]
+    new_v: Any
+    k_tile: Any  # [rows, heads, tile, H]
+    v_tile: Any
+    target: Any  # [rows, heads, 128]: the slot of the new pair (-1: none), and the slot that the decision is about
+    target_smem: Any
+    ready: Any
+    done: Any
+
+
+def _kernel(plan: Plan, *arrays) -> None:
+    refs = Refs(*arrays)
+    block_b, block_h, capacity = refs.position.shape
+    cos, sin = refs.cos[...], refs.sin[...]
+    refs.q_out[...] = apply_rope(refs.q[...], cos, sin)
+    refs.new_k[...] = apply_rope(refs.k[...], cos, sin).astype(jnp.float32)
+    refs.new_v[...] = refs.v[...].astype(jnp.float32)
+
+    numbers, position = refs.numbers[...], refs.old_position[...]
     seen, real = numbers[..., 0:1], numbers[..., 1:2] > 0
-    expiry, score, decided, new_expiry, new_score = _settled(
-        numbers, position, old_expiry_ref[...], old_score_ref[...], window_size, decision_shift
+    expiry, score, decided, new_expiry, new_score = _after_decision(
+        numbers, position, refs.old_expiry[...], refs.old_score[...], plan.window_size, plan.decision_shift
     )
     slot = _lowest(expiry < seen)
     full = real & (slot == capacity)
-    forced_ref[...] = full.astype(jnp.int32)
+    refs.forced[...] = full.astype(jnp.int32)
     slot = lax.cond(
         jnp.max(jnp.where(full, 1.0, 0.0)) > 0,
-        lambda: jnp.where(full, _victim(position, score, seen, window_size), slot),
+        lambda: jnp.where(full, _victim(position, score, seen, plan.window_size), slot),
         lambda: slot,
     )
     slot = jnp.where(real, slot, -1)
     taken = lax.broadcasted_iota(jnp.int32, position.shape, 2) == slot
-    position_ref[...] = jnp.where(taken, seen, position)
-    expiry_ref[...] = jnp.where(taken, new_expiry, expiry)
-    score_ref[...] = jnp.where(taken, new_score, score)
+    refs.position[...] = jnp.where(taken, seen, position)
+    refs.expiry[...] = jnp.where(taken, new_expiry, expiry)
+    refs.score[...] = jnp.where(taken, new_score, score)
 
-    lane = lax.broadcasted_iota(jnp.int32, target_ref.shape, 2)
-    target_ref[...] = jnp.where(lane == 0, slot, jnp.where(decided < capacity, decided, slot))
-    to_scalars = pltpu.make_async_copy(target_ref, target_smem, ready)  # the addresses of the copies that follow
+    lane = lax.broadcasted_iota(jnp.int32, refs.target.shape, 2)
+    refs.target[...] = jnp.where(lane == 0, slot, jnp.where(decided < capacity, decided, slot))
+    # Addresses of copies must be scalars.
+    to_scalars = pltpu.make_async_copy(refs.target, refs.target_smem, refs.ready)
     to_scalars.start()
     to_scalars.wait()
 
@@ -216,46 +221,51 @@ def _kernel(
         return pl.multiple_of(lax.div(slot, size) * size, size) if size < capacity else 0
 
     def tiles(b, h):
-        """Keys and values: what is in HBM, and what is here."""
-        at = pl.ds(start_of(target_smem[b, h, 0], tile), tile)
-        at = (first_b + b, first_h + h, slice(None), at) if lanes else (first_b + b, first_h + h, at)
-        return (k_hbm.at[at], k_tile_ref.at[b, h]), (v_hbm.at[at], v_tile_ref.at[b, h])
+        """Keys and values: a tile in HBM, and its place in VMEM."""
+        at = pl.ds(start_of(refs.target_smem[b, h, 0], plan.tile), plan.tile)
+        at = (first_b + b, first_h + h, slice(None), at) if plan.lanes else (first_b + b, first_h + h, at)
+        return (refs.k_hbm.at[at], refs.k_tile.at[b, h]), (refs.v_hbm.at[at], refs.v_tile.at[b, h])
 
     def written(b, h):
-        """The copies out of a head, each with whether it is needed: a tile is written once."""
+        """The copies from VMEM to HBM for a head, each with whether it is needed: no tile is written twice."""
         size = LANES if capacity % LANES == 0 else capacity
-        start, other = (start_of(target_smem[b, h, i], size) for i in range(2))
+        start, other = (start_of(refs.target_smem[b, h, i], size) for i in range(2))
         copies: list[tuple[Any, Any, Any]] = [(True, here, there) for there, here in tiles(b, h)]
-        for there, here in ((position_hbm, position_ref), (expiry_hbm, expiry_ref), (score_hbm, score_ref)):
+        for there, here in (
+            (refs.position_hbm, refs.position),
+            (refs.expiry_hbm, refs.expiry),
+            (refs.score_hbm, refs.score),
+        ):
             part = pl.ds(start, size)
             copies.append((True, here.at[b, h, part], there.at[first_b + b, first_h + h, part]))
-            if decision_shift == 1 and size < capacity and there is not position_hbm:
+            if plan.decision_shift == 1 and size < capacity and there is not refs.position_hbm:
                 part = pl.ds(other, size)
                 copies.append((other != start, here.at[b, h, part], there.at[first_b + b, first_h + h, part]))
-        return [(needed, pltpu.make_async_copy(source, target, done)) for needed, source, target in copies]
+        return [(needed, pltpu.make_async_copy(source, target, refs.done)) for needed, source, target in copies]
 
     def for_heads(body):
-        """`body(row, head)` for each head whose row has a token."""
+        """Run `body(row, head)` for each head whose row has a token."""
 
         @pl.loop(0, block_b * block_h)
         def _(i):
             b, h = lax.div(i, block_h), lax.rem(i, block_h)
-            pl.when(target_smem[b, h, 0] >= 0)(lambda: body(b, h))
+            pl.when(refs.target_smem[b, h, 0] >= 0)(lambda: body(b, h))
 
     def fetch(b, h):
         for there, here in tiles(b, h):
-            pltpu.make_async_copy(there, here, ready).start()
+            pltpu.make_async_copy(there, here, refs.ready).start()
 
     def fetched(b, h):
         for there, here in tiles(b, h):
-            pltpu.make_async_copy(there, here, ready).wait()
+            pltpu.make_async_copy(there, here, refs.ready).wait()
 
     def write(b, h):
-        slot = target_smem[b, h, 0]
-        for tile_ref, new_ref in ((k_tile_ref, new_k_ref), (v_tile_ref, new_v_ref)):
+        slot = refs.target_smem[b, h, 0]
+        for tile_ref, new_ref in ((refs.k_tile, refs.new_k), (refs.v_tile, refs.new_v)):
             new, old = new_ref[b, pl.ds(h, 1)], tile_ref[b, h].astype(jnp.float32)
-            here = lax.broadcasted_iota(jnp.int32, old.shape, 1 if lanes else 0) == slot - start_of(slot, tile)
-            tile_ref[b, h] = jnp.where(here, column(new) if lanes else new, old).astype(tile_ref.dtype)
+            index = lax.broadcasted_iota(jnp.int32, old.shape, 1 if plan.lanes else 0)
+            here = index == slot - start_of(slot, plan.tile)
+            tile_ref[b, h] = jnp.where(here, column(new) if plan.lanes else new, old).astype(tile_ref.dtype)
         for needed, copy in written(b, h):
             pl.when(needed)(copy.start)
 

@@ -1,8 +1,8 @@
-"""How the heads of training attention are dealt out to devices.
+"""Scatter the heads of training attention over devices.
 
-Outside attention a row's length is split; inside, each device has whole rows of some heads, over the model and the context axis together.
-So every kernel runs unchanged, and the causal half of the work is the same for all. Where the devices are no divisor of the KV heads, each
-KV head is repeated and its query heads are shared out among the copies, with heads of zeros where they do not come out even.
+Outside attention the length of a row is split; inside, each device has whole rows of some heads, over the model and context axes
+together. So every kernel runs unchanged, and the causal half of the work is even. If the number of devices does not divide the
+number of KV heads, each KV head is copied and its query heads are shared out among the copies, padded with heads of zeros where needed.
 """
 
 import math
@@ -17,20 +17,20 @@ from dms_jax.sharding import constrain, num_shards
 
 
 class HeadSplit(NamedTuple):
-    """The copies of each KV head, and how many query heads each copy has."""
+    """How many copies of each KV head there are, and how many query heads each copy has."""
 
     copies: int
     group: int
 
 
 def head_split(q_heads: int, kv_heads: int, devices: int) -> HeadSplit:
-    """The least copies that `devices` share evenly."""
+    """The smallest number of copies that `devices` can share evenly."""
     copies = devices // math.gcd(kv_heads, devices)
     return HeadSplit(copies, -(-(q_heads // kv_heads) // copies))
 
 
 def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
-    """What training attention computes more than once on this mesh, as a sentence; none where it is nothing."""
+    """A sentence about what training attention computes more than once on this mesh; an empty list if there is nothing."""
     devices = num_shards("heads", mesh)
     copies, group = head_split(q_heads, kv_heads, devices)
     if copies == 1:
@@ -46,11 +46,11 @@ def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
     ]
 
 
-def deal_out(
+def scatter_heads(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], log_keep: Float[Array, "B K T"]
 ) -> tuple[Array, Array, Array, Array]:
-    """The same attention with as many KV heads as the devices under `jax.set_mesh` share evenly, each device's own on it. Gradients
-    add up over the copies by themselves."""
+    """Copy and pad heads until the devices under `jax.set_mesh` can share them evenly, and move each head to its device. The attention is
+    the same; gradients add up over the copies by themselves."""
     b, t, n, h = q.shape
     heads = k.shape[2]
     copies, group = head_split(n, heads, num_shards("heads"))
@@ -62,8 +62,8 @@ def deal_out(
     return q, k, v, constrain(log_keep, "batch", "heads", None)
 
 
-def collect(out: Float[Array, "B T M H"], q_heads: int, kv_heads: int) -> Float[Array, "B T N H"]:
-    """What `deal_out` did to the query heads, undone, and the length split again."""
+def gather_heads(out: Float[Array, "B T M H"], q_heads: int, kv_heads: int) -> Float[Array, "B T N H"]:
+    """Undo what `scatter_heads` did to the query heads, and split the length again."""
     b, t, n, h = out.shape
     if n != q_heads:
         out = out.reshape(b, t, kv_heads, n // kv_heads, h)[:, :, :, : q_heads // kv_heads].reshape(b, t, q_heads, h)
@@ -71,7 +71,7 @@ def collect(out: Float[Array, "B T M H"], q_heads: int, kv_heads: int) -> Float[
 
 
 def _copied(x: Array, axis: int, copies: int) -> Array:
-    """[... K ...] -> [... K*copies ...], copies next to each other."""
+    """[... K ...] -> [... K*copies ...], with the copies of a head next to each other."""
     shape = list(x.shape)
     x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), [*shape[: axis + 1], copies, *shape[axis + 1 :]])
     shape[axis] *= copies

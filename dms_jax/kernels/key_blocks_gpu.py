@@ -1,7 +1,7 @@
-"""The blocks of keys that a block of queries meets on a Hopper GPU: which, in which order, and how they come into shared memory.
+"""The loop over blocks of keys on a Hopper GPU: which blocks a block of queries needs, in which order, and how they are copied.
 
-Shared by the kernels that walk over keys (the forward pass and the gradient of the queries). Two warpgroups compute, each half
-of a block of queries; a third one copies. All three take the same number of steps, so that every barrier is met by all.
+The forward pass and the gradient of the queries share it. Two warpgroups compute, each with half of a block of queries, and a third one
+copies. All three take the same number of steps, because each of them must arrive at every barrier.
 """
 
 import math
@@ -16,38 +16,39 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.visibility import MASKED
+from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.mosaic_gpu import ROW, Ops
 
-COMPUTE = 2  # warpgroups
-LOG2E = math.log2(math.e)  # the hardware's exponential is that of base 2: scores are taken to it by their factor
+COMPUTE = 2  # warpgroups that compute
+LOG2E = math.log2(math.e)  # the hardware has exp2, so the factor of the scores includes log2(e)
 
 
 def exponent(head_dim: int) -> float:
-    """What takes a raw score q.k to an exponent of 2."""
+    """The factor from a raw score q.k to an exponent of 2."""
     return head_dim**-0.5 * LOG2E
 
 
 def raw_gate(log_keep: Array, head_dim: int) -> Array:
-    """What the gate adds to a raw score."""
+    """The number that the gate adds to a raw score."""
     return log_keep * head_dim**0.5
 
 
 def is_live(log_keep: Float[Array, "B K T"], block: int) -> Array:
-    """bool [B K T/block]: does any key of the block still count outside the window?"""
+    """bool [B K T/block]: whether any key of a block is not evicted, and thus counts outside the window."""
     b, heads, length = log_keep.shape
     return log_keep.reshape(b, heads, length // block, block).max(-1) > MASKED / 2
 
 
 def live_blocks(log_keep: Float[Array, "B K T"], block: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
-    """The blocks that are live, in ascending order (and the others after them), and how many lie below each block."""
+    """The live blocks in ascending order, followed by the others; and the number of live blocks before each block."""
     live = is_live(log_keep, block)
     before = jnp.cumsum(live, -1, dtype=jnp.int32) - live
     return jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32), before.astype(jnp.int32)
 
 
 class KeySections(NamedTuple):
-    """Blocks of keys by what their scores need. From the latest on: [past, end) holds the diagonal; [inside, past) lies within the
-    window of every query; [outside, inside) straddles its edge; [0, outside) lies beyond it, where only live blocks count."""
+    """Blocks of keys by what their scores need, from the latest on. [past, end) hold the diagonal, [inside, past) lie within the window of
+    every query, [outside, inside) straddle its edge, and [0, outside) lie beyond it, where only live blocks count."""
 
     outside: Array
     inside: Array
@@ -55,15 +56,15 @@ class KeySections(NamedTuple):
     end: Array
 
     @classmethod
-    def of(cls, first: Array, rows: int, block: int, window_size: int) -> "KeySections":
-        """Of the queries [first, first + rows)."""
+    def of_queries(cls, first: Array, rows: int, block: int, window_size: int) -> "KeySections":
+        """The sections for the queries [first, first + rows)."""
         count = lambda length: lax.div(jnp.maximum(length, 0), jnp.int32(block))
         outside, past = count(first - window_size), count(first)
         inside = jnp.minimum(jnp.maximum(count(first + rows - 1 - window_size + block - 1), outside), past)
         return cls(outside, inside, past, count(first + rows - 1) + 1)
 
     def fold(self, step: Any, num_live: Array, block: int, rows: int, window_size: int, carry: Any) -> Any:
-        """step(n, carry, gate, causal) over all blocks, the diagonal first; `gate` is None, "all" or "outside"."""
+        """Run step(n, carry, gate, causal) for all blocks, the diagonal first; `gate` is None, "all" or "outside"."""
         near = "outside" if window_size < rows + block else None
         sections = [
             (self.end - self.past, {"gate": near, "causal": True}),
@@ -78,12 +79,41 @@ class KeySections(NamedTuple):
         return carry
 
     def block_of(self, n: Array) -> Array:
-        """The block of step n, of those that are not taken from the list of live ones."""
+        """The block of step n, for steps before those that follow the list of live blocks."""
         return self.end - 1 - n
 
 
+class QueryPlan(NamedTuple):
+    """Static facts of a call of a kernel that holds a block of queries."""
+
+    ops: Ops
+    blocks: TrainBlocks
+    window_size: int
+    length: int
+    head_dim: int
+    dtype: Any
+    has_segments: bool
+
+    @property
+    def rows(self) -> int:
+        """Queries per warpgroup."""
+        return self.blocks.q // COMPUTE
+
+    def first_and_sections(self) -> tuple[Array, KeySections]:
+        """The first query of a CTA, and its blocks of keys. The longest rows start first."""
+        first = (self.length // self.blocks.q - 1 - lax.axis_index("block")) * self.blocks.q
+        return first, KeySections.of_queries(first, self.blocks.q, self.blocks.k, self.window_size)
+
+    def segment_scratch(self) -> dict[str, Any]:
+        """Shared memory for the segments of queries and keys, if there are any."""
+        if not self.has_segments:
+            return {}
+        queries = plgpu.SMEM((COMPUTE, self.rows), jnp.int32)
+        return {"q_seg_s": queries, "k_seg_s": plgpu.SMEM((self.blocks.steps, self.blocks.k), jnp.int32)}
+
+
 class Tile(NamedTuple):
-    """Where a block of scores lies, and what it may need: [queries, keys]."""
+    """A block of scores [queries, keys]: where it lies, and what its mask may need."""
 
     q_first: Array
     k_first: Array
@@ -93,9 +123,9 @@ class Tile(NamedTuple):
 
 
 def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, gate: str | None, causal: bool) -> Array:
-    """Raw scores with the gate's part and the mask; `keep_s` and `segments_s` are those of the keys."""
+    """Apply gate and mask to raw scores; `keep_s` and `segments_s` belong to the keys."""
     over_rows = lambda x: lax.broadcast_in_dim(x, tile.shape, [1])
-    # Few distinct numbers a thread: its two rows on one side, its columns on the other.
+    # The comparison keeps the thread's two rows on one side and its columns on the other, so few distinct numbers need registers.
     later_than = lambda shift: (
         ops.iota(tile.shape, 0) + (tile.q_first - tile.k_first - shift) >= ops.iota(tile.shape, 1)
     )
@@ -113,7 +143,7 @@ def gated_scores(ops: Ops, s: Array, tile: Tile, keep_s: Any, segments_s: Any, g
 def copy_key_blocks(
     sections: KeySections, num_live: Array, live_ref: Any, steps: int, parts: Sequence[tuple[Any, Callable[..., None]]]
 ) -> None:
-    """The copying warpgroup's walk. Each of `parts` is the barrier that says a slot is free again, and copy(block, slot)."""
+    """The loop of the copying warpgroup. Each of `parts` is a barrier for buffers that are free again, and copy(block, slot)."""
     near = sections.end - sections.outside
     total = near + num_live
 

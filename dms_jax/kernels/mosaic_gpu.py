@@ -1,8 +1,8 @@
-"""What the Hopper kernels need of Mosaic GPU, the same on every jax in use and in interpret mode.
+"""The parts of Mosaic GPU that the Hopper kernels use, made the same for every supported jax version and for interpret mode.
 
 Two things differ. The signature of `plgpu.load` changed between jax versions. And the interpreter, which runs a kernel on a
-CPU thread by thread with its barriers and copies, knows neither register layouts nor the tensor cores: there layouts are no
-operation, and a product is `jnp.dot` of what the operands hold. All else of a kernel is the same code in both.
+CPU thread by thread with its barriers and copies, knows neither register layouts nor tensor cores: there a layout does nothing, and
+a product is `jnp.dot` of what the operands hold. Everything else in a kernel is the same code in both modes.
 """
 
 import inspect
@@ -18,17 +18,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dms_jax.axes import Array
 
-ROWS = plgpu.Layout.WGMMA  # [M N] accumulators of a warpgroup
-COLUMN = plgpu.Layout.WGMMA.reduce(1)  # one value for each of M rows
-ROW = plgpu.Layout.WGMMA.reduce(0)  # one value for each of N columns
+ROWS = plgpu.Layout.WGMMA  # [M N], the accumulators of a warpgroup
+COLUMN = plgpu.Layout.WGMMA.reduce(1)  # [M], one value per row
+ROW = plgpu.Layout.WGMMA.reduce(0)  # [N], one value per column
 
 _INDEX = inspect.signature(plgpu.load).parameters.get("idx")
 _LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty  # until jax 0.11
 
 
 def interpreter() -> Any:
-    """What `plgpu.kernel(interpret=...)` wants to run on a CPU. Needs several CPU devices (`jax_num_cpu_devices`): the warpgroups are
-    threads that wait for each other, and of one device there are no more than the machine has cores."""
+    """The value of `plgpu.kernel(interpret=...)` that runs a kernel on a CPU.
+
+    It needs several CPU devices (`jax_num_cpu_devices`): warpgroups are threads that wait for each other, and one device has only as many
+    threads as the machine has cores."""
     try:
         from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # pyrefly: ignore[missing-module-attribute]
     except ImportError:  # jax 0.10
@@ -39,8 +41,8 @@ def interpreter() -> Any:
 
 
 def _compile_once() -> None:
-    """jax 0.10 compiles an interpreted kernel anew for every warpgroup of every CTA: minutes for a small one. Later versions have
-    one function that is compiled for all; this gives it to the earlier one."""
+    """Make jax 0.10 compile an interpreted kernel once, as later versions do. By itself it compiles the kernel again for every warpgroup of
+    every CTA, which takes minutes for a small kernel."""
     from jax._src.pallas.mosaic.interpret import thread_map
 
     run = jax.jit(lambda jaxpr, consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None, static_argnums=0)
@@ -52,21 +54,21 @@ def _compile_once() -> None:
 
 
 class Ops:
-    """The operations that interpret mode replaces."""
+    """Operations that differ between hardware and interpret mode."""
 
     def __init__(self, interpret: bool):
         self.interpret = interpret
 
     def load(self, ref: Any, layout: Any, optimized: bool = True) -> Array:
-        """A shared-memory buffer in registers."""
+        """Load a shared-memory buffer into registers."""
         if self.interpret:
             return ref[...]
         if _LOAD_WANTS_INDEX:
             return plgpu.load(ref, (), layout=layout, optimized=optimized)
-        return plgpu.load(ref, layout=layout, optimized=optimized)  # pyrefly: ignore[missing-argument]  # of jax 0.10
+        return plgpu.load(ref, layout=layout, optimized=optimized)  # pyrefly: ignore[missing-argument]  # jax 0.10
 
     def matrix(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Shared memory for matrices [.. rows, columns], without bank conflicts and fit for the tensor cores."""
+        """Shared memory for matrices [.. rows, columns], tiled and swizzled for the tensor cores and against bank conflicts."""
         if self.interpret:
             return plgpu.SMEM(shape, dtype)
         size = jnp.dtype(dtype).itemsize
@@ -82,7 +84,7 @@ class Ops:
         return x if self.interpret else plgpu.layout_cast(x, layout)
 
     def iota(self, shape: tuple[int, ...], axis: int) -> Array:
-        """int32, in the layout of an accumulator."""
+        """The int32 index along `axis`, in the layout of an accumulator."""
         if self.interpret:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=ROWS)
@@ -96,7 +98,8 @@ class Ops:
         transpose_b: bool = False,
         meanwhile: Callable[[], None] | None = None,
     ) -> Array:
-        """a @ b in fp32 [M N]; a in shared memory or registers, b in shared memory. `meanwhile` runs between start and result."""
+        """a @ b in fp32 [M N], with `a` in shared memory or registers and `b` in shared memory. `meanwhile` runs after the product has
+        started and before its result is waited for."""
         return self.dots([(a, b, transpose_a, transpose_b)], shape, meanwhile)[0]
 
     def dots(
@@ -105,7 +108,7 @@ class Ops:
         shape: tuple[int, int],
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Array]:
-        """Several `dot`s (a, b, transpose_a, transpose_b) of one shape, all in flight before the first is waited for."""
+        """Several products (a, b, transpose_a, transpose_b) of one shape; all are started before the first is waited for."""
         meanwhile = meanwhile or (lambda: None)
         if self.interpret:
             meanwhile()
@@ -124,7 +127,7 @@ class Ops:
         return self.add_dots([total], [(a, b, transpose_a, transpose_b)])[0]
 
     def add_dots(self, totals: Sequence[Array], products: Sequence[tuple[Any, Any, bool, bool]]) -> list[Array]:
-        """Several `add_dot`s, all in flight before the first is waited for."""
+        """Several `add_dot`s; all are started before the first is waited for."""
         if self.interpret:
             return [total + self._product(*product) for total, product in zip(totals, products, strict=True)]
 
@@ -147,6 +150,21 @@ class Ops:
         return jnp.dot(a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
+def bind(body: Callable[[Any, Any], None], plan: Any, refs: Any, absent: Sequence[str] = ()) -> Callable[..., None]:
+    """`body(plan, refs)` as the function that Pallas calls, with one reference per argument.
+
+    `refs` is the named tuple of the references: first those to arrays, in the order of inputs and outputs, then scratch memory, which
+    comes by name. The `absent` ones are None.
+    """
+
+    def kernel(*arrays, **scratch):
+        names = [name for name in refs._fields if name not in scratch and name not in absent]
+        body(plan, refs(**dict.fromkeys(absent), **dict(zip(names, arrays, strict=True)), **scratch))
+
+    kernel.__name__ = body.__name__
+    return kernel
+
+
 def update_in_place(
     kernel: Callable[..., None],
     updated: Sequence[Array],
@@ -157,10 +175,10 @@ def update_in_place(
     scratch: dict[str, Any],
     interpret: bool = False,
 ) -> list[Array]:
-    """Run `kernel(*updated, *inputs, *outputs, **scratch)` on references, where it may write to `updated`; return those and the
-    outputs. Within a jitted function whose caller donates them, no copy of `updated` is made.
+    """Run `kernel(*updated, *inputs, *outputs, **scratch)` on references, and return `updated`, which it may write to, and the outputs.
 
-    The kernel has one warpgroup. (`plgpu.kernel` is this but for the vmap rule, which in jax 0.10 rejects references.)
+    Inside a jitted function whose caller donates `updated`, no copy of it is made. The kernel has one warpgroup. (`plgpu.kernel` does the
+    same, but its vmap rule rejects references in jax 0.10.)
     """
     refs = [jax.new_ref(x, memory_space=plgpu.GMEM) for x in updated]
     body = lambda *refs: pl.run_scoped(partial(kernel, *refs), collective_axes=(), **scratch)

@@ -1,4 +1,4 @@
-"""What the TPU kernels share: the size of a vector register, and how a cache lies in memory."""
+"""Sizes, memory layouts and small helpers that the TPU kernels share."""
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -6,21 +6,23 @@ from jaxtyping import Float
 
 from dms_jax.axes import Array
 
-LANES = 128  # of a vector register
-VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p, 128 MiB on v5e and v6e; the compiler by itself allows 16 MiB
+LANES = 128  # lanes of a vector register
+VMEM_LIMIT = 48 * 2**20  # bytes; a v5p has 64 MiB, a v5e or v6e 128 MiB, and the compiler's own limit is 16 MiB
 
 
 def slots_in_lanes(head_dim: int) -> bool:
-    """Whether keys and values lie in memory as [B K H S]. The TPU compiler orders them so where a row of H numbers would leave
-    lanes empty; a kernel that asks for rows then costs a copy of the cache."""
+    """Whether keys and values lie in memory as [B K H S].
+
+    The TPU compiler chooses this order if rows of H numbers would leave lanes empty; a kernel that asks for [B K S H] then costs a copy
+    of the cache."""
     return head_dim % LANES != 0
 
 
 def in_hbm(x: Array, interpret: bool) -> Array:
-    """`x` as an operand that stays where it is: the compiler likes to move a small cache into VMEM, whole, before a kernel runs."""
+    """Keep the operand `x` in HBM. By itself the compiler moves all of a small cache into VMEM before a kernel runs."""
     return x if interpret else pltpu.with_memory_space_constraint(jnp.asarray(x), pltpu.HBM)
 
 
 def column(row: Float[Array, "1 S"]) -> Float[Array, "S 1"]:
-    """Numbers from lanes to sublanes, inside a kernel."""
+    """Move numbers from lanes to sublanes, inside a kernel."""
     return jnp.broadcast_to(row, (8, row.shape[1])).T[:, :1]

@@ -1,14 +1,14 @@
-"""Attention of query rows over the slots of a compact cache on Hopper: decode and chunk prefill in one kernel.
+"""Attention of query rows over the slots of a compact cache on Hopper: decode and chunked prefill in one kernel.
 
-Grid (batch x KV head, block of rows, part). Each CTA has two compute warpgroups and one that only issues copies, which keeps
-`steps` blocks of keys and values in flight. With 64 rows (decode) the two compute warpgroups see the same rows and take the
-blocks of keys in turn, each with a softmax of its own, hence two parts of the result; with 128 each has its own 64 rows and
-both see all blocks. A decode step is bounded by the bytes of the slots in use, read once for all heads of a group; the tensor
-cores pay for 64 rows where there are G, which they have to spare.
+Grid (batch x KV head, block of rows, part). Each CTA has two compute warpgroups, and a third one that only issues copies and keeps
+`steps` blocks of keys and values in flight. With blocks of 64 rows (decode) both compute warpgroups have the same rows and take the
+blocks of keys in turn, each with a softmax of its own, so the result has two parts; with blocks of 128 rows each has its own 64 rows
+and both meet all blocks. A decode step is bound by the bytes of the slots in use, which are read once for all heads of a group. The
+tensor cores multiply 64 rows where a group has G, which costs nothing here because they wait for memory.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,13 @@ from dms_jax.axes import Array
 from dms_jax.core.slot_attention import SoftmaxPart
 from dms_jax.core.visibility import MASKED, NEVER
 from dms_jax.kernels.block_sizes import SlotBlocks
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, interpreter
+from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.operands import fold_heads
 
-GROUP = 64  # rows of one warpgroup: what a Hopper matrix instruction takes
+GROUP = 64  # rows of one warpgroup, as a Hopper matrix instruction takes them
 MULTIPROCESSORS = 132  # of an H100 or H200
-NOBODY = -1  # position of padding rows: before any pair
+PADDING_POSITION = -1  # of padding rows: before any pair
+COMPUTE = 2  # warpgroups that compute; the next one copies
 
 
 def attend_slots(
@@ -40,45 +42,40 @@ def attend_slots(
     blocks: SlotBlocks,
     interpret: bool = False,
 ) -> SoftmaxPart:
-    """Softmax parts [P B K R] of each row over the slots with `k_position <= q_position <= expiry`, to be merged; P is
-    2 `blocks.parts` for blocks of 64 rows, `blocks.parts` for blocks of 128.
+    """Softmax parts [P B K R] of each row over the slots with `k_position <= q_position <= expiry`, for `core.slot_attention.merge_parts`.
 
-    Only slots below `used` are read, up to a block. The query positions of a batch row have no holes, so a slot that none of
-    them sees lies before or after all of them; whatever such a slot holds has no effect.
+    P is 2 `blocks.parts` for blocks of 64 rows, and `blocks.parts` for blocks of 128. Only slots below `used`, rounded up to a block, are
+    read. The query positions of a batch row must be consecutive: then a slot that no row sees lies before or after all rows, and what it
+    holds has no effect.
     """
-    b, heads, r, _ = rows.shape
+    b, heads, r, h = rows.shape
     alternate = blocks.rows == GROUP
     assert blocks.rows in (GROUP, 2 * GROUP), blocks
-    # Warpgroups in turn: each must meet the same buffers at each round, since it counts only the rounds that it waits for.
+    # Each of two warpgroups in turn counts only the rounds that it waits for, so it must meet the same buffers in every round.
     assert not alternate or blocks.steps % 2 == 0, blocks
     padded = -(-r // 8) * 8 if alternate and r <= GROUP else -(-r // blocks.rows) * blocks.rows
     groups = -(-padded // GROUP)
     keys, values, k_position, expiry, block = _divisible(keys, values, k_position, expiry, blocks.keys)
     blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2]))
-    q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=NOBODY)
+    q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=PADDING_POSITION)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
-        rows = rows.astype(jnp.float16)  # holds both 8-bit types exactly, one instruction away; bfloat16 is three
-    flat = lambda x: x.reshape(b * heads, *x.shape[2:])
-    high, total, acc = _parts(
-        flat(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))),
+        # A float16 holds both 8-bit types exactly, and converting takes one instruction instead of three.
+        rows = rows.astype(jnp.float16)
+    plan = Plan(Ops(interpret), blocks, heads, h, padded, groups, rows.dtype, keys.dtype)
+    high, total, acc = _run(
+        plan,
+        fold_heads(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))),
         q_position,
         _bounds(q_position),
-        flat(keys),
-        flat(values),
-        flat(k_position),
-        flat(expiry),
-        flat(used),
-        heads=heads,
-        blocks=blocks,
-        interpret=interpret,
+        *(fold_heads(x) for x in (keys, values, k_position, expiry, used)),
     )
     split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]
     return SoftmaxPart(split(high), split(total), split(acc))
 
 
 def _enough_parts(heads: int, slots: int) -> int:
-    """The fewest parts of at least 512 slots whose CTAs, one at a time on each multiprocessor, leave at most a twentieth of them idle;
-    if none do, those that leave the fewest."""
+    """The number of parts per head: the smallest one that keeps 95% of the multiprocessors busy with one CTA each, else the one that
+    keeps most of them busy. A part has at least 512 slots."""
 
     def busy(parts: int) -> float:
         ctas = heads * parts
@@ -88,206 +85,307 @@ def _enough_parts(heads: int, slots: int) -> int:
 
 
 def _divisible(keys, values, k_position, expiry, block):
-    """A block size that divides the number of slots; for a number that is no multiple of 64, more slots, empty ones."""
+    """A block size that divides the number of slots. A number of slots that is not a multiple of 64 is padded with empty slots."""
     slots = keys.shape[2]
     block = block if slots % block == 0 else min(block, GROUP)
     pad = lambda x, fill: jnp.pad(
         x, [(0, -slots % block if axis == 2 else 0) for axis in range(x.ndim)], constant_values=fill
     )
     if slots % block:
-        keys, values, k_position, expiry = pad(keys, 0), pad(values, 0), pad(k_position, NEVER), pad(expiry, NOBODY)
+        keys, values, k_position, expiry = (
+            pad(keys, 0),
+            pad(values, 0),
+            pad(k_position, NEVER),
+            pad(expiry, PADDING_POSITION),
+        )
     return keys, values, k_position, expiry, block
 
 
 def _bounds(q_position: Int[Array, "B R"]) -> Int[Array, "B groups+1 2"]:
-    """First and last query position of each group of rows, and at the end of all of a batch row."""
+    """First and last query position of each group of rows; the last entry is for all rows of a batch row."""
     groups = q_position.reshape(q_position.shape[0], -1, GROUP)
-    groups = jnp.stack([jnp.where(groups == NOBODY, NEVER, groups).min(-1), groups.max(-1)], axis=-1)
+    groups = jnp.stack([jnp.where(groups == PADDING_POSITION, NEVER, groups).min(-1), groups.max(-1)], axis=-1)
     everybody = jnp.stack([groups[..., 0].min(-1), groups[..., 1].max(-1)], axis=-1)
     return jnp.concatenate([groups, everybody[:, None]], axis=1).astype(jnp.int32)
 
 
-def _parts(rows, q_position, bounds, keys, values, k_position, expiry, used, *, heads, blocks, interpret):
-    ops, dtype, narrow = Ops(interpret), rows.dtype, keys.dtype != rows.dtype
-    flat_heads, padded, h = rows.shape
-    alternate, block, steps = blocks.rows == GROUP, blocks.keys, blocks.steps
-    groups, piece, own_groups = q_position.shape[1] // GROUP, min(GROUP, padded), blocks.rows // GROUP
-    to_exponent = h**-0.5 * math.log2(math.e)  # scores are kept as products; exp2 is what the hardware has
-    wide = lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])
+class Plan(NamedTuple):
+    """Static facts of a call."""
 
-    def kernel(
-        rows_ref,
-        q_position_ref,
-        bounds_ref,
-        keys_ref,
-        values_ref,
-        k_position_ref,
-        expiry_ref,
-        used_ref,
-        high_ref,
-        total_ref,
-        acc_ref,
-        *,
-        rows_s,
-        q_position_s,
-        k_s,
-        v_s,
-        k_position_s,
-        expiry_s,
-        high_s,
-        total_s,
-        acc_s,
-        rows_full,
-        full,
-        empty,
-        k_wide_s: Any = None,
-        v_wide_s: Any = None,
-        buried: Any = None,
-    ):
-        head, row_block, part, thread = (lax.axis_index(name) for name in ("head", "rows", "part", "thread"))
-        batch = lax.div(head, jnp.int32(heads))
-        in_use = lax.div(used_ref[head] + jnp.int32(block - 1), jnp.int32(block))  # blocks
-        share = lax.div(in_use + jnp.int32(blocks.parts - 1), jnp.int32(blocks.parts))
-        first = part * share
-        number = jnp.clip(in_use - first, 0, share)
-        group_of = lambda thread: row_block if alternate else 2 * row_block + thread
-        of_group = lambda thread, size: pl.ds(group_of(thread) * GROUP, size)
+    ops: Ops
+    blocks: SlotBlocks
+    heads: int  # KV heads per batch row
+    head_dim: int
+    padded: int  # rows per head, with padding
+    groups: int  # groups of GROUP rows per head
+    dtype: Any  # of rows, and of what is multiplied
+    cache_dtype: Any  # of keys and values
 
-        @pl.when(thread < 2)
-        def _compute():
-            plgpu.set_max_registers(232, action="increase")
-            own = 0 if alternate else thread
-            low_q, high_q = bounds_ref[batch, group_of(thread), 0], bounds_ref[batch, group_of(thread), 1]
-            first_q, last_q = bounds_ref[batch, groups, 0], bounds_ref[batch, groups, 1]
-            plgpu.barrier_wait(rows_full)
-            q_pos = ops.load(q_position_s.at[own], COLUMN, optimized=False)
+    @property
+    def alternate(self) -> bool:
+        """Whether both compute warpgroups have the same rows and take blocks in turn."""
+        return self.blocks.rows == GROUP
 
-            def one_block(i, carry):
-                stage = lax.rem(2 * i + thread if alternate else i, jnp.int32(steps))
-                plgpu.barrier_wait(full.at[stage])
-                k_pos, k_expiry = (ops.load(x.at[stage], ROW, optimized=False) for x in (k_position_s, expiry_s))
-                oldest, newest, soonest, latest = jnp.min(k_pos), jnp.max(k_pos), jnp.min(k_expiry), jnp.max(k_expiry)
-                some_dead = (newest > last_q) | (soonest < first_q)
-                all_visible = (newest <= low_q) & (soonest >= high_q)
-                some_visible = (oldest <= high_q) & (latest >= low_q)
+    @property
+    def narrow(self) -> bool:
+        """Whether keys and values must be converted before they are multiplied."""
+        return self.cache_dtype != self.dtype
 
-                def bury(v):  # a dead slot may hold anything, and 0 * NaN is NaN
-                    k_pos, k_expiry = (ops.load(x.at[stage], COLUMN, optimized=False) for x in (k_position_s, expiry_s))
-                    alive = (k_pos <= last_q) & (k_expiry >= first_q)
-                    return jnp.where(wide(alive, v.shape, 0), v, jnp.zeros_like(v))
+    @property
+    def piece(self) -> int:
+        """Rows of a group that are in memory."""
+        return min(GROUP, self.padded)
 
-                def bury_in_place():
-                    v_s.at[stage][...] = bury(ops.load(v_s.at[stage], ROWS))
-                    plgpu.commit_smem()
+    @property
+    def own_groups(self) -> int:
+        """Groups of rows per CTA."""
+        return self.blocks.rows // GROUP
 
-                if not narrow and alternate:
-                    pl.when(some_dead & some_visible)(bury_in_place)
-                elif not narrow:  # both warpgroups read these values: one of them writes, whether it sees them or not
 
-                    @pl.when(some_dead & (thread == 0))
-                    def _():
-                        bury_in_place()
-                        plgpu.barrier_arrive(buried.at[stage])
+class Refs(NamedTuple):
+    """Inputs and results in global memory; names that end in _s are shared memory, and the rest are barriers."""
 
-                    @pl.when(some_dead & (thread == 1))
-                    def _():
-                        plgpu.barrier_wait(buried.at[stage])
+    rows: Any  # [B*K padded H]
+    q_position: Any  # [B groups*GROUP]
+    bounds: Any  # [B groups+1 2]
+    keys: Any  # [B*K S H]
+    values: Any  # [B*K S H]
+    k_position: Any  # [B*K S]
+    expiry: Any  # [B*K S]
+    used: Any  # [B*K]
+    high: Any  # [P B*K groups*GROUP]
+    total: Any  # [P B*K groups*GROUP]
+    acc: Any  # [P B*K padded H]
+    rows_s: Any
+    q_position_s: Any
+    k_s: Any
+    v_s: Any
+    k_position_s: Any
+    expiry_s: Any
+    high_s: Any
+    total_s: Any
+    acc_s: Any
+    rows_full: Any
+    full: Any  # a buffer holds its block
+    empty: Any  # a buffer may be filled again
+    k_wide_s: Any  # only where keys and values are narrow: a block of each, converted
+    v_wide_s: Any
+    buried: Any  # only where both warpgroups read the same values: dead values are zero now
 
-                def attend(carry):
-                    high, total, acc = carry
-                    k, v = k_s.at[stage], v_s.at[stage]
-                    if narrow:
-                        k_wide_s.at[thread][...] = ops.load(k, ROWS).astype(dtype)
-                        v_wide_s.at[thread][...] = lax.cond(
-                            some_dead, bury, lambda v: v, ops.load(v, ROWS).astype(dtype)
-                        )
-                        plgpu.commit_smem()
-                        k, v = k_wide_s.at[thread], v_wide_s.at[thread]
-                    s = ops.dot(rows_s.at[own], k, (GROUP, block), transpose_b=True)
 
-                    def masked(s):
-                        row, begin, end = wide(q_pos, s.shape, 0), wide(k_pos, s.shape, 1), wide(k_expiry, s.shape, 1)
-                        return jnp.where((begin <= row) & (row <= end), s, MASKED)
+class Share(NamedTuple):
+    """The share of a CTA: its head, its rows, and the `number` blocks of slots from block `first` on."""
 
-                    s = lax.cond(all_visible, lambda s: s, masked, s)
-                    new_high = jnp.maximum(high, s.max(axis=1))
-                    # A row that has seen nothing yet subtracts 0, so that exp2(MASKED) is 0.
-                    shift = jnp.where(new_high <= MASKED / 2, 0.0, new_high) * to_exponent
-                    p = jnp.exp2(s * to_exponent - wide(shift, s.shape, 0))
-                    shrink = jnp.exp2((high - new_high) * to_exponent)
-                    acc = ops.add_dot(acc * wide(shrink, acc.shape, 0), p.astype(dtype), v)
-                    return new_high, total * shrink + p.sum(axis=1), acc
+    head: Any
+    batch: Any
+    row_block: Any
+    part: Any
+    first: Any
+    number: Any
 
-                carry = lax.cond(some_visible, attend, lambda carry: carry, carry)
-                plgpu.barrier_arrive(empty.at[stage])
-                return carry
+    def group(self, plan: Plan, thread: Any) -> Any:
+        """The group of rows that warpgroup `thread` has."""
+        return self.row_block if plan.alternate else 2 * self.row_block + thread
 
-            nothing = (
-                ops.full((GROUP,), MASKED, COLUMN),
-                ops.full((GROUP,), 0.0, COLUMN),
-                ops.full((GROUP, h), 0.0, ROWS),
-            )
-            mine = lax.div(number + 1 - thread, jnp.int32(2)) if alternate else number
-            high, total, acc = lax.fori_loop(0, mine, one_block, nothing)
-            high_s.at[thread][...] = jnp.where(high <= MASKED / 2, MASKED, high * h**-0.5)
-            total_s.at[thread][...] = total
-            acc_s.at[thread][...] = acc
-            plgpu.commit_smem()
-            to = 2 * part + thread if alternate else part
-            plgpu.copy_smem_to_gmem(high_s.at[thread], high_ref.at[to, head, of_group(thread, GROUP)])
-            plgpu.copy_smem_to_gmem(total_s.at[thread], total_ref.at[to, head, of_group(thread, GROUP)])
-            plgpu.copy_smem_to_gmem(acc_s.at[thread, pl.ds(0, piece)], acc_ref.at[to, head, of_group(thread, piece)])
-            plgpu.wait_smem_to_gmem(0)
+    def rows(self, plan: Plan, thread: Any, size: int) -> Any:
+        """The first `size` rows of that group."""
+        return pl.ds(self.group(plan, thread) * GROUP, size)
 
-        @pl.when(thread == 2)
-        def _copy():
-            plgpu.set_max_registers(40, action="decrease")
-            for i in range(own_groups):
-                plgpu.copy_gmem_to_smem(rows_ref.at[head, of_group(i, piece)], rows_s.at[i, pl.ds(0, piece)], rows_full)
-                plgpu.copy_gmem_to_smem(q_position_ref.at[batch, of_group(i, GROUP)], q_position_s.at[i], rows_full)
 
-            def one_block(j, _):
-                stage, slots = lax.rem(j, jnp.int32(steps)), pl.ds((first + j) * block, block)
-                pl.when(j >= steps)(lambda: plgpu.barrier_wait(empty.at[stage]))
-                arrays = (k_position_ref, k_position_s), (expiry_ref, expiry_s), (keys_ref, k_s), (values_ref, v_s)
-                for source, target in arrays:
-                    plgpu.copy_gmem_to_smem(source.at[head, slots], target.at[stage], full.at[stage])
-                return _
+class Queries(NamedTuple):
+    """Positions of the rows of a warpgroup, and the ranges that decide what a block needs."""
 
-            lax.fori_loop(0, number, one_block, None)
-            drain = lambda j, _: plgpu.barrier_wait(empty.at[lax.rem(j, jnp.int32(steps))])
-            lax.fori_loop(jnp.maximum(number - steps, 0), number, drain, None)
+    position: Array  # [GROUP], COLUMN
+    low: Array  # first position of these rows
+    high: Array  # last position of these rows
+    first: Array  # first position of all rows
+    last: Array  # last position of all rows
 
-    matrix = lambda shape, dtype: ops.matrix((*shape, h), dtype)
+
+def _run(plan: Plan, rows, q_position, bounds, keys, *other_inputs) -> list[Array]:
+    """high, total [P B*K groups*GROUP] and acc [P B*K padded H]."""
+    scratch, absent = _scratch(plan)
+    results = 2 * plan.blocks.parts if plan.alternate else plan.blocks.parts
+    flat_heads = rows.shape[0]
+    statistics = jax.ShapeDtypeStruct((results, flat_heads, plan.groups * GROUP), jnp.float32)
+    acc = jax.ShapeDtypeStruct((results, flat_heads, plan.padded, plan.head_dim), jnp.float32)
+    run = plgpu.kernel(
+        bind(slot_attention, plan, Refs, absent),
+        out_type=[statistics, statistics, acc],
+        grid=(flat_heads, -(-plan.padded // plan.blocks.rows), plan.blocks.parts),
+        grid_names=("head", "rows", "part"),
+        num_threads=COMPUTE + 1,
+        thread_name="thread",
+        scratch_types=scratch,
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpreter() if plan.ops.interpret else None,
+    )
+    return run(rows, q_position, bounds, keys, *other_inputs)
+
+
+def _scratch(plan: Plan) -> tuple[dict[str, Any], list[str]]:
+    """Shared memory and barriers, and the names of those that this plan does without."""
+    block, steps = plan.blocks.keys, plan.blocks.steps
+    matrix = lambda shape, dtype: plan.ops.matrix((*shape, plan.head_dim), dtype)
     ints, floats = lambda *shape: plgpu.SMEM(shape, jnp.int32), lambda *shape: plgpu.SMEM(shape, jnp.float32)
     scratch = {
-        "rows_s": matrix((own_groups, GROUP), dtype),
-        "q_position_s": ints(own_groups, GROUP),
-        "k_s": matrix((steps, block), keys.dtype),
-        "v_s": matrix((steps, block), values.dtype),
+        "rows_s": matrix((plan.own_groups, GROUP), plan.dtype),
+        "q_position_s": ints(plan.own_groups, GROUP),
+        "k_s": matrix((steps, block), plan.cache_dtype),
+        "v_s": matrix((steps, block), plan.cache_dtype),
         "k_position_s": ints(steps, block),
         "expiry_s": ints(steps, block),
         "high_s": floats(2, GROUP),
         "total_s": floats(2, GROUP),
         "acc_s": matrix((2, GROUP), jnp.float32),
-        "rows_full": plgpu.Barrier(num_arrivals=2 * own_groups),
+        "rows_full": plgpu.Barrier(num_arrivals=2 * plan.own_groups),
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=steps),
-        "empty": plgpu.Barrier(num_arrivals=1 if alternate else 2, num_barriers=steps),
+        "empty": plgpu.Barrier(num_arrivals=1 if plan.alternate else 2, num_barriers=steps),
     }
-    if narrow:
-        scratch["k_wide_s"] = scratch["v_wide_s"] = matrix((2, block), dtype)
-    elif not alternate:
+    if plan.narrow:
+        scratch["k_wide_s"] = scratch["v_wide_s"] = matrix((2, block), plan.dtype)
+    elif not plan.alternate:
         scratch["buried"] = plgpu.Barrier(num_barriers=steps)
-    results = 2 * blocks.parts if alternate else blocks.parts
-    statistics = jax.ShapeDtypeStruct((results, flat_heads, groups * GROUP), jnp.float32)
-    return plgpu.kernel(
-        kernel,
-        out_type=[statistics, statistics, jax.ShapeDtypeStruct((results, flat_heads, padded, h), jnp.float32)],
-        grid=(flat_heads, -(-padded // blocks.rows), blocks.parts),
-        grid_names=("head", "rows", "part"),
-        num_threads=3,
-        thread_name="thread",
-        scratch_types=scratch,
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpreter() if interpret else None,
-    )(rows, q_position, bounds, keys, values, k_position, expiry, used)
+    return scratch, [name for name in ("k_wide_s", "v_wide_s", "buried") if name not in scratch]
+
+
+def slot_attention(plan: Plan, refs: Refs) -> None:
+    """The kernel: what each warpgroup does."""
+    head, row_block, part, thread = (lax.axis_index(name) for name in ("head", "rows", "part", "thread"))
+    batch = lax.div(head, jnp.int32(plan.heads))
+    block, parts = plan.blocks.keys, plan.blocks.parts
+    in_use = lax.div(refs.used[head] + jnp.int32(block - 1), jnp.int32(block))  # blocks
+    share = lax.div(in_use + jnp.int32(parts - 1), jnp.int32(parts))
+    first = part * share
+    share = Share(head, batch, row_block, part, first, jnp.clip(in_use - first, 0, share))
+    pl.when(thread < COMPUTE)(lambda: _compute(plan, refs, share, thread))
+    pl.when(thread == COMPUTE)(lambda: _copy(plan, refs, share))
+
+
+def _compute(plan: Plan, refs: Refs, share: Share, thread: Array) -> None:
+    """A compute warpgroup: the online softmax of its rows over the blocks of this part."""
+    plgpu.set_max_registers(232, action="increase")
+    ops = plan.ops
+    low, high = (refs.bounds[share.batch, share.group(plan, thread), i] for i in range(2))
+    first, last = (refs.bounds[share.batch, plan.groups, i] for i in range(2))
+    plgpu.barrier_wait(refs.rows_full)
+    own = 0 if plan.alternate else thread
+    queries = Queries(ops.load(refs.q_position_s.at[own], COLUMN, optimized=False), low, high, first, last)
+    nothing = (
+        ops.full((GROUP,), MASKED, COLUMN),
+        ops.full((GROUP,), 0.0, COLUMN),
+        ops.full((GROUP, plan.head_dim), 0.0, ROWS),
+    )
+    number = lax.div(share.number + 1 - thread, jnp.int32(2)) if plan.alternate else share.number
+    high, total, acc = lax.fori_loop(
+        0, number, lambda i, carry: _meet_block(plan, refs, queries, thread, i, carry), nothing
+    )
+    refs.high_s.at[thread][...] = jnp.where(high <= MASKED / 2, MASKED, high * plan.head_dim**-0.5)
+    refs.total_s.at[thread][...] = total
+    refs.acc_s.at[thread][...] = acc
+    plgpu.commit_smem()
+    to = 2 * share.part + thread if plan.alternate else share.part
+    for source, target in ((refs.high_s, refs.high), (refs.total_s, refs.total)):
+        plgpu.copy_smem_to_gmem(source.at[thread], target.at[to, share.head, share.rows(plan, thread, GROUP)])
+    rows = share.rows(plan, thread, plan.piece)
+    plgpu.copy_smem_to_gmem(refs.acc_s.at[thread, pl.ds(0, plan.piece)], refs.acc.at[to, share.head, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _meet_block(plan: Plan, refs: Refs, queries: Queries, thread: Array, i: Array, carry: Any) -> Any:
+    """Wait for the block of round `i`, and attend to it if any of the rows sees any of its slots."""
+    ops = plan.ops
+    stage = lax.rem(2 * i + thread if plan.alternate else i, jnp.int32(plan.blocks.steps))
+    plgpu.barrier_wait(refs.full.at[stage])
+    position, expiry = (ops.load(x.at[stage], ROW, optimized=False) for x in (refs.k_position_s, refs.expiry_s))
+    oldest, newest, soonest, latest = jnp.min(position), jnp.max(position), jnp.min(expiry), jnp.max(expiry)
+    some_dead = (newest > queries.last) | (soonest < queries.first)
+    all_visible = (newest <= queries.low) & (soonest >= queries.high)
+    some_visible = (oldest <= queries.high) & (latest >= queries.low)
+
+    def bury(v):  # set dead values to zero: a dead slot may hold anything, and 0 * NaN is NaN
+        position, expiry = (ops.load(x.at[stage], COLUMN, optimized=False) for x in (refs.k_position_s, refs.expiry_s))
+        alive = (position <= queries.last) & (expiry >= queries.first)
+        return jnp.where(lax.broadcast_in_dim(alive, v.shape, [0]), v, jnp.zeros_like(v))
+
+    def bury_in_place():
+        refs.v_s.at[stage][...] = bury(ops.load(refs.v_s.at[stage], ROWS))
+        plgpu.commit_smem()
+
+    if not plan.narrow and plan.alternate:
+        pl.when(some_dead & some_visible)(bury_in_place)
+    elif not plan.narrow:  # both warpgroups read these values: the first writes, whether it sees them or not
+
+        @pl.when(some_dead & (thread == 0))
+        def _():
+            bury_in_place()
+            plgpu.barrier_arrive(refs.buried.at[stage])
+
+        @pl.when(some_dead & (thread == 1))
+        def _():
+            plgpu.barrier_wait(refs.buried.at[stage])
+
+    def keys_and_values():
+        k, v = refs.k_s.at[stage], refs.v_s.at[stage]
+        if plan.narrow:
+            refs.k_wide_s.at[thread][...] = ops.load(k, ROWS).astype(plan.dtype)
+            refs.v_wide_s.at[thread][...] = lax.cond(some_dead, bury, lambda v: v, ops.load(v, ROWS).astype(plan.dtype))
+            plgpu.commit_smem()
+            k, v = refs.k_wide_s.at[thread], refs.v_wide_s.at[thread]
+        return k, v
+
+    def attend(carry):
+        rows = refs.rows_s.at[0 if plan.alternate else thread]
+        return _softmax_step(plan, rows, *keys_and_values(), queries.position, position, expiry, all_visible, carry)
+
+    carry = lax.cond(some_visible, attend, lambda carry: carry, carry)
+    plgpu.barrier_arrive(refs.empty.at[stage])
+    return carry
+
+
+def _softmax_step(plan: Plan, rows, k, v, q_position, k_position, expiry, all_visible, carry) -> tuple:
+    """Add a block of keys and values, in shared memory, to the online softmax `carry` of the rows. Scores are kept unscaled."""
+    ops, wide = plan.ops, lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])
+    to_exponent = plan.head_dim**-0.5 * math.log2(math.e)  # the hardware has exp2
+    high, total, acc = carry
+    s = ops.dot(rows, k, (GROUP, plan.blocks.keys), transpose_b=True)
+
+    def masked(s):
+        row, begin, end = wide(q_position, s.shape, 0), wide(k_position, s.shape, 1), wide(expiry, s.shape, 1)
+        return jnp.where((begin <= row) & (row <= end), s, MASKED)
+
+    s = lax.cond(all_visible, lambda s: s, masked, s)
+    new_high = jnp.maximum(high, s.max(axis=1))
+    # A row that has seen nothing yet subtracts 0, so that exp2(MASKED) is 0.
+    shift = jnp.where(new_high <= MASKED / 2, 0.0, new_high) * to_exponent
+    p = jnp.exp2(s * to_exponent - wide(shift, s.shape, 0))
+    rescale = jnp.exp2((high - new_high) * to_exponent)
+    acc = ops.add_dot(acc * wide(rescale, acc.shape, 0), p.astype(plan.dtype), v)
+    return new_high, total * rescale + p.sum(axis=1), acc
+
+
+def _copy(plan: Plan, refs: Refs, share: Share) -> None:
+    """The copying warpgroup: the rows once, then block after block of slots into buffers that are free."""
+    plgpu.set_max_registers(40, action="decrease")
+    piece, block, steps = plan.piece, plan.blocks.keys, plan.blocks.steps
+    for i in range(plan.own_groups):
+        source = refs.rows.at[share.head, share.rows(plan, i, piece)]
+        plgpu.copy_gmem_to_smem(source, refs.rows_s.at[i, pl.ds(0, piece)], refs.rows_full)
+        source = refs.q_position.at[share.batch, share.rows(plan, i, GROUP)]
+        plgpu.copy_gmem_to_smem(source, refs.q_position_s.at[i], refs.rows_full)
+
+    def one_block(j, _):
+        stage, slots = lax.rem(j, jnp.int32(steps)), pl.ds((share.first + j) * block, block)
+        pl.when(j >= steps)(lambda: plgpu.barrier_wait(refs.empty.at[stage]))
+        arrays = (
+            (refs.k_position, refs.k_position_s),
+            (refs.expiry, refs.expiry_s),
+            (refs.keys, refs.k_s),
+            (refs.values, refs.v_s),
+        )
+        for source, target in arrays:
+            plgpu.copy_gmem_to_smem(source.at[share.head, slots], target.at[stage], refs.full.at[stage])
+
+    lax.fori_loop(0, share.number, one_block, None)
+    drain = lambda j, _: plgpu.barrier_wait(refs.empty.at[lax.rem(j, jnp.int32(steps))])
+    lax.fori_loop(jnp.maximum(share.number - steps, 0), share.number, drain, None)

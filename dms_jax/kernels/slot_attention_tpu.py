@@ -1,10 +1,11 @@
-"""Attention of query rows over the slots of a compact cache, on TPU: one pass over the slots in use, for decode and for chunks.
+"""Attention of query rows over the slots of a compact cache on a TPU: one pass over the slots in use, for decode and for chunks.
 
-Grid (cores, B K / cores, blocks of rows, blocks of slots); the last axis is as long as the longest head needs and no longer. A step
-owns [keys, H] of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
+Grid (cores, B K / cores, blocks of rows, blocks of slots); the last axis is only as long as the longest head needs. A step has [keys, H]
+of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
 """
 
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,10 @@ from dms_jax.core.slot_attention import SoftmaxPart
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
+from dms_jax.kernels.operands import fold_heads
 
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-CORES = 2  # of a v5p chip, which share a grid; others walk through both halves
+CORES = 2  # cores of a v5p chip, which share a grid; other chips run both halves one after the other
 
 
 def attend_slots(
@@ -37,15 +39,14 @@ def attend_slots(
 ) -> SoftmaxPart:
     """The softmax of each row over the slots that it sees, as one part [1 B K R]; see `core.slot_attention`.
 
-    Of each head the slots from `used` on are neither fetched nor looked at, but for the rest of a block.
+    Slots from `used` on are not read, except for the rest of a block.
     """
     b, heads, num_rows, h = rows.shape
     slots = keys.shape[2]
     block_r, block_s = min(blocks.rows, num_rows), min(blocks.keys, slots)
     row_blocks, pad = pl.cdiv(num_rows, block_r), -num_rows % block_r
-    folded = lambda x: x.reshape(b * heads, *x.shape[2:])
-    rows = folded(jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0))))
-    # Padding before the first position sees nothing, and does not widen the range of positions of its block.
+    rows = fold_heads(jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0))))
+    # Rows of padding get a position before all others: they see nothing, and do not widen the range of positions of their block.
     low, high = (
         limit(
             jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=fill).reshape(b, row_blocks, block_r), axis=-1
@@ -61,13 +62,13 @@ def attend_slots(
         return core * heads_per_core + head, i, 0
 
     def slots_of(core, head, i, j, used, low, high):
-        # Steps after the last block in use already name the first block of what comes next, which is thus fetched meanwhile.
+        # Steps after the last block in use name the first block that is needed next, so that it is fetched meanwhile.
         head = core * heads_per_core + head
         here, more_rows = j * block_s < used[head], i + 1 < row_blocks
         following = jnp.where(more_rows, head, jnp.minimum(head + 1, b * heads - 1))
         return jnp.where(here, head, following), jnp.where(here, j, 0)
 
-    # Rows of numbers are copied in whole lanes. Only these small arrays are padded, and only where blocks do not divide the slots.
+    # Rows of numbers are copied in whole lanes. Only these small arrays are padded, and only if blocks do not divide the slots.
     block_n = block_s if block_s < slots else pl.cdiv(slots, LANES) * LANES
     k_position, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, -slots % block_n))) for x in (k_position, expiry))
     lanes = slots_in_lanes(h)
@@ -78,7 +79,7 @@ def attend_slots(
         slot_spec = pl.BlockSpec((None, block_s, h), lambda *at: (*slots_of(*at), 0))
     steps = jnp.maximum(lax.div(jnp.max(used) + block_s - 1, block_s), 1)
     acc, statistics = pl.pallas_call(
-        partial(_kernel, heads=heads, lanes=lanes),
+        partial(_kernel, Plan(heads, lanes)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(cores, heads_per_core, row_blocks, steps),
@@ -112,48 +113,68 @@ def attend_slots(
         ),
         interpret=interpret,
         name="attend_slots",
-    )(used, low, high, q_position, rows, *(in_hbm(folded(x), interpret) for x in (keys, values)), k_position, expiry)
+    )(
+        used,
+        low,
+        high,
+        q_position,
+        rows,
+        *(in_hbm(fold_heads(x), interpret) for x in (keys, values)),
+        k_position,
+        expiry,
+    )
     part = lambda x: x[:, :num_rows].reshape(1, b, heads, num_rows, *x.shape[2:])
     return SoftmaxPart(part(statistics[:, 0]), part(statistics[:, 1]), part(acc))
 
 
-def _kernel(
-    used_ref,
-    low_ref,
-    high_ref,  # [B K], [B row blocks] x2: slots in use, first and last position of each block of rows
-    q_position_ref,  # [1, rows]
-    rows_ref,  # [rows, H]
-    keys_ref,
-    values_ref,  # [keys, H] x2, or [H, keys] x2 with slots in lanes; dead slots may hold anything
-    k_position_hbm,
-    expiry_hbm,  # [B, K, S] x2
-    acc_ref,
-    statistics_ref,  # [rows, H], [2, rows]: max, sum
-    column_ref,
-    max_ref,
-    sum_ref,  # [rows, 128] x3, all lanes equal: position of each row, online softmax
-    slots_ref,
-    ready,  # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
-    *,
-    heads,
-    lanes,
-):
+class Plan(NamedTuple):
+    """Static facts of a call."""
+
+    heads: int  # KV heads per batch row
+    lanes: bool  # `slots_in_lanes`: keys and values are [H, keys]
+
+
+class Refs(NamedTuple):
+    """Scalars, blocks of a step in VMEM, arrays in HBM, and scratch memory."""
+
+    used: Any  # [B*K]: slots in use
+    low: Any  # [B*blocks of rows]: first position of each block of rows
+    high: Any  # [B*blocks of rows]: last position
+    q_position: Any  # [1, rows]
+    rows: Any  # [rows, H]
+    keys: Any  # [keys, H]; dead slots may hold anything
+    values: Any  # [keys, H]
+    k_position_hbm: Any  # [B, K, S]
+    expiry_hbm: Any  # [B, K, S]
+    acc: Any  # [rows, H]
+    statistics: Any  # [2, rows]: max and sum
+    column: Any  # [rows, 128], all lanes equal: position of each row
+    max: Any  # [rows, 128], all lanes equal: online softmax
+    sum: Any
+    slots: Any  # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
+    ready: Any
+
+
+def _kernel(plan: Plan, *arrays) -> None:
+    refs = Refs(*arrays)
     core, local, i, j = (pl.program_id(axis) for axis in range(4))
     heads_per_core, row_blocks, steps = (pl.num_programs(axis) for axis in (1, 2, 3))
     head = core * heads_per_core + local
-    block_s = keys_ref.shape[1 if lanes else 0]
-    dtype, scale = rows_ref.dtype, rows_ref.shape[1] ** -0.5
+    block_s = refs.keys.shape[1 if plan.lanes else 0]
+    dtype, scale = refs.rows.dtype, refs.rows.shape[1] ** -0.5
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    used, start = used_ref[head], j * block_s
+    used, start = refs.used[head], j * block_s
 
-    # A block of one row would not be a tile, so position and expiry are copied by hand, one step ahead.
+    # Position and expiry of a block are one row each, which is no tile, so they are copied by hand, one step ahead.
     parity = lax.rem((local * row_blocks + i) * steps + j, 2)
 
     def copied(head, j, parity, do):
-        size = slots_ref.shape[3]
-        for which, hbm in enumerate((k_position_hbm, expiry_hbm)):
-            source = hbm.at[lax.div(head, heads), lax.rem(head, heads), pl.ds(pl.multiple_of(j * size, size), size)]
-            do(pltpu.make_async_copy(source, slots_ref.at[parity, which, 0], ready.at[parity]))
+        size = refs.slots.shape[3]
+        for which, hbm in enumerate((refs.k_position_hbm, refs.expiry_hbm)):
+            source = hbm.at[
+                lax.div(head, plan.heads), lax.rem(head, plan.heads), pl.ds(pl.multiple_of(j * size, size), size)
+            ]
+            do(pltpu.make_async_copy(source, refs.slots.at[parity, which, 0], refs.ready.at[parity]))
 
     @pl.when((local == 0) & (i == 0) & (j == 0) & (start < used))
     def _():
@@ -166,46 +187,46 @@ def _kernel(
         jnp.where(same_rows, j + 1, 0),
     )
 
-    @pl.when((next_local < heads_per_core) & (next_j * block_s < used_ref[next_head]))
+    @pl.when((next_local < heads_per_core) & (next_j * block_s < refs.used[next_head]))
     def _():
         copied(next_head, next_j, 1 - parity, lambda copy: copy.start())
 
     @pl.when(j == 0)
     def _():
-        column_ref[...] = jnp.broadcast_to(q_position_ref[...], (LANES, rows_ref.shape[0])).T
-        max_ref[...] = jnp.full(max_ref.shape, MASKED, jnp.float32)
-        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
-        acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
+        refs.column[...] = jnp.broadcast_to(refs.q_position[...], (LANES, refs.rows.shape[0])).T
+        refs.max[...] = jnp.full(refs.max.shape, MASKED, jnp.float32)
+        refs.sum[...] = jnp.zeros(refs.sum.shape, jnp.float32)
+        refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
 
     def attend(visible):
-        """`visible` [rows, keys], or None where every row sees every slot."""
+        """Add the block to the online softmax. `visible` is [rows, keys], or None if every row sees every slot."""
         s = (
             lax.dot_general(
-                rows_ref[...],
-                keys_ref[...].astype(dtype),
-                (((1,), (0 if lanes else 1,)), ((), ())),
+                refs.rows[...],
+                refs.keys[...].astype(dtype),
+                (((1,), (0 if plan.lanes else 1,)), ((), ())),
                 precision=precision,
                 preferred_element_type=jnp.float32,
             )
             * scale
         )
-        values = values_ref[...].astype(dtype)
+        values = refs.values[...].astype(dtype)
         if visible is not None:
             s = jnp.where(visible, s, MASKED)
             seen = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)
-            values = jnp.where((seen if lanes else column(seen)) > 0, values, 0)  # 0 * NaN is NaN
-        old_max = max_ref[:, :1]
+            values = jnp.where((seen if plan.lanes else column(seen)) > 0, values, 0)  # 0 * NaN is NaN
+        old_max = refs.max[:, :1]
         new_max = jnp.maximum(old_max, s.max(axis=1, keepdims=True))
         p = jnp.exp(s - new_max)
         if visible is not None:
             p = jnp.where(visible, p, 0.0)
-        shrink = jnp.exp(old_max - new_max)
-        max_ref[...] = jnp.broadcast_to(new_max, max_ref.shape)
-        sum_ref[...] = sum_ref[...] * shrink + p.sum(axis=1, keepdims=True)
-        acc_ref[...] = acc_ref[...] * shrink + lax.dot_general(
+        rescale = jnp.exp(old_max - new_max)
+        refs.max[...] = jnp.broadcast_to(new_max, refs.max.shape)
+        refs.sum[...] = refs.sum[...] * rescale + p.sum(axis=1, keepdims=True)
+        refs.acc[...] = refs.acc[...] * rescale + lax.dot_general(
             p.astype(dtype),
             values,
-            (((1,), (1 if lanes else 0,)), ((), ())),
+            (((1,), (1 if plan.lanes else 0,)), ((), ())),
             precision=precision,
             preferred_element_type=jnp.float32,
         )
@@ -213,9 +234,9 @@ def _kernel(
     @pl.when(start < used)
     def _():
         copied(head, j, parity, lambda copy: copy.wait())
-        block = lax.div(head, heads) * row_blocks + i
-        low, high = low_ref[block], high_ref[block]
-        position, expiry = slots_ref[parity, 0][:, :block_s], slots_ref[parity, 1][:, :block_s]
+        block = lax.div(head, plan.heads) * row_blocks + i
+        low, high = refs.low[block], refs.high[block]
+        position, expiry = refs.slots[parity, 0][:, :block_s], refs.slots[parity, 1][:, :block_s]
         fresh = start + lax.broadcasted_iota(jnp.int32, (1, block_s), 1) < used
         some_see = fresh & (position <= high) & (low <= expiry)
         all_see = fresh & (position <= low) & (high <= expiry)
@@ -227,10 +248,10 @@ def _kernel(
 
         @pl.when(jnp.logical_not(every_slot) & (jnp.max(jnp.where(some_see, 1.0, 0.0)) > 0))
         def _():
-            at = column_ref[:, :1]
+            at = refs.column[:, :1]
             attend(fresh & (position <= at) & (at <= expiry))
 
     @pl.when(j == steps - 1)
     def _():
-        statistics_ref[0:1] = max_ref[...].T[0:1]
-        statistics_ref[1:2] = sum_ref[...].T[0:1]
+        refs.statistics[0:1] = refs.max[...].T[0:1]
+        refs.statistics[1:2] = refs.sum[...].T[0:1]

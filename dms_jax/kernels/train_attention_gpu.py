@@ -1,12 +1,12 @@
-"""Attention with the DMS gate on Hopper GPUs, value and gradient: the kernels behind `core.chunked_attention`'s layout.
+"""Attention with the DMS gate on Hopper GPUs, value and gradient: the kernels for `core.chunked_attention`.
 
-The forward pass: a CTA owns a block of queries of one query head, half of it in each of two warpgroups, and walks over the
-blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The gate is a row added to the scores of
-blocks outside the window, the mask is made only where the diagonal runs. Bound by the tensor cores; memory O(T).
+This file holds the forward pass. A CTA owns a block of queries of one query head, half of it in each of two warpgroups, and loops over the
+blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The gate is a row that is added to the scores of
+blocks outside the window, and a mask is made only for blocks on the diagonal. It is bound by the tensor cores, and its memory is O(T).
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.key_blocks_gpu import (
     COMPUTE,
     KeySections,
+    QueryPlan,
     Tile,
     copy_key_blocks,
     exponent,
@@ -29,146 +30,165 @@ from dms_jax.kernels.key_blocks_gpu import (
     live_blocks,
     raw_gate,
 )
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, interpreter
-from dms_jax.kernels.train_attention_gpu_backward import dkv_blocks, gradient_of_queries, gradients_of_keys
+from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.train_attention_gpu_dkv import dkv_blocks, gradients_of_keys
+from dms_jax.kernels.train_attention_gpu_dq import gradient_of_queries
+
+
+class Refs(NamedTuple):
+    """Inputs and results in global memory; names that end in _s are shared memory, and the rest are barriers."""
+
+    q: Any  # [B K G T H]
+    k: Any  # [B K T H]
+    v: Any  # [B K T H]
+    keep: Any  # [B K T]
+    live: Any  # [B K blocks]
+    before: Any  # [B K blocks]
+    segments: Any  # [B T], or None
+    out: Any  # [B K G T H]
+    log_total: Any  # [B K G T]
+    q_s: Any
+    k_s: Any
+    v_s: Any
+    keep_s: Any
+    total_s: Any
+    q_ready: Any
+    k_ready: Any
+    v_ready: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+    q_seg_s: Any  # None without segments
+    k_seg_s: Any
 
 
 def _forward(
     q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> tuple[Array, Array]:
-    """Output [B K G T H], and of each row the base-2 logarithm of its sum of exponentials [B K G T]."""
+    """The output [B K G T H], and the log-sum-exp of each row in base 2 [B K G T]."""
     b, heads, group, length, h = q.shape
-    rows, block, steps = blocks.q // COMPUTE, blocks.k, blocks.steps
-    ops, dtype, factor = Ops(interpret), q.dtype, exponent(h)
     has_segments = segments is not None
-
-    def train_attention_forward(
-        *refs,
-        q_s,
-        k_s,
-        v_s,
-        keep_s,
-        total_s,
-        q_ready,
-        k_ready,
-        v_ready,
-        k_free,
-        v_free,
-        turn,
-        q_seg_s: Any = None,
-        k_seg_s: Any = None,
-    ):
-        q_ref, k_ref, v_ref, keep_ref, live_ref, before_ref, *maybe_segments, out_ref, total_ref = refs
-        segments_ref: Any = maybe_segments[0] if has_segments else None
-        batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
-        first = (length // blocks.q - 1 - lax.axis_index("block")) * blocks.q  # the longest rows start first
-        sections = KeySections.of(first, blocks.q, block, window_size)
-        num_live = before_ref[batch, head, sections.outside]
-
-        @pl.when(wg < COMPUTE)
-        def compute():
-            plgpu.set_max_registers(240, action="increase")
-            own = first + wg * rows
-            q_w = q_s.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, head, g, pl.ds(own, rows)], q_w, q_ready.at[wg])
-            if has_segments:
-                plgpu.copy_gmem_to_smem(segments_ref.at[batch, pl.ds(own, rows)], q_seg_s.at[wg], q_ready.at[wg])
-            plgpu.barrier_wait(q_ready.at[wg])
-            q_segments = ops.load(q_seg_s.at[wg], COLUMN) if has_segments else None
-
-            def change_turns():
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(turn)
-
-            def step(n, carry, gate, causal):
-                high, total, acc = carry
-                slot = lax.rem(n, jnp.int32(steps))
-                plgpu.barrier_wait(k_ready.at[slot])
-                s = ops.dot(q_w, k_s.at[slot], (rows, block), transpose_b=True, meanwhile=change_turns)
-                tile = Tile(own, sections.block_of(n) * block, (rows, block), window_size, q_segments)
-                s = gated_scores(
-                    ops, s, tile, keep_s.at[slot], k_seg_s.at[slot] if has_segments else None, gate, causal
-                )
-                plgpu.barrier_arrive(k_free.at[slot])
-                new_high = jnp.maximum(high, s.max(axis=1) * factor)
-                p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_high, s.shape, [0]))
-                shrink = jnp.exp2(high - new_high)
-                total = total * shrink + p.sum(axis=1)
-                acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
-                new_high, total, acc, p = lax.optimization_barrier((new_high, total, acc, p.astype(dtype)))
-                plgpu.barrier_arrive(turn)
-                plgpu.barrier_wait(v_ready.at[slot])
-                plgpu.barrier_wait(turn)
-                acc = ops.add_dot(acc, p, v_s.at[slot])
-                plgpu.barrier_arrive(v_free.at[slot])
-                return new_high, total, acc
-
-            # One warpgroup's exponentials run beside the other's matrix products: the second is half a step behind.
-            pl.when(wg == 1)(change_turns)
-            # Higher than any masked score: a row that has met nothing else holds zeros. (Against a maximum that is itself MASKED the
-            # fused multiply-add below would leave the product's rounding error, 1e21 and of either sign, to the exponential.)
-            start = (
-                ops.full((rows,), MASKED * factor / 2, COLUMN),
-                ops.full((rows,), 0.0, COLUMN),
-                ops.full((rows, h), 0.0, ROWS),
-            )
-            high, total, acc = sections.fold(step, num_live, block, blocks.q, window_size, start)
-            pl.when(wg == 0)(change_turns)
-            q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(dtype)
-            total_s.at[wg][...] = high + jnp.log2(total)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_w, out_ref.at[batch, head, g, pl.ds(own, rows)])
-            plgpu.copy_smem_to_gmem(total_s.at[wg], total_ref.at[batch, head, g, pl.ds(own, rows)])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == COMPUTE)
-        def copy():
-            plgpu.set_max_registers(24, action="decrease")
-            rows_of = lambda ref, j: ref.at[batch, head, pl.ds(j * block, block)]
-
-            def with_keys(j, slot):
-                plgpu.copy_gmem_to_smem(rows_of(k_ref, j), k_s.at[slot], k_ready.at[slot])
-                plgpu.copy_gmem_to_smem(rows_of(keep_ref, j), keep_s.at[slot], k_ready.at[slot])
-                if has_segments:
-                    plgpu.copy_gmem_to_smem(
-                        segments_ref.at[batch, pl.ds(j * block, block)], k_seg_s.at[slot], k_ready.at[slot]
-                    )
-
-            with_values = lambda j, slot: plgpu.copy_gmem_to_smem(rows_of(v_ref, j), v_s.at[slot], v_ready.at[slot])
-            copy_key_blocks(
-                sections, num_live, live_ref.at[batch, head], steps, [(k_free, with_keys), (v_free, with_values)]
-            )
-
-    operand = lambda *shape: ops.matrix((*shape, h), dtype)
-    scratch: dict[str, Any] = {
-        "q_s": operand(COMPUTE, rows),
-        "k_s": operand(steps, block),
-        "v_s": operand(steps, block),
-        "keep_s": plgpu.SMEM((steps, block), jnp.float32),
-        "total_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
-        "q_ready": plgpu.Barrier(num_arrivals=1 + has_segments, num_barriers=COMPUTE),
-        "k_ready": plgpu.Barrier(num_arrivals=2 + has_segments, num_barriers=steps),
-        "v_ready": plgpu.Barrier(num_barriers=steps),
-        "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
-        "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
-    }
-    if has_segments:
-        scratch |= {"q_seg_s": plgpu.SMEM((COMPUTE, rows), jnp.int32), "k_seg_s": plgpu.SMEM((steps, block), jnp.int32)}
+    plan = QueryPlan(Ops(interpret), blocks, window_size, length, h, q.dtype, has_segments)
     run = plgpu.kernel(
-        train_attention_forward,
-        out_type=[jax.ShapeDtypeStruct(q.shape, dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
-        scratch_types=scratch,
-        grid=(b, heads, length // blocks.q, group),  # the last is the fastest: a group's heads share keys in L2
+        bind(train_attention_forward, plan, Refs, () if has_segments else ("segments", "q_seg_s", "k_seg_s")),
+        out_type=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:-1], jnp.float32)],
+        scratch_types=_scratch(plan),
+        # The last axis varies fastest, so the heads of a group share keys in L2.
+        grid=(b, heads, length // blocks.q, group),
         grid_names=("batch", "head", "block", "group"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpreter() if interpret else None,
     )
-    return tuple(
-        run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, block), *([segments] if has_segments else []))
+    optional = [segments] if has_segments else []
+    return tuple(run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, blocks.k), *optional))
+
+
+def _scratch(plan: QueryPlan) -> dict[str, Any]:
+    rows, block, steps = plan.rows, plan.blocks.k, plan.blocks.steps
+    operand = lambda *shape: plan.ops.matrix((*shape, plan.head_dim), plan.dtype)
+    scratch: dict[str, Any] = {
+        "q_s": operand(COMPUTE, rows),
+        "k_s": operand(steps, block),
+        "v_s": operand(steps, block),
+        "keep_s": plgpu.SMEM((steps, block), jnp.float32),
+        "total_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
+        "q_ready": plgpu.Barrier(num_arrivals=1 + plan.has_segments, num_barriers=COMPUTE),
+        "k_ready": plgpu.Barrier(num_arrivals=2 + plan.has_segments, num_barriers=steps),
+        "v_ready": plgpu.Barrier(num_barriers=steps),
+        "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+        "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=steps),
+    }
+    return scratch | plan.segment_scratch()
+
+
+def train_attention_forward(plan: QueryPlan, refs: Refs) -> None:
+    """The kernel: what each warpgroup does."""
+    batch, head, g, wg = (lax.axis_index(name) for name in ("batch", "head", "group", "warpgroup"))
+    first, sections = plan.first_and_sections()
+    num_live = refs.before[batch, head, sections.outside]
+    pl.when(wg < COMPUTE)(lambda: _compute(plan, refs, (batch, head, g), wg, first, sections, num_live))
+    pl.when(wg == COMPUTE)(lambda: _copy(plan, refs, (batch, head), sections, num_live))
+
+
+def _compute(plan: QueryPlan, refs: Refs, at: tuple, wg, first, sections: KeySections, num_live) -> None:
+    """A compute warpgroup: the online softmax of its queries."""
+    plgpu.set_max_registers(240, action="increase")
+    ops, rows, h, factor = plan.ops, plan.rows, plan.head_dim, exponent(plan.head_dim)
+    own, block = first + wg * rows, plan.blocks.k
+    q_w = refs.q_s.at[wg]
+    plgpu.copy_gmem_to_smem(refs.q.at[(*at, pl.ds(own, rows))], q_w, refs.q_ready.at[wg])
+    if plan.has_segments:
+        source = refs.segments.at[at[0], pl.ds(own, rows)]
+        plgpu.copy_gmem_to_smem(source, refs.q_seg_s.at[wg], refs.q_ready.at[wg])
+    plgpu.barrier_wait(refs.q_ready.at[wg])
+    q_segments = ops.load(refs.q_seg_s.at[wg], COLUMN) if plan.has_segments else None
+
+    def change_turns():
+        plgpu.barrier_arrive(refs.turn)
+        plgpu.barrier_wait(refs.turn)
+
+    def step(n, carry, gate, causal):
+        high, total, acc = carry
+        slot = lax.rem(n, jnp.int32(plan.blocks.steps))
+        plgpu.barrier_wait(refs.k_ready.at[slot])
+        s = ops.dot(q_w, refs.k_s.at[slot], (rows, block), transpose_b=True, meanwhile=change_turns)
+        tile = Tile(own, sections.block_of(n) * block, (rows, block), plan.window_size, q_segments)
+        k_segments = refs.k_seg_s.at[slot] if plan.has_segments else None
+        s = gated_scores(ops, s, tile, refs.keep_s.at[slot], k_segments, gate, causal)
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        new_high = jnp.maximum(high, s.max(axis=1) * factor)
+        p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_high, s.shape, [0]))
+        rescale = jnp.exp2(high - new_high)
+        total = total * rescale + p.sum(axis=1)
+        acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
+        new_high, total, acc, p = lax.optimization_barrier((new_high, total, acc, p.astype(plan.dtype)))
+        plgpu.barrier_arrive(refs.turn)
+        plgpu.barrier_wait(refs.v_ready.at[slot])
+        plgpu.barrier_wait(refs.turn)
+        acc = ops.add_dot(acc, p, refs.v_s.at[slot])
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return new_high, total, acc
+
+    # The second warpgroup is half a step behind, so that one computes exponentials while the other multiplies matrices.
+    pl.when(wg == 1)(change_turns)
+    # The first maximum is higher than any masked score, so a row that has met only masked scores holds zeros. (If the maximum were
+    # MASKED itself, the fused multiply-add would pass the rounding error of the product, about 1e21, to the exponential.)
+    start = (
+        ops.full((rows,), MASKED * factor / 2, COLUMN),
+        ops.full((rows,), 0.0, COLUMN),
+        ops.full((rows, h), 0.0, ROWS),
     )
+    high, total, acc = sections.fold(step, num_live, block, plan.blocks.q, plan.window_size, start)
+    pl.when(wg == 0)(change_turns)
+    q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(plan.dtype)
+    refs.total_s.at[wg][...] = high + jnp.log2(total)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_w, refs.out.at[(*at, pl.ds(own, rows))])
+    plgpu.copy_smem_to_gmem(refs.total_s.at[wg], refs.log_total.at[(*at, pl.ds(own, rows))])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy(plan: QueryPlan, refs: Refs, at: tuple, sections: KeySections, num_live) -> None:
+    """The copying warpgroup: keys and gate, and values, block after block."""
+    plgpu.set_max_registers(24, action="decrease")
+    block = plan.blocks.k
+    rows_of = lambda ref, j: ref.at[(*at, pl.ds(j * block, block))]
+
+    def with_keys(j, slot):
+        plgpu.copy_gmem_to_smem(rows_of(refs.k, j), refs.k_s.at[slot], refs.k_ready.at[slot])
+        plgpu.copy_gmem_to_smem(rows_of(refs.keep, j), refs.keep_s.at[slot], refs.k_ready.at[slot])
+        if plan.has_segments:
+            source = refs.segments.at[at[0], pl.ds(j * block, block)]
+            plgpu.copy_gmem_to_smem(source, refs.k_seg_s.at[slot], refs.k_ready.at[slot])
+
+    def with_values(j, slot):
+        plgpu.copy_gmem_to_smem(rows_of(refs.v, j), refs.v_s.at[slot], refs.v_ready.at[slot])
+
+    parts = [(refs.k_free, with_keys), (refs.v_free, with_values)]
+    copy_key_blocks(sections, num_live, refs.live.at[at], plan.blocks.steps, parts)
 
 
 @typed
@@ -183,13 +203,13 @@ def attend(
     blocks: TrainBlocks,
     interpret: bool = False,
 ) -> Float[Array, "B K G T H"]:
-    """See `core.chunked_attention.with_heads_folded`; gradients reach q, k, v and log_keep. T is a multiple of both blocks."""
+    """See `core.chunked_attention.with_heads_folded`; differentiable in q, k, v and log_keep. T must be a multiple of both block sizes."""
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
     assert interpret or (
         blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16
     ), (blocks, q)
-    # Position differences reach T - 1, so a longer window is the same window; capped, sums with it stay within int32.
+    # Position differences are at most T - 1, so a window of T is as good as a longer one, and sums with it stay within int32.
     return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
 
 

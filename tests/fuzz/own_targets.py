@@ -19,7 +19,9 @@ from synthetic_results import records, write
 import dms_jax
 from dms_jax.evaluation import aggregate as report_data
 from dms_jax.hf.hf_weights import EVICT, model_writes
-from dms_jax.kernels.block_sizes import KERNELS, SlotBlocks, TrainBlocks, TunedEntry, read_tuned, write_tuned
+from dms_jax.kernels.block_sizes import SlotBlocks, TrainBlocks
+from dms_jax.kernels.kernel_table import KERNELS
+from dms_jax.kernels.tuned import TunedEntry, read_tuned, write_tuned
 from dms_jax.training.data.token_store import DataConfig, tokenise
 from dms_jax.training.metrics import MetricsFile, read_steps
 

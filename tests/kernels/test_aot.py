@@ -1,6 +1,6 @@
-"""The compile gate: every kernel and the whole retrofit, decode and prefill steps, by the real compilers of hardware that is not here.
+"""The compile gate: the real compilers for absent hardware compile every kernel and the whole retrofit, decode and prefill steps.
 
-Skipped where the plugins are not installed: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for GPUs (about 5 GB).
+Tests are skipped without the plugins: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for GPUs (about 5 GB).
 """
 
 import functools
@@ -88,7 +88,7 @@ def test_training_attention_compiles_and_its_memory_is_linear(target, head_dim, 
             shape(1, length, dtype=jnp.int32) if segments else None,
         )
         temporary[length] = compiled(mesh, step, *args).memory_analysis().temp_size_in_bytes / bytes_of(args)
-    # Arguments are linear in T; a quadratic program would need hundreds of times as much. (None at all: it was kept in VMEM.)
+    # Arguments are linear in T; a quadratic program would need hundreds of times as much. (0 means that all of it is in VMEM.)
     assert max(temporary.values()) < 8, temporary
 
 
@@ -116,7 +116,7 @@ def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, que
             chunk,
         )
         temporary[capacity] = program.memory_analysis().temp_size_in_bytes
-    # What depends on the capacity is book-keeping, never a copy of keys or values.
+    # Temporary memory may grow with the capacity by rows of numbers, but never by a copy of keys or values.
     assert temporary[32768] - temporary[1024] < bytes_of(layer.k) // 4 + 2**20, (temporary, bytes_of(layer.k))
     assert temporary[1024] < 64 * bytes_of(pair) * group + 2**22, temporary  # partial results in fp32
 
@@ -159,7 +159,7 @@ def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, d
 
 
 def in_place(program, layer):
-    """Keys and values are given back in the memory they came in, and are not copied in between."""
+    """Assert that keys and values are returned in the memory that they came in, and are not copied in between."""
     memory, large = program.memory_analysis(), bytes_of((layer.k, layer.v))
     assert memory.alias_size_in_bytes >= large, memory
     assert memory.temp_size_in_bytes < max(large // 4, 2**23), memory
@@ -184,14 +184,14 @@ SMALL = ModelConfig(
 
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
-def test_a_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels):
+def test_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels):
     mesh = mesh_of(target, 1, 8)
     config = with_kernels(SMALL, target, kernels)
     cache = abstract_cache(config, 8, 4096, mesh)
     config_bytes = config.num_layers * 8 * config.num_kv_heads * 4096 * (2 * 2 * config.head_dim + 12)
     assert abs(cache.bytes - config_bytes) < 2**16
     program = lower_extend(config, cache, mesh).compile()
-    # One all-reduce for each of attention and MLP of a layer, and one for the embedding, whose vocabulary is split.
+    # One all-reduce each for the attention and the MLP of a layer, and one for the embedding, whose vocabulary is split.
     assert collectives(program) == {
         "all-gather": 0,
         "all-reduce": 2 * config.num_layers + 1,
@@ -206,7 +206,7 @@ def test_a_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels)
 
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
-def test_a_prefill_chunk_compiles(target, kernels):
+def test_prefill_chunk_compiles_and_reuses_the_cache(target, kernels):
     mesh = mesh_of(target, 1, 8)
     config = with_kernels(SMALL, target, kernels)
     cache = abstract_cache(config, 8, 4096, mesh)
@@ -217,7 +217,7 @@ def test_a_prefill_chunk_compiles(target, kernels):
 
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
-def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
+def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
     from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
     from dms_jax.training.step import Retrofit, StepConfig
 
@@ -238,8 +238,8 @@ def test_a_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
         optimizer=OptimizerConfig(),
     )
     program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
-    # A row a device: about 40 KiB for each of its tokens, of any length. Scores of a single layer, [T, T] for each of 8 local heads in
-    # fp32, would be 512 KiB for each token of such a row.
+    # A device has one row, which takes about 40 KiB per token at any length. The scores of a single layer, [T, T] for each of 8 local
+    # heads in fp32, would take 512 KiB per token.
     assert program.memory_analysis().temp_size_in_bytes < length * 2**16, program.memory_analysis()
 
 

@@ -1,4 +1,4 @@
-"""Compaction on TPU, interpreted, against `core.compact_cache.write_pairs`: bit for bit, whatever dead slots and staying pairs hold."""
+"""The TPU compaction kernel, in interpret mode, against `core.compact_cache.write_pairs`: the same bits, whatever unused pairs hold."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.compaction_tpu import _staircase, write_pairs
+from dms_jax.kernels.operands import Pairs
 
 B, K = 2, 3
-FIELDS = ("k", "v", "position", "expiry", "score")
 
 
 def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come: float):
-    """A layer, a chunk, who stays and who comes; one head in which all stay, one in which none does, one where nobody comes."""
+    """A layer, a chunk, which slots stay and which pairs come. In one head all slots stay, in one none does, and in one no pair comes."""
     numbers = lambda n: (
         jnp.asarray(rng.integers(-(2**31), 2**31 - 1, (B, K, n), np.int64).astype(np.int32)) for _ in range(2)
     )
@@ -28,19 +28,20 @@ def case(rng, capacity, length, head_dim, dtype, cache_dtype, full: float, come:
     stays = rng.random((B, K, capacity)) < full
     comes = rng.random((B, K, length)) < come
     stays[0, 0], stays[0, 1], comes[0, 2] = True, False, False
-    room = (~stays).sum(-1, keepdims=True)
-    return layer, chunk, stays, comes & (np.cumsum(comes, -1) <= room)
+    free = (~stays).sum(-1, keepdims=True)
+    return layer, chunk, stays, comes & (np.cumsum(comes, -1) <= free)
 
 
 def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dtype=None, full=0.6, come=0.7):
     rng = np.random.default_rng(seed)
     layer, chunk, stays, comes = case(rng, capacity, length, head_dim, dtype, cache_dtype or dtype, full, come)
-    k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])  # what does not come may hold anything
+    # A pair that does not come may hold anything.
+    k, v = (jnp.where(comes[..., None], new, jnp.nan) for new in chunk[:2])
     actual = jax.jit(lambda *arrays: write_pairs(*arrays, blocks=blocks, interpret=True))(
-        *(getattr(layer, name) for name in FIELDS), k, v, *chunk[2:], stays, comes
+        Pairs.of_layer(layer), Pairs(k, v, *chunk[2:]), stays, comes
     )
     expected = compact_cache.write_pairs(layer, *chunk, stays, comes)
-    for name, array in zip(FIELDS, actual, strict=True):
+    for name, array in zip(Pairs._fields, actual, strict=True):
         want = getattr(expected, name)
         assert array.dtype == want.dtype
         np.testing.assert_array_equal(np.asarray(array, np.float64), np.asarray(want, np.float64), err_msg=name)
@@ -54,7 +55,7 @@ def check(seed, capacity, length, head_dim, blocks, dtype=jnp.float32, cache_dty
     full=st.sampled_from([0.0, 0.6, 0.95]),
     come=st.sampled_from([0.5, 1.0]),
 )
-def test_place_is_that_of_core(seed, sizes, blocks, full, come):
+def test_written_pairs_equal_core(seed, sizes, blocks, full, come):
     check(seed, *sizes, 8, PlaceBlocks(*blocks), full=full, come=come)
 
 
@@ -62,16 +63,16 @@ def test_place_is_that_of_core(seed, sizes, blocks, full, come):
     "dtype, cache_dtype",
     [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float8_e4m3fn"), ("bfloat16", "float8_e5m2")],
 )
-def test_rows_of_all_lanes_and_small_types(dtype, cache_dtype):
+def test_rows_of_all_lanes_and_small_types_equal_core(dtype, cache_dtype):
     check(1, 40, 13, 128, PlaceBlocks(8, 16), jnp.dtype(dtype), jnp.dtype(cache_dtype))
 
 
-def test_small_types_with_slots_in_lanes():
+def test_small_types_with_slots_in_lanes_equal_core():
     check(2, 40, 13, 16, PlaceBlocks(8, 16), jnp.bfloat16, jnp.float8_e4m3fn)
 
 
-def test_steps_are_the_blocks_that_meet(rng):
-    """Of each block of slots that receives, the pairs' blocks from the first to the last that gives; no other block of slots."""
+def test_staircase_steps_are_the_blocks_that_meet(rng):
+    """A block of slots that receives pairs meets all blocks of pairs from its first to its last giver; other blocks of slots meet none."""
     stays, comes = rng.random((20, 64)) < np.linspace(0, 1, 20)[:, None], rng.random((20, 24)) < rng.random((20, 1))
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
     slot_block, pair_block, count = _staircase(

@@ -1,4 +1,4 @@
-"""The fused decode update for Hopper, interpreted, against RoPE, a policy's verdict, `apply_pending` and `append`."""
+"""The fused decode update for Hopper, in interpret mode, against RoPE, a policy's `mark`, `apply_pending` and `append`."""
 
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, LayerCache, append,
 from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.decode_update_gpu import decode_update
+from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
@@ -22,8 +23,8 @@ RUN = jax.jit(partial(decode_update, interpret=True), static_argnames=("window_s
 
 
 def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8, dtype=jnp.float32):
-    """Rows of `seen` tokens: `filled` of the slots hold distinct positions, the last token's among them, in any order, of which
-    the share `marked` leaves after the window. Scores are few, so that some are equal."""
+    """Rows of `seen` tokens. A fraction `filled` of the slots holds distinct positions in any order, among them the last token's; a fraction
+    `marked` of these leaves after the window. There are few different scores, so that some are equal."""
     shape = (len(seen), heads, capacity)
     position, expiry = np.full(shape, EMPTY, np.int64), np.full(shape, NEVER_VISIBLE, np.int64)
     for row, tokens in enumerate(seen):
@@ -44,7 +45,7 @@ def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8,
 
 
 def layer_of(position, expiry, score):
-    """One head whose slots are given."""
+    """A layer with one head, whose slots are given."""
     layer = random_layer(np.random.default_rng(0), 1, len(position), [1], 0, 0.0, 0.0)
     given = (jnp.asarray(x)[None, None] for x in (position, expiry, score))
     return replace(
@@ -67,20 +68,14 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     policy = KeepAll() if shift is None else LearnedEviction(DMSConfig(window_size=window, decision_shift=shift))
 
     threshold = jnp.float32(threshold)
-    verdict = policy.mark(logit[..., None], seen[:, None], count, threshold)
+    expiries = policy.mark(logit[..., None], seen[:, None], count, threshold)
     turn = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]
-    expected = apply_pending(layer, verdict, seen, count)
-    expected = append(expected, turn(k)[:, :, None], v[:, :, None], verdict, seen, count, policy.window_size)
+    expected = apply_pending(layer, expiries, seen, count)
+    expected = append(expected, turn(k)[:, :, None], v[:, :, None], expiries, seen, count, policy.window_size)
 
-    arrays = layer.k, layer.v, layer.position, layer.expiry, layer.score
-    turned, *updated, forced = RUN(
-        q,
-        k,
-        v,
-        jnp.cos(angle),
-        jnp.sin(angle),
-        logit,
-        *arrays,
+    turned, updated, forced = RUN(
+        Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
+        Pairs.of_layer(layer),
         seen,
         count,
         threshold,
@@ -91,65 +86,64 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     as_float = lambda x: np.asarray(x, np.float32)
     np.testing.assert_allclose(as_float(turned), as_float(turn(q)), **tolerance)
     np.testing.assert_array_equal(forced, expected.forced_evictions)
-    for got, name in zip(updated, ("k", "v", "position", "expiry", "score"), strict=True):
+    for got, name in zip(updated, Pairs._fields, strict=True):
         np.testing.assert_allclose(
             as_float(got),
             as_float(getattr(expected, name)),
             err_msg=name,
             **(tolerance if name in "kv" else {"rtol": 0}),
         )
-    return forced, updated[2]
+    return forced, updated.position
 
 
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(seed=st.integers(0, 1000), filled=st.sampled_from([0.5, 1.0]), window=st.sampled_from([0, 4]))
-def test_decisions_one_token_late(seed, filled, window):
+def test_decision_one_token_late_equals_core(seed, filled, window):
     seen = [30, 25]
     layer = random_layer(np.random.default_rng(seed), 1, 8, seen, window, filled, marked=0.4)
     check(seed, layer, seen, [1, 1], 3, window, 1)
 
 
 @pytest.mark.parametrize("shift, threshold", [(0, -10.0), (None, 0.25)])
-def test_decisions_at_once_and_never(shift, threshold):
+def test_decision_at_once_or_never_equals_core(shift, threshold):
     seen = [9, 12, 20]
     layer = random_layer(np.random.default_rng(2), 1, 16, seen, 4, 0.8, marked=0.5)
     check(2, layer, seen, [1, 0, 1], 1, 4, shift, threshold)
 
 
 @pytest.mark.parametrize("window, shift", [(100, 0), (0, None)])
-def test_overflow_inside_the_window(window, shift):
-    """The oldest goes."""
+def test_overflow_inside_the_window_evicts_the_oldest(window, shift):
     seen = [40, 50]
     layer = random_layer(np.random.default_rng(7), 1, 8, seen, window, 1.0, marked=0.0)
     assert check(7, layer, seen, [1, 1], 2, window, shift, threshold=10.0)[0].all()
 
 
-def test_overflow_outside_the_window():
-    """The highest score, the older of two; the slot before them is still inside, by one position."""
+def test_overflow_outside_the_window_evicts_the_highest_score():
+    """Of two pairs with the highest score the older one goes. The pair before them is still inside the window, by one position."""
     layer = layer_of([36, 39, 20, 10, 12, 5, 6, 7], [NEVER] * 8, [9, 0, 1, 1, 0, 0, 0, 0])
     forced, position = check(7, layer, [40], [1], 1, 4, 1, threshold=10.0)
     assert forced.all() and position[0, 0, 3] == 40
 
 
-def test_overflow_by_the_decision_just_made():
-    """Without a window the pair before this token can go at once, for the score that the token gave it."""
+def test_overflow_uses_the_score_that_was_just_decided():
+    """Without a window the pair before this token can go at once, because of the score that the token gives it."""
     layer = layer_of([36, 39, 20, 10], [NEVER] * 4, [2, 0, 1, 1])
     forced, position = check(7, layer, [40], [1], 1, 0, 1, threshold=10.0, logit=[[5.0]])
     assert forced.all() and position[0, 0, 1] == 40
 
 
-def test_marked_without_a_window_gives_way_at_once():
+def test_marked_pair_without_a_window_is_replaced_at_once():
     layer = layer_of([36, 20, 39, 10], [NEVER] * 4, [0, 0, 0, 0])
     forced, position = check(7, layer, [40], [1], 1, 0, 1, threshold=-10.0)
     assert not forced.any() and position[0, 0, 2] == 40
 
 
-def test_the_lowest_slot_that_this_token_no_longer_sees():
+def test_new_pair_takes_the_lowest_slot_that_its_token_does_not_see():
     layer = layer_of([36, 20, 39, 10], [40, NEVER, NEVER, 39], [0, 0, 0, 0])
     assert check(7, layer, [40], [1], 1, 4, 1)[1][0, 0, 3] == 40
 
 
-def test_a_row_without_a_token_and_an_empty_one():
+def test_row_without_a_token_stays_and_empty_row_starts():
     layer = random_layer(np.random.default_rng(3), 1, 8, [20, 1], 4, 1.0, marked=0.0)
     layer = replace(
         layer,
@@ -161,8 +155,8 @@ def test_a_row_without_a_token_and_an_empty_one():
     check(3, layer, [20, 0], [0, 1], 1, 4, 1)
 
 
-def test_slots_in_several_tiles_that_overlap():
-    """130 slots are 65 rows of 2; the only free one and the pending one are in the last row, then in the first."""
+def test_slots_in_overlapping_tiles_equal_core():
+    """130 slots are 65 rows of 2. The only free slot and the pending one are in the last row, then in the first one."""
     seen = [300]
     layer = random_layer(np.random.default_rng(4), 1, 130, seen, 4, 1.0, marked=0.0)
     for free, pending in ((129, 128), (0, 1)):
@@ -175,6 +169,6 @@ def test_slots_in_several_tiles_that_overlap():
         assert not check(4, moved, seen, [1], 1, 4, 1)[0].any()
 
 
-def test_cache_of_eight_bits_and_bfloat16():
+def test_eight_bit_cache_of_a_bfloat16_model_equals_core():
     layer = random_layer(np.random.default_rng(5), 1, 8, [20], 4, 0.5, 0.5, dtype=jnp.float8_e4m3fn)
     check(5, layer, [20], [1], 1, 4, 1, dtype=jnp.bfloat16)

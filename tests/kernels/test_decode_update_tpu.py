@@ -1,4 +1,7 @@
-"""One token's update on TPU, interpreted, step by step against `apply_pending` and `append` of core: ragged rows, full heads, dead slots."""
+"""The fused decode update for TPUs, in interpret mode, step by step against `apply_pending` and `append` of core.
+
+Rows are ragged, some heads are full, and dead slots hold NaN.
+"""
 
 import dataclasses
 from functools import partial
@@ -14,11 +17,11 @@ from dms_jax.core.rotary import rope
 from dms_jax.core.visibility import NEVER
 from dms_jax.kernels import decode_update_tpu
 from dms_jax.kernels.decode_update_tpu import decode_update
+from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
 
 B, G, THRESHOLD = 3, 2, 0.25
-FIELDS = ("k", "v", "position", "expiry", "score")
 
 
 def policy(shift: int | None, window: int):
@@ -28,25 +31,20 @@ def policy(shift: int | None, window: int):
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_core(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
     rules = policy(shift, window)
-    verdict = rules.mark(logit[..., None], position, count, THRESHOLD)
+    expiries = rules.mark(logit[..., None], position, count, THRESHOLD)
     k = rope(k[:, None], position, frequency)[:, 0]
-    layer = apply_pending(layer, verdict, seen, count)
+    layer = apply_pending(layer, expiries, seen, count)
     return rope(q[:, None], position, frequency)[:, 0], append(
-        layer, k[:, :, None], v[:, :, None], verdict, seen, count, rules.window_size
+        layer, k[:, :, None], v[:, :, None], expiries, seen, count, rules.window_size
     )
 
 
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
     angle = position * frequency
-    q, *arrays, forced = decode_update(
-        q,
-        k,
-        v,
-        jnp.cos(angle),
-        jnp.sin(angle),
-        logit,
-        *(getattr(layer, name) for name in FIELDS),
+    q, slots, forced = decode_update(
+        Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
+        Pairs.of_layer(layer),
         seen,
         count,
         jnp.float32(THRESHOLD),
@@ -54,13 +52,13 @@ def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, wi
         decision_shift=shift,
         interpret=True,
     )
-    return q, dataclasses.replace(
-        layer, **dict(zip(FIELDS, arrays, strict=True)), forced_evictions=layer.forced_evictions + forced
-    )
+    layer = slots.put_into(layer)
+    return q, dataclasses.replace(layer, forced_evictions=layer.forced_evictions + forced)
 
 
 def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCache, np.ndarray]:
-    """Heads in mid-stream: pairs in any slots, the last one among them, some gone (NaN), one head full of pairs that stay, one empty."""
+    """A layer after many tokens: pairs in random slots, the last token's among them, some expired (NaN). One head is full of pairs that stay,
+    and one is empty."""
     seen = rng.integers(capacity + 1, 2 * capacity + 1, B).astype(np.int32)
     position = np.array([[rng.permutation(n - 1)[:capacity] for _ in range(heads)] for n in seen], np.int32)
     for b in range(B):
@@ -74,7 +72,7 @@ def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCac
         jnp.asarray(np.where(gone, np.nan, rng.normal(size=(B, heads, capacity, head_dim))), cache_dtype)
         for _ in range(2)
     )
-    score = jnp.asarray(rng.integers(0, 3, position.shape), jnp.float32)  # with equals among them
+    score = jnp.asarray(rng.integers(0, 3, position.shape), jnp.float32)  # few different scores, so that some are equal
     return LayerCache(
         k, v, jnp.asarray(position), jnp.asarray(expiry, jnp.int32), score, jnp.zeros((B, heads), jnp.int32)
     ), seen
@@ -98,7 +96,7 @@ def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype
         np.testing.assert_allclose(
             np.asarray(q, np.float32), np.asarray(want, np.float32), rtol=tolerance, atol=tolerance
         )
-        for name in (*FIELDS[1:], "forced_evictions"):
+        for name in (*Pairs._fields[1:], "forced_evictions"):
             np.testing.assert_array_equal(
                 *(np.asarray(getattr(x, name), np.float64) for x in (layer, expected)), err_msg=name
             )
@@ -110,29 +108,29 @@ def check(shift, window, heads, capacity, head_dim, dtype="float32", cache_dtype
 
 
 @pytest.mark.parametrize("shift, window", [(0, 3), (1, 0), (1, 3), (None, 0)])
-def test_token_by_token_update_is_that_of_core(shift, window):
+def test_update_equals_core_token_by_token(shift, window):
     layer = check(shift, window, 2, 6, 8)
-    assert np.asarray(layer.forced_evictions).any()  # the overflow rule was asked
+    assert np.asarray(layer.forced_evictions).any()  # the overflow rule was used
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_full_heads_push_out_who_core_says(shift):
+def test_full_heads_push_out_the_pair_that_core_pushes_out(shift):
     layer = check(shift, 4, 2, 20, 8, full=True)
     assert (np.asarray(layer.forced_evictions)[:, 0] > 0).all()
 
 
 @pytest.mark.parametrize(
     "head_dim, capacity", [(8, 256), (128, 64), (128, 20)]
-)  # tiles of slots in lanes; of rows; of neither
-def test_only_a_tile_is_written(head_dim, capacity):
+)  # tiles of slots in lanes, tiles of rows, no tiles
+def test_writing_a_tile_leaves_the_others(head_dim, capacity):
     check(1, 9, 2, capacity, head_dim, steps=6)
 
 
-def test_heads_and_rows_of_several_steps_of_the_grid(monkeypatch):
+def test_several_grid_steps_equal_core(monkeypatch):
     monkeypatch.setattr(decode_update_tpu, "HEADS_AT_ONCE", 8)
     check(1, 9, 16, 24, 8, steps=3)
 
 
 @pytest.mark.parametrize("head_dim, cache_dtype", [(128, "bfloat16"), (128, "float8_e4m3fn"), (16, "float8_e5m2")])
-def test_small_types(head_dim, cache_dtype):
+def test_small_types_equal_core(head_dim, cache_dtype):
     check(1, 9, 2, 128, head_dim, "bfloat16", cache_dtype, steps=5)

@@ -1,24 +1,33 @@
-"""Who runs where: order, reasons, refusals, and measured block sizes as data."""
+"""Dispatch: order, reasons and refusals; the records of kernels; and measured block sizes as data."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dms_jax.errors import ConfigError
-from dms_jax.kernels import block_sizes, dispatch
-from dms_jax.kernels.block_sizes import SlotBlocks, TunedEntry, read_tuned, write_tuned
-from dms_jax.kernels.dispatch import Facts, choose, reasons, runs, why_not
+from dms_jax.kernels import dispatch, tuned
+from dms_jax.kernels.block_sizes import SlotBlocks
+from dms_jax.kernels.dispatch import (
+    KernelQuery,
+    is_available,
+    reasons,
+    select_implementation,
+    unavailable_because,
+)
+from dms_jax.kernels.kernel_table import GPU, KERNELS, TPU, load
+from dms_jax.kernels.tuned import TunedEntry, read_tuned, write_tuned
 
 H100 = "NVIDIA H100 80GB HBM3"
-FACTS = Facts(128, jnp.bfloat16)
+QUERY = KernelQuery(128, jnp.bfloat16)
 
 
 @pytest.fixture
 def on(monkeypatch, tmp_path):
     """Pretend to be another device, with a table of measurements of its own."""
-    monkeypatch.setattr(block_sizes, "TUNED", tmp_path / "tuned.json")
+    monkeypatch.setattr(tuned, "TUNED", tmp_path / "tuned.json")
 
     def pretend(platform, kind):
         monkeypatch.setattr(dispatch, "target_device", lambda: (platform, kind))
@@ -43,92 +52,137 @@ def entry(**fields):
     return base._replace(**fields)
 
 
-def test_a_kernel_is_the_default_once_it_was_measured_to_be_faster(on):
+def refusal(implementation, query, kernel="decode_attention"):
+    with pytest.raises(ConfigError) as caught:
+        select_implementation(kernel, query, implementation)
+    return str(caught.value)
+
+
+def test_kernel_becomes_the_default_where_it_was_measured_to_be_faster(on):
     path = on("gpu", H100)
-    assert choose("decode_attention", FACTS).name == "xla"
-    assert "not measured" in reasons("decode_attention", FACTS)["mosaic_gpu"]
+    assert select_implementation("decode_attention", QUERY).name == "xla"
+    assert "benchmarks.autotune" in reasons("decode_attention", QUERY)["mosaic_gpu"]
     write_tuned(path, (entry(),))
-    assert choose("decode_attention", FACTS) == ("mosaic_gpu", SlotBlocks(64, 128, 4, 3))
-    assert choose("train_attention", FACTS).name == "xla"
-    assert choose("decode_attention", Facts(64, jnp.bfloat16)).name == "xla"
-    assert choose("decode_attention", FACTS._replace(cache_dtype=jnp.float8_e4m3fn)).name == "xla"
+    assert select_implementation("decode_attention", QUERY) == ("mosaic_gpu", SlotBlocks(64, 128, 4, 3))
+    assert select_implementation("train_attention", QUERY).name == "xla"
+    assert select_implementation("decode_attention", KernelQuery(64, jnp.bfloat16)).name == "xla"
+    assert select_implementation("decode_attention", QUERY._replace(cache_dtype=jnp.float8_e4m3fn)).name == "xla"
     write_tuned(path, (entry(speed_to_xla=0.8),))
-    assert choose("decode_attention", FACTS).name == "xla"
-    assert "0.80x, measured 2026-11-26" in reasons("decode_attention", FACTS)["mosaic_gpu"]
+    assert select_implementation("decode_attention", QUERY).name == "xla"
+    assert "0.80x, measured 2026-11-26" in reasons("decode_attention", QUERY)["mosaic_gpu"]
 
 
-def test_a_named_implementation_runs_with_its_blocks_or_says_why_not(on, monkeypatch):
+def test_named_implementation_runs_with_its_block_sizes(on):
     on("gpu", H100)
-    chosen = choose("decode_attention", FACTS, "mosaic_gpu")
-    assert chosen.name == "mosaic_gpu" and isinstance(chosen.blocks, SlotBlocks)
-    assert choose("decode_attention", FACTS, "mosaic_gpu", blocks=SlotBlocks(64, 64)).blocks == SlotBlocks(64, 64)
-    with pytest.raises(ConfigError, match="runs on a TPU, this is a GPU"):
-        choose("decode_attention", FACTS, "pallas_tpu")
-    with pytest.raises(ConfigError, match="head sizes 64 and 128, this model has 80"):
-        choose("decode_attention", Facts(80, jnp.bfloat16), "mosaic_gpu")
-    with pytest.raises(ConfigError, match="bfloat16, not in float32"):
-        choose("decode_attention", Facts(128, jnp.float32), "mosaic_gpu")
-    with pytest.raises(ConfigError, match="fp8, not of float16"):
-        choose("decode_attention", FACTS._replace(cache_dtype=jnp.float16), "mosaic_gpu")
-    with pytest.raises(ConfigError, match="multiple of 64, this cache has 100"):
-        choose("decode_attention", FACTS._replace(capacity=100), "mosaic_gpu")
+    selected = select_implementation("decode_attention", QUERY, "mosaic_gpu")
+    assert selected.name == "mosaic_gpu" and isinstance(selected.blocks, SlotBlocks)
+    given = SlotBlocks(64, 64)
+    assert select_implementation("decode_attention", QUERY, "mosaic_gpu", blocks=given).blocks == given
+
+
+@pytest.mark.parametrize(
+    ("device", "implementation", "changes", "named"),
+    [
+        (("gpu", H100), "pallas_tpu", {}, ["TPU", "GPU"]),
+        (("gpu", H100), "mosaic_gpu", {"head_dim": 80}, ["64 and 128", "80"]),
+        (("gpu", H100), "mosaic_gpu", {"dtype": jnp.float32}, ["bfloat16", "float32"]),
+        (("gpu", H100), "mosaic_gpu", {"cache_dtype": jnp.float16}, ["fp8", "float16"]),
+        (("gpu", H100), "mosaic_gpu", {"capacity": 100}, ["64", "100"]),
+        (("gpu", H100), "mosaic_gpu", {"xla_only_because": "reads a part"}, ["reads a part"]),
+        (("gpu", H100), "palas_tpu", {}, ["palas_tpu", "pallas_tpu"]),
+        (("gpu", "NVIDIA A100"), "mosaic_gpu", {}, ["Hopper", "A100"]),
+        (("tpu", "TPU v5 lite"), "pallas_tpu", {"capacity": 192}, ["128", "192"]),
+    ],
+)
+def test_named_implementation_that_cannot_run_is_refused_with_the_values(on, device, implementation, changes, named):
+    on(*device)
+    message = refusal(implementation, QUERY._replace(**changes))
+    assert all(part in message for part in named), message
+
+
+def test_cuda_that_miscompiles_masks_is_refused(on, monkeypatch):
+    on("gpu", H100)
     monkeypatch.setattr(dispatch, "_cuda_version", lambda: 12090)
-    with pytest.raises(ConfigError, match="miscompilation of causal masks in CUDA 12.8 and 12.9.0"):
-        choose("decode_attention", FACTS, "mosaic_gpu")
+    assert "12.9.0" in refusal("mosaic_gpu", QUERY)
     monkeypatch.setattr(dispatch, "_cuda_version", lambda: 13000)
-    with pytest.raises(ConfigError, match="reads a part"):
-        choose("decode_attention", FACTS._replace(only_xla="reads a part"), "mosaic_gpu")
-    with pytest.raises(ConfigError, match="did you mean pallas_tpu"):
-        choose("decode_attention", FACTS, "palas_tpu")
-    on("gpu", "NVIDIA A100")
-    with pytest.raises(ConfigError, match="needs a Hopper GPU"):
-        choose("decode_attention", FACTS, "mosaic_gpu")
-    on("tpu", "TPU v5 lite")
-    with pytest.raises(ConfigError, match="multiple of 128, this cache has 192"):
-        choose("decode_attention", FACTS._replace(capacity=192), "pallas_tpu")
+    assert select_implementation("decode_attention", QUERY, "mosaic_gpu").name == "mosaic_gpu"
+
+
+def test_kernels_run_on_a_cpu_in_interpret_mode_only(on):
     on("cpu", "cpu")
-    assert (
-        why_not("decode_attention", "mosaic_gpu", FACTS) is not None
-        and why_not("decode_attention", "mosaic_gpu", FACTS, interpret=True) is None
-    )
+    assert unavailable_because("decode_attention", "mosaic_gpu", QUERY) is not None
+    assert unavailable_because("decode_attention", "mosaic_gpu", QUERY, interpret=True) is None
 
 
-def test_the_fused_update_is_left_out_where_it_cannot_run(on):
+def test_optional_kernel_is_unavailable_where_it_cannot_run(on):
     on("tpu", "TPU v5 lite")
-    assert (
-        runs("decode_update", FACTS, "pallas_tpu")
-        and not runs("decode_update", FACTS, "xla")
-        and not runs("decode_update", FACTS)
-    )
-    assert not runs("decode_update", FACTS._replace(capacity=1 << 17), "pallas_tpu")
-    assert choose("decode_attention", FACTS._replace(capacity=1 << 17), "pallas_tpu").name == "pallas_tpu"
-    with pytest.raises(ConfigError, match="at most 65536 slots"):
-        choose("decode_update", FACTS._replace(capacity=1 << 17), "pallas_tpu")
+    assert is_available("decode_update", QUERY, "pallas_tpu")
+    assert not is_available("decode_update", QUERY, "xla")
+    assert not is_available("decode_update", QUERY)
+    large = QUERY._replace(capacity=1 << 17)
+    assert not is_available("decode_update", large, "pallas_tpu")
+    assert select_implementation("decode_attention", large, "pallas_tpu").name == "pallas_tpu"
+    message = refusal("pallas_tpu", large, "decode_update")
+    assert "65536" in message and str(1 << 17) in message
 
 
-def test_what_was_measured_survives_the_file(tmp_path):
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_record_names_functions_that_exist_and_candidates_of_its_block_type(kernel):
+    record = KERNELS[kernel]
+    for function in (record.xla, record.gpu.function, record.tpu.function):
+        assert callable(load(function)), function
+    for implementation in (GPU, TPU):
+        version = record.written_for(implementation)
+        for head_dim in (64, 128):
+            for dtype in ("bfloat16", "float8_e4m3fn", "float32"):
+                default, *others = version.candidates(head_dim, dtype)
+                assert default == version.default_blocks(head_dim, dtype)
+                if record.blocks is None:
+                    assert default is None and not others
+                else:
+                    assert {type(blocks) for blocks in (default, *others)} == {record.blocks}
+                    assert len({default, *others}) == 1 + len(others) > 1
+
+
+def test_documented_kernels_are_those_of_the_table():
+    page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert list(rows) == list(KERNELS)
+    for kernel, record in KERNELS.items():
+        for function in (record.xla, record.gpu.function, record.tpu.function):
+            path = function.partition(":")[0].replace(".", "/") + ".py"
+            assert f"`{path}`" in rows[kernel], (kernel, path)
+
+
+def test_measurements_survive_the_file(tmp_path):
     path = tmp_path / "tuned.json"
     entries = entry(), entry(kernel="decode_update", blocks=None)
     write_tuned(path, entries)
     assert read_tuned(path) == entries
-    for damaged in (
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
         "[{]",
         '[{"kernel": "decode_attention"}]',
         "{}x",
         '[{"blocks": {"keys": 3}, "kernel": "decode_attention"}]',
-    ):
-        path.write_text(damaged)
-        with pytest.raises(ConfigError, match="holds no tuned block sizes"):
-            read_tuned(path)
+        '[{"blocks": {"keys": 3}, "kernel": "decode_update"}]',
+    ],
+)
+def test_damaged_measurements_are_refused_by_file_name(tmp_path, damaged):
+    path = tmp_path / "tuned.json"
+    path.write_text(damaged)
+    with pytest.raises(ConfigError, match="tuned.json"):
+        read_tuned(path)
 
 
-def test_the_table_of_the_package_is_readable_and_names_kernels_that_exist():
-    if not block_sizes.TUNED.exists():
-        pytest.skip("nothing has been measured on an accelerator yet")
-    for line in json.loads(block_sizes.TUNED.read_text()):
-        assert line["kernel"] in block_sizes.KERNELS and line["implementation"] in dispatch.IMPLEMENTATIONS
-    assert read_tuned(block_sizes.TUNED)
+def test_shipped_measurements_are_of_kernels_and_implementations_that_exist():
+    for line in json.loads(tuned.TUNED.read_text(encoding="utf-8")):
+        assert line["kernel"] in KERNELS and line["implementation"] in dispatch.IMPLEMENTATIONS
+    assert read_tuned(tuned.TUNED)
 
 
-def test_the_device_is_that_of_the_mesh():
+def test_target_device_is_that_of_the_process_without_a_mesh():
     assert dispatch.target_device() == ("cpu", jax.devices()[0].device_kind)

@@ -1,4 +1,4 @@
-"""The central test through the kernels, in interpret mode: training path, prefill in chunks and decode equal the XLA path's."""
+"""Whole models with kernels, in interpret mode: training, prefill in chunks and decoding give the results of the XLA path."""
 
 import functools
 
@@ -12,7 +12,7 @@ import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.block_sizes import PlaceBlocks, SlotBlocks, TrainBlocks
-from dms_jax.kernels.dispatch import GPU, TPU, runs
+from dms_jax.kernels.dispatch import GPU, TPU, is_available
 from dms_jax.models import attention_layer
 
 BLOCKS = {
@@ -28,12 +28,12 @@ BLOCKS = {
         "compaction": PlaceBlocks(32),
     },
 }
-NO_BLOCKS = SlotBlocks(0, 0)  # of a kernel without any
+NO_BLOCKS = SlotBlocks(0, 0)  # for a kernel without block sizes
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Models of this implementation run its kernels on the CPU; returns the names of the kernels that did."""
+    """Make models of an implementation run its kernels on the CPU. The result is the set of kernels that have run."""
     ran = set()
 
     def use(implementation):
@@ -53,7 +53,7 @@ def interpreted(monkeypatch):
         interpret("attend_to_slots", lambda q, *_: "decode_attention" if q.shape[1] == 1 else "chunk_attention")
         interpret("write_pairs", lambda *_: "compaction")
         interpret("decode_update", lambda *_: "decode_update")
-        monkeypatch.setattr(attention_layer, "runs", functools.partial(runs, interpret=True))
+        monkeypatch.setattr(attention_layer, "is_available", functools.partial(is_available, interpret=True))
         return ran
 
     return use
@@ -63,7 +63,7 @@ DMS = DMSConfig(window_size=3, evict_logit_bias=0.0)
 
 
 def cached(model, ids, capacity=16):
-    """A ragged prompt in two calls, chunked, then three tokens."""
+    """Logits and cache after a ragged prompt in two chunks and three more tokens."""
     cache = dms_jax.init_cache(model, len(ids), capacity)
     lengths = np.array([len(ids[0]) - 3, 7])[: len(ids)]
     first, cache = dms_jax.prefill(model, cache, ids[:, :-3], lengths, chunk_size=16)
@@ -75,11 +75,11 @@ def cached(model, ids, capacity=16):
 
 
 @pytest.mark.parametrize(("implementation", "dms"), [(TPU, DMS), (GPU, DMS), (GPU, None)])
-def test_prefill_and_decode(rng, interpreted, implementation, dms):
+def test_prefill_and_decode_equal_the_xla_path(rng, interpreted, implementation, dms):
     fields = {"num_layers": 1, "num_kv_heads": 2, "num_q_heads": 4}
     rows, length = (2, 24) if implementation == TPU else (1, 20)
     ids = tokens(rng, rows, length)
-    capacity = 12 if dms else 64  # too few for a head that keeps all: some are forced out
+    capacity = 12 if dms else 64  # with a policy too few for a head that keeps all pairs, so some are forced out
     wanted, cache = cached(tiny_model(dms, 3, **fields), ids, capacity)
     ran = interpreted(implementation)
     actual, other = cached(tiny_model(dms, 3, implementation=implementation, **fields), ids, capacity)
@@ -92,7 +92,7 @@ def test_prefill_and_decode(rng, interpreted, implementation, dms):
         assert dms_jax.compression_ratio(cache) > 1.2
 
 
-def test_the_training_path(rng, interpreted):
+def test_training_equals_the_xla_path(rng, interpreted):
     ids, noise = tokens(rng, 2, 29), jax.random.logistic(jax.random.key(0), (2, 2, 2, 29))
     fields = {"num_layers": 2, "num_kv_heads": 2, "num_q_heads": 4}
 

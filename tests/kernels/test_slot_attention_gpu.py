@@ -1,4 +1,4 @@
-"""The Hopper kernel over slots, interpreted, against the core function."""
+"""The Hopper kernel for attention over slots, in interpret mode, against `core.slot_attention`."""
 
 from dataclasses import replace
 from functools import partial
@@ -20,8 +20,8 @@ RUN = jax.jit(partial(attend_slots, interpret=True), static_argnames="blocks")
 
 
 def random_slots(seed, heads, slots, head_dim, seen, length, share_used, dtype=jnp.float32):
-    """A batch row; what nobody sees is poisoned. Its blocks of 8: one that all see, one that no row sees to its end, one of the
-    chunk itself, one with pairs of the future, and then anything."""
+    """One batch row, with NaN and infinity in the slots that no query sees. Its first blocks of 8 slots are: one that all queries see, one
+    whose pairs expire during the chunk, one of the chunk itself, and one with pairs of the future; the others are random."""
     rng = np.random.default_rng(seed)
     position = rng.integers(0, seen + length + 4, (1, heads, slots))
     expiry = np.where(rng.random(position.shape) < 0.4, position + rng.integers(0, 12, position.shape), NEVER)
@@ -65,8 +65,8 @@ def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32)
     return parts
 
 
-def test_decode_in_parts_of_a_ragged_cache():
-    """44 slots, all used, are no multiple of a block of 8; the other head has no slot at all."""
+def test_ragged_cache_is_decoded_in_parts():
+    """One head uses all 44 slots, which are not a multiple of a block of 8; the other head uses none."""
     layer = random_slots(0, 2, 44, 16, seen=30, length=1, share_used=[1.0, 0.0])
     parts = check(layer, 3, 30, 1, SlotBlocks(64, 8, 2, 2))
     of_empty_head = jax.tree.map(lambda x: x[:, 0, 1], parts)
@@ -75,13 +75,12 @@ def test_decode_in_parts_of_a_ragged_cache():
         and not of_empty_head.row_sum.any()
         and not of_empty_head.acc.any()
     )
-    np.testing.assert_array_equal(
-        parts.row_sum[:, 0, 0, 0] > 0, [True, False, True, True]
-    )  # the second met the expired block only
+    # The second one met only the expired block.
+    np.testing.assert_array_equal(parts.row_sum[:, 0, 0, 0] > 0, [True, False, True, True])
 
 
-def test_a_row_that_sees_nothing_among_rows_that_do():
-    """The first of two rows is older than all pairs. With 16 channels the rounding of MASKED / sqrt(H) would show in exp(s - high)."""
+def test_row_that_sees_nothing_stays_empty_among_rows_that_do():
+    """The first of two rows is older than all pairs. With 16 channels, rounding of MASKED / sqrt(H) would show in exp(s - high)."""
     layer = random_slots(0, 1, 8, 16, 20, 1, [1.0])
     layer = replace(layer, position=jnp.full_like(layer.position, 21))
     parts = merge_parts(check(layer, 1, 20, 2, SlotBlocks(64, 8, 1, 2)))
@@ -91,23 +90,23 @@ def test_a_row_that_sees_nothing_among_rows_that_do():
 
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(seed=st.integers(0, 1000), seen=st.integers(1, 30), used=st.sampled_from([0.1, 0.8]))
-def test_decode(seed, seen, used):
+def test_decode_equals_core(seed, seen, used):
     check(random_slots(seed, 1, 40, 8, seen, 1, [used]), 2, seen, 1, SlotBlocks(64, 8, 1, 2))
 
 
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(seed=st.integers(0, 1000), used=st.sampled_from([0.6, 1.0]))
-def test_chunk_over_both_warpgroups(seed, used):
-    """72 rows, so that the second warpgroup has a few real ones, at other positions than the first."""
+def test_chunk_over_both_warpgroups_equals_core(seed, used):
+    """There are 72 rows, so the second warpgroup has a few real ones, at other positions than the first."""
     check(random_slots(seed, 1, 40, 8, 20, 24, [used]), 3, 20, 24, SlotBlocks(128, 8, 1, 2))
 
 
 @pytest.mark.parametrize("rows", [64, 128])
-def test_eight_bit_slots(rows):
+def test_eight_bit_slots_equal_core(rows):
     layer = random_slots(3, 1, 16, 8, 20, 3, [1.0], jnp.float8_e4m3fn if rows == 64 else jnp.float8_e5m2)
     check(layer, 2, 20, 3, SlotBlocks(rows, 8, 1, 2))
 
 
-def test_bfloat16():
+def test_bfloat16_is_close_to_core():
     layer = random_slots(4, 1, 16, 8, 20, 1, [1.0], jnp.bfloat16)
     check(layer, 2, 20, 1, SlotBlocks(64, 8, 1, 2), 2e-2, jnp.bfloat16)

@@ -1,4 +1,7 @@
-"""The TPU kernel over slots, interpreted, against `core.slot_attention`: ragged heads, dead slots poisoned, sizes no block divides."""
+"""The TPU kernel for attention over slots, in interpret mode, against `core.slot_attention`.
+
+Heads are ragged, dead slots hold NaN and infinity, and sizes are not multiples of blocks.
+"""
 
 from functools import partial
 
@@ -20,7 +23,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.float32, live: float = 0.7) -> LayerCache:
-    """Pairs of random positions up to the last query; of each head another number of slots was ever written, the last head none."""
+    """Pairs at random positions up to the last query. Each head has its own number of written slots; the last head has none."""
     written = np.arange(capacity) < rng.integers(0, capacity + 1, (B, K))[..., None]
     written[0, 0], written[-1, -1] = True, False
     position = np.where(written, rng.integers(0, now + length, (B, K, capacity)), EMPTY).astype(np.int32)
@@ -32,7 +35,7 @@ def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.fl
 
 
 def poisoned(layer: LayerCache, position) -> tuple[jax.Array, jax.Array]:
-    """Keys and values with NaN and inf in every slot that no query sees."""
+    """Keys with infinity, and values with NaN, in every slot that no query sees."""
     q = np.asarray(position)[:, None, :, None]
     seen = ((layer.position[:, :, None] <= q) & (q <= layer.expiry[:, :, None])).any(2)[..., None]
     return jnp.where(seen, layer.k, jnp.asarray(jnp.inf, layer.k.dtype)), jnp.where(
@@ -93,11 +96,11 @@ def test_kernel_is_attention_over_slots(seed, sizes, blocks, live):
         (1, "bfloat16", "float8_e5m2"),
     ],
 )
-def test_head_size_of_all_lanes_and_small_types(length, dtype, cache_dtype):
+def test_head_size_of_all_lanes_and_small_types_equal_core(length, dtype, cache_dtype):
     check(3, length, 2, 40, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
 
 
-def test_small_types_with_slots_in_lanes():
+def test_small_types_with_slots_in_lanes_equal_core():
     check(4, 3, 2, 40, 16, SlotBlocks(8, 16, 1), jnp.bfloat16, jnp.float8_e4m3fn)
 
 
@@ -109,7 +112,7 @@ def test_head_without_slots_is_an_empty_part():
     np.testing.assert_array_equal(part.acc[0, -1, -1], 0)
 
 
-def test_statistics_are_those_of_the_definition(rng):
+def test_max_and_sum_equal_their_definition(rng):
     layer = slots(rng, 9, 1, 24, 8)
     q, position = jnp.asarray(rng.normal(size=(B, 1, K * 2, 8)), jnp.float32), jnp.full((B, 1), 9, jnp.int32)
     _, part = by_kernel(q, position, *poisoned(layer, position), layer, K, SlotBlocks(8, 8, 1))
@@ -122,8 +125,8 @@ def test_statistics_are_those_of_the_definition(rng):
     )
 
 
-def test_slots_from_used_on_are_not_looked_at(rng):
-    """They would be visible: a caller that gives fewer slots gets attention over fewer."""
+def test_slots_from_used_on_are_not_read(rng):
+    """The slots would be visible, so a caller that says fewer slots are used gets attention over fewer slots."""
     layer = slots(rng, 9, 1, 24, 8, live=1.0)
     q, position = jnp.asarray(rng.normal(size=(B, 1, K, 8)), jnp.float32), jnp.full((B, 1), 50, jnp.int32)
     used = jnp.asarray([[11, 0], [24, 5]])

@@ -1,4 +1,4 @@
-"""The Hopper kernels of training attention in interpret mode, against the chunked path: value and gradients."""
+"""The Hopper kernels of training attention, in interpret mode, against the chunked path: value and gradients."""
 
 import math
 from functools import partial
@@ -26,7 +26,7 @@ def inputs(seed, length, kv_heads, group, head_dim, gate, segments, dtype=jnp.fl
     log_keep = -np.logaddexp(0, rng.normal(size=shape) * 5)
     if gate == "hard":
         log_keep = np.where(rng.random(shape) < 0.5, MASKED, 0.0)
-    if gate == "gone":  # all but the last few, so that whole blocks are
+    if gate == "gone":  # all but the last quarter, so that whole blocks are evicted
         log_keep[:, :, : length * 3 // 4] = MASKED
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (1, length)), axis=1), jnp.int32) if segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
@@ -62,11 +62,11 @@ def assert_equals_the_chunked_path(args, window, blocks, tolerance, exact_args=N
 )
 @example(seed=0, length=48, heads=(1, 2), window=17, blocks=TrainBlocks(16, 8), gate="soft", segments=False)
 @example(seed=1, length=43, heads=(1, 1), window=3, blocks=TrainBlocks(16, 8, 3), gate="gone", segments=True)
-def test_equals_the_chunked_path(seed, length, heads, window, blocks, gate, segments):
+def test_kernels_equal_the_chunked_path(seed, length, heads, window, blocks, gate, segments):
     assert_equals_the_chunked_path(inputs(seed, length, *heads, 8, gate, segments), window, blocks, 1e-5)
 
 
-def test_bf16():
+def test_bf16_is_close_to_fp32():
     args = inputs(2, 32, 1, 2, 16, "soft", False, jnp.bfloat16)
     exact = [x.astype(jnp.float32) for x in args[:4]]
     assert_equals_the_chunked_path(args, 9, TrainBlocks(16, 8), 2e-2, [*exact, None])
@@ -82,7 +82,7 @@ def folded(seed, length):
     )
 
 
-def test_blocks_that_are_gone_are_never_met():
+def test_evicted_blocks_outside_the_window_are_never_read():
     q, k, v, log_keep = folded(3, 48)
     kernel = partial(attend, segments=None, window_size=4, blocks=TrainBlocks(16, 8), interpret=True)
 
@@ -104,7 +104,7 @@ def test_blocks_that_are_gone_are_never_met():
 
 
 def programs_of(jaxpr):
-    """Every equation, also inside loops and kernels."""
+    """Yield every equation, also those inside loops and kernels."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -138,7 +138,7 @@ def test_no_array_is_quadratic_in_the_length():
 
 
 @pytest.mark.parametrize("names, forward_passes", [(["attention"], 1), ([], 2)])
-def test_rematerialisation_keeps_what_the_gradient_needs(names, forward_passes):
+def test_checkpoint_policy_by_name_saves_what_the_gradient_needs(names, forward_passes):
     kept = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
     kernels = [str(e.params.get("name") or e.params.get("name_and_src_info", "")) for e in equations(1024, kept)]
     assert sum("train_attention_forward" in name for name in kernels) == forward_passes, set(kernels)

@@ -1,4 +1,4 @@
-"""The TPU's training attention in interpret mode against the portable path: value, gradients, and which blocks are needed."""
+"""The TPU kernels of training attention, in interpret mode, against the portable path: value, gradients, and which blocks are needed."""
 
 from functools import cache
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from dms_jax.core.chunked_attention import attend_in_blocks
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.train_attention_tpu import Walk, attend
+from dms_jax.kernels.train_attention_tpu import BlockPlan, attend
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 class Case(NamedTuple):
-    """What is compiled for: each is compiled once, and fed many arrays."""
+    """Shapes and options to compile for. Each case is compiled once, and runs on many arrays."""
 
     batch: int
     kv_heads: int
@@ -58,7 +58,7 @@ def inputs(case, seed, gates):
         "hard": np.where(rng.random(shape) < 0.7, MASKED, 0.0),
         "gone": np.where(
             np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -2 - rng.random(shape)
-        ),  # closed is not gone
+        ),  # a closed gate (-2) is not an evicted key
     }[gates]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (batch, length)), axis=1), jnp.int32) if case.segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
@@ -88,19 +88,19 @@ def assert_equals_the_portable_path(case, args):
 
 @settings(max_examples=25, deadline=None)
 @given(case=st.sampled_from(SMALL), seed=st.integers(0, 9999), gates=st.sampled_from(["open", "soft", "hard", "gone"]))
-def test_equals_the_portable_path(case, seed, gates):
+def test_kernels_equal_the_portable_path(case, seed, gates):
     assert_equals_the_portable_path(case, inputs(case, seed, gates))
 
 
 @pytest.mark.parametrize("case", REAL)
-def test_sizes_of_the_hardware(case):
+def test_kernels_equal_the_portable_path_at_hardware_sizes(case):
     for gates in ("soft", "gone"):
         assert_equals_the_portable_path(case, inputs(case, 1, gates))
 
 
 @pytest.mark.parametrize("case", SMALL[1:])
-def test_rows_that_meet_only_masked_scores_first(case):
-    """Earlier blocks hold other segments and gone keys, with large values: nothing of them may stay in a row."""
+def test_rows_that_meet_masked_scores_first_keep_nothing_of_them(case):
+    """Earlier blocks hold other segments and evicted keys, with large values; no row may keep anything of them."""
     q, k, v, log_keep, _ = inputs(case, 2, "soft")
     half = case.length // 2
     log_keep = log_keep.at[..., : half + 8].set(MASKED).at[..., ::16].set(-0.5)
@@ -110,7 +110,7 @@ def test_rows_that_meet_only_masked_scores_first(case):
     np.testing.assert_array_equal(poisoned[..., half:, :], clean[..., half:, :])
 
 
-def test_a_block_of_gone_keys_outside_the_window_is_not_read():
+def test_block_of_evicted_keys_outside_the_window_is_not_read():
     case = SMALL[0]
     q, k, v, log_keep, ids = inputs(case, 3, "soft")
     log_keep = log_keep.at[..., 16:32].set(MASKED)
@@ -118,7 +118,7 @@ def test_a_block_of_gone_keys_outside_the_window_is_not_read():
         compiled(case)[0](q, *arrays, log_keep, ids)
         for arrays in ((k, v), (x.at[:, :, 16:32].set(jnp.nan) for x in (k, v)))
     )
-    beyond = 48  # the first block of queries all of which are more than a window behind the gone keys
+    beyond = 48  # the first block of queries that are all more than a window past the evicted keys
     for name, ours, theirs in zip(("out", "dq", "dk", "dv", "dkeep"), poisoned, clean, strict=True):
         axis = -1 if name == "dkeep" else -2
         ours, theirs = (np.take(x, range(beyond, case.length), axis) for x in (ours, theirs))
@@ -127,22 +127,22 @@ def test_a_block_of_gone_keys_outside_the_window_is_not_read():
 
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 20, 64])
 @pytest.mark.parametrize(("q", "k"), [(8, 8), (8, 16), (16, 8), (4, 16)])
-def test_needed_blocks_and_where_they_lie(window, q, k):
-    """Against the definition, pair by pair: a block is needed iff a pair of it is inside the window, or visible through a gate that
-    is open; a step that is not needed asks for a block that is."""
+def test_needed_blocks_and_their_places_equal_the_definition(window, q, k):
+    """The definition goes pair by pair: a block is needed if one of its pairs is inside the window, or outside it with a key that is not
+    evicted. A step that is not needed must name a block that is."""
     length, gone = 64, np.random.default_rng(window + q).random(64 // k) < 0.6
-    walk = Walk(window, q, k, length // q, length // k)
-    next_alive = np.minimum.accumulate(np.where(gone, walk.num_k, np.arange(walk.num_k))[::-1])[::-1]
-    distance = (np.arange(length)[:, None] - np.arange(length)).reshape(walk.num_q, q, walk.num_k, k).swapaxes(1, 2)
+    plan = BlockPlan(window, q, k, length // q, length // k)
+    next_alive = np.minimum.accumulate(np.where(gone, plan.num_k, np.arange(plan.num_k))[::-1])[::-1]
+    distance = (np.arange(length)[:, None] - np.arange(length)).reshape(plan.num_q, q, plan.num_k, k).swapaxes(1, 2)
     needed = ((distance >= 0) & ((distance <= window) | ~gone[None, :, None, None])).any((2, 3))
 
-    i, j, following = np.broadcast_arrays(np.arange(walk.num_q)[:, None], np.arange(walk.num_k), next_alive)
+    i, j, following = np.broadcast_arrays(np.arange(plan.num_q)[:, None], np.arange(plan.num_k), next_alive)
     i, j, following = (jnp.asarray(x, jnp.int32) for x in (i, j, following))
-    key_block, query_block = np.asarray(walk.key_block(i, j, following)), np.asarray(walk.query_block(i, j, following))
+    key_block, query_block = np.asarray(plan.key_block(i, j, following)), np.asarray(plan.query_block(i, j, following))
     assert needed[i, key_block].all() and needed[query_block, j].all()
     np.testing.assert_array_equal(key_block == j, needed)
     np.testing.assert_array_equal(query_block == i, needed)
 
     inside, outside = ((distance >= 0) & (distance <= window)).all((2, 3)), (distance > window).all((2, 3))
-    for (condition, _), lies in zip(walk.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
+    for (condition, _), lies in zip(plan.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
         np.testing.assert_array_equal(condition, needed & lies)

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
-from dms_jax.kernels.block_sizes import tuned_entry
-from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, Facts, choose
+from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, KernelQuery, select_implementation
+from dms_jax.kernels.tuned import tuned_entry
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import abstract_model
 from dms_jax.planning import memory_estimate, roofline
@@ -274,11 +274,11 @@ def _implementation(setting: Setting, analytic: bool) -> str:
     """Of training attention on the target: what `dispatch` takes there, told without its devices where nothing is compiled."""
     named, head_dim, platform = setting.config.implementation, setting.config.head_dim, setting.hardware.platform
     if not analytic or platform == "cpu":
-        return choose("train_attention", Facts(head_dim, jnp.bfloat16), named).name
+        return select_implementation("train_attention", KernelQuery(head_dim, jnp.bfloat16), named).name
     kind = KIND_NAMES[setting.hardware.kind]
     if named != AUTO:
         found = IMPLEMENTATIONS[named]
-        if found.platform not in (None, platform) or found.refuses(Facts(head_dim, jnp.bfloat16), kind):
+        if found.platform not in (None, platform) or found.refuses(KernelQuery(head_dim, jnp.bfloat16), kind):
             raise ConfigError(
                 f"implementation {named} does not run on {setting.hardware.name} with head size {head_dim}; use {XLA} or {AUTO}"
             )
