@@ -50,8 +50,8 @@ def channel_scale(config: ModelConfig) -> ChannelScale:
 def cache_ops(config: ModelConfig, policy: CachePolicy, cache: LayerCache, length: int, dtype: jnp.dtype) -> CacheOps:
     """Choose the functions that attend and write for chunks of `length` tokens, with queries of `dtype`."""
     implementation, rule, fused_step = config.implementation, policy.fused_rule(), None
-    facts = Facts(config.head_dim, dtype, cache.k.dtype, cache.capacity)
-    if length == 1 and rule is not None and runs("decode_update", facts, implementation):
+    query = KernelQuery(config.head_dim, dtype, cache.k.dtype, cache.capacity)
+    if length == 1 and rule is not None and is_available("decode_update", query, implementation):
         fused_step = partial(_fused_step, rule, implementation)
     return CacheOps(
         partial(attend_to_slots, implementation=implementation),
