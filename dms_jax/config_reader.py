@@ -1,11 +1,12 @@
 """The strict builder that turns plain values (YAML, JSON, `--set a.b=c`) into frozen configurations, and the ranges of their fields.
 
-A field states its range in its type, `steps: Annotated[int, AtLeast(1)] = 55`; `check_ranges`, called from `__post_init__`, holds
-every instance to it, however it was made, and `--help` prints it.
+A field states its range and its meaning in its type, `steps: Annotated[int, AtLeast(1), "optimizer steps in all"] = 55`.
+`check_ranges`, called from `__post_init__`, holds every instance to the range, however it was made; `keys_help` prints both.
 """
 
 import dataclasses
 import math
+import textwrap
 import types
 import typing
 from dataclasses import dataclass
@@ -19,22 +20,22 @@ MAX_INT = 2**31 - 1  # of any size or count: JAX indexes with int32
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min`."""
+    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min` or `exclusive_max`."""
 
     min: float
     max: float = math.inf
     exclusive_min: bool = False
+    exclusive_max: bool = False
 
     def __contains__(self, number: float) -> bool:
-        return (
-            (number > self.min if self.exclusive_min else number >= self.min)
-            and number <= self.max
-            and number < math.inf
-        )
+        above = number > self.min if self.exclusive_min else number >= self.min
+        below = number < self.max if self.exclusive_max else number <= self.max
+        return above and below and number < math.inf
 
     def __str__(self) -> str:
         if self.max < math.inf:
-            return f"in {'(' if self.exclusive_min else '['}{self.min:g}, {self.max:g}]"
+            left, right = "(" if self.exclusive_min else "[", ")" if self.exclusive_max else "]"
+            return f"in {left}{self.min:g}, {self.max:g}{right}"
         return f"{'>' if self.exclusive_min else '>='} {self.min:g}"
 
 
@@ -46,16 +47,41 @@ def Above(number: float) -> Range:
     return Range(number, exclusive_min=True)
 
 
-def Between(low: float, high: float) -> Range:
-    return Range(low, high)
+def Between(low: float, high: float, *, exclusive_max: bool = False) -> Range:
+    return Range(low, high, exclusive_max=exclusive_max)
 
 
 def range_of(kind: Any) -> Range | None:
     """The range in a field's type, `Annotated[int, AtLeast(1)]` or `Annotated[int, AtLeast(1)] | None`."""
-    for part in (kind, *typing.get_args(kind)):
-        if typing.get_origin(part) is Annotated:
-            return next((extra for extra in typing.get_args(part)[1:] if isinstance(extra, Range)), None)
-    return None
+    return next((extra for extra in _extras(kind) if isinstance(extra, Range)), None)
+
+
+def meaning_of(kind: Any) -> str:
+    """The explanation in a field's type, `Annotated[int, "rows of a batch"]`; "" if it has none."""
+    return next((extra for extra in _extras(kind) if isinstance(extra, str)), "")
+
+
+def _extras(kind: Any) -> tuple:
+    """What is annotated to a type, or to a member of a union."""
+    annotated = (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Annotated)
+    return next((typing.get_args(part)[1:] for part in annotated), ())
+
+
+def keys_help(config: Any, path: str = "") -> str:
+    """Every key of a configuration for `--help`: its default, its range or choices, and its meaning."""
+    blocks = []
+    for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            blocks.append(keys_help(value, f"{path}{name}."))
+            continue
+        plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+        choices = typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+        allowed = " | ".join(map(str, choices)) if choices else range_of(kind)
+        lines = [f"  {path}{name} = {value!r}" + (f"  ({allowed})" if allowed else "")]
+        lines += textwrap.wrap(meaning_of(kind), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        blocks.append("\n".join(lines))
+    return "\n".join(blocks)
 
 
 def check_ranges(config: Any, path: str = "") -> None:
@@ -114,17 +140,16 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
-def override(raw: dict, assignment: str) -> None:
-    """Apply one `--set dotted.key=value` to nested plain values, in place."""
+def parse_assignment(assignment: str) -> dict:
+    """The nested plain values of one `--set dotted.key=value`."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must be key=value, e.g. dms.window_size=256; got {shown(assignment)}")
     *parents, last = key.strip().split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise ConfigError(f"--set {shown(assignment)}: `{parent}` is a single value, it has no `{last}`")
-    merge(raw, {last: parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")})
+    values = {last: parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")}
+    for parent in reversed(parents):
+        values = {parent: values}
+    return values
 
 
 def merge(into: dict, raw: dict) -> None:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.errors import ConfigError
-from dms_jax.training.retrofit_config import RetrofitConfig, keys_help, read_config
+from dms_jax.config_reader import keys_help
+from dms_jax.training.retrofit_config import RetrofitConfig, read_config
 
 NAME = "retrofit"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__, epilog=f"keys of --config and --set, with their defaults:\n{keys_help()}")
+    parser = Parser(NAME, __doc__, epilog=f"keys of --config and --set, with their defaults:\n{keys_help(RetrofitConfig())}")
     parser.add_argument("--config", metavar="F.yaml", help="a file of keys")
     parser.add_argument(
         "--mesh",

@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from dms_jax.config_reader import AtLeast, Between, check_ranges
 from dms_jax.errors import ConfigError
 from dms_jax.hf.hub_dataset import open_dataset
 from dms_jax.training.data.documents import Keys, expand_paths, file_kind, read_documents
@@ -47,26 +48,33 @@ class Tokenizer(Protocol):
 class DataConfig:
     """Where text comes from and how it is laid out in rows."""
 
-    paths: tuple[str, ...] = ()  # files, folders or hf: names to train on
-    eval_paths: tuple[str, ...] = ()  # held-out files of their own; () holds out a part of `paths`
-    text_key: str = "text"  # of .jsonl and .parquet
-    messages_key: str = "messages"  # read where the text key is absent
-    rows: Literal["contiguous", "packed"] = (
-        "contiguous"  # across documents as in the reference | each document sees itself only
-    )
-    held_out_fraction: float = 0.05  # in [0, 1); of the tokens, by whole documents; 0 holds nothing out
-    cache_dir: str = ""  # "": dms_jax in the user's cache folder
-    max_documents: int = 0  # of `paths`, and of `eval_paths`; 0 is all
+    paths: Annotated[
+        tuple[str, ...], "files, folders or hf: names to train on; none: the text of the embedded default"
+    ] = ()
+    eval_paths: Annotated[tuple[str, ...], "held-out files of their own; none: a part of data.paths is held out"] = ()
+    text_key: Annotated[str, "key of the text in .jsonl and .parquet records"] = "text"
+    messages_key: Annotated[str, "key of a chat, which is read where a record has no data.text_key"] = "messages"
+    rows: Annotated[
+        Literal["contiguous", "packed"],
+        "contiguous: rows cut from all documents one after the other, as in the reference; packed: whole pieces of documents, "
+        "each of which sees itself only",
+    ] = "contiguous"
+    held_out_fraction: Annotated[
+        float,
+        Between(0, 1, exclusive_max=True),
+        "part of the tokens to hold out, by whole documents; 0 holds nothing out",
+    ] = 0.05
+    cache_dir: Annotated[str, 'folder of cached tokens and downloads; "" is dms_jax in the user\'s cache folder'] = ""
+    max_documents: Annotated[
+        int, AtLeast(0), "documents to read of data.paths, and of data.eval_paths; 0 reads all"
+    ] = 0
 
     def __post_init__(self):
         if isinstance(self.paths, str) or isinstance(self.eval_paths, str):
             raise ConfigError(
-                f"data.paths and data.eval_paths are lists of files, got {self.paths!r} and {self.eval_paths!r}"
+                f"data.paths and data.eval_paths must be lists of files, got {self.paths!r} and {self.eval_paths!r}"
             )
-        if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(f"data.held_out_fraction must be in [0, 1), got {self.held_out_fraction!r}")
-        if self.max_documents < 0:
-            raise ConfigError(f"data.max_documents must be >= 0 (0 is all), got {self.max_documents!r}")
+        check_ranges(self, "data.")
         if not self.text_key or not self.messages_key:
             raise ConfigError("data.text_key and data.messages_key must not be empty")
 
