@@ -11,6 +11,11 @@ from dms_jax.files import replacing
 from dms_jax.provenance import versions
 
 
+def run_header(config: dict, hashes: dict) -> dict:
+    """The first line of the file: versions, device, commit, hashes and configuration."""
+    return {"header": {**versions(), **hashes}, "config": config}
+
+
 class MetricsFile:
     """The log of a run. A disk that fails costs lines of the log, never the run."""
 
@@ -19,9 +24,9 @@ class MetricsFile:
         self.path, self._broken = path, False
         self._tensorboard = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
 
-    def begin(self, config: dict, hashes: dict, resumed_at: int | None) -> None:
-        """Write the header line: versions, device, commit, hashes and configuration. A run that is resumed at step `resumed_at` first
-        drops the lines of the steps that it is about to repeat, so that each step is logged once."""
+    def begin(self, header: dict, resumed_at: int | None) -> None:
+        """Write the header line. A run that is resumed at step `resumed_at` first drops the lines of the steps that it is about to repeat,
+        so that each step is logged once."""
         if resumed_at is not None and self.path.exists():
             try:
                 kept = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
@@ -31,7 +36,6 @@ class MetricsFile:
                 raise ConfigError(
                     f"cannot rewrite {self.path}, which a resumed run has to do: {why}; make room, or move it away"
                 ) from why
-        header = {"header": {**versions(), **hashes}, "config": config}
         self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
 
     def append(self, values: dict) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 from dms_jax.errors import ConfigError
+from dms_jax.training.metrics import run_header
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.retrofit_config import differences
 from dms_jax.training.step import TrainState
@@ -25,7 +26,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
     if run.is_writer:
         resumed_at = (found.step if found is not None else 0) if resume else None
         hashes = {"base_hash": run.base_hash, "data_hash": run.data.content_hash}
-        run.log.begin(saved_config(run), hashes, resumed_at)
+        run.log.begin(run_header(saved_config(run), hashes), resumed_at)
     return run.steps.initial_state(run.trainable) if found is None else found.state
 
 
