@@ -154,7 +154,7 @@ class Checkpoints:
             raise
         except Exception as why:  # OSError, and what Orbax and TensorStore raise in their threads
             steps = self.steps()
-            left = f"the newest complete one is of step {steps[-1]}" if steps else "there is no complete one"
+            left = f"the newest complete one is of step {steps[-1]}" if steps else "none is complete"
             raise ConfigError(
                 f"{what} in {self.folder}: {_first_line(why)}; {left}. Make room, then go on with --resume"
             ) from why

@@ -62,7 +62,7 @@ def meaning_of(kind: Any) -> str:
 
 
 def _extras(kind: Any) -> tuple:
-    """What is annotated to a type, or to a member of a union."""
+    """The annotations of a type, or of a member of a union."""
     annotated = (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Annotated)
     return next((typing.get_args(part)[1:] for part in annotated), ())
 

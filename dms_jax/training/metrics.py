@@ -54,7 +54,7 @@ class MetricsFile:
 
 
 def _belongs(line: bytes, resumed_at: int) -> bool:
-    """Whether a line stays in the log of a run that is resumed at a step: headers do, and lines of earlier steps."""
+    """Decide whether a line stays in the log of a run that is resumed at a step: headers and lines of earlier steps do."""
     record = _record(line)
     if record is None or "header" in record:
         return record is not None
@@ -86,7 +86,7 @@ def read_records(path: Path) -> list[dict]:
 
 
 def _record(line: bytes) -> dict | None:
-    """The object of a line; None for anything else, such as the line that a killed run was writing."""
+    """The object in a line; None for a damaged line, such as the one that a killed run was writing."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -33,7 +33,7 @@ from dms_jax.training.step_functions import StepFunctions, step_functions
 
 @dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """All that a run reads, and the places that it writes to."""
+    """Everything that a run reads, and the files that it writes to."""
 
     config: RetrofitConfig
     mesh: Mesh
@@ -45,7 +45,7 @@ class PreparedRun:
     train_rows: Rows
     held_out: Rows
     data: DataSummary
-    notes: tuple[str, ...]  # what the user should know before the first step
+    notes: tuple[str, ...]  # lines to print before the first step
 
     @property
     def output(self) -> Path:
@@ -151,7 +151,7 @@ def read_rows(config: RetrofitConfig, model_path: str, vocab_size: int) -> tuple
 
 
 def model_notes(config: RetrofitConfig, base: ModelConfig, path: str, dms: DMSConfig, mesh: Mesh) -> list[str]:
-    """What is unusual about this model on this mesh under this policy."""
+    """Sentences about what is unusual with this model on this mesh under this policy."""
     sizes = {
         "batch": config.batch_size,
         "kv_heads": base.num_kv_heads,

@@ -31,7 +31,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
 
 
 def checkpoint_metadata(run: PreparedRun) -> dict:
-    """What is saved beside the arrays of each checkpoint."""
+    """The metadata that is saved beside the arrays of each checkpoint."""
     return {
         "config": saved_config(run),
         "base_hash": run.base_hash,

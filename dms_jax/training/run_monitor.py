@@ -67,8 +67,8 @@ class RunMonitor:
         """Heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did neither."""
         if _wanted_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
             return []
-        keeps = "right for heads that look far back; otherwise raise loss.compression_weight, or set loss.scope=head"
-        evicts = "right for local heads; otherwise lower optimizer.learning_rate, or set loss.scope=head"
+        keeps = "right for heads that look far back; for others, raise loss.compression_weight, or set loss.scope=head"
+        evicts = "right for local heads; for others, lower optimizer.learning_rate, or set loss.scope=head"
         kinds = (
             ("head_keeps", per_head < KEEPS_ALL, "evict nothing", keeps),
             ("head_evicts", per_head > EVICTS_ALL, "evict everything outside the window", evicts),

@@ -192,15 +192,15 @@ class RetrofitStep:
         return state, metrics
 
     def free_channel(self, state: TrainState) -> TrainState:
-        """Set the borrowed channel to exactly 0 once the first steps of `borrowed` have taken its effect away, and start the
-        optimizer anew."""
+        """Set the borrowed channel to exactly 0 once the first steps of `borrowed` have taken its effect away, and reset the
+        optimizer state."""
         model = self.student.merge(state.trainable)
         free_borrowed_channel(model)
         trainable = params_of(model)
         return TrainState(state.step, trainable, self.tx.init(trainable))
 
     def finite_gradients(self, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Array]:
-        """Whether all gradients are finite, by parameter and layer: bool [L] each."""
+        """Flags of which gradients are finite, by parameter and layer: bool [L] each."""
         return jax.tree.map(_finite_per_layer, self.gradients(state, frozen, batch)[0])
 
     # --- held-out rows ---

@@ -30,13 +30,13 @@ class OnMesh:
             return self._jitted.lower(*args)
 
     def num_compiled(self) -> int:
-        """How many programs were compiled so far, one for each set of argument shapes."""
+        """The number of programs compiled so far, one for each set of argument shapes."""
         return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
 
 
 @dataclass(frozen=True, eq=False)
 class StepFunctions:
-    """What a run calls. State is passed in and handed back: `state, metrics = steps.step(state, frozen, batch)`.
+    """The compiled functions of a run. State is passed in and handed back: `state, metrics = steps.step(state, frozen, batch)`.
 
     `step` and `free_channel` donate the state that they are given. Other arguments are those of the functions of `RetrofitStep`.
     """

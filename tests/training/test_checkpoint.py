@@ -77,7 +77,7 @@ def test_newest_checkpoint_is_restored_bit_for_bit(saved):
 
 
 def test_damage_to_any_file_is_noticed_or_harmless(saved, tmp_path):
-    """With each file cut, removed or flipped, the numbers are those of step 2, or step 1 is used and the reason is given."""
+    """Cut, remove or flip each file: the numbers are those of step 2, or step 1 is used and the reason is given."""
     outcomes = []
     for name in files_of(saved / "2"):
         for harm in ("cut", "remove", "flip"):

@@ -97,7 +97,7 @@ def test_batch_that_is_masked_throughout_has_zero_loss():
 
 
 def test_retrofitting_reaches_its_target():
-    """From a head that keeps everything, the gates follow the schedule and stay at its end."""
+    """Gates that start from a head that keeps everything follow the schedule and stay at its end."""
     config = dataclasses.replace(CONFIG, steps=60, cr_steps=30, initial_cr=1.0)
     dms = dataclasses.replace(DMS, evict_logit_bias=5.0, target_cr=2.0, tau=0.1, evict_logit_scale=100.0)
     run = run_of(tiny_model(dms, evict_scale=0.0), None, config, (1, 1))

@@ -46,7 +46,7 @@ class Rows:
         """
         if not self.num_rows:
             raise ConfigError(
-                "there are no rows to take a batch from; raise data.held_out_fraction or set data.eval_paths"
+                "a batch needs at least one row, got none; raise data.held_out_fraction or set data.eval_paths"
             )
         count = batch_size - start if count is None else count
         examples = step * batch_size + start + np.arange(count, dtype=np.int64)

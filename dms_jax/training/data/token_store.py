@@ -202,7 +202,7 @@ def _cache_key(
 
 
 def _open_store(folder: Path) -> TokenStore | None:
-    """The store in `folder`; None if there is none, or if its bytes are not those that were written."""
+    """The store in `folder`; None if it is missing, or if its bytes are not those that were written."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("self") != _own_hash(meta) or any(
