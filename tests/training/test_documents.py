@@ -93,9 +93,10 @@ GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
     "latin1.txt": ("caf\xe9".encode("latin-1"), r"latin1.txt: byte 3 \(0xe9\) is not UTF-8"),
     "nul.txt": (b"ab\0c", r"nul.txt: byte 2 is NUL"),
-    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2: .*'\{\"text\": \"fine\"'"),
-    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2: .*JSON"),
+    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2 "),
+    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2 "),
     "list.jsonl": (GOOD + b"[1]", r"list.jsonl:2: .*'text' or 'messages'.*\[1\]"),
+    "twice.jsonl": (GOOD + b'{"text": "a", "text": "b"}', r"twice.jsonl:2 .*'text'"),
     "latin1.jsonl": (GOOD + b'{"text": "\xe9"}', r"latin1.jsonl:2: byte 10 of the line is not UTF-8"),
     "nul.jsonl": (GOOD + rb'{"text": "a\u0000b"}', r"nul.jsonl:2: character 1 of 'text' is NUL"),
     "surrogate.jsonl": (rb'{"text": "a\ud800b"}', r"surrogate.jsonl:1: 'text' holds half of a surrogate pair"),

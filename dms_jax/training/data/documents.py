@@ -8,7 +8,6 @@
 """
 
 import gzip
-import json
 import os
 import re
 import zlib
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".npy")
 
@@ -100,18 +100,16 @@ def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
+    """Read line by line, unlike `files.read_jsonl`, because a corpus may be larger than the memory."""
     with _open(name) as file:
         for number, line in enumerate(file, 1):
             where = f"{name}:{number}"
             try:
-                line = line.decode().removeprefix("\ufeff") if line.strip() else ""
-                record = json.loads(line) if line else None
+                text = line.decode().removeprefix("\ufeff")
             except UnicodeDecodeError as why:
                 raise ConfigError(f"{where}: byte {why.start} of the line is not UTF-8; convert it with iconv") from why
-            except (ValueError, RecursionError) as why:
-                raise ConfigError(f"{where}: line must be a JSON object ({why}), got {line.strip()[:60]!r}") from why
-            if line:
-                yield where, _document(record, where, keys)
+            if line.strip():
+                yield where, _document(parse_json(text, where), where, keys)
 
 
 def _read_parquet(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
