@@ -126,9 +126,8 @@ class Checkpoints:
         unreadable = {
             path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None
         }
-        if unreadable and len(incomplete) + len(unreadable) == len(
-            entries
-        ):  # move nothing, so that the next run refuses as well
+        # Move nothing, so that the next run refuses as well.
+        if unreadable and len(incomplete) + len(unreadable) == len(entries):
             raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
         new = {path: _free(path) for path in (*incomplete, *unreadable)}
         multihost_utils.sync_global_devices("all processes have listed the folder")

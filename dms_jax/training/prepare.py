@@ -143,9 +143,8 @@ def read_rows(config: RetrofitConfig, model_path: str, vocab_size: int) -> tuple
     data = config.data
     if not data.paths:
         data = dataclasses.replace(data, paths=tuple(str(text) for _, text in default_text(data.cache_dir)))
-    files = expand_paths(
-        (*data.paths, *data.eval_paths)
-    )  # before anything slow, so that a missing file is reported at once
+    # This comes before anything slow, so that a missing file is reported at once.
+    files = expand_paths((*data.paths, *data.eval_paths))
     tokenizer = None if all(name.endswith(".npy") for name in files) else load_tokenizer(model_path)
     return load_rows(data, tokenizer, config.length, config.seed, vocab_size)
 

@@ -222,9 +222,8 @@ def test_cache_serves_the_same_content_and_nothing_else(config, tmp_path):
     copy = str(tmp_path / "other.jsonl")
     shutil.copy(config.paths[0], copy)
     second, _, summary = load(replace(config, paths=(copy,), rows="contiguous"), tokenizer, length=32, seed=5)
-    assert (
-        tokenizer.calls == 60 and summary.cached and "[cached]" in str(summary)
-    )  # the cache goes by content, not by name or layout
+    # The cache goes by content, not by name or layout.
+    assert tokenizer.calls == 60 and summary.cached and "[cached]" in str(summary)
     for changed in (
         lambda: load(config, ByteTokenizer(hash="other")),
         lambda: load(config, ByteTokenizer(add_bos=True)),
@@ -297,9 +296,8 @@ def test_install_replaces_a_damaged_store_only(config, tmp_path):
     _install(built, good, aside)  # another process was faster
     assert built.exists() and not aside.exists()
     (good / "ids.bin").write_bytes(b"")
-    _install(
-        built, good, tmp_path / "absent" / "aside"
-    )  # the move fails, as it does when another process makes it; that is not an error
+    # The move fails, as it does when another process makes it; that is not an error.
+    _install(built, good, tmp_path / "absent" / "aside")
     _install(built, good, aside)
     assert not built.exists() and (aside / "ids.bin").read_bytes() == b"" != (good / "ids.bin").read_bytes()
 

@@ -35,9 +35,8 @@ ARTICLES = {
         },
     ]
 }
-ASKED = [
-    "\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)
-]  # three of the four questions about each paragraph
+# Only three of the four questions about each paragraph are asked.
+ASKED = ["\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)]
 PAGES = [
     "\n\n".join(["Rome", "Fact 0.", "Fact 1.", "Fact 2.", "Fact 3.", "\n".join(ASKED[:4]), "Fact 4.", ASKED[4]]),
     "Kyōto (city)\n\nKyōto was the capital.",

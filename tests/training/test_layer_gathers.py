@@ -32,9 +32,8 @@ def check(config, mode, mesh, dtype):
     program, model_bytes = step(config, mode, mesh, dtype)
     found = collectives(program.as_text())
     model = mesh.shape["model"]
-    embedding = (
-        config.vocab_size * config.hidden_size // model
-    )  # elements; it is gathered whole, once for each model that has one
+    # The embedding, in elements, is gathered whole, once for each model that has one.
+    embedding = config.vocab_size * config.hidden_size // model
     layer = {
         "q": config.hidden_size * config.num_q_heads * config.head_dim // model,
         "k": config.hidden_size * config.num_kv_heads * config.head_dim // model,
@@ -46,9 +45,8 @@ def check(config, mode, mesh, dtype):
 
     # Outside the loop over layers, nothing as large as a stack of weights is gathered, except for the embedding.
     assert max((n for n in sizes(["all-gather"], False) if n != embedding), default=0) < LAYERS * layer["k"] // 4, found
-    gathered = [
-        c for c in found if c.kind in ("all-gather", "collective-permute") and c.loops
-    ]  # a TPU permutes parts in a ring instead
+    # A TPU passes parts around in a ring instead of gathering them.
+    gathered = [c for c in found if c.kind in ("all-gather", "collective-permute") and c.loops]
     assert all(c.executions == LAYERS for c in gathered if c.bytes > 2**12 * model), gathered
     # Each weight is gathered three times: for the teacher, for the student, and for the backward pass of the student.
     whole = sum(c.bytes * (c.group_size - 1 if c.kind == "all-gather" else 1) for c in gathered)

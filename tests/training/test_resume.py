@@ -119,9 +119,8 @@ def test_dry_run_prints_its_plan_and_writes_nothing(settings, capsys):
     table = {
         int(cells[0]): cells[1:] for line in out.splitlines() if len(cells := line.split()) == 3 and cells[0].isdigit()
     }
-    assert (
-        float(table[0][0]) == 1.0 and float(table[36][0]) == 3.0
-    )  # the target is reached after nine tenths of the steps
+    # The target is reached after nine tenths of the steps.
+    assert float(table[0][0]) == 1.0 and float(table[36][0]) == 3.0
     assert float(table[0][1]) == pytest.approx(0.001 / 5, rel=1e-2)
 
 

@@ -60,9 +60,8 @@ def test_run_leaves_metrics_plots_report_and_export(settings, tmp_path, capsys):
 
     base, exported = dms_jax.load(settings["model"]), dms_jax.load(output / "export")
     ids = tokens(np.random.default_rng(5), 2, 40)
-    np.testing.assert_array_equal(
-        exported.dense(ids), base.dense(ids)
-    )  # an adapter leaves the base unchanged, bit for bit
+    # An adapter leaves the base unchanged, bit for bit.
+    np.testing.assert_array_equal(exported.dense(ids), base.dense(ids))
     assert exported.config.dms.window_size == 6 and report["held_out/perplexity"] > 0
     adapted = dms_jax.load_adapter(base, output / "adapter.safetensors")
     np.testing.assert_array_equal(adapted.hard(ids)[0], exported.hard(ids)[0])
@@ -74,12 +73,10 @@ def test_overshooting_run_exports_a_threshold_that_meets_the_target(settings, ca
     wanted, report = 48 / (48 - (1 - 1 / 1.5) * (47 - 6)), json.loads((settings["output"] / "report.json").read_text())
     exported = dms_jax.load(settings["output"] / "export")
     assert exported.config.dms.evict_logit_bias > 5 and "threshold" in capsys.readouterr().err
-    assert (
-        read_steps(settings["output"] / "metrics.jsonl")[-1]["cache/realised_cr"] > wanted
-    )  # with the noise of training, before the threshold
-    assert report["held_out/realised_cr"] == pytest.approx(
-        wanted, rel=0.1
-    )  # on other rows than those that the threshold was chosen on
+    # In training, with its noise and without the threshold, the ratio overshoots.
+    assert read_steps(settings["output"] / "metrics.jsonl")[-1]["cache/realised_cr"] > wanted
+    # These are other rows than those that the threshold was chosen on.
+    assert report["held_out/realised_cr"] == pytest.approx(wanted, rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["full", "borrowed"])
@@ -178,11 +175,12 @@ def test_processes_form_one_mesh_under_slurm(settings, tmp_path):
     """Two processes of one CPU each, described by the environment variables of Slurm, split every row between them."""
     assert main(arguments(settings, output=tmp_path / "one")) == 0
     argv = [*command(settings)[:-1], "1x1x2", "--distributed", "auto"]
+    # JAX derives the port from the job id.
     slurm = {
         "SLURM_JOB_ID": str(os.getpid()),
         "SLURM_STEP_NODELIST": "localhost",
         "SLURM_NTASKS": "2",
-    }  # the port depends on the id
+    }
     tasks = [
         subprocess.Popen(
             argv,

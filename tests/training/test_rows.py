@@ -127,9 +127,8 @@ def test_too_few_tokens_make_no_row_or_one_padded_row():
 
 
 def test_dtypes_are_what_the_step_is_compiled_for():
-    batch = make_rows([20], 5, "packed")[0].batch(
-        2**28, 8, seed=-1
-    )  # examples beyond int32 wrap around, but stay distinct within a batch
+    # Examples beyond int32 wrap around, but stay distinct within a batch.
+    batch = make_rows([20], 5, "packed")[0].batch(2**28, 8, seed=-1)
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool_, np.int32]
     assert len(set(batch.examples.tolist())) == 8 and (batch.examples >= 0).all()
 

