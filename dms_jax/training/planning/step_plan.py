@@ -105,7 +105,7 @@ def devices_of(setting: Setting, analytic: bool) -> Mesh:
     return target_mesh(setting.hardware.name, setting.mesh, axes)
 
 
-def retrofit_parts(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> tuple[StepFunctions, Params, Params]:
+def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> tuple[StepFunctions, Params, Params]:
     """(the run's functions, parameters that train, frozen parameters) of models of shapes; with `make` of other models, e.g. random
     ones."""
     dtype = jnp.float32 if setting.hardware.platform == "cpu" else jnp.bfloat16
@@ -128,7 +128,7 @@ def retrofit_parts(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> 
 def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
     """Figures of one step by name, in `source` where each is from, and in `formulas` how it was reckoned. With `analytic` nothing is compiled."""
     mesh = devices_of(setting, analytic)
-    steps, _, frozen = retrofit_parts(setting, mesh)
+    steps, _, frozen = abstract_retrofit(setting, mesh)
     held = estimated = estimate(setting, steps, frozen)
     if analytic:
         implementation, sent = _implementation(setting, analytic), estimated_exchange(setting)
@@ -223,7 +223,7 @@ def estimated_exchange(setting: Setting) -> dict[str, float]:
 
 def estimate_of(setting: Setting) -> memory_estimate.Held:
     """`estimate`, without a mesh of devices."""
-    steps, _, frozen = retrofit_parts(setting, devices_of(setting, analytic=True))
+    steps, _, frozen = abstract_retrofit(setting, devices_of(setting, analytic=True))
     return estimate(setting, steps, frozen)
 
 
@@ -334,7 +334,7 @@ def timed(setting: Setting, mesh: Mesh) -> float:
     def make(config: ModelConfig, dtype: Any) -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
 
-    steps, trainable, frozen = retrofit_parts(setting, mesh, make)
+    steps, trainable, frozen = abstract_retrofit(setting, mesh, make)
     tokens = np.zeros((setting.batch, setting.length), np.int32)
     rows = Batch(tokens, tokens, np.ones(tokens.shape, bool), np.arange(setting.batch, dtype=np.int32))
     batch, seconds, state = place(rows, mesh), [], steps.initial_state(trainable)
