@@ -63,7 +63,7 @@ class RetrofitConfig:
     """One run of `python -m train.retrofit`."""
 
     model: Annotated[str, 'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct'] = ""
-    data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
+    data: DataConfig = DataConfig()
     output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
     mode: Annotated[
         Mode,
@@ -82,11 +82,12 @@ class RetrofitConfig:
     mesh: Annotated[
         str,
         "devices as DATAxMODEL[xCONTEXT]: data splits the batch and shards the parameters, model splits the KV heads, "
-        "context splits the length of rows; auto: all devices as data",
+        "context splits the length of rows; auto: all devices are data",
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. Weights that train are kept in float32",
+        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. Weights that train are "
+        "kept in float32",
     ] = "auto"
     remat: Annotated[
         Remat,
@@ -94,7 +95,8 @@ class RetrofitConfig:
         "auto: matmuls on a CPU, full on accelerators",
     ] = "auto"
     implementation: Annotated[
-        ImplementationName, "of training attention; auto: the one that was measured to be the fastest on the device"
+        ImplementationName,
+        "implementation of training attention; auto: the one measured to be the fastest on the device",
     ] = "auto"
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
     initial_cr: Annotated[float, AtLeast(1), "target of the nominal compression ratio at the first step"] = 1.0
@@ -102,7 +104,7 @@ class RetrofitConfig:
         int, AtLeast(0), "steps in which the target rises from initial_cr to dms.target_cr; 0: nine tenths of the steps"
     ] = 0
     ramp_steps: Annotated[
-        int, AtLeast(0), "mode borrowed only: first steps, which free the channel; 0: a third of the steps"
+        int, AtLeast(0), "first steps of mode borrowed, which free the channel; 0: a third of the steps"
     ] = 0
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -49,7 +49,8 @@ class DataConfig:
     """The source of the text and its layout in rows."""
 
     paths: Annotated[
-        tuple[str, ...], "files, folders or hf: names to train on; none: the text of the embedded default"
+        tuple[str, ...],
+        "files, folders or hf: names to train on, for short data=FILE; none: the text of the embedded default",
     ] = ()
     eval_paths: Annotated[tuple[str, ...], "held-out files of their own; none: a part of data.paths is held out"] = ()
     text_key: Annotated[str, "key of the text in .jsonl and .parquet records"] = "text"
