@@ -2,10 +2,10 @@
 
     python -m benchmarks.chaos --kills 30 --seed 0
 
-A tiny random model is retrofitted by the real command in processes of their own. Each gets SIGTERM, SIGINT or SIGKILL at a random moment
-of its life: start, compilation, training, saving, evaluation, export. After the last kill the run is finished. Then, and this is what exit code 0
-means: every step is logged once, all losses equal those of the undisturbed run (1e-5), so does the export, no kill cost more steps than
-lie between two checkpoints, and no checkpoint was found damaged. The last line is JSON.
+The real command retrofits a tiny random model in a process of its own. Each process gets SIGTERM, SIGINT or SIGKILL at a random moment:
+start, compilation, training, saving, evaluation, export. After the last kill the run is finished. Exit code 0 means that every step is
+logged once, that losses and export equal those of the undisturbed run (1e-5), that no kill cost more steps than lie between two
+checkpoints, and that no checkpoint was found damaged. The last line is JSON.
 """
 
 import argparse
@@ -21,23 +21,20 @@ from pathlib import Path
 
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
+from dms_jax.training.metrics import read_steps
 
 NAME = "benchmarks.chaos"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
-SAVE_EVERY, LATEST = 3, 1.2  # of an undisturbed run's time: some runs end before their kill
+SAVE_EVERY = 3
+LATEST_KILL = 1.2  # in units of the time of an undisturbed run, so that some runs end before their kill
 TOLERANCE = 1e-5
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="of the run that is killed")
+    parser.add_argument("--steps", type=int, default=60, help="steps of the run that is killed")
     parser.add_argument("--mode", choices=("adapter", "full", "borrowed"), default="adapter")
     return parser.parse_args(argv)
 
@@ -53,12 +50,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
-    """Counts of what happened, and in `wrong` what should not have."""
+    """Counts of kills and losses, and under `wrong` the list of faults."""
     settings = prepare(folder, steps, mode)
     start = time.monotonic()
     whole = run(settings | {"output": folder / "whole"})
     _must_end(whole, folder / "whole")
-    run(settings | {"output": folder / "warm"})  # this one found everything compiled: that is how long a life is
+    run(settings | {"output": folder / "warm"})  # fills the compilation cache for the run that is timed
     again = time.monotonic()
     _must_end(run(settings | {"output": folder / "timed"}), folder / "timed")
     life = time.monotonic() - again
@@ -73,10 +70,10 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
     }
     wrong: list[str] = []
     while counts["kills"] < kills:
-        if (output / "export").exists():  # the run is over: kill another one
+        if (output / "export").exists():  # the run is over, so start another one to kill
             wrong += differences(folder / "whole", output)
             output = folder / f"killed{counts['runs']}"
-        number, moment = draw.choice(SIGNALS), draw.uniform(0.0, LATEST * life)
+        number, moment = draw.choice(SIGNALS), draw.uniform(0.0, LATEST_KILL * life)
         process = subprocess.Popen(**command(settings | {"output": output}, resume=True))
         counts["runs"] += 1
         try:
@@ -84,12 +81,12 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
             ended = True
         except subprocess.TimeoutExpired:
             ended = False
-        before = steps_logged(output)
+        before = last_step(output)
         phase = phase_of(output, before, steps)
         if not ended:
             process.send_signal(number)
         _, stderr = process.communicate(timeout=300)
-        wrong += judged(process.returncode, number, ended, stderr)
+        wrong += faults_of(process.returncode, number, ended, stderr)
         if ended:
             counts["ended_before"] += 1
             continue
@@ -102,7 +99,7 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
     last = run(settings | {"output": output}, resume=True)
     _must_end(last, output)
     wrong += differences(folder / "whole", output)
-    if counts["most_steps_lost"] > SAVE_EVERY + 1:  # one step is logged before the next one's checkpoint is complete
+    if counts["most_steps_lost"] > SAVE_EVERY + 1:  # one more step is logged while the next checkpoint is being written
         wrong.append(f"{counts['most_steps_lost']} steps were lost, checkpoints are {SAVE_EVERY} apart")
     return counts | {
         "seed": seed,
@@ -115,7 +112,7 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
 
 
 def prepare(folder: Path, steps: int, mode: str) -> dict:
-    """A tiny random model and random ids; the settings of a run of seconds."""
+    """Write a tiny random model and random ids. Returns the settings of a run that takes seconds."""
     import jax
     import numpy as np
     from flax import nnx
@@ -148,7 +145,7 @@ def prepare(folder: Path, steps: int, mode: str) -> dict:
 
 def command(settings: dict, resume: bool) -> dict:
     pairs = [part for key, value in settings.items() if key != "cache" for part in ("--set", f"{key}={value}")]
-    # What is compiled once is read by all: a life is then training more than compilation.
+    # All processes share one compilation cache, so that most of their time is training.
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": str(settings["cache"]),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -171,15 +168,13 @@ def run(settings: dict, resume: bool = False) -> subprocess.CompletedProcess:
 
 def _must_end(done: subprocess.CompletedProcess, output: Path) -> None:
     if done.returncode or not (output / "export").exists():
-        raise ConfigError(
-            f"a run that nobody disturbed ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}"
-        )
+        raise ConfigError(f"an undisturbed run ended with exit code {done.returncode}: {done.stderr.strip()[-300:]}")
 
 
-def judged(code: int, number: int, ended: bool, stderr: str) -> list[str]:
-    """What a process must not do when it is killed."""
+def faults_of(code: int, number: int, ended: bool, stderr: str) -> list[str]:
+    """The faults of a process that was killed, by its exit code and stderr."""
     wrong = [f"traceback after {signal.Signals(number).name}: {stderr.strip()[-300:]}"] if "Traceback" in stderr else []
-    # Before its own handler is in place, and when it ends first, a process ends as any other.
+    # A process may end before its kill, or be killed before its handler is installed.
     allowed = {0} if ended else {0, -number, 128 + number}
     if code not in allowed:
         wrong.append(f"exit code {code} after {signal.Signals(number).name}: {stderr.strip()[-300:]}")
@@ -188,19 +183,14 @@ def judged(code: int, number: int, ended: bool, stderr: str) -> list[str]:
     return wrong
 
 
-def lines_of(output: Path) -> list[dict]:
+def steps_of(output: Path) -> list[dict]:
+    """The steps that a run has logged so far."""
     path = output / "metrics.jsonl"
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:  # the one that was being written
-            continue
-    return lines
+    return read_steps(path) if path.exists() else []
 
 
-def steps_logged(output: Path) -> int | None:
-    return max((line["step"] for line in lines_of(output) if "loss/total" in line), default=None)
+def last_step(output: Path) -> int | None:
+    return max((line["step"] for line in steps_of(output)), default=None)
 
 
 def newest_checkpoint(output: Path) -> int:
@@ -209,7 +199,7 @@ def newest_checkpoint(output: Path) -> int:
 
 
 def phase_of(output: Path, logged: int | None, steps: int) -> str:
-    """Where a run was, by what it had written."""
+    """The phase of a run, by what it has written."""
     if (output / "export").exists():
         return "report"
     if logged is None:
@@ -220,12 +210,12 @@ def phase_of(output: Path, logged: int | None, steps: int) -> str:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    """Between the undisturbed run and one that was killed."""
+    """The differences between the undisturbed run and one that was killed, at most 5."""
     import numpy as np
 
     traces = []
     for output in (whole, other):
-        lines = [line for line in lines_of(output) if "loss/total" in line]
+        lines = steps_of(output)
         traces.append({line["step"]: line for line in lines})
         if len(traces[-1]) != len(lines):
             return [f"{output.name} logs a step twice"]
@@ -240,13 +230,13 @@ def differences(whole: Path, other: Path) -> list[str]:
     ]
     names = sorted(p.name for p in (whole / "export").iterdir())
     if names != sorted(p.name for p in (other / "export").iterdir()):
-        return [*wrong, "the exports hold other files"]
+        return [*wrong, "the exports hold different files"]
     import dms_jax
 
     one, two = (dms_jax.load(output / "export") for output in (whole, other))
     ids = np.random.default_rng(1).integers(0, 97, (2, 40)).astype(np.int32)
     if not np.allclose(one.hard(ids)[0], two.hard(ids)[0], atol=1e-4):
-        wrong.append("the exports compute other logits")
+        wrong.append("the exports compute different logits")
     return wrong[:5]
 
 

@@ -1,11 +1,11 @@
-"""Show that a refactor changed no number: digests of every path's results, before and after.
+"""Show that a refactor changes no number, by digests of the results of every path before and after.
 
     python -m benchmarks.same_numbers --write BEFORE.jsonl     # on the old commit
     python -m benchmarks.same_numbers --against BEFORE.jsonl   # on the new one, on the same machine and with the same packages
 
-Three groups of results are digested: ten retrofit steps in every mode (metrics of each step and all exported tensors), the models
-in tests/golden/ (dense, hard and relaxed logits, decisions), and the paths that have to agree (prefill whole and in chunks, decoding,
-training-free policies, generation). The script uses the public surface and the commands only, so that it runs unchanged on both commits.
+The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in tests/golden/ (dense,
+hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks, decoding, training-free policies,
+generation). The script uses the public surface and the commands only, so that it runs unchanged on both commits.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def digest(value: object) -> str:
 
 
 def retrofit_runs() -> Iterator[tuple[str, str]]:
+    """(name, digest) of the steps, validations and exported tensors of RUNS."""
     for name, settings in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             np.save(f"{folder}/ids.npy", np.random.default_rng(0).integers(0, 97, (60, 70)).astype(np.int32))
@@ -105,6 +106,7 @@ def retrofit_runs() -> Iterator[tuple[str, str]]:
 
 
 def golden_models() -> Iterator[tuple[str, str]]:
+    """(name, digest) of logits and decisions of the models in tests/golden/."""
     for folder in sorted(path.parent for path in GOLDEN.glob("*/config.json")):
         dms = None if "_dms_" in folder.name else dms_jax.DMSConfig(window_size=4, evict_logit_bias=0.0)
         model = dms_jax.load(folder, dms=dms)
@@ -120,6 +122,7 @@ def golden_models() -> Iterator[tuple[str, str]]:
 
 
 def caches(name: str, model, ids: np.ndarray) -> Iterator[tuple[str, str]]:
+    """(name, digest) of prefill and decoding."""
     for chunk_size in (None, 13):
         logits, cache = dms_jax.prefill(model, dms_jax.init_cache(model, 2, 64), ids[:, :30], chunk_size=chunk_size)
         yield f"{name}: prefill in chunks of {chunk_size}", digest(logits)
@@ -130,6 +133,7 @@ def caches(name: str, model, ids: np.ndarray) -> Iterator[tuple[str, str]]:
 
 
 def policies() -> Iterator[tuple[str, str]]:
+    """(name, digest) of all policies, of generation and of a cache that overflows."""
     model = dms_jax.load(GOLDEN / "qwen3_dms_projection_per_head")
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 40)).astype(np.int32)
     for policy in POLICIES:
@@ -156,7 +160,7 @@ def main() -> None:
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--write", metavar="FILE", help="save the digests of this commit")
     choice.add_argument(
-        "--against", metavar="FILE", help="compare this commit with saved digests; exit code 1 if any differs"
+        "--against", metavar="FILE", help="compare this commit with saved digests; the exit code is 1 if any differs"
     )
     options = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 8)

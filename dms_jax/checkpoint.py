@@ -1,11 +1,13 @@
-"""Orbax checkpoints of what a run trains: parameters, optimizer state and step; the frozen base is named, not copied.
+"""Orbax checkpoints of what a run trains: parameters, optimizer state and step. The frozen base is named by its hash, not copied.
 
-A checkpoint counts only when it has Orbax's commit marker, its metadata, and the fingerprint of the numbers that were saved. Any other is
-passed over with its reason. What is in the way and no checkpoint is moved aside, never deleted.
+A checkpoint is complete only if it has Orbax's commit marker, its metadata, and the fingerprint of the numbers that were saved. All
+others are skipped with a reason. An entry that is in the way and is not a checkpoint is moved aside, never deleted.
 """
 
+import contextlib
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +23,18 @@ ASIDE = ".not-a-checkpoint"
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore_latest` found."""
+    """The checkpoint that `Checkpoints.restore_latest` found."""
 
     step: int
     state: Any
-    skipped: list[str]  # newer ones, each with the reason
+    skipped: list[str]  # newer entries that could not be used, each with its reason
 
 
 class Checkpoints:
     """The checkpoints of one run: `save` in the background, `restore_latest` onto any mesh."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        """`keep` complete checkpoints stay; older ones are removed after a newer one is committed."""
+        """`keep`: how many complete checkpoints stay. Older ones are removed after a newer one is committed."""
         self.folder, self._damaged = folder, set()
         training = ocp.training
         try:
@@ -40,7 +42,7 @@ class Checkpoints:
             self._aside, self._unreadable = self._move_aside()
             self._orbax = training.Checkpointer(
                 str(folder.absolute()),
-                # Orbax's policies inherit from its protocols in no way a checker sees.
+                # A type checker does not see that Orbax's policies implement its protocols.
                 # pyrefly: ignore[bad-argument-type]
                 save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
                 # pyrefly: ignore[bad-argument-type]
@@ -50,12 +52,12 @@ class Checkpoints:
             raise ConfigError(f"cannot write checkpoints to {folder}: {why}") from why
 
     def save(self, step: int, state: Any, metadata: dict, *, wait: bool = False) -> None:
-        """Write `state` as `step`. Returns once the arrays are copied off the devices, so they may be donated; `wait` until
-        the checkpoint is committed. Raises ConfigError when the disk does not take it, or did not take the one before."""
+        """Write `state` as `step`. Returns once the arrays are copied off the devices, so that they may be donated, or with `wait` once
+        the checkpoint is committed. Raises ConfigError if this checkpoint, or the one before, cannot be written."""
         if step in self.steps() and step not in self._damaged:
             return
         metadata = metadata | {"fingerprint": fingerprint(state)}
-        if jax.default_backend() == "cpu":  # there Orbax would write out the very buffers that the next step donates
+        if jax.default_backend() == "cpu":  # Orbax would write from the very buffers that the next step donates
             state = jax.tree.map(jnp.copy, state)
             jax.block_until_ready(state)
         how = self._orbax.save if wait else self._orbax.save_async
@@ -64,19 +66,19 @@ class Checkpoints:
         self._damaged.discard(step)
 
     def steps(self) -> list[int]:
-        """Complete checkpoints, oldest first."""
+        """The steps of the complete checkpoints, oldest first."""
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / COMMIT_MARKER).exists())
 
     def metadata(self, step: int) -> dict:
-        """What was saved beside the arrays of `step`."""
-        # pyrefly: ignore[no-matching-overload]  # any JSON to Orbax; `save` writes a dict
+        """The metadata that was saved beside the arrays of `step`."""
+        # pyrefly: ignore[no-matching-overload]  # Orbax takes any JSON; `save` writes a dict
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
 
-    def restore_latest(self, like: Any, check) -> Restored | None:
-        """The newest usable checkpoint, placed as `like` (ShapeDtypeStructs with shardings); None when there is none at all.
+    def restore_latest(self, like: Any, check: Callable[[dict], None]) -> Restored | None:
+        """The newest usable checkpoint, placed as `like` (ShapeDtypeStructs with shardings); None if there are no checkpoints.
 
-        `check(metadata)` raises ConfigError when the checkpoint belongs to another run. Raises ConfigError when there are checkpoints and
-        none is usable: nobody wants to begin anew without knowing.
+        `check(metadata)` raises ConfigError if the checkpoint belongs to another run. Raises ConfigError if there are checkpoints but
+        none is usable, because a run must not start over unnoticed.
         """
         skipped, damaged = list(self._aside), list(self._unreadable)
         for step in reversed(self.steps()):
@@ -84,7 +86,7 @@ class Checkpoints:
                 metadata = self.metadata(step)
                 if not metadata:
                     raise ValueError("its metadata is damaged")
-            except Exception as why:  # whatever reading damaged files leads Orbax to
+            except Exception as why:  # reading damaged files may raise anything inside Orbax
                 damaged.append(f"{step}: {_first_line(why)}")
                 self._damaged.add(step)
                 continue
@@ -97,7 +99,7 @@ class Checkpoints:
                     if metadata.get("fingerprint", {}).get(name, value) != value
                 ]
                 if wrong:
-                    raise ValueError(f"{wrong[0]} holds other numbers than were saved")
+                    raise ValueError(f"the numbers of {wrong[0]} are not those that were saved")
             except Exception as why:
                 damaged.append(f"{step}: {_first_line(why)}")
                 self._damaged.add(step)
@@ -110,13 +112,13 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait until everything is committed. Raises ConfigError when the disk did not take it."""
+        """Wait until everything is committed. Raises ConfigError if it cannot be written."""
         with self._explained("cannot complete the last checkpoint"):
             self._orbax.close()
 
     def _move_aside(self) -> tuple[list[str], list[str]]:
-        """Entries that look like checkpoints and are none, and those whose metadata no longer reads: Orbax would count the former and one
-        day delete them, and does not open a folder with one of the latter. Of both, names with reasons, the same for all processes."""
+        """Rename entries that only look like checkpoints, and checkpoints with damaged metadata. Returns the reasons for both, the same in
+        all processes. Orbax would count the former and one day delete them, and it does not open a folder with one of the latter."""
         entries = sorted(
             (p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True
         )
@@ -124,51 +126,41 @@ class Checkpoints:
         unreadable = {
             path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None
         }
-        if unreadable and len(incomplete) + len(unreadable) == len(
-            entries
-        ):  # nothing is moved: the next run is to refuse too
+        # Move nothing, so that the next run refuses as well.
+        if unreadable and len(incomplete) + len(unreadable) == len(entries):
             raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
         new = {path: _free(path) for path in (*incomplete, *unreadable)}
-        multihost_utils.sync_global_devices("all have looked")
+        multihost_utils.sync_global_devices("all processes have listed the folder")
         if jax.process_index() == 0:
             for path in new:
                 path.rename(new[path])
-        multihost_utils.sync_global_devices("moved aside")
-        said = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"
-        return [said(path, "it was never completed") for path in reversed(incomplete)], [
-            said(*item) for item in unreadable.items()
-        ]
+        multihost_utils.sync_global_devices("entries are moved aside")
+        reason = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"
+        never_completed = [reason(path, "it was never completed") for path in reversed(incomplete)]
+        return never_completed, [reason(path, why) for path, why in unreadable.items()]
 
     def _none_usable(self, damaged: list[str]) -> ConfigError:
         return ConfigError(
             f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0"
         )
 
-    def _explained(self, what: str) -> "_Explained":
-        return _Explained(self, what)
-
-
-class _Explained:
-    """Turns what a disk says into one line that names the checkpoints that are complete."""
-
-    def __init__(self, checkpoints: Checkpoints, what: str):
-        self.checkpoints, self.what = checkpoints, what
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, why, traceback) -> None:
-        if why is None or isinstance(why, ConfigError) or not isinstance(why, Exception):
-            return
-        folder, steps = self.checkpoints.folder, self.checkpoints.steps()
-        left = f"the newest complete one is of step {steps[-1]}" if steps else "there is no complete one"
-        raise ConfigError(
-            f"{self.what} in {folder}: {_first_line(why)}; {left}. Make room, then go on with --resume"
-        ) from why
+    @contextlib.contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turn an error of the disk into one line that names the newest complete checkpoint."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as why:  # OSError, and what Orbax and TensorStore raise in their threads
+            steps = self.steps()
+            left = f"the newest complete one is of step {steps[-1]}" if steps else "none is complete"
+            raise ConfigError(
+                f"{what} in {self.folder}: {_first_line(why)}; {left}. Make room, then go on with --resume"
+            ) from why
 
 
 def fingerprint(state: Any) -> dict[str, int]:
-    """A number for each array, of all its bits and where they stand, the same on any mesh."""
+    """A hash of each array by its path, over all its bits and their places; the same on any mesh."""
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return {name: int(x) for name, x in jax.device_get(_fingerprint(named)).items()}
 
@@ -188,28 +180,25 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: each bit depends on all, so that changes do not cancel in a sum."""
+    """The finalizer of MurmurHash3: each bit depends on all others, so that changes do not cancel in a sum."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
 
 
 def _free(path: Path) -> Path:
-    """A name beside `path` that says what it is not, and that nothing has."""
+    """An unused name beside `path` which says that the entry is not a checkpoint."""
     names = (path.with_name(path.name + ASIDE + (f".{number}" if number else "")) for number in itertools.count())
     return next(name for name in names if not name.exists())
 
 
 def _unreadable(path: Path) -> str | None:
-    """Why the metadata of a checkpoint cannot be read; None when it can."""
+    """The reason why the metadata of a checkpoint cannot be read; None if it can."""
     try:
-        # pyrefly: ignore[no-matching-overload]  # as in `metadata`
-        return (
-            None
-            if dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {})
-            else "its metadata is damaged"
-        )
-    except Exception as why:  # whatever damaged files lead Orbax to
+        # pyrefly: ignore[no-matching-overload]  # as in `Checkpoints.metadata`
+        metadata = dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {})
+        return None if metadata else "its metadata is damaged"
+    except Exception as why:  # reading damaged files may raise anything inside Orbax
         return _first_line(why)
 
 

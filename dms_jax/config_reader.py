@@ -146,17 +146,16 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     return value
 
 
-def override(raw: dict, assignment: str) -> None:
-    """Apply one `--set dotted.key=value` to nested plain values, in place."""
+def parse_assignment(assignment: str) -> dict:
+    """The nested plain values of one `--set dotted.key=value`."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must be key=value, e.g. dms.window_size=256; got {shown(assignment)}")
     *parents, last = key.strip().split(".")
-    for parent in parents:
-        raw = raw.setdefault(parent, {})
-        if not isinstance(raw, dict):
-            raise ConfigError(f"--set {shown(assignment)}: `{parent}` is a single value, it has no `{last}`")
-    merge(raw, {last: parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")})
+    values = {last: parse_yaml(text, f"--set {shown(assignment)}: {shown(text)} is not a YAML value")}
+    for parent in reversed(parents):
+        values = {parent: values}
+    return values
 
 
 def merge(into: dict, raw: dict) -> None:

@@ -1,4 +1,4 @@
-"""Where numbers come from: versions, device and commit, for the first line of every file of measurements."""
+"""The origin of measurements: versions, device and commit, for the first line of every file of numbers."""
 
 import platform
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str | int]:
-    """Of this process."""
+    """Versions, devices and commit of the running process."""
     import flax
     import jax
     import optax

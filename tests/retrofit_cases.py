@@ -1,7 +1,8 @@
-"""A tiny retrofit that many tests share: its step, its batches, any mesh of the simulated devices."""
+"""A tiny retrofit that many tests share: its step, its batches, and any mesh of the simulated devices."""
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +13,23 @@ from jax.sharding import AxisType, Mesh
 from dms_jax.config import DMSConfig
 from dms_jax.sharding import MESH_AXES
 from dms_jax.training.data.rows import Batch
-from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
-from dms_jax.training.step import Retrofit, StepConfig
+from dms_jax.training.placement import place
+from dms_jax.training.retrofit_config import OptimizerConfig, RetrofitConfig
+from dms_jax.training.step import take_apart
+from dms_jax.training.step_functions import step_functions
 
 LENGTH, BATCH = 32, 8
-# Scale and temperature: at the released 100 and 0.1 the rounding of the residual stream is a thousand times as large in z, and with it
-# in the gradients; at 10 and 2 five times. What a mesh could get wrong does not depend on them.
+# At the released scale of 100 and temperature of 0.1, the rounding of the residual stream is a thousand times as large in the gate
+# logits, and with them in the gradients; at 10 and 2 it is five times as large. The faults of a mesh do not depend on these values.
 DMS = DMSConfig(window_size=4, target_cr=4.0, evict_logit_bias=1.0, tau=2.0, evict_logit_scale=10.0)
-STEP = StepConfig(
-    mode="adapter",
+CONFIG = RetrofitConfig(
     seed=1,
     length=LENGTH,
     steps=10,
-    accumulate=1,
     initial_cr=3.0,
-    ramp_steps=0,
     cr_steps=5,
     remat="full",
-    loss=LossConfig(),
+    dms=DMS,
     optimizer=OptimizerConfig(learning_rate=1e-3),
 )
 
@@ -39,17 +39,25 @@ def mesh_of(*sizes):
     return Mesh(devices, MESH_AXES[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def retrofit(mesh=(1, 1), step=STEP, dms=DMS, seed=0, **fields):
-    if step.mode == "borrowed":
+def retrofit(mesh=(1, 1), config=CONFIG, dms=DMS, seed=0, **fields):
+    """The run of a tiny model; `fields` change its shape."""
+    if config.mode == "borrowed":
         dms = dataclasses.replace(dms, variant="borrowed")
-    teacher = None if step.mode == "adapter" else tiny_model(None, seed, **fields)
+    teacher = None if config.mode == "adapter" else tiny_model(None, seed, **fields)
+    return run_of(tiny_model(dms, seed, evict_scale=1.0, **fields), teacher, config, mesh)
+
+
+def run_of(model, teacher, config, mesh, dtype=jnp.float32):
+    """The step functions of a run and its state, which `train` replaces."""
     mesh = mesh if isinstance(mesh, Mesh) else mesh_of(*mesh)
-    return Retrofit(tiny_model(dms, seed, evict_scale=1.0, **fields), teacher, step, mesh, jnp.float32)
+    math, trainable, frozen = take_apart(model, teacher, config, mesh, dtype)
+    steps = step_functions(math, trainable)
+    return SimpleNamespace(steps=steps, math=math, mesh=mesh, frozen=frozen, state=steps.initial_state(trainable))
 
 
-def step_of(mode):
-    """A step of that mode, gates and ramp both within the first three."""
-    return dataclasses.replace(STEP, mode=mode, ramp_steps=1 if mode == "borrowed" else 0)
+def config_of(mode):
+    """The configuration of a mode, with the ramp and the first gates within three steps."""
+    return dataclasses.replace(CONFIG, mode=mode, ramp_steps=1 if mode == "borrowed" else 0)
 
 
 def batch(first_step=0, packed=False):
@@ -69,24 +77,23 @@ def batch(first_step=0, packed=False):
     )
 
 
-def place(run, host):
-    return run.place(lambda start, count: Batch(*(x[start : start + count] for x in host)), len(host.tokens))
+def advance(run, host):
+    """One step of `run` on a host batch. Returns its metrics."""
+    run.state, metrics = run.steps.step(run.state, run.frozen, place(host, run.mesh))
+    return metrics
 
 
 def train(run, steps=3, packed=False):
-    seen = []
-    for i in range(steps):
-        run.state, metrics = run.step(run.state, run.frozen, place(run, batch(i, packed)))
-        seen.append({key: np.asarray(value) for key, value in metrics.items()})
-    return seen
+    """Metrics of `steps` steps, on the host."""
+    return [jax.tree.map(np.asarray, advance(run, batch(i, packed))) for i in range(steps)]
 
 
 def outcome(run, steps=3) -> dict[str, np.ndarray]:
-    """All that a run of `steps` says and does, on the host of every process: metrics of each step, and after the first one its gradients
-    (as Adam's first moment, of a state that started at 0) and what trains."""
+    """All results of a run of `steps`, on the host of every process: the metrics of each step, and after the first one the gradients (as
+    Adam's first moment, which started at 0) and the updated parameters."""
     found = {}
     for i in range(steps):
-        run.state, metrics = run.step(run.state, run.frozen, place(run, batch(i, packed=True)))
+        metrics = advance(run, batch(i, packed=True))
         found |= {f"metrics {i} {key}": value for key, value in metrics.items()}
         if i == 0:
             first = next(
@@ -104,8 +111,9 @@ def outcome(run, steps=3) -> dict[str, np.ndarray]:
 
 
 def same_outcome(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    """To 1e-5, gradients of their largest entry. Adam's first step moves an entry by the learning rate in the direction of its gradient's
-    sign, which rounding decides where the gradient is rounding error: such entries are compared as gradients only."""
+    """Compare outcomes to 1e-5, gradients relative to their largest entry. Adam's first step moves an entry by the learning rate in the
+    direction of its gradient's sign. Where the gradient is rounding error, rounding decides that sign, so such entries are compared as
+    gradients only."""
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         kind = name.split()[0]
@@ -113,7 +121,7 @@ def same_outcome(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
             gradient = np.abs(theirs[name.replace(kind, "gradient")])
             sure = gradient > 1e-3 * gradient.max()
             np.testing.assert_allclose(
-                ours[name][sure], expected[sure], rtol=1e-5, atol=1e-5 * STEP.optimizer.learning_rate, err_msg=name
+                ours[name][sure], expected[sure], rtol=1e-5, atol=1e-5 * CONFIG.optimizer.learning_rate, err_msg=name
             )
         else:
             scale = np.abs(expected).max() if kind == "gradient" else 0.1

@@ -1,4 +1,4 @@
-"""One process of several that run a tiny retrofit together: ADDRESS COUNT INDEX DEVICES MESH MODE OUT.npz"""
+"""One of several processes that run a tiny retrofit together. Arguments: ADDRESS COUNT INDEX DEVICES MESH MODE OUT.npz"""
 
 import sys
 
@@ -10,11 +10,11 @@ def main(address: str, count: str, index: str, devices: str, mesh: str, mode: st
     jax.config.update("jax_platforms", "cpu")
     jax.distributed.initialize(address, int(count), int(index))
     import numpy as np
-    from retrofit_cases import outcome, retrofit, step_of
+    from retrofit_cases import config_of, outcome, retrofit
 
     from dms_jax.sharding import make_mesh, parse_mesh
 
-    run = retrofit(step=step_of(mode), mesh=make_mesh(*parse_mesh(mesh)))
+    run = retrofit(config=config_of(mode), mesh=make_mesh(*parse_mesh(mesh)))
     found = outcome(run)
     if jax.process_index() == 0:
         np.savez(out, **found)

@@ -1,4 +1,4 @@
-"""Runs of the real training command in tests: seconds long, on a golden model and random ids."""
+"""Runs of the real training command, seconds long, on a golden model and random ids."""
 
 import shutil
 import subprocess
@@ -60,7 +60,7 @@ def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
         if any(f'"step": {step},' in line for line in lines):
             return
         time.sleep(0.02)
-    raise AssertionError(f"step {step} never came: exit code {process.poll()}")
+    raise AssertionError(f"step {step} was never logged: exit code {process.poll()}")
 
 
 def remove(path: Path) -> None:

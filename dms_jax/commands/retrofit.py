@@ -6,7 +6,7 @@
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
     python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
 
-OUTPUT receives metrics.jsonl, checkpoints/, report.json, two plots and export/, the folder that others load.
+OUTPUT receives metrics.jsonl, checkpoints/, report.json, two plots and export/, the model folder that other commands load.
 """
 
 import argparse
@@ -15,15 +15,17 @@ import math
 from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
+from dms_jax.config_reader import keys_help
 from dms_jax.errors import ConfigError
-from dms_jax.training.retrofit_config import RetrofitConfig, keys_help, read_config
+from dms_jax.training.retrofit_config import RetrofitConfig, read_config
 
 NAME = "retrofit"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__, epilog=f"keys of --config and --set, with their defaults:\n{keys_help()}")
-    parser.add_argument("--config", metavar="F.yaml", help="a file of keys")
+    keys = f"keys of --config and --set, with their defaults:\n{keys_help(RetrofitConfig())}"
+    parser = Parser(NAME, __doc__, epilog=keys)
+    parser.add_argument("--config", metavar="F.yaml", help="YAML file of keys")
     parser.add_argument(
         "--mesh",
         metavar="AxB[xC]",
@@ -35,22 +37,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="override one key; repeat for more",
+        help="override one key; may be repeated",
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
     parser.add_argument(
-        "--accept-changes", action="store_true", help="with --resume: go on although keys differ from the saved run's"
+        "--accept-changes",
+        action="store_true",
+        help="with --resume: go on although keys differ from those of the checkpoint",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print shapes, shardings, schedule and memory; train nothing, write nothing",
+        help="print shapes, shardings, schedules and memory; train nothing and write nothing",
     )
     parser.add_argument(
         "--distributed",
         default="",
         metavar="auto|HOST:PORT,COUNT,INDEX",
-        help="several processes form one mesh; auto: as Slurm, Kubernetes or a TPU pod says",
+        help="form one mesh of several processes; auto: as Slurm, Kubernetes or a TPU pod describes them",
     )
     return parser.parse_args(argv)
 
@@ -63,21 +67,18 @@ def main(argv: list[str] | None = None) -> int:
         raise ConfigError(
             f"{output} already holds a run; continue it with --resume, or choose another --set output=FOLDER"
         )
-    config = choose_devices(config, options.distributed)
-    from dms_jax.training.run import Run
+    config = start_mesh(config, options.distributed)
+    from dms_jax.training.run import dry_run, retrofit  # late: it loads JAX, and `--help` does not
 
     if options.dry_run:
-        from dms_jax.training.dry_run import dry_run_text
-
-        run = Run(config, output, False, False, dry=True)
-        if run.writer:
-            print(dry_run_text(run))
+        dry_run(config)
         return 0
-    return Run(config, output, options.resume, options.accept_changes).run()
+    stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
+    return 128 + stopped_by if stopped_by else 0
 
 
-def choose_devices(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
-    """Start JAX for `config.mesh`; the config with mesh and batch_size as they will be."""
+def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
+    """Start JAX for `config.mesh`. Returns the configuration with `mesh` and `batch_size` as they will be."""
     from dms_jax.sharding import parse_mesh
 
     if config.mesh == "auto":
@@ -93,9 +94,8 @@ def choose_devices(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
                 f"length {config.length} must be a multiple of {context}: mesh {config.mesh} splits each row into as many parts"
             )
         start_devices(math.prod(sizes), distributed)
-    data = sizes[0]
-    least = data * config.accumulate
-    if config.batch_size % least:
-        why = f"{data} data-parallel devices x {config.accumulate} micro-batches"
-        raise ConfigError(f"batch_size {config.batch_size} must be a multiple of {least}: {why}")
-    return dataclasses.replace(config, batch_size=config.batch_size or least)
+    multiple = sizes[0] * config.accumulate
+    if config.batch_size % multiple:
+        why = f"{sizes[0]} data-parallel devices x {config.accumulate} micro-batches"
+        raise ConfigError(f"batch_size {config.batch_size} must be a multiple of {multiple}: {why}")
+    return dataclasses.replace(config, batch_size=config.batch_size or multiple)

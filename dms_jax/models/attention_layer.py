@@ -21,6 +21,7 @@ from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, rope_cos_sin
 from dms_jax.core.slot_attention import CacheOps, Chunk
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
+from dms_jax.kernels.dispatch import KernelQuery, is_available
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy, FusedRule
 from dms_jax.sharding import constrain, gather_for_matmul, num_shards, reshard

@@ -1,4 +1,4 @@
-"""The retrofit: configuration, data, the differentiated step, the run with its checkpoints and its export.
+"""The retrofit: configuration, data, the differentiated step, the course of a run, its plans.
 
-Begin with `retrofit_config` (every key), then `run` (the course of a retrofit) and `step` (what is differentiated).
+Begin with `retrofit_config` (every key), then `run` (the course: prepare, restore, train, finish) and `step` (what is differentiated).
 """

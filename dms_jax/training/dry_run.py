@@ -1,76 +1,72 @@
-"""What a run would do, told without doing it."""
+"""The text of `--dry-run`: what a retrofit would do, told without doing it."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-if TYPE_CHECKING:
-    from dms_jax.training.run import Run
+from dms_jax.command import typed_as
+from dms_jax.training.prepare import PreparedRun
 
 GIB = 2**30
 
 
-def dry_run_text(run: "Run") -> str:
-    """Shapes, shardings, schedules and the memory of the compiled step."""
-    c, r = run.config, run.retrofit
+def dry_run_text(run: PreparedRun) -> str:
+    """Shapes and shardings of all arrays, the schedules, and the memory of the compiled step."""
+    c, state = run.config, run.steps.abstract_state
     shape = "x".join(map(str, run.mesh.shape.values()))
     lines = [f"{c.mode} of {run.model_path} on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind} as {shape}", ""]
-    lines += _arrays("trains, fp32", r.state.trainable) + _arrays("frozen", r.frozen)
-    moments = sum(_local(x) for x in jax.tree.leaves(r.state.opt_state))
+    lines += _arrays("trains, fp32", state.trainable) + _arrays("frozen", run.frozen)
+    moments = sum(map(_device_bytes, jax.tree.leaves(state.opt_state)))
     lines += [f"optimizer: {moments / GIB:.3f} GiB a device", ""]
+
     rows = f"{c.batch_size} rows of {c.length} tokens a step, {c.batch_size // c.accumulate} at a time"
-    heads = len(r.evict_head)
-    lines += [
-        f"batch: {rows}; {run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out; {heads} evict-head arrays",
-        "",
-    ]
-    lines += [f"{'step':>8}{'target CR':>12}{'learning rate':>16}"]
-    for step in sorted(
-        {
-            0,
-            c.first_gated_step,
-            c.first_gated_step + c.rising_steps // 2,
-            c.first_gated_step + c.rising_steps,
-            c.steps - 1,
-        }
-    ):
-        if step < c.steps:
-            gate = (
-                "free the channel" if step < c.first_gated_step else f"{float(r.nominal_target(jnp.int32(step))):.2f}"
-            )
-            lines.append(f"{step:>8}{gate:>12}{float(jnp.asarray(r.rate(step))):>16.2e}")
+    known = f"{run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out"
+    lines += [f"batch: {rows}; {known}; {len(run.steps.math.evict_head)} evict-head arrays", ""]
+    lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
-    lines += ["", f"{c.steps} steps; a checkpoint every {c.save_every}, {c.keep} stay; {every}; output {run.output}"]
-    analysis = r.lower(c.batch_size).compile().memory_analysis()
-    if analysis is not None:
-        total = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
-        parts = (
-            f"arguments {analysis.argument_size_in_bytes / GIB:.2f}, temporary {analysis.temp_size_in_bytes / GIB:.2f}"
-        )
-        lines.append(
-            f"memory of the compiled step, a device: {total / GIB:.2f} GiB ({parts}); by kind: python -m train.plan"
-        )
-    return "\n".join(lines)
-
-
-def _arrays(title: str, arrays: dict[str, jax.Array]) -> list[str]:
-    total = sum(map(_local, arrays.values())) / GIB
-    lines = [
-        f"{title}: {len(arrays)} arrays, {sum(x.size for x in arrays.values()):,} numbers, {total:.3f} GiB a device"
+    lines += [
+        "",
+        f"{c.steps} steps; a checkpoint every {c.save_every}, the last {c.keep} are kept; {every}; output {run.output}",
     ]
+    return "\n".join(lines + _step_memory(run))
+
+
+def _schedule(run: PreparedRun) -> list[str]:
+    """Target ratio and learning rate at the steps where the schedules bend."""
+    c, math = run.config, run.steps.math
+    lines = [f"{'step':>8}{'target CR':>12}{'learning rate':>16}"]
+    first, rising = c.first_gated_step, c.rising_steps
+    for step in sorted({0, first, first + rising // 2, first + rising, c.steps - 1}):
+        if step < c.steps:
+            gate = "free the channel" if step < first else f"{float(math.nominal_target(jnp.int32(step))):.2f}"
+            lines.append(f"{step:>8}{gate:>12}{float(jnp.asarray(math.rate(step))):>16.2e}")
+    return lines
+
+
+def _step_memory(run: PreparedRun) -> list[str]:
+    """The memory of the compiled step in one line; none where the compiler does not report it."""
+    analysis = run.steps.lower(run.frozen, run.config.batch_size).compile().memory_analysis()
+    if analysis is None:
+        return []
+    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+    total = arguments + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + temporary
+    parts = f"arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}"
+    return [f"memory of the compiled step, a device: {total / GIB:.2f} GiB ({parts}); by kind: {typed_as('plan')}"]
+
+
+def _arrays(title: str, arrays: dict[str, Any]) -> list[str]:
+    total = sum(map(_device_bytes, arrays.values())) / GIB
+    numbers = sum(int(np.prod(x.shape)) for x in arrays.values())
+    lines = [f"{title}: {len(arrays)} arrays, {numbers:,} numbers, {total:.3f} GiB a device"]
     for name, x in sorted(arrays.items()):
-        size = f"{_local(x) / 2**20:.2f} MiB"
-        where = f"P({', '.join(map(repr, x.sharding.spec))})"  # pyrefly: ignore[missing-attribute]  # a mesh is set: all are named
+        size = f"{_device_bytes(x) / 2**20:.2f} MiB"
+        where = f"P({', '.join(map(repr, x.sharding.spec))})"
         lines.append(f"  {name:<40}{'x'.join(map(str, x.shape)):>22}  {str(x.dtype):<9} {where}  {size}")
     return lines
 
 
-def _local(x: jax.Array) -> int:
+def _device_bytes(x: Any) -> int:
+    """Bytes of the shard of an array, or of its shape and sharding, on one device."""
     return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize

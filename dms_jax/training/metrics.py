@@ -1,41 +1,45 @@
-"""metrics.jsonl: a header line of provenance, then one object a step or measurement, keys `group/name`."""
+"""metrics.jsonl: a header line of provenance, then one object for each step or measurement, with keys `group/name`."""
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import replacing
 from dms_jax.provenance import versions
 
 
-def provenance(config: dict, hashes: dict) -> dict:
-    """Versions, device, commit, config and hashes: the first line of the file."""
+def run_header(config: dict, hashes: dict) -> dict:
+    """The first line of the file: versions, device, commit, hashes and configuration."""
     return {"header": {**versions(), **hashes}, "config": config}
 
 
 class MetricsFile:
-    """Appends lines; a disk that fails costs the log, never the run."""
+    """The log of a run. A disk that fails costs lines of the log, never the run."""
 
-    def __init__(self, path: Path, header: dict, resumed_at: int | None, tensorboard: bool = False):
-        """A resumed run drops the lines of steps it is about to repeat, so that each step stands once."""
+    def __init__(self, path: Path, tensorboard: bool = False):
+        """`tensorboard`: also write the numbers to `tensorboard/` beside the file."""
         self.path, self._broken = path, False
         self._tensorboard = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
-        if resumed_at is not None and path.exists():
+
+    def begin(self, header: dict, resumed_at: int | None) -> None:
+        """Write the header line. A run that is resumed at step `resumed_at` first drops the lines of the steps that it is about to repeat,
+        so that each step is logged once."""
+        if resumed_at is not None and self.path.exists():
             try:
-                kept = [line for line in path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
-                temporary = path.with_suffix(".tmp")
-                temporary.write_bytes(b"".join(line + b"\n" for line in kept))
-                os.replace(temporary, path)
+                kept = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
+                with replacing(self.path) as file:
+                    file.write_bytes(b"".join(line + b"\n" for line in kept))
             except OSError as why:
                 raise ConfigError(
-                    f"cannot rewrite {path}, which a resumed run does: {why}; move it away, or make room"
+                    f"cannot rewrite {self.path}, which a resumed run has to do: {why}; make room, or move it away"
                 ) from why
         self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
 
     def append(self, values: dict) -> None:
+        """Add one line. The first line that cannot be written is reported on stderr."""
         if self._tensorboard is not None:
             for key, value in values.items():
                 if "/" in key and isinstance(value, int | float):
@@ -50,20 +54,12 @@ class MetricsFile:
 
 
 def _belongs(line: bytes, resumed_at: int) -> bool:
+    """Decide whether a line stays in the log of a run that is resumed at a step: headers and lines of earlier steps do."""
     record = _record(line)
     if record is None or "header" in record:
         return record is not None
     step = record.get("step")
     return isinstance(step, int | float) and not isinstance(step, bool) and step < resumed_at
-
-
-def _record(line: bytes) -> dict | None:
-    """None for what is no object: the line that a killed run was writing, or damage."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None
 
 
 def _tensorboard_writer(folder: Path):
@@ -84,5 +80,15 @@ def read_steps(path: Path) -> list[dict]:
 
 
 def read_records(path: Path) -> list[dict]:
-    """All whole lines of a metrics file, in order."""
+    """All whole lines of a metrics file, in order. Unlike `files.read_jsonl`, it skips damaged lines anywhere, because a log must not
+    keep a run from being resumed."""
     return [record for line in path.read_bytes().split(b"\n") if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict | None:
+    """The object in a line; None for a damaged line, such as the one that a killed run was writing."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None

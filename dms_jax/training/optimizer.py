@@ -1,19 +1,18 @@
-"""AdamW with clipping, warm-up and decay, and where its state lies on the mesh."""
+"""AdamW with clipping, warm-up and decay, and the shardings of its state."""
 
 from typing import Any
 
-import jax
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.training.retrofit_config import OptimizerConfig
 
-FINAL_RATE = 0.1  # of the learning rate, after the decay
+FINAL_RATE = 0.1  # fraction of the peak that is left after the decay
 
 
 def rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by optimizer step: linear warm-up, constant, linear decay over the last part of `steps`."""
+    """The learning rate by optimizer step: linear warm-up, constant, linear decay over the last part of `steps`."""
     peak, decay = config.learning_rate, round(config.decay_fraction * steps)
     rise = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     fall = optax.linear_schedule(peak, peak * FINAL_RATE, max(decay, 1))
@@ -28,14 +27,14 @@ def build_optimizer(config: OptimizerConfig, rate: optax.Schedule) -> optax.Grad
 
 
 def optimizer_shardings(
-    tx: optax.GradientTransformation, trainable: dict[str, jax.Array], shardings: dict[str, NamedSharding], mesh: Mesh
+    tx: optax.GradientTransformation, opt_state: Any, shardings: dict[str, NamedSharding], mesh: Mesh
 ) -> Any:
-    """Moments lie where their parameters lie, counters everywhere: pinned, so that no step moves them."""
-    state = jax.eval_shape(tx.init, trainable)
+    """Shardings of the optimizer state, pinned so that no step moves it: moments lie where their parameters lie (`shardings`), counters
+    are replicated. `opt_state` may be of shapes."""
     return optax.tree_utils.tree_map_params(
-        tx,  # pyrefly: ignore[bad-argument-type]  # its `init` is all that is asked of it
+        tx,  # pyrefly: ignore[bad-argument-type]  # only its `init` is used
         lambda _, sharding: sharding,
-        state,
+        opt_state,
         shardings,
         transform_non_params=lambda _: NamedSharding(mesh, P()),
     )

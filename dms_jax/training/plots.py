@@ -1,4 +1,4 @@
-"""The two pictures of a run: losses and compression over steps, and what each layer and head keeps."""
+"""The two plots of a run: losses and compression over steps, and the kept fraction by layer and head."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def plot_training(steps: list[dict], path: Path) -> None:
-    """Losses (left) and target, nominal and realised compression ratio (right) over optimizer steps."""
+    """Plot losses (left) and target, nominal and realised compression ratio (right) over optimizer steps."""
     plt = _pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     x = [line["step"] for line in steps]
@@ -32,7 +32,7 @@ def plot_training(steps: list[dict], path: Path) -> None:
 
 
 def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> None:
-    """Live pairs / tokens seen after a held-out row of `length` tokens; `live_per_head` [L K]."""
+    """Plot live pairs / tokens seen after a held-out row of `length` tokens. `live_per_head` [L K]: mean live pairs."""
     plt = _pyplot()
     layers, heads = live_per_head.shape
     figure, axes = plt.subplots(
@@ -53,7 +53,7 @@ def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> No
 def _pyplot():
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen is needed or looked for
+    matplotlib.use("Agg")  # works without a screen
     import matplotlib.pyplot as plt
 
     return plt

@@ -1,154 +1,165 @@
-"""The configuration of a retrofit: every key, its unit and range. Imports no JAX, so `--help` is instant.
+"""The configuration of a retrofit: every key with its default, its range and its meaning.
 
-The defaults are the embedded default's recipe (docs/experiments.md); configs/train/ holds those of larger models.
+Importing this module loads no JAX, so that `--help`, which prints the keys, is instant. The defaults are the recipe of the embedded
+default (docs/experiments.md); configs/train/ holds recipes for larger models.
 """
 
 import contextlib
 import dataclasses
-import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from dms_jax.config import DMSConfig, ImplementationName
-from dms_jax.config_reader import MAX_INT, build, merge, override
-from dms_jax.errors import ConfigError, naming, shown
+from dms_jax.config_reader import Above, AtLeast, Between, build, check_ranges, merge, parse_assignment
+from dms_jax.errors import ConfigError, naming
 from dms_jax.files import read_yaml
 from dms_jax.training.data.token_store import DataConfig
 
 Mode = Literal["adapter", "full", "borrowed"]
+Remat = Literal["auto", "full", "matmuls", "none"]
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """loss/total = loss/distill + compression_weight * loss/compression."""
+    """The loss: loss/total = loss/distill + compression_weight * loss/compression."""
 
-    order: Literal["student_teacher", "teacher_student"] = (
-        "student_teacher"  # KL(student || teacher) is the reference's
-    )
-    compression_weight: float = 1.0  # >= 0
-    scope: Literal["global", "layer", "head"] = "global"  # over what the target fraction has to hold
-    decidable_only: bool = False  # leave decisions that cannot take effect within the row out of the compression loss
+    order: Annotated[
+        Literal["student_teacher", "teacher_student"],
+        "direction of the distillation loss; student_teacher is KL(student || teacher), as in the reference",
+    ] = "student_teacher"
+    compression_weight: Annotated[float, AtLeast(0), "weight of the compression loss"] = 1.0
+    scope: Annotated[
+        Literal["global", "layer", "head"],
+        "the target evict fraction must hold over the model, each layer or each head",
+    ] = "global"
+    decidable_only: Annotated[
+        bool, "leave decisions that cannot take effect within the row out of the compression loss"
+    ] = False
 
     def __post_init__(self):
-        if self.compression_weight < 0:
-            raise ConfigError(f"loss.compression_weight must be >= 0, got {self.compression_weight!r}")
+        check_ranges(self, "loss.")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """optax.adamw; betas, decay and clipping are the reference's (Model-Optimizer `qwen3_8b.yaml`)."""
+    """optax.adamw; betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`)."""
 
-    learning_rate: float = 1e-4  # > 0
-    warmup_steps: int = 0  # linear from 0
-    decay_fraction: float = 0.3  # in [0, 1]; over this last part of the steps the rate falls linearly to a tenth
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # of the global gradient, > 0
+    learning_rate: Annotated[float, Above(0), "peak learning rate"] = 1e-4
+    warmup_steps: Annotated[int, AtLeast(0), "steps of linear warm-up"] = 0
+    decay_fraction: Annotated[
+        float, Between(0, 1), "the rate falls linearly to a tenth over this last part of the steps"
+    ] = 0.3
+    b1: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's first moment"] = 0.9
+    b2: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's second moment"] = 0.95
+    weight_decay: Annotated[float, AtLeast(0), "decoupled weight decay"] = 0.0
+    clip_norm: Annotated[float, Above(0), "largest norm of the global gradient; larger ones are scaled down"] = 1.0
 
     def __post_init__(self):
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"optimizer.{name} must be > 0, got {getattr(self, name)!r}")
-        if self.warmup_steps < 0 or self.weight_decay < 0:
-            raise ConfigError("optimizer.warmup_steps and optimizer.weight_decay must be >= 0")
-        if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.decay_fraction <= 1):
-            raise ConfigError("optimizer.b1 and optimizer.b2 must be in [0, 1), optimizer.decay_fraction in [0, 1]")
+        check_ranges(self, "optimizer.")
 
 
 @dataclass(frozen=True)
 class RetrofitConfig:
     """One run of `python -m train.retrofit`."""
 
-    model: str = ""  # folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct
-    data: DataConfig = DataConfig()  # `data=FILE` is short for data.paths; no paths: the embedded default's text
-    output: str = "runs/retrofit"
-    mode: Mode = (
-        "adapter"  # base frozen | all weights, separate teacher | a query channel, freed first, then all weights
-    )
-    steps: int = 55  # optimizer steps in all, >= 1
-    length: int = 1024  # tokens of a row, >= 2
-    batch_size: int = 0  # rows of an optimizer step; 0: one per data-parallel device
-    accumulate: int = 1  # micro-batches a step is computed in; equal to the whole batch
-    seed: int = 0
-    mesh: str = "auto"  # data (batch, fully sharded parameters) x model (KV heads) [x context (length of rows)]; auto: all accelerators as data
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations; auto: fp32 on a CPU, else bf16
-    remat: Literal["auto", "full", "matmuls", "none"] = (
-        "auto"  # recomputed backwards: auto (CPU: matmuls, else full) | layers | no product | nothing
-    )
-    implementation: ImplementationName = "auto"  # of attention; auto: the fastest that was measured on the device
+    model: Annotated[str, 'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct'] = ""
+    data: DataConfig = DataConfig()
+    output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
+    mode: Annotated[
+        Mode,
+        "what trains. adapter: the evict head, the base stays frozen; full: all weights, against a separate frozen teacher; "
+        "borrowed: first free a channel of a query head for the decisions, then train all weights",
+    ] = "adapter"
+    steps: Annotated[int, AtLeast(1), "optimizer steps in all"] = 55
+    length: Annotated[int, AtLeast(2), "tokens of a row"] = 1024
+    batch_size: Annotated[
+        int, AtLeast(0), "rows of an optimizer step; 0: one for each data-parallel device and micro-batch"
+    ] = 0
+    accumulate: Annotated[
+        int, AtLeast(1), "micro-batches that a step is computed in; they add up to exactly the whole batch"
+    ] = 1
+    seed: Annotated[int, AtLeast(0), "seed of the noise, of the order of rows and of the held-out split"] = 0
+    mesh: Annotated[
+        str,
+        "devices as DATAxMODEL[xCONTEXT]: data splits the batch and shards the parameters, model splits the KV heads, "
+        "context splits the length of rows; auto: all devices are data",
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. Weights that train are "
+        "kept in float32",
+    ] = "auto"
+    remat: Annotated[
+        Remat,
+        "what the backward pass recomputes. full: whole layers; matmuls: all but matrix products; none: nothing; "
+        "auto: matmuls on a CPU, full on accelerators",
+    ] = "auto"
+    implementation: Annotated[
+        ImplementationName,
+        "implementation of training attention; auto: the one measured to be the fastest on the device",
+    ] = "auto"
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
-    initial_cr: float = 1.0  # >= 1; nominal ratio at the first step
-    cr_steps: int = 0  # steps from initial_cr to dms.target_cr; 0: nine tenths of the steps
-    ramp_steps: int = 0  # `borrowed` only: steps that free the channel; 0: a third of the steps
+    initial_cr: Annotated[float, AtLeast(1), "target of the nominal compression ratio at the first step"] = 1.0
+    cr_steps: Annotated[
+        int, AtLeast(0), "steps in which the target rises from initial_cr to dms.target_cr; 0: nine tenths of the steps"
+    ] = 0
+    ramp_steps: Annotated[
+        int, AtLeast(0), "first steps of mode borrowed, which free the channel; 0: a third of the steps"
+    ] = 0
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    eval_every: int = 0  # steps between validations; 0: at the end only
-    eval_rows: int = 10  # held-out rows of a validation
-    calibration_rows: int = (
-        4  # after training, training rows on which the threshold is raised until CR is not above target; 0: none
-    )
-    save_every: int = 50  # steps between checkpoints
-    keep: int = 2  # checkpoints that stay
-    tensorboard: bool = False  # also write OUTPUT/tensorboard (pip install "dms-jax[log]")
+    eval_every: Annotated[int, AtLeast(0), "steps between two validations; 0: validate at the end only"] = 0
+    eval_rows: Annotated[int, AtLeast(1), "held-out rows of a validation"] = 10
+    calibration_rows: Annotated[
+        int,
+        AtLeast(0),
+        "training rows on which the threshold is raised, after training, until the realised CR is not above its target; "
+        "0: keep the threshold at 0",
+    ] = 4
+    save_every: Annotated[int, AtLeast(1), "steps between two checkpoints"] = 50
+    keep: Annotated[int, AtLeast(1), "complete checkpoints to keep"] = 2
+    tensorboard: Annotated[bool, 'also write OUTPUT/tensorboard (pip install "dms-jax[log]")'] = False
 
     def __post_init__(self):
-        at_least = {
-            "steps": 1,
-            "length": 2,
-            "batch_size": 0,
-            "accumulate": 1,
-            "initial_cr": 1,
-            "cr_steps": 0,
-            "ramp_steps": 0,
-            "eval_every": 0,
-            "eval_rows": 1,
-            "calibration_rows": 0,
-            "save_every": 1,
-            "keep": 1,
-            "seed": 0,
-        }
-        for name, least in at_least.items():
-            if not least <= getattr(self, name) <= MAX_INT:
-                raise ConfigError(f"{name} must be >= {least} and below 2**31, got {shown(getattr(self, name))}")
+        check_ranges(self)
         if self.dms.target_cr < self.initial_cr:
             raise ConfigError(
-                f"dms.target_cr ({self.dms.target_cr:g}) is below initial_cr ({self.initial_cr:g}); the ratio only rises"
+                f"dms.target_cr must be at least initial_cr ({self.initial_cr:g}), got {self.dms.target_cr:g}; "
+                "the ratio only rises"
             )
         if max(self.cr_steps, self.ramp_steps) + (self.ramp_steps if self.cr_steps else 0) > self.steps:
             raise ConfigError(
-                f"cr_steps ({self.cr_steps}) and ramp_steps ({self.ramp_steps}) do not fit into steps ({self.steps})"
+                f"cr_steps ({self.cr_steps}) and ramp_steps ({self.ramp_steps}) must fit into steps, got {self.steps}"
             )
         if self.ramp_steps and self.mode != "borrowed":
-            raise ConfigError(f"ramp_steps belongs to mode borrowed; mode is {self.mode}")
+            raise ConfigError(f"ramp_steps must be 0 unless mode is borrowed; mode is {self.mode}")
         if not self.output:
-            raise ConfigError("output is empty; name a folder")
-
+            raise ConfigError("output must name a folder, got ''")
         if self.mode == "adapter" and self.dms.variant == "borrowed":
-            raise ConfigError("the borrowed variant has no adapter to train; use mode=borrowed")
+            raise ConfigError("dms.variant=borrowed has no adapter to train; use mode=borrowed")
 
     @property
     def trained_dms(self) -> DMSConfig:
-        """The policy that is trained: mode `borrowed` means its variant."""
+        """The parameters of the policy that is trained: mode `borrowed` implies the variant `borrowed`."""
         return dataclasses.replace(self.dms, variant="borrowed") if self.mode == "borrowed" else self.dms
 
     @property
     def first_gated_step(self) -> int:
-        """Steps of `borrowed` before any gate acts."""
+        """The first step at which gates act: 0, or in mode `borrowed` the number of steps that free the channel."""
         return (self.ramp_steps or max(1, self.steps // 3)) if self.mode == "borrowed" else 0
 
     @property
     def rising_steps(self) -> int:
-        """Steps, after the ramp, in which the nominal ratio rises."""
+        """Steps, from the first gated one, in which the target ratio rises."""
         return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
 
 
-# The embedded default's run is so short that it learns with shift 0 only: a token then decides about itself, so the attention sink,
-# which every head needs, is kept by its own unmistakable hidden state. With shift 1 the token after it has to know
-# (docs/experiments.md). Models of your own get 1, NVIDIA's convention, unless they say otherwise.
+# The run of the embedded default is so short that it learns with decision_shift 0 only. A token then decides about itself, so the
+# attention sink, which every head needs, is kept because its own hidden state is unmistakable; with decision_shift 1 the token after it
+# would have to know (docs/experiments.md). Other models get 1, NVIDIA's convention, unless the configuration says 0.
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
-# Keys that may change when a run is resumed: they do not change what is trained.
+# Keys that may change when a run is resumed, because they do not change what is trained.
 FREE_ON_RESUME = {
     "mesh",
     "output",
@@ -164,27 +175,25 @@ FREE_ON_RESUME = {
 
 
 def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:
-    """YAML file, then `--set`, then `--mesh`; strict."""
-    raw = read_yaml(path) if path else {}
-    # The nested defaults are this recipe's, not the classes': a key that is given must not reset its neighbours.
-    merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
-    if not raw.get("model") and not any(a.partition("=")[0].strip() == "model" for a in assignments):
-        merged["dms"] |= EMBEDDED_DEFAULT
-    merge(merged, raw)
-    for assignment in assignments:
-        if assignment.partition("=")[0].strip().startswith("data.") and not isinstance(merged.get("data", {}), dict):
-            merged["data"] = {"paths": merged["data"]}
-        override(merged, assignment)
+    """Lay the assignments of `--set` over the YAML file, and `--mesh` over both."""
+    given: dict[str, Any] = {}
+    for layer in (read_yaml(path) if path else {}, *map(parse_assignment, assignments)):
+        if not isinstance(layer.get("data", {}), dict):
+            layer["data"] = {"paths": layer["data"]}  # `data: FILE`
+        merge(given, layer)
     if mesh is not None:
-        merged["mesh"] = mesh
-    if not isinstance(merged.get("data", {}), dict):
-        merged["data"] = {"paths": merged["data"]}
+        given["mesh"] = mesh
+    # A given key must not reset its neighbors to the defaults of DMSConfig, which are not those of this recipe.
+    merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
+    if not given.get("model"):
+        merged["dms"] |= EMBEDDED_DEFAULT
+    merge(merged, given)
     with naming(path + (" and --set" if assignments else "")) if path else contextlib.nullcontext():
         return build(RetrofitConfig, merged)
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:
-    """What of a saved config a resumed run would change, as `key: old -> new`, without the keys that are free to."""
+    """List what a resumed run would change in the saved configuration, as `key: old -> new`, except for FREE_ON_RESUME."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = f"{path}{key}", old.get(key), new.get(key)
@@ -195,23 +204,3 @@ def differences(old: dict, new: dict, path: str = "") -> list[str]:
         elif a != b and not (isinstance(a, list | tuple) and isinstance(b, list | tuple) and list(a) == list(b)):
             found.append(f"{name}: {a} -> {b}")
     return found
-
-
-def keys_help() -> str:
-    """Every key with its default, for --help."""
-    lines = []
-
-    def add(config, path: str) -> None:
-        for f in dataclasses.fields(config):
-            value = getattr(config, f.name)
-            if dataclasses.is_dataclass(value):
-                add(value, f"{path}{f.name}.")
-            else:
-                kind = typing.get_type_hints(type(config))[f.name]
-                choices = (
-                    f"  ({' | '.join(map(str, typing.get_args(kind)))})" if typing.get_origin(kind) is Literal else ""
-                )
-                lines.append(f"  {path}{f.name} = {value!r}{choices}")
-
-    add(RetrofitConfig(), "")
-    return "\n".join(lines)

@@ -1,22 +1,20 @@
-"""The retrofit step: everything that is differentiated, and the jitted functions of a run.
+"""The retrofit step as pure functions of (state, frozen, batch): everything that is differentiated, and the update.
 
-Distillation against the dense teacher plus the one-sided compression loss, over micro-batches that add up to exactly the
-gradient of the whole batch. `adapter` trains the evict head and its teacher is the same frozen weights; `full` and
-`borrowed` train all weights against a separate frozen copy.
+The loss distills the dense teacher and adds the one-sided compression loss, over micro-batches that add up to exactly the gradient of
+the whole batch. Mode `adapter` trains the evict head, and its teacher is the same frozen weights; `full` and `borrowed` train all
+weights against a separate frozen copy. `step_functions` compiles these functions for a mesh.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from dms_jax.axes import Array
+from dms_jax.config import DMSConfig
 from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 from dms_jax.core.eviction import decidable, live_counts
@@ -25,28 +23,12 @@ from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, sliding_windo
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.layers import EvictParam
 from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shardings
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.streaming_llm import StreamingLLM
-from dms_jax.sharding import named_sharding, spec
+from dms_jax.sharding import spec
 from dms_jax.training.data.rows import Batch
-from dms_jax.training.optimizer import build_optimizer, optimizer_shardings, rate_schedule
-from dms_jax.training.retrofit_config import LossConfig, Mode, OptimizerConfig
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What the compiled step depends on."""
-
-    mode: Mode
-    seed: int
-    length: int
-    steps: int
-    accumulate: int  # micro-batches of a step
-    initial_cr: float
-    ramp_steps: int  # borrowed: steps that free the channel, before any gate acts
-    cr_steps: int  # steps from initial_cr to dms.target_cr, after the ramp
-    remat: str
-    loss: LossConfig
-    optimizer: OptimizerConfig
+from dms_jax.training.optimizer import build_optimizer, rate_schedule
+from dms_jax.training.retrofit_config import RetrofitConfig
 
 
 class TrainState(NamedTuple):
@@ -57,92 +39,63 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-class Retrofit:
-    """The functions of one run, compiled once each: `step`, `free_channel`, `evaluate`, `scores`, `evaluate_sliding_window`."""
+@dataclass(frozen=True, eq=False)
+class RetrofitStep:
+    """The mathematics of one retrofit, as functions of arrays that it does not hold. Nothing here is compiled."""
 
-    def __init__(
-        self, model: Decoder, teacher: Decoder | None, config: StepConfig, mesh: Mesh, compute_dtype: jnp.dtype
-    ):
-        """`model` is taken apart; `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`.
+    config: RetrofitConfig
+    mesh: Mesh
+    student: ModelStructure
+    teacher: (
+        ModelStructure | None
+    )  # None: the student is its own teacher; its `dense_hidden` never looks at the evict head
+    evict_head: frozenset[str]  # names of the parameters of the evict head, which stay fp32 in every compute dtype
+    compute_dtype: jnp.dtype
+    remat: str  # `config.remat`, resolved for the platform
 
-        Models of shapes only (`abstract_model`), with a mesh of hardware that need not be here, can be lowered and not run.
-        """
-        self.config, self.mesh, self.dms = config, mesh, model.config.require_dms()
-        self.compute_dtype = compute_dtype
-        self.student = ModelStructure(model)
-        self.teacher = ModelStructure(teacher) if teacher is not None else None
-        params, self.evict_head = flatten(model), flatten(model, EvictParam).keys()
-        chosen = list(self.evict_head if config.mode == "adapter" else params)
-        self.rate = rate_schedule(config.optimizer, config.steps)
-        self.tx = build_optimizer(config.optimizer, self.rate)
-        self.frozen = flatten(teacher) if teacher is not None else {n: a for n, a in params.items() if n not in chosen}
-        shardings = self.student.shardings(chosen, mesh)
-        abstract = isinstance(params[chosen[0]], jax.ShapeDtypeStruct)
-        if abstract:
-            self.frozen = with_shardings(self.frozen, (self.teacher or self.student).shardings(list(self.frozen), mesh))
-        # Master weights are fp32 whatever the compute dtype: a bf16 weight loses updates of this size.
-        make = jax.eval_shape if abstract else lambda f, *x: f(*x)
-        master = jax.jit(lambda p: {n: a.astype(jnp.float32) for n, a in p.items()}, out_shardings=shardings)
-        trainable = make(master, {n: params[n] for n in chosen})
-        everywhere = NamedSharding(mesh, P())
-        # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shardings
-        self.shardings = TrainState(everywhere, shardings, optimizer_shardings(self.tx, trainable, shardings, mesh))
-        init = jax.jit(self.tx.init, out_shardings=self.shardings.opt_state)
-        self.state = TrainState(
-            make(lambda: jax.device_put(jnp.zeros((), jnp.int32), everywhere)), trainable, make(init, trainable)
-        )
-        if abstract:
-            self.state = jax.tree.map(
-                lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), self.state, self.shardings
-            )
-        self.step = self._jit(self._step, donate=(0,), out=(self.shardings, everywhere))
-        self.free_channel = self._jit(self._free_channel, donate=(0,), out=self.shardings)
-        self.evaluate = self._jit(self._evaluate, out=everywhere)
-        self.scores = self._jit(self._scores, out=everywhere)
-        self.evaluate_sliding_window = self._jit(self._evaluate_sliding_window, out=everywhere, static=(2,))
-        self.finite_gradients = self._jit(
-            lambda state, frozen, batch: jax.tree.map(_finite_per_layer, self._gradients(state, frozen, batch)[0]),
-            out=everywhere,
-        )
+    @property
+    def dms(self) -> DMSConfig:
+        return self.student.config.require_dms()
 
-    def _jit(self, f, *, out, donate=(), static=()):
-        compiled = jax.jit(f, donate_argnums=donate, static_argnums=static, out_shardings=out)
+    @property
+    def rate(self) -> optax.Schedule:
+        return rate_schedule(self.config.optimizer, self.config.steps)
 
-        def call(*args):
-            with jax.set_mesh(self.mesh):
-                return compiled(*args)
-
-        call.cache_size = compiled._cache_size  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
-        call.lower = compiled.lower  # pyrefly: ignore[missing-attribute]  # a function takes attributes
-        return call
+    @property
+    def tx(self) -> optax.GradientTransformation:
+        return build_optimizer(self.config.optimizer, self.rate)
 
     # --- model views ---
 
     def student_model(self, trainable: Params, frozen: Params) -> Decoder:
-        cast = {name: a if name in self.evict_head else a.astype(self.compute_dtype) for name, a in trainable.items()}
+        cast = {
+            name: array if name in self.evict_head else array.astype(self.compute_dtype)
+            for name, array in trainable.items()
+        }
         return self.student.build(cast, {} if self.teacher else frozen)
 
     def teacher_model(self, trainable: Params, frozen: Params) -> Decoder:
-        """`adapter`: the student itself, whose `dense_hidden` never looks at the evict head."""
-        return (
-            self.teacher.build(frozen) if self.teacher else self.student_model(jax.lax.stop_gradient(trainable), frozen)
-        )
+        if self.teacher:
+            return self.teacher.build(frozen)
+        return self.student_model(jax.lax.stop_gradient(trainable), frozen)
 
-    def trained_model(self, state: TrainState) -> Decoder:
-        return self.student_model(state.trainable, self.frozen)
+    # --- loss and gradients ---
 
-    # --- one step ---
-
-    def _losses(self, trainable, frozen, micro, step, num_tokens):
-        """Sums of one micro-batch, scaled so that they add up to the batch's means: (total, metrics)."""
+    def losses(
+        self, trainable: Params, frozen: Params, micro: Batch, step: Array, num_tokens: Array
+    ) -> tuple[Array, dict]:
+        """(total, metrics) of one micro-batch, scaled so that those of all micro-batches add up to the means of the batch.
+        `num_tokens`: tokens of the whole batch that count."""
         c, dms = self.config, self.dms
         student, teacher = self.student_model(trainable, frozen), self.teacher_model(trainable, frozen)
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
-        ramping = step < c.ramp_steps
+
+        # The student's hidden states and decisions; before the first gated step of `borrowed`, the channel is freed and nothing decides.
+        ramping = step < c.first_gated_step
 
         def free():
             hidden = student.ramped_hidden(
-                micro.tokens, borrowed_channel_scale(step, c.ramp_steps), micro.segment_ids, c.remat
+                micro.tokens, borrowed_channel_scale(step, c.first_gated_step), micro.segment_ids, self.remat
             )
             return hidden, jnp.zeros(
                 (student.config.num_layers, len(micro.tokens), student.config.num_kv_heads, c.length)
@@ -152,19 +105,25 @@ class Retrofit:
             noise = eviction.logistic_noise(
                 c.seed, step, micro.examples, student.config.num_layers, student.config.num_kv_heads, c.length
             )
-            return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, c.remat)
+            return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, self.remat)
 
-        hidden, evict = jax.lax.cond(ramping, free, gate) if c.ramp_steps else gate()
+        hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
+
+        # Distillation.
         weight = micro.loss_mask.astype(jnp.float32) / num_tokens
         distill = distill_sum(
             hidden, target, student.output_embedding(), teacher.output_embedding(), weight, c.loss.order
         )
+
+        # Compression: how far the evicted fraction is below its target.
         counted = micro.loss_mask
         if c.loss.decidable_only:
             counted = counted & decidable(c.length, dms.window_size, dms.decision_shift)
         cr = self.nominal_target(step)
         compression = compression_loss(evict, evict_fraction(cr), scope=c.loss.scope, counted=counted) / c.accumulate
         compression = jnp.where(ramping, 0.0, compression)
+
+        # What a cache would hold.
         evicted = jnp.sum(evict * micro.loss_mask[:, None]) / (num_tokens * evict.shape[0] * evict.shape[2])
         live = (
             jnp.mean(live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)) / c.accumulate
@@ -180,42 +139,48 @@ class Retrofit:
         }
 
     def nominal_target(self, step: Array) -> Array:
+        """The target of the nominal compression ratio at a step."""
         return target_cr(
-            jnp.maximum(step - self.config.ramp_steps, 0),
+            jnp.maximum(step - self.config.first_gated_step, 0),
             self.config.initial_cr,
             self.dms.target_cr,
-            max(self.config.cr_steps, 1),
+            self.config.rising_steps,
         )
 
-    def _gradients(self, state: TrainState, frozen: Params, batch) -> tuple[Params, dict]:
+    def gradients(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[Params, dict]:
+        """(gradients, metrics) of a batch: the sums over its micro-batches."""
         num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
-        of = jax.grad(self._losses, has_aux=True)
+        grad = jax.grad(self.losses, has_aux=True)
         if self.config.accumulate == 1:
-            return of(state.trainable, frozen, batch, state.step, num_tokens)
+            return grad(state.trainable, frozen, batch, state.step, num_tokens)
         micros = jax.tree.map(self._micro_batches, batch)
 
         def add(carry, micro):
-            return jax.tree.map(jnp.add, carry, of(state.trainable, frozen, micro, state.step, num_tokens)), None
+            return jax.tree.map(jnp.add, carry, grad(state.trainable, frozen, micro, state.step, num_tokens)), None
 
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(of, state.trainable, frozen, jax.tree.map(lambda x: x[0], micros), state.step, num_tokens),
+            jax.eval_shape(grad, state.trainable, frozen, jax.tree.map(lambda x: x[0], micros), state.step, num_tokens),
         )
         return jax.lax.scan(add, zero, micros)[0]
 
     def _micro_batches(self, x: Array) -> Array:
-        """[b*A ...] -> [A b ...]; micro-batch a takes every A-th row from a on, so that no row leaves the device that holds it."""
+        """Split rows [b*A ...] into micro-batches [A b ...]. Micro-batch a takes every A-th row from a on, so that no row leaves the
+        device that holds it."""
         x = x.reshape(-1, self.config.accumulate, *x.shape[1:]).swapaxes(0, 1)
         axes = (None, "batch") + (None,) * (x.ndim - 2)
         return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, self.mesh))
 
-    def _step(self, state: TrainState, frozen: Params, batch) -> tuple[TrainState, dict]:
-        grads, metrics = self._gradients(state, frozen, batch)
+    # --- one step ---
+
+    def update(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict]:
+        """One optimizer step: (new state, metrics)."""
+        grads, metrics = self.gradients(state, frozen, batch)
         norm = optax.tree.norm(grads)
         updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step
-        # A step that is not finite changes nothing: the run stops with its last good state, which it may save.
+        # A step that is not finite changes nothing: the run stops with its last good state.
         # pyrefly: ignore[bad-argument-type]  # optax returns the tree it was given
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
@@ -229,65 +194,66 @@ class Retrofit:
         }
         return state, metrics
 
-    def _free_channel(self, state: TrainState) -> TrainState:
-        """Between the phases of `borrowed`: the channel, which no longer has any effect, becomes exactly 0."""
+    def free_channel(self, state: TrainState) -> TrainState:
+        """Set the borrowed channel to exactly 0 once the first steps of `borrowed` have taken its effect away, and reset the
+        optimizer state."""
         model = self.student.build(state.trainable)
         free_borrowed_channel(model)
         trainable = flatten(model)
         return TrainState(state.step, trainable, self.tx.init(trainable))
 
+    def finite_gradients(self, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Array]:
+        """Flags of which gradients are finite, by parameter and layer: bool [L] each."""
+        return jax.tree.map(_finite_per_layer, self.gradients(state, frozen, batch)[0])
+
     # --- held-out rows ---
 
-    def _evaluate(self, state: TrainState, frozen: Params, batch, threshold: Array) -> RowMetrics:
+    def evaluate(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> RowMetrics:
+        """Hard decisions under `threshold` against the dense teacher."""
         student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
         return retrofit_rows(student, teacher, batch.tokens, batch.segment_ids, threshold)
 
-    def _scores(self, state: TrainState, frozen: Params, batch, threshold: Array) -> Array:
+    def scores(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> Array:
         """Evict logits [L B K T] of rows that decide under `threshold`."""
         return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
-    def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
+    def evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch):
+        """The dense teacher under a sliding window, against itself."""
         return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
-
-    def lower(self, batch_size: int) -> jax.stages.Lowered:
-        """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
-
-        def shape(dtype: Any, *dims: int) -> Any:
-            return jax.ShapeDtypeStruct(
-                dims, dtype, sharding=named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh)
-            )
-
-        rows = batch_size, self.config.length
-        batch = Batch(
-            shape(jnp.int32, *rows), shape(jnp.int32, *rows), shape(jnp.bool_, *rows), shape(jnp.int32, batch_size)
-        )
-        with jax.set_mesh(self.mesh):
-            return self.step.lower(self.state, self.frozen, batch)  # pyrefly: ignore[missing-attribute]  # set in `_jit`
-
-    def place(self, batch_of: Callable[[int, int], Batch], batch_size: int) -> Batch:
-        """A global batch on the mesh; `batch_of(start, count)` gives the rows that this host's devices hold."""
-
-        @functools.cache  # the four fields of a shard come from one call
-        def rows(start: int, stop: int) -> Batch:
-            return batch_of(start, stop - start)
-
-        shape = (batch_size, self.config.length)
-
-        def array(field: str, dims: tuple[int, ...]) -> Array:
-            sharding = named_sharding(("batch",) + (None,) * (len(dims) - 1), dims, self.mesh)
-            # pyrefly: ignore[unsupported-operation]  # the index of a shard that is here is not None
-            return jax.make_array_from_callback(
-                dims, sharding, lambda index: getattr(rows(*index[0].indices(batch_size)[:2]), field)
-            )
-
-        return Batch(
-            tokens=array("tokens", shape),
-            segment_ids=array("segment_ids", shape),
-            loss_mask=array("loss_mask", shape),
-            examples=array("examples", shape[:1]),
-        )
 
 
 def _finite_per_layer(gradient: Array) -> Array:
     axes = tuple(range(1, gradient.ndim)) if gradient.ndim > 1 else ()
     return jnp.all(jnp.isfinite(gradient), axis=axes)
+
+
+def take_apart(
+    model: Decoder,
+    teacher: Decoder | None,
+    config: RetrofitConfig,
+    mesh: Mesh,
+    compute_dtype: jnp.dtype,
+    kind: type[RetrofitStep] = RetrofitStep,
+) -> tuple[RetrofitStep, Params, Params]:
+    """(mathematics, parameters that train, frozen parameters) of the models.
+
+    `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`. Models of shapes only (`abstract_model`), on a
+    mesh of hardware that need not be here, give shapes in place of parameters.
+    """
+    student, params = ModelStructure(model), flatten(model)
+    evict_head = frozenset(flatten(model, EvictParam))
+    chosen = evict_head if config.mode == "adapter" else params.keys()
+    trainable = {name: array for name, array in params.items() if name in chosen}
+    separate = None if teacher is None else ModelStructure(teacher)
+    frozen = (
+        flatten(teacher)
+        if teacher is not None
+        else {name: array for name, array in params.items() if name not in chosen}
+    )
+    if any(isinstance(array, jax.ShapeDtypeStruct) for array in params.values()):
+        frozen = with_shardings(frozen, (separate or student).shardings(list(frozen), mesh))
+    remat = config.remat
+    if remat == "auto":
+        with jax.set_mesh(mesh):
+            remat = platform_defaults().remat
+    return kind(config, mesh, student, separate, evict_head, compute_dtype, remat), trainable, frozen

@@ -22,7 +22,7 @@ from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.kernels.block_sizes import SlotBlocks, TrainBlocks
 from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.kernels.tuned import TunedEntry, read_tuned, write_tuned
-from dms_jax.training.data.token_store import DataConfig, tokenise
+from dms_jax.training.data.token_store import DataConfig, tokenize
 from dms_jax.training.metrics import MetricsFile, read_steps
 
 ADAPTER, CACHE, TUNED, METRICS, RESULTS = (
@@ -129,7 +129,7 @@ def make_tokens(folder: Path) -> None:
 
 
 def read_tokens_in(folder: Path) -> Any:
-    store = tokenise((str(folder / "ids.npy"),), DataConfig(cache_dir=str(folder / "cache")), None, 97)
+    store = tokenize((str(folder / "ids.npy"),), DataConfig(cache_dir=str(folder / "cache")), None, 97)
     return oracles.plain(store[:4])
 
 
@@ -273,7 +273,7 @@ def read_metrics(folder: Path) -> Any:
     with tempfile.TemporaryDirectory() as temporary:
         shutil.copytree(folder, Path(temporary, "copy"), symlinks=True)
         path = Path(temporary, "copy", METRICS)
-        MetricsFile(path, {"header": {}}, 6)
+        MetricsFile(path).begin({"header": {}}, 6)
         return repr([(line["step"], line["loss/total"]) for line in read_steps(path)])
 
 

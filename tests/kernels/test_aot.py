@@ -218,28 +218,18 @@ def test_prefill_chunk_compiles_and_reuses_the_cache(target, kernels):
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
 def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
-    from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig
-    from dms_jax.training.step import Retrofit, StepConfig
+    from dms_jax.training.retrofit_config import RetrofitConfig
+    from dms_jax.training.step import take_apart
+    from dms_jax.training.step_functions import step_functions
 
     mesh = mesh_of(target, 4, 2)
     config = with_kernels(SMALL, target, kernels)
     length = 16384
-    step = StepConfig(
-        mode="adapter",
-        seed=0,
-        length=length,
-        steps=100,
-        accumulate=1,
-        initial_cr=1.0,
-        ramp_steps=0,
-        cr_steps=80,
-        remat="full",
-        loss=LossConfig(),
-        optimizer=OptimizerConfig(),
-    )
-    program = Retrofit(abstract_model(config, BF16), None, step, mesh, BF16).lower(4).compile()
-    # A device has one row, which takes about 40 KiB per token at any length. The scores of a single layer, [T, T] for each of 8 local
-    # heads in fp32, would take 512 KiB per token.
+    run = RetrofitConfig(length=length, steps=100, cr_steps=80, remat="full")
+    math, trainable, frozen = take_apart(abstract_model(config, BF16), None, run, mesh, BF16)
+    program = step_functions(math, trainable).lower(frozen, 4).compile()
+    # A row a device: about 40 KiB for each of its tokens, of any length. Scores of a single layer, [T, T] for each of 8 local heads in
+    # fp32, would be 512 KiB for each token of such a row.
     assert program.memory_analysis().temp_size_in_bytes < length * 2**16, program.memory_analysis()
 
 

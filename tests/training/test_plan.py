@@ -104,7 +104,8 @@ def test_on_a_cpu_the_memory_is_the_compiled_programs(mode, monkeypatch):
     config = plan_config(mode)
     setting = step_plan.Setting(config, hardware, (jax.device_count(), 1), mode, 64, 8, remat="matmuls")
     found = step_plan.planned(setting, analytic=False)
-    analysis = step_plan.abstract_retrofit(setting, mesh).lower(8).compile().memory_analysis()
+    steps, _, frozen = step_plan.abstract_retrofit(setting, mesh)
+    analysis = steps.lower(frozen, 8).compile().memory_analysis()
     total = (
         analysis.argument_size_in_bytes
         + analysis.temp_size_in_bytes
@@ -291,9 +292,9 @@ def test_the_estimate_is_within_15_percent_of_what_a_cpu_compiles(mode, remat):
     config = dataclasses.replace(plan.read_config(f"{MODELS}/smollm2-135m.json", 128, mode), num_layers=2)
     devices = jax.device_count()
     setting = step_plan.Setting(config, hardware_of(f"cpux{devices}"), (devices, 1), mode, 512, devices, remat=remat)
-    retrofit = step_plan.abstract_retrofit(setting, make_mesh(devices, 1))
-    compiled = step_plan.total_bytes(retrofit.lower(devices).compile().memory_analysis())
-    assert step_plan.estimate(setting, retrofit).total == pytest.approx(compiled, rel=0.15)
+    steps, _, frozen = step_plan.abstract_retrofit(setting, make_mesh(devices, 1))
+    compiled = step_plan.total_bytes(steps.lower(frozen, devices).compile().memory_analysis())
+    assert step_plan.estimate(setting, steps, frozen).total == pytest.approx(compiled, rel=0.15)
 
 
 @pytest.mark.slow
@@ -342,4 +343,4 @@ def test_dtypes_are_those_of_the_hardware():
         setting = step_plan.Setting(
             plan_config("adapter"), hardware_of(name), (jax.device_count(), 1), "adapter", 64, 8
         )
-        assert step_plan.abstract_retrofit(setting, mesh).compute_dtype == dtype
+        assert step_plan.abstract_retrofit(setting, mesh)[0].math.compute_dtype == dtype

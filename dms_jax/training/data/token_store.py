@@ -1,8 +1,8 @@
-"""From files to batches: documents (`train/documents.py`), here a token cache and the held-out split, then rows (`train/rows.py`).
+"""A cache of tokenized documents and the held-out split, between `documents` and `rows`.
 
-A text document becomes [bos] ids [eos]: eos where the tokenizer has one, bos only where it says `add_bos`. Chats are what their
-template makes, ids from .npy are taken as they are. Everything is a function of (content, tokenizer, seed): neither the order of
-the files nor the number of hosts matters, and a resumed run needs no iterator state.
+A text document becomes [bos] ids [eos]: eos if the tokenizer has one, bos only if it sets `add_bos`. A chat becomes what the template
+makes of it; ids from .npy stay as they are. Everything is a function of (content, tokenizer, seed): neither the order of the files nor
+the number of hosts matters, and a resumed run needs no iterator state.
 """
 
 import contextlib
@@ -14,66 +14,75 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from dms_jax.config_reader import AtLeast, Between, check_ranges
 from dms_jax.errors import ConfigError
 from dms_jax.hf.hub_dataset import open_dataset
 from dms_jax.training.data.documents import Keys, expand_paths, file_kind, read_documents
 from dms_jax.training.data.rows import Rows, mix
 
-CACHE_VERSION = 1  # of the way from documents to ids; a change that alters ids must raise it
+CACHE_VERSION = 1  # raise it with every change that alters the ids of a document
 STORE_FILES = ("ids.bin", "offsets.npy", "hashes.npy")
-MAX_HELD_OUT_SHARE = 0.2  # of all tokens; a larger document is never held out whole, its end is
+MAX_HELD_OUT_SHARE = 0.2  # of all tokens; of a larger document only the end is held out
 HeldOutBy = Literal["document", "position", "files", "nothing"]
 
 
 class Tokenizer(Protocol):
-    """What this file needs of `dms_jax.hf.hf_tokenizer`. An attribute `add_bos: bool` is optional."""
+    """The part of `dms_jax.hf.hf_tokenizer` that this module uses. An attribute `add_bos: bool` is optional."""
 
     @property
     def bos_id(self) -> int | None: ...
     @property
     def eos_id(self) -> int | None: ...
     @property
-    def hash(self) -> str: ...  # changes whenever any text's ids could
+    def hash(self) -> str: ...  # changes whenever the ids of any text could
     def encode(self, text: str) -> np.ndarray: ...
     def encode_chat(self, messages: list[dict]) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it is laid out in rows."""
+    """The source of the text and its layout in rows."""
 
-    paths: tuple[str, ...] = ()  # files, folders or hf: names to train on
-    eval_paths: tuple[str, ...] = ()  # held-out files of their own; () holds out a part of `paths`
-    text_key: str = "text"  # of .jsonl and .parquet
-    messages_key: str = "messages"  # read where the text key is absent
-    rows: Literal["contiguous", "packed"] = (
-        "contiguous"  # across documents as in the reference | each document sees itself only
-    )
-    held_out_fraction: float = 0.05  # in [0, 1); of the tokens, by whole documents; 0 holds nothing out
-    cache_dir: str = ""  # "": dms_jax in the user's cache folder
-    max_documents: int = 0  # of `paths`, and of `eval_paths`; 0 is all
+    paths: Annotated[
+        tuple[str, ...],
+        "files, folders or hf: names to train on, for short data=FILE; none: the text of the embedded default",
+    ] = ()
+    eval_paths: Annotated[tuple[str, ...], "held-out files of their own; none: a part of data.paths is held out"] = ()
+    text_key: Annotated[str, "key of the text in .jsonl and .parquet records"] = "text"
+    messages_key: Annotated[str, "key of a chat, which is read where a record has no data.text_key"] = "messages"
+    rows: Annotated[
+        Literal["contiguous", "packed"],
+        "contiguous: rows cut from all documents one after the other, as in the reference; packed: whole pieces of documents, "
+        "each of which sees itself only",
+    ] = "contiguous"
+    held_out_fraction: Annotated[
+        float,
+        Between(0, 1, exclusive_max=True),
+        "part of the tokens to hold out, by whole documents; 0 holds nothing out",
+    ] = 0.05
+    cache_dir: Annotated[str, 'folder of cached tokens and downloads; "" is dms_jax in the user\'s cache folder'] = ""
+    max_documents: Annotated[
+        int, AtLeast(0), "documents to read of data.paths, and of data.eval_paths; 0 reads all"
+    ] = 0
 
     def __post_init__(self):
         if isinstance(self.paths, str) or isinstance(self.eval_paths, str):
             raise ConfigError(
-                f"data.paths and data.eval_paths are lists of files, got {self.paths!r} and {self.eval_paths!r}"
+                f"data.paths and data.eval_paths must be lists of files, got {self.paths!r} and {self.eval_paths!r}"
             )
-        if not 0 <= self.held_out_fraction < 1:
-            raise ConfigError(f"data.held_out_fraction must be in [0, 1), got {self.held_out_fraction!r}")
-        if self.max_documents < 0:
-            raise ConfigError(f"data.max_documents must be >= 0 (0 is all), got {self.max_documents!r}")
+        check_ranges(self, "data.")
         if not self.text_key or not self.messages_key:
             raise ConfigError("data.text_key and data.messages_key must not be empty")
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What became of the documents."""
+    """Counts of what became of the documents."""
 
     documents: int
     empty_documents: int  # skipped
@@ -81,29 +90,25 @@ class DataSummary:
     held_out_tokens: int
     train_rows: int
     held_out_rows: int
-    dropped_tokens: int  # of training: the tail that fills no contiguous row, always less than one
+    dropped_tokens: int  # training tokens at the end that do not fill a contiguous row; always less than one row
     padding_fraction: float  # of the packed training rows
     held_out_by: HeldOutBy
-    overlap_documents: int  # left out of training because they also stand in data.eval_paths
+    overlap_documents: int  # left out of training because data.eval_paths holds them too
     cached: bool  # the tokens came from the cache
-    content_hash: str  # of files, tokenizer and options: the name of the cache entry
+    content_hash: str  # hash of files, tokenizer and options; names the cache entry
 
     def __str__(self) -> str:
         notes = [f"{self.documents} documents", f"{self.train_tokens} training tokens in {self.train_rows} rows"]
-        held_out = (
-            "nothing"
-            if self.held_out_by == "nothing"
-            else f"{self.held_out_tokens} (by {self.held_out_by}) in {self.held_out_rows} rows"
-        )
-        notes += [f"held out: {held_out}"]
-        notes += [f"{self.empty_documents} empty documents skipped"] if self.empty_documents else []
-        notes += (
-            [f"{self.overlap_documents} documents left out, as data.eval_paths holds them too"]
-            if self.overlap_documents
-            else []
-        )
-        notes += [f"{self.dropped_tokens} tokens dropped at the end"] if self.dropped_tokens else []
-        notes += [f"{self.padding_fraction:.1%} padding"] if self.padding_fraction else []
+        held_out = f"{self.held_out_tokens} (by {self.held_out_by}) in {self.held_out_rows} rows"
+        notes.append(f"held out: {'nothing' if self.held_out_by == 'nothing' else held_out}")
+        if self.empty_documents:
+            notes.append(f"{self.empty_documents} empty documents skipped")
+        if self.overlap_documents:
+            notes.append(f"{self.overlap_documents} documents left out because data.eval_paths holds them too")
+        if self.dropped_tokens:
+            notes.append(f"{self.dropped_tokens} tokens dropped at the end")
+        if self.padding_fraction:
+            notes.append(f"{self.padding_fraction:.1%} padding")
         return ", ".join(notes) + (" [cached]" if self.cached else "")
 
 
@@ -111,18 +116,18 @@ class DataSummary:
 
 
 class TokenStore(NamedTuple):
-    """Tokenised documents: document i is ids[offsets[i] : offsets[i + 1]]."""
+    """Tokenized documents: document i is ids[offsets[i] : offsets[i + 1]]."""
 
     ids: np.ndarray  # uint32, memory-mapped
     offsets: np.ndarray  # int64 [documents + 1]
-    hashes: np.ndarray  # uint64 [documents], of the ids alone
+    hashes: np.ndarray  # uint64 [documents]; hash of the ids of each
     empty_documents: int
-    key: str = ""  # sha256 of all that decides the ids
+    key: str = ""  # sha256 of everything that the ids depend on
     cached: bool = True
 
 
 def cache_folder(cache_dir: str | Path, name: str) -> Path:
-    """The folder `name` in `cache_dir`, made if need be; "" is dms_jax in the user's cache folder."""
+    """The folder `name` in `cache_dir`, which is made if needed. `cache_dir` "" is dms_jax in the user's cache folder."""
     try:
         base = (
             Path(cache_dir).expanduser()
@@ -140,8 +145,8 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tokenise(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> TokenStore:
-    """The documents of `paths` as ids, from the cache if they were tokenised before. Safe in several processes at once."""
+def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> TokenStore:
+    """The documents of `paths` as ids, from the cache if they were tokenized before. Several processes may call it at once."""
     names = expand_paths(paths)
     datasets = {name: open_dataset(name) for name in names if name.startswith("hf:")}
     key = _cache_key(names, datasets, config, tokenizer, vocab_size)
@@ -150,7 +155,7 @@ def tokenise(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | 
     if store is not None:
         return store._replace(key=key)
     if folder.exists():
-        print(f"the token cache {folder} is damaged; building it anew", file=sys.stderr)
+        print(f"the token cache {folder} is damaged; building it again", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory(
             prefix="building-", dir=folder.parent, ignore_cleanup_errors=True
@@ -159,9 +164,8 @@ def tokenise(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | 
             built.mkdir()
             documents = (item for name in names for item in read_documents(name, _keys(config), datasets.get(name)))
             _write_store(built, documents, config, tokenizer, vocab_size, ", ".join(paths))
-            store = _open_store(
-                built
-            )  # mapped before it moves: whatever other processes then do to the folder, the pages stay
+            # The store is mapped before the move, so that its pages stay even if other processes replace the folder.
+            store = _open_store(built)
             _install(built, folder, Path(temporary) / "replaced")
     except OSError as why:
         raise ConfigError(
@@ -194,7 +198,7 @@ def _cache_key(
 
 
 def _open_store(folder: Path) -> TokenStore | None:
-    """The store in `folder`, or None where there is none or where its bytes are not those that were written."""
+    """The store in `folder`; None if it is missing, or if its bytes are not those that were written."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("self") != _own_hash(meta) or any(
@@ -212,9 +216,8 @@ def _write_store(
 ) -> None:
     offsets, hashes, empty = [0], [], 0
     with open(built / "ids.bin", "wb") as file:
-        for where, document in tqdm(
-            documents, desc="tokenising", unit=" documents", disable=None
-        ):  # None: only on a terminal
+        # `disable=None` shows the bar on a terminal only.
+        for where, document in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
             ids = _ids(document, where, tokenizer, vocab_size)
             if not len(ids):
                 empty += 1
@@ -225,7 +228,7 @@ def _write_store(
             if len(hashes) == config.max_documents:
                 break
     if not hashes:
-        raise ConfigError(f"there are no documents in {source}" + (f": all {empty} are empty" if empty else ""))
+        raise ConfigError(f"{source} must hold documents, got " + (f"{empty} empty ones only" if empty else "none"))
     np.save(built / "offsets.npy", np.array(offsets, np.int64))
     np.save(built / "hashes.npy", np.array(hashes, np.uint64))
     meta = {"empty_documents": empty, "sha256": {name: file_sha256(built / name) for name in STORE_FILES}}
@@ -237,29 +240,29 @@ def _own_hash(meta: dict) -> str:
 
 
 def _install(built: Path, folder: Path, aside: Path) -> None:
-    """Move a complete store to its place; a damaged one that stands there goes `aside`."""
+    """Move a complete store to its place, and a damaged one that is there to `aside`."""
     try:
         os.replace(built, folder)
-    except OSError:  # something stands there
-        if _open_store(folder) is None:  # otherwise another process was first: its store has the same content
-            with contextlib.suppress(OSError):  # another process mends it at this moment: let it
+    except OSError:  # the place is taken
+        if _open_store(folder) is None:  # a good one is of a process that was faster, with the same content
+            with contextlib.suppress(OSError):  # another process may be replacing it at this moment
                 os.replace(folder, aside)
                 os.replace(built, folder)
 
 
 def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
-    """uint32 ids of one document; none for an empty one."""
-    hint = "the ids were made for another model"
+    """The uint32 ids of one document, empty for an empty one. Raises ConfigError for ids outside the vocabulary."""
+    hint = "use ids that were made for this model"
     if isinstance(document, np.ndarray):
         ids = document
     elif not document or (isinstance(document, str) and not document.strip()):
         ids = np.zeros(0, np.uint32)
     elif tokenizer is None:
         raise ConfigError(
-            f"{where} is text, and the model has no tokenizer; give token ids in a .npy, or a model folder with tokenizer.json"
+            f"{where} is text, but the model has no tokenizer; give token ids in a .npy, or a model folder with tokenizer.json"
         )
     else:
-        ids, hint = _encode(document, where, tokenizer), "tokenizer and model do not belong together"
+        ids, hint = _encode(document, where, tokenizer), "use the tokenizer of this model"
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):
         raise ConfigError(
@@ -285,20 +288,20 @@ def _encode(document: str | list, where: str, tokenizer: Tokenizer) -> np.ndarra
 def load_rows(
     config: DataConfig, tokenizer: Tokenizer | None, length: int, seed: int, vocab_size: int
 ) -> tuple[Rows, Rows, DataSummary]:
-    """(training rows, held-out rows, summary) of `length` tokens each.
+    """(training rows, held-out rows, summary); rows have `length` tokens.
 
-    Held out are `data.eval_paths`, or whole documents of `data.paths` chosen by the hash of their content: equal documents are on one
-    side, and neither `length` nor the order of files changes the choice. Where documents are so few and large that none can be
-    spared, the end of each large one is held out ("by position"). `tokenizer` may be None for .npy. Raises ConfigError.
+    The held-out rows are those of `data.eval_paths`, or whole documents of `data.paths` that are chosen by the hash of their content:
+    equal documents are on one side, and neither `length` nor the order of files changes the choice. If documents are so few and large
+    that none can be spared, the end of each large one is held out ("by position"). `tokenizer` may be None if all files are .npy.
     """
     if length < 1:
-        raise ConfigError(f"rows must be at least 1 token long, got {length}")
+        raise ConfigError(f"length must be at least 1, got {length}")
     if not config.paths:
-        raise ConfigError("data.paths is empty; give files to train on, e.g. --set data=FILE.jsonl")
-    store = held_store = tokenise(config.paths, config, tokenizer, vocab_size)
+        raise ConfigError("data.paths must name files to train on, got none; e.g. --set data=FILE.jsonl")
+    store = held_store = tokenize(config.paths, config, tokenizer, vocab_size)
     sizes, overlap = np.diff(store.offsets), np.zeros(len(store.hashes), bool)
     if config.eval_paths:
-        held_store = tokenise(config.eval_paths, config, tokenizer, vocab_size)
+        held_store = tokenize(config.eval_paths, config, tokenizer, vocab_size)
         overlap = np.isin(store.hashes, held_store.hashes)
         train_sizes, held_sizes, how = np.where(overlap, 0, sizes), np.diff(held_store.offsets), "files"
     else:
@@ -309,10 +312,12 @@ def load_rows(
         held_store, held_store.offsets[1:] - held_sizes, held_sizes, length, seed, config.rows, pad_short=True
     )
     if overlap.all():
-        raise ConfigError("every document of data.paths also stands in data.eval_paths, nothing is left to train on")
+        raise ConfigError(
+            "data.paths must hold documents that data.eval_paths does not; now nothing is left to train on"
+        )
     if not train.num_rows:
         raise ConfigError(
-            f"{train.tokens} training tokens make no row of {length}; set rows of at most {train.tokens} tokens, or give more text"
+            f"length must be at most the {train.tokens} training tokens, got {length}; use shorter rows, or give more text"
         )
     summary = DataSummary(
         documents=len(store.hashes) + (len(held_store.hashes) if config.eval_paths else 0),
@@ -340,19 +345,19 @@ def _rows(
     layout: str,
     pad_short: bool = False,
 ) -> Rows:
-    order = np.argsort(
-        mix(store.hashes, seed, 1), kind="stable"
-    )  # shuffled by content, so that rows mix domains in any order of files
+    # Shuffling by content mixes domains in the rows, in any order of the files.
+    order = np.argsort(mix(store.hashes, seed, 1), kind="stable")
     order = order[sizes[order] > 0]
     return Rows(store.ids, starts[order], sizes[order], length, layout, pad_short)
 
 
 def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, HeldOutBy]:
-    """(training tokens of each document, how the rest was chosen); the rest of a document, its end or all of it, is held out."""
+    """(training tokens of each document, how the rest was chosen). The rest of a document, its end or all of it, is held out."""
     if fraction == 0:
         return sizes, "nothing"
     distinct, which = np.unique(hashes, return_inverse=True)
-    weights = np.bincount(which, sizes).astype(np.int64)  # copies of one document count together: they go to one side
+    # Copies of a document count together, because they go to one side.
+    weights = np.bincount(which, sizes).astype(np.int64)
     budget, held = fraction * weights.sum(), np.zeros(len(distinct), bool)
     order, tokens = np.argsort(mix(distinct, seed, 2), kind="stable").tolist(), 0
     for document in order:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from dms_jax.config import ModelConfig
@@ -15,14 +16,16 @@ from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, KernelQuery, select_implementation
 from dms_jax.kernels.tuned import tuned_entry
 from dms_jax.models.decoder import Decoder
-from dms_jax.models.parameters import abstract_model
+from dms_jax.models.parameters import Params, abstract_model
 from dms_jax.planning import memory_estimate, roofline
 from dms_jax.planning.flops import step_flops
 from dms_jax.planning.hardware import KIND_NAMES, Hardware, target_mesh
 from dms_jax.planning.hlo_collectives import collectives
 from dms_jax.sharding import make_mesh
-from dms_jax.training.retrofit_config import LossConfig, Mode, OptimizerConfig
-from dms_jax.training.step import Retrofit, StepConfig
+from dms_jax.training.placement import place
+from dms_jax.training.retrofit_config import Mode, Remat, RetrofitConfig
+from dms_jax.training.step import take_apart
+from dms_jax.training.step_functions import StepFunctions, step_functions
 
 FORMULAS = {
     "fits": "bytes_per_device.total <= memory_per_device",
@@ -50,7 +53,7 @@ class Setting:
     length: int
     batch: int  # rows of an optimizer step, all devices together
     accumulate: int = 1
-    remat: str = "full"
+    remat: Remat = "full"
 
     @property
     def split(self) -> memory_estimate.Split:
@@ -100,40 +103,37 @@ def devices_of(setting: Setting, analytic: bool) -> Mesh:
     return target_mesh(setting.hardware.name, setting.mesh, axes)
 
 
-def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> Retrofit:
-    """The run's functions on models of shapes; with `make` that of other models, e.g. random ones."""
+def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> tuple[StepFunctions, Params, Params]:
+    """(the run's functions, parameters that train, frozen parameters) of models of shapes; with `make` of other models, e.g. random
+    ones."""
     dtype = jnp.float32 if setting.hardware.platform == "cpu" else jnp.bfloat16
-    ramp = 1 if setting.mode == "borrowed" else 0
-    step = StepConfig(
+    config = RetrofitConfig(
         mode=setting.mode,
-        seed=0,
         length=setting.length,
         steps=100,
         accumulate=setting.accumulate,
-        initial_cr=1.0,
-        ramp_steps=ramp,
+        ramp_steps=1 if setting.mode == "borrowed" else 0,
         cr_steps=90,
         remat=setting.remat,
-        loss=LossConfig(),
-        optimizer=OptimizerConfig(),
     )
-    if setting.mode == "adapter":
-        return Retrofit(make(setting.config, dtype), None, step, mesh, dtype)
-    teacher = make(setting.config.with_dms(None), dtype)
-    return Retrofit(make(setting.config, jnp.float32), teacher, step, mesh, dtype)
+    adapter = setting.mode == "adapter"
+    teacher = None if adapter else make(setting.config.with_dms(None), dtype)
+    student = make(setting.config, dtype if adapter else jnp.float32)
+    math, trainable, frozen = take_apart(student, teacher, config, mesh, dtype)
+    return step_functions(math, trainable), trainable, frozen
 
 
 def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
     """Figures of one step by name, in `source` where each is from, and in `formulas` how it was reckoned. With `analytic` nothing is compiled."""
     mesh = devices_of(setting, analytic)
-    retrofit = abstract_retrofit(setting, mesh)
-    held = estimated = estimate(setting, retrofit)
+    steps, _, frozen = abstract_retrofit(setting, mesh)
+    held = estimated = estimate(setting, steps, frozen)
     if analytic:
         implementation, sent = _implementation(setting, analytic), estimated_exchange(setting)
     else:
         with jax.set_mesh(mesh):
             implementation = _implementation(setting, analytic)
-        compiled = retrofit.lower(setting.batch).compile()
+        compiled = steps.lower(frozen, setting.batch).compile()
         analysis: Any = compiled.memory_analysis()
         held = with_compiled(
             estimated, total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes
@@ -221,12 +221,13 @@ def estimated_exchange(setting: Setting) -> dict[str, float]:
 
 def estimate_of(setting: Setting) -> memory_estimate.Held:
     """`estimate`, without a mesh of devices."""
-    return estimate(setting, abstract_retrofit(setting, devices_of(setting, analytic=True)))
+    steps, _, frozen = abstract_retrofit(setting, devices_of(setting, analytic=True))
+    return estimate(setting, steps, frozen)
 
 
-def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
+def estimate(setting: Setting, steps: StepFunctions, frozen: Params) -> memory_estimate.Held:
     """Bytes of a device by kind; weights and optimizer are those of the shards."""
-    trainable = _shard_bytes(retrofit.state.trainable)
+    trainable = _shard_bytes(steps.abstract_state.trainable)
     shape = memory_estimate.Shape(
         setting.split,
         setting.rows,
@@ -236,7 +237,7 @@ def estimate(setting: Setting, retrofit: Retrofit) -> memory_estimate.Held:
         setting.hardware.platform,
         setting.accumulate > 1,
     )
-    weights, optimizer = trainable + _shard_bytes(retrofit.frozen), _shard_bytes(retrofit.state.opt_state)
+    weights, optimizer = trainable + _shard_bytes(frozen), _shard_bytes(steps.abstract_state.opt_state)
     return memory_estimate.held(setting.config, shape, weights, optimizer, trainable)
 
 
@@ -331,16 +332,13 @@ def timed(setting: Setting, mesh: Mesh) -> float:
     def make(config: ModelConfig, dtype: Any) -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
 
-    run = abstract_retrofit(setting, mesh, make)
-
-    def rows(start: int, count: int) -> Batch:
-        tokens = jnp.zeros((count, setting.length), jnp.int32)
-        return Batch(tokens, tokens, jnp.ones(tokens.shape, bool), jnp.arange(start, start + count))
-
-    batch, seconds, state = run.place(rows, setting.batch), [], run.state
+    steps, trainable, frozen = abstract_retrofit(setting, mesh, make)
+    tokens = np.zeros((setting.batch, setting.length), np.int32)
+    rows = Batch(tokens, tokens, np.ones(tokens.shape, bool), np.arange(setting.batch, dtype=np.int32))
+    batch, seconds, state = place(rows, mesh), [], steps.initial_state(trainable)
     while len(seconds) < 4 or sum(seconds[1:]) < 1.0:
         start = time.perf_counter()
-        state, _ = run.step(state, run.frozen, batch)
+        state, _ = steps.step(state, frozen, batch)
         jax.block_until_ready(state)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])  # the first one compiles

@@ -1,0 +1,60 @@
+"""The state that a run starts from: that of its newest usable checkpoint, or that before the first step."""
+
+import dataclasses
+import json
+
+from dms_jax.errors import ConfigError
+from dms_jax.training.metrics import run_header
+from dms_jax.training.prepare import PreparedRun
+from dms_jax.training.retrofit_config import differences
+from dms_jax.training.step import TrainState
+
+
+def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
+    """The state to go on from; also starts the log. `accept_changes`: go on although the settings or the data differ from those of
+    the checkpoint. Another base model is always refused."""
+    found = None
+    if resume:
+        found = run.checkpoints.restore_latest(
+            run.steps.abstract_state, lambda metadata: check_checkpoint(run, metadata, accept_changes)
+        )
+        if found is None:
+            run.say(f"no complete checkpoint in {run.output}: starting at step 0")
+        else:
+            where = f"resumed at step {found.step} of {run.config.steps}"
+            run.say("; skipped checkpoint ".join([where, *found.skipped]))
+    if run.is_writer:
+        resumed_at = (found.step if found is not None else 0) if resume else None
+        hashes = {"base_hash": run.base_hash, "data_hash": run.data.content_hash}
+        run.log.begin(run_header(saved_config(run), hashes), resumed_at)
+    return run.steps.initial_state(run.trainable) if found is None else found.state
+
+
+def checkpoint_metadata(run: PreparedRun) -> dict:
+    """The metadata that is saved beside the arrays of each checkpoint."""
+    return {
+        "config": saved_config(run),
+        "base_hash": run.base_hash,
+        "data_hash": run.data.content_hash,
+        "format": 1,
+    }
+
+
+def saved_config(run: PreparedRun) -> dict:
+    """The configuration as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(run.config)))
+
+
+def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> None:
+    """Refuse a checkpoint that belongs to another run, by its metadata."""
+    where = run.output / "checkpoints"
+    if metadata.get("base_hash") != run.base_hash:
+        raise ConfigError(f"{where} was trained on another base model; give that model, or another --set output=FOLDER")
+    changed = differences(metadata.get("config", {}), saved_config(run))
+    same_data = metadata.get("data_hash", run.data.content_hash) == run.data.content_hash
+    if not changed and not same_data:  # the paths are equal, but not what the files hold
+        changed = ["data: other data under the same paths"]
+    if changed and not accept_changes:
+        raise ConfigError(
+            f"{where} was saved with other settings ({'; '.join(changed)}); repeat them, or add --accept-changes"
+        )

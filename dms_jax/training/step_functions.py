@@ -1,0 +1,93 @@
+"""The functions of one retrofit, compiled once each for its mesh, and the state that they start from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dms_jax.models.parameters import Params
+from dms_jax.training.optimizer import optimizer_shardings
+from dms_jax.training.placement import abstract_batch
+from dms_jax.training.step import RetrofitStep, TrainState
+
+
+class OnMesh:
+    """A jitted function that is traced and run with its mesh set."""
+
+    def __init__(self, function: Callable, mesh: Mesh, out_shardings, *, donate=(), static=()):
+        self.mesh = mesh
+        self._jitted = jax.jit(function, donate_argnums=donate, static_argnums=static, out_shardings=out_shardings)
+
+    def __call__(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self._jitted(*args)
+
+    def lower(self, *args) -> jax.stages.Lowered:
+        with jax.set_mesh(self.mesh):
+            return self._jitted.lower(*args)
+
+    def num_compiled(self) -> int:
+        """The number of programs compiled so far, one for each set of argument shapes."""
+        return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
+
+
+@dataclass(frozen=True, eq=False)
+class StepFunctions:
+    """The compiled functions of a run. State is passed in and handed back: `state, metrics = steps.step(state, frozen, batch)`.
+
+    `step` and `free_channel` donate the state that they are given. Other arguments are those of the functions of `RetrofitStep`.
+    """
+
+    math: RetrofitStep
+    abstract_state: TrainState  # shapes and shardings of the state
+    step: OnMesh
+    free_channel: OnMesh
+    evaluate: OnMesh
+    scores: OnMesh
+    evaluate_sliding_window: OnMesh
+    finite_gradients: OnMesh
+
+    def initial_state(self, trainable: Params) -> TrainState:
+        """The state before the first step. It may share buffers with `trainable`, which the first step then donates."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
+        # Master weights are fp32 in every compute dtype: a bf16 weight would lose updates of this size.
+        master = jax.jit(
+            lambda params: {name: array.astype(jnp.float32) for name, array in params.items()},
+            out_shardings=shardings.trainable,
+        )(trainable)
+        init = jax.jit(self.math.tx.init, out_shardings=shardings.opt_state)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master))
+
+    def lower(self, frozen: Params, batch_size: int) -> jax.stages.Lowered:
+        """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
+        batch = abstract_batch(batch_size, self.math.config.length, self.math.mesh)
+        return self.step.lower(self.abstract_state, frozen, batch)
+
+
+def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
+    """The functions of `math`, each compiled when it is first called; of `trainable` only names and shapes are used."""
+    mesh, replicated = math.mesh, NamedSharding(math.mesh, P())
+    masters = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in trainable.items()}
+    opt_state = jax.eval_shape(math.tx.init, masters)
+    where = math.student.shardings(list(trainable), mesh)
+    # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shardings
+    shardings = TrainState(replicated, where, optimizer_shardings(math.tx, opt_state, where, mesh))
+    abstract_state = jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shapes
+        TrainState(jax.ShapeDtypeStruct((), jnp.int32), masters, opt_state),
+        shardings,
+    )
+    return StepFunctions(
+        math=math,
+        abstract_state=abstract_state,
+        step=OnMesh(math.update, mesh, (shardings, replicated), donate=(0,)),
+        free_channel=OnMesh(math.free_channel, mesh, shardings, donate=(0,)),
+        evaluate=OnMesh(math.evaluate, mesh, replicated),
+        scores=OnMesh(math.scores, mesh, replicated),
+        evaluate_sliding_window=OnMesh(math.evaluate_sliding_window, mesh, replicated, static=(2,)),
+        finite_gradients=OnMesh(math.finite_gradients, mesh, replicated),
+    )

@@ -1,0 +1,57 @@
+"""Measuring a retrofit on rows: the held-out report, and the threshold that keeps it at its target."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dms_jax.core.cr_schedule import realised_cr
+from dms_jax.core.losses import TokenMetrics
+from dms_jax.engine.calibration import threshold_for
+from dms_jax.evaluation.held_out import HeldOutReport, RowMetrics, held_out_report
+from dms_jax.policies.streaming_llm import StreamingLLM
+from dms_jax.training.data.rows import Batch, Rows
+from dms_jax.training.placement import place
+from dms_jax.training.prepare import PreparedRun
+from dms_jax.training.step import TrainState
+
+
+def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> HeldOutReport:
+    """The held-out report: the retrofitted model under `threshold`, the dense one, and a sliding window with as many live tokens."""
+
+    def retrofitted(batch: Any) -> RowMetrics:
+        return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
+
+    def sliding_window(batch: Any, policy: StreamingLLM) -> TokenMetrics:
+        return run.steps.evaluate_sliding_window(state, run.frozen, policy, place(batch, run.mesh))
+
+    batches: list[Any] = first_batches(run, run.held_out, run.config.eval_rows)
+    return held_out_report(batches, run.config.length, retrofitted, sliding_window)
+
+
+def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
+    """The threshold, at least 0, under which training rows realise no more than the target ratio.
+
+    The one-sided loss never pushes the ratio down, and decisions without the noise of training evict more than those with it.
+    """
+    c, dms = run.config, run.steps.math.dms
+    if not c.calibration_rows:
+        return 0.0
+    batches = [place(batch, run.mesh) for batch in first_batches(run, run.train_rows, c.calibration_rows)]
+
+    def scores(threshold: float) -> np.ndarray:
+        logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in batches]
+        return np.concatenate(jax.device_get(logits), axis=1)
+
+    wanted = realised_cr(dms.target_cr, c.length, dms.window_size)
+    threshold = float(np.float32(max(0.0, threshold_for(scores, dms, wanted, tolerance=0.02, most_runs=6))))
+    if threshold:
+        run.say(f"threshold {threshold:.3f}: with evict logits above it, training rows realise CR {wanted:.2f}")
+    return threshold
+
+
+def first_batches(run: PreparedRun, rows: Rows, count: int) -> list[Batch]:
+    """Batches of one row for each data-parallel device: at least `count` rows, if there are as many."""
+    size = run.mesh.shape["data"]
+    num_batches = -(-min(count, max(rows.num_rows, 1)) // size)
+    return [rows.batch(i, size, run.config.seed) for i in range(num_batches)]
