@@ -48,6 +48,9 @@ class Pairs(NamedTuple):
 class BudgetPolicy(CachePolicy):
     """Base of the methods. A subclass gives `keep_scores`, and, where it looks at attention, `observed` and `observe`."""
 
+    ranks_pairs = True
+    has_budget = True
+
     budget: int
 
     def __post_init__(self):

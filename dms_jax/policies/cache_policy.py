@@ -6,7 +6,7 @@
 4. `room`, before anything runs: how many pairs must a head be able to hold?
 """
 
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from jaxtyping import Bool, Float, Int
 
@@ -24,6 +24,11 @@ class SlotBounds(NamedTuple):
 
 class CachePolicy(Protocol):
     """A frozen, hashable dataclass: the engine treats it as part of the program."""
+
+    ranks_pairs: ClassVar[bool] = False  # ranks pairs after each chunk and keeps the best
+    reads_subset: ClassVar[bool] = False  # attention reads some of the live pairs only
+    is_learned: ClassVar[bool] = False  # needs the evict head of a retrofitted model
+    has_budget: ClassVar[bool] = False  # takes a number of pairs per KV head
 
     @property
     def window_size(self) -> int:

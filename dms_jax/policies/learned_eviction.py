@@ -17,6 +17,8 @@ from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
 class LearnedEviction(CachePolicy):
     """A pair whose evict logit exceeds the threshold leaves `window_size` steps after it came."""
 
+    is_learned = True
+
     dms: DMSConfig
 
     @property

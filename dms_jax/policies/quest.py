@@ -24,6 +24,9 @@ class Quest(KeepAll):
     a mask, so this measures what Quest loses, not what it saves.
     """
 
+    reads_subset = True
+    has_budget = True
+
     budget: int
     page_size: int = 16
 
