@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_results import HEADER, records, write
+from synthetic_results import HEADER, answer_arms, kept_arms, records, text_groups, write
 
 from dms_jax.commands.report import NAME, build, main, write_files
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.aggregate import answer_arms, kept_arms, read_measured, text_groups
+from dms_jax.evaluation.aggregate import read_measured
 from dms_jax.reporting.report_colors import (
     DARK,
     INK,
