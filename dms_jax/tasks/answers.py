@@ -1,4 +1,7 @@
-r"""The answer in a text that reasons: \boxed{...}, `#### N`, `the answer is N`, else the last number."""
+r"""Find the answer in a text that reasons: \boxed{...}, `#### N`, `the answer is N`, else the last number.
+
+"Half of 84 is 42, plus 6 is 48.\n#### 48"  ->  "48"
+"""
 
 import re
 
@@ -9,12 +12,12 @@ SAYS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
 
 
 def after_thinking(text: str) -> str:
-    """What a reasoning model says after its thoughts."""
+    """The part of a text that follows a reasoning model's thoughts."""
     return text.rpartition("</think>")[2]
 
 
 def math_answer(text: str) -> str:
-    """The answer in its normal form; "" if there is none."""
+    """The answer of a text in its normal form; "" if there is none."""
     text = after_thinking(text)
     boxed = last_boxed(text)
     if boxed is not None:
@@ -28,7 +31,7 @@ def math_answer(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Inside the last \boxed{...} that holds something and whose braces close; None without one."""
+    r"""The content of the last \boxed{...} that is not empty and whose braces close; None without one."""
     for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
         inside = _until_closed(text[start:])
         if inside.strip():
@@ -37,9 +40,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def _until_closed(text: str) -> str:
-    """What stands before the brace that closes one opened before; "" if none does."""
+    """The text before the brace that closes an outer one; "" if no brace does."""
     depth = 1
-    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is no brace
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is not a brace
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
         if depth == 0:
             return text[: found.start()]
@@ -47,10 +50,10 @@ def _until_closed(text: str) -> str:
 
 
 def _formula(said: str) -> str:
-    """The part of the rest of a line that is the answer: a formula in dollars, a number before words, or a sentence."""
+    """The answer at the beginning of the rest of a line: a formula in dollars, a number before words, or a sentence."""
     if formula := re.match(
         r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", said
-    ):  # of "$5 and $6", neither is a formula's end
+    ):  # in "$5 and $6" no dollar ends a formula
         return formula[1] or formula[2]
     if number := re.match(rf"({NUMBER})(?:\*\*)?(?:,?\s+[A-Za-z]{{2,}}.*|[.,;!]?\s*|[.;!]\s.*)$", said):
         return number[1]

@@ -21,7 +21,7 @@ from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 from dms_jax.core.eviction import decidable, live_counts
 from dms_jax.core.losses import compression_loss, distill_sum
-from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, sliding_window_rows
+from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, streaming_llm_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.parameters import Params, Template, is_any, is_evict_head, params_of, placed
 from dms_jax.policies.streaming_llm import StreamingLLM
@@ -251,7 +251,7 @@ class Retrofit:
         return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
     def _evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch):
-        return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
+        return streaming_llm_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
 
     def lower(self, batch_size: int) -> jax.stages.Lowered:
         """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
