@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dms_jax.evaluation import aggregate
-from dms_jax.evaluation.records import record_of
+from dms_jax.evaluation.result_records import record_of
 
 FORGETS = {
     "dms": 0.25,

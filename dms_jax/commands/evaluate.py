@@ -16,7 +16,7 @@ from dms_jax.command import Parser, start_devices, typed_as
 from dms_jax.commands.option_values import check_option_ranges, check_samples, named, numbers, options_of
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import EvaluationOptions
-from dms_jax.evaluation.records import RECORDS
+from dms_jax.evaluation.result_records import RECORDS
 from dms_jax.files import read_text
 
 NAME = "evaluate"

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.records import RECORDS, AnswerRecord, GreedyRecord, KeptRecord, Record, ScoredRecord, TextRecord
+from dms_jax.evaluation.result_records import (
+    RECORDS,
+    AnswerRecord,
+    GreedyRecord,
+    KeptRecord,
+    Record,
+    ScoredRecord,
+    TextRecord,
+)
 from dms_jax.evaluation.results import read_results
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean, percentiles, wilson
 from dms_jax.tasks.votes import majority_vote, pass_at_k

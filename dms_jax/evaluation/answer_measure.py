@@ -23,7 +23,7 @@ from dms_jax.engine.generation_config import find_stop
 from dms_jax.engine.generation_report import Clock
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import Calibrator, Method, Setup
-from dms_jax.evaluation.records import AnswerRecord, Record, ScoredRecord
+from dms_jax.evaluation.result_records import AnswerRecord, Record, ScoredRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder

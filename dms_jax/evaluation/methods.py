@@ -9,7 +9,7 @@ import numpy as np
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.engine.calibration import calibrate
 from dms_jax.errors import ConfigError, suggestion
-from dms_jax.evaluation.records import method_name
+from dms_jax.evaluation.result_records import method_name
 from dms_jax.models.decoder import Decoder, with_window
 from dms_jax.policies import POLICIES, CachePolicy, policy_of
 

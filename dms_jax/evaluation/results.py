@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from dms_jax.errors import ConfigError, naming
-from dms_jax.evaluation.records import Key, Record, record_of
+from dms_jax.evaluation.result_records import Key, Record, record_of
 from dms_jax.files import read_jsonl
 
 WAY_OUT = "delete the line or use another --output"

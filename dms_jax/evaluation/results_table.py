@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from dms_jax.evaluation.records import Record
+from dms_jax.evaluation.result_records import Record
 from dms_jax.evaluation.table_kinds import AnswerTable, Line, Table
 from dms_jax.evaluation.text_tasks import TEXT_TASKS
 

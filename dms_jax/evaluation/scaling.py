@@ -11,7 +11,7 @@ import numpy as np
 
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.frontier import Point, frontier, gap
-from dms_jax.evaluation.records import HYPERSCALE, HyperscaleRecord
+from dms_jax.evaluation.result_records import HYPERSCALE, HyperscaleRecord
 from dms_jax.evaluation.results import Results
 
 COSTS = {"kv_reads": "KV reads", "peak_live": "peak live tokens", "seconds": "seconds"}

@@ -18,7 +18,7 @@ from dms_jax.evaluation.answer_measure import (
 from dms_jax.evaluation.evaluation_run import digest, dtype_name, load_model, open_results
 from dms_jax.evaluation.methods import DENSE, Calibrator, Method, check_budget, check_learned, parse_methods
 from dms_jax.evaluation.options import HyperscaleOptions
-from dms_jax.evaluation.records import HYPERSCALE, AnswerRecord, HyperscaleRecord
+from dms_jax.evaluation.result_records import HYPERSCALE, AnswerRecord, HyperscaleRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.evaluation.scaling import Configuration
 from dms_jax.tasks.problem import Problem, TaskOptions

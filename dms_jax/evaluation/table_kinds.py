@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from dms_jax.evaluation.aggregate import AnswerArm, TextArm, TextGroup, answer_arms, greedy_arms, text_groups
-from dms_jax.evaluation.records import GreedyRecord, Record, ScoredRecord, TextRecord
+from dms_jax.evaluation.result_records import GreedyRecord, Record, ScoredRecord, TextRecord
 from dms_jax.evaluation.statistics import Interval
 
 Line = dict[str, Any]

@@ -8,7 +8,7 @@ import numpy as np
 
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import TRAINED, Calibrator, Method, Setup
-from dms_jax.evaluation.records import TextRecord
+from dms_jax.evaluation.result_records import TextRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.hf.hf_tokenizer import Tokenizer
 from dms_jax.models.decoder import Decoder

@@ -1,6 +1,6 @@
 """The tasks on given text, by the names that --tasks knows: what each measures, and the table it prints.
 
-A task is added here and in `records.RECORDS`. Tasks that have answers are in `dms_jax.tasks.registry`.
+A task is added here and in `result_records.RECORDS`. Tasks that have answers are in `dms_jax.tasks.registry`.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ import dms_jax
 from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
 from dms_jax.engine.generation import Generation
 from dms_jax.evaluation.methods import Method, Setup
-from dms_jax.evaluation.records import GreedyRecord, KeptRecord, Record, TextRecord
+from dms_jax.evaluation.result_records import GreedyRecord, KeptRecord, Record, TextRecord
 from dms_jax.evaluation.results import rounded
 from dms_jax.evaluation.table_kinds import GreedyTable, Table, TextTable
 from dms_jax.evaluation.teacher_forced import dense_hidden, online_rows

@@ -19,7 +19,7 @@ from dms_jax.commands.evaluate import main
 from dms_jax.core.eviction import live_counts
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import Method, parse_methods
-from dms_jax.evaluation.records import AnswerRecord
+from dms_jax.evaluation.result_records import AnswerRecord
 from dms_jax.evaluation.results import ResultsFile, read_results
 from dms_jax.evaluation.text_tasks import retention
 from dms_jax.tasks.problem import TaskOptions

@@ -19,7 +19,7 @@ from synthetic_results import records, write
 
 import dms_jax
 from dms_jax.evaluation import aggregate as report_data
-from dms_jax.evaluation.records import record_of
+from dms_jax.evaluation.result_records import record_of
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.kernels.block_sizes import KERNELS, SlotBlocks, TrainBlocks, TunedEntry, read_tuned, write_tuned
 from dms_jax.training.data.token_store import DataConfig, tokenise
