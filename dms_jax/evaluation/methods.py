@@ -50,7 +50,7 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
     for name in names:
         if (plain := name.removeprefix(PROMPT)) not in POLICIES:
             raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
-        if plain != name and (not POLICIES[plain].has_budget or POLICIES[plain].reads_subset):
+        if plain != name and not POLICIES[plain].ranks_pairs:
             raise ConfigError(
                 f"--policies: {plain} does not rank pairs, so it cannot compress a prompt; write {plain} without {PROMPT}"
             )

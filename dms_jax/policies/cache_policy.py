@@ -25,7 +25,7 @@ class SlotBounds(NamedTuple):
 class CachePolicy(Protocol):
     """A frozen, hashable dataclass: the engine treats it as part of the program."""
 
-    ranks_pairs: ClassVar[bool] = False  # ranks pairs after each chunk and keeps the best
+    ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # attention reads some of the live pairs only
     is_learned: ClassVar[bool] = False  # needs the evict head of a retrofitted model
     has_budget: ClassVar[bool] = False  # takes a number of pairs per KV head

@@ -21,8 +21,6 @@ class StreamingLLM(BudgetPolicy):
     Deviation: rotary positions are not renumbered.
     """
 
-    ranks_pairs = False
-
     num_sinks: int = 4
 
     def __post_init__(self):

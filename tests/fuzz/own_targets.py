@@ -334,7 +334,7 @@ def read_report(folder: Path) -> Any:
 
 def meant_results(folder: Path) -> Any:
     """The whole lines, each once, as records."""
-    *lines, last = (folder / RESULTS).read_bytes().decode().split("\n")
+    *lines, last = (folder / RESULTS).read_bytes().decode().removeprefix("\ufeff").split("\n")
     with contextlib.suppress(ValueError):  # of a line that was not finished
         json.loads(last)
         lines.append(last)
