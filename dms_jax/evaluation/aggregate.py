@@ -1,4 +1,4 @@
-"""What tables and reports show, computed from the records of results files: methods compared on text and on answers, and what DMS keeps.
+"""Aggregates of the records of results files, for tables and reports: methods compared on text and on answers, and what DMS keeps.
 
 An *arm* is one method (a policy at a budget) with everything that was measured of it on one text or task. Imports no JAX.
 """
@@ -118,7 +118,7 @@ class GreedyArm(NamedTuple):
 
 
 class KeptArm(NamedTuple):
-    """What a learned policy keeps of the rows of one domain; `pieces` and `kept` show the first row token by token."""
+    """One learned method's remaining pairs of the rows of one domain; `pieces` and `kept` show the first row token by token."""
 
     domain: str
     name: str
@@ -158,7 +158,7 @@ def read_measured(paths: Sequence[str]) -> Measured:
 
 
 def clean(value: Any) -> Any:
-    """The same JSON value with strings that UTF-8 can encode: half a surrogate pair becomes the replacement character."""
+    """Make all strings of a JSON value ones that UTF-8 can encode: half a surrogate pair becomes the replacement character."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -186,7 +186,7 @@ def text_groups(records: Iterable[TextRecord]) -> list[TextGroup]:
 
 
 def answer_arms(records: Iterable[ScoredRecord]) -> list[AnswerArm]:
-    """Tasks in their order in the file, the most accurate arm of each first."""
+    """Arms by task, in the order of the file, the most accurate first."""
     arms = [
         _answer_arm(task, name, rows) for (task, name), rows in _grouped(records, lambda r: (r.task, r.method)).items()
     ]
@@ -195,7 +195,7 @@ def answer_arms(records: Iterable[ScoredRecord]) -> list[AnswerArm]:
 
 
 def greedy_arms(records: Iterable[GreedyRecord]) -> list[GreedyArm]:
-    """By domain, the arm that agrees most with dense first."""
+    """Arms by domain, the one that agrees most with dense first."""
     arms = [
         GreedyArm(
             domain=domain,

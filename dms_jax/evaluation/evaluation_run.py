@@ -167,7 +167,7 @@ def _problems(options: EvaluationOptions, tokenizer: Tokenizer) -> dict[str, lis
 
 
 def _fixed(options: EvaluationOptions, model: Decoder, problems: dict[str, list[Problem]]) -> dict[str, Any]:
-    """What may not change within one file. Methods, tasks and texts may be added to it."""
+    """Everything that may not change within one file. Methods, tasks and texts may be added to it."""
     fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
     fixed |= {f"text:{name}": digest(text) for name, text in options.texts.items()}
     if options.haystack:
@@ -195,6 +195,6 @@ def _check_budgets(
 
 
 def _default_output(model: str) -> str:
-    """In the model's folder; next to a model file; in the working directory for a hub id."""
+    """The file of results in the model's folder, next to a model file, or, for a hub id, in the working directory."""
     folder = model if os.path.isdir(model) else os.path.dirname(model) if os.path.isfile(model) else ""
     return os.path.join(folder, "evaluation.jsonl")

@@ -20,7 +20,7 @@ Key = tuple[str, str, str, str]  # task, policy, budget, unit
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What names a measurement."""
+    """The fields that identify a measurement."""
 
     task: str
     policy: str
@@ -73,7 +73,7 @@ class GreedyRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRecord(Record):
-    """What a learned policy retains of one row."""
+    """The pairs of one row that a learned policy retains."""
 
     domain: str
     length: Annotated[int, AtLeast(1)]  # T, tokens of the row

@@ -118,7 +118,7 @@ def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
 
 
 def _changes(old: Results, new: dict, binding: tuple[str, ...]) -> list[str]:
-    """What makes new measurements incomparable with those of the file, as "name: old -> new"."""
+    """The settings, as "name: old -> new", that make new measurements incomparable with those of the file."""
     header, options = new["header"], new["options"]
     changed = [
         f"{name}: {old.header.get(name)} -> {header[name]}" for name in binding if old.header.get(name) != header[name]

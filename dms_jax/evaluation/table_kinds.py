@@ -21,7 +21,7 @@ class Table(Protocol):
     def row(self, line: Line) -> str: ...
 
     def footer(self, lines: list[Line]) -> list[str]:
-        """What follows the lines under one header."""
+        """Lines of text below the rows of one header."""
         ...
 
 

@@ -28,7 +28,7 @@ CHUNK = 16  # tokens between two rankings: close to decoding, at a fraction of i
 
 
 class OnlineRows(NamedTuple):
-    """What one policy did on B rows of T tokens."""
+    """Measurements of one policy on B rows of T tokens."""
 
     tokens: TokenMetrics  # [B T], NumPy
     live_by_chunk: Float[np.ndarray, "B n"]  # pairs held after each chunk, mean over layers and heads

@@ -144,7 +144,7 @@ def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
 
 
 class Retention:
-    """What a learned policy still holds after the first row of each domain, token by token and head by head."""
+    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by head."""
 
     name = "kept"
     table = None

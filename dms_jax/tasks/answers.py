@@ -8,7 +8,7 @@ import re
 from dms_jax.tasks.answer_form import DECIMAL, normal_form
 
 NUMBER = rf"(?:(?<![\w)])-)?\\?\$?(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|{DECIMAL})(?:/\d+)?"
-SAYS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
+ANSWER_IS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
 
 
 def after_thinking(text: str) -> str:
@@ -24,8 +24,8 @@ def math_answer(text: str) -> str:
         return normal_form(boxed)
     if marked := re.findall(r"####[ \t]*(\S.*)", text):
         return normal_form(marked[-1])
-    if said := re.split(SAYS, text)[1:]:
-        return normal_form(_formula(said[-1].split("\n")[0]))
+    if stated := re.split(ANSWER_IS, text)[1:]:
+        return normal_form(_formula(stated[-1].split("\n")[0]))
     numbers = re.findall(NUMBER, text)
     return normal_form(numbers[-1]) if numbers else ""
 
@@ -49,12 +49,12 @@ def _until_closed(text: str) -> str:
     return ""
 
 
-def _formula(said: str) -> str:
+def _formula(line: str) -> str:
     """The answer at the beginning of the rest of a line: a formula in dollars, a number before words, or a sentence."""
     if formula := re.match(
-        r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", said
+        r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", line
     ):  # in "$5 and $6" no dollar ends a formula
         return formula[1] or formula[2]
-    if number := re.match(rf"({NUMBER})(?:\*\*)?(?:,?\s+[A-Za-z]{{2,}}.*|[.,;!]?\s*|[.;!]\s.*)$", said):
+    if number := re.match(rf"({NUMBER})(?:\*\*)?(?:,?\s+[A-Za-z]{{2,}}.*|[.,;!]?\s*|[.;!]\s.*)$", line):
         return number[1]
-    return re.split(r"[.;]\s|\.$", said, maxsplit=1)[0]
+    return re.split(r"[.;]\s|\.$", line, maxsplit=1)[0]

@@ -31,7 +31,7 @@ PASSED, TIMED_OUT = "passed", "timed out"
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may use."""
+    """Resources that one program may use."""
 
     seconds: float = 10.0  # wall time; one second more of CPU time
     memory_mib: int = 2048  # address space

@@ -44,8 +44,8 @@ class Needles:
             )
             asked, others = values[: self.num_values], values[self.num_values :]
             depths = [cell.depth, *(cell.rng.random() for _ in values[1:])]
-            said = [(keys[0], value) for value in asked] + list(zip(keys[1:], others, strict=True))
-            needles = [(depth, self._needle(*pair)) for depth, pair in zip(depths, said, strict=True)]
+            facts = [(keys[0], value) for value in asked] + list(zip(keys[1:], others, strict=True))
+            needles = [(depth, self._needle(*pair)) for depth, pair in zip(depths, facts, strict=True)]
             prompt = haystack.prompt(
                 needles, lambda text, key=keys[0]: self._frame(text, key), cell.length, count_tokens, cell.rng
             )
