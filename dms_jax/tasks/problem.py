@@ -9,8 +9,10 @@ from typing import Any, Protocol
 class Problem:
     """One prompt and its reference answer, as text; the evaluation tokenizes.
 
-    Problem(unit="1024/0.5/0", prompt="... The special magic number for the calm tiger mentioned in the text is", answer=" 48213",
-            max_new_tokens=16, groups={"length": 1024, "depth": 0.5})
+        Problem(unit="1024/0.5/0", prompt="... The special magic number for the calm tiger mentioned in the text is", answer=" 48213",
+                max_new_tokens=16, groups={"length": 1024, "depth": 0.5})
+
+    Results files store a hash of the `repr` of their problems. Renaming a field would keep old files from being continued.
     """
 
     unit: str  # its name, unique within the task. Equal options give equal names, by which a resumed run knows what is done

@@ -1,4 +1,4 @@
-"""Frontiers and gaps against hand-worked cases, and the hyper-scaling tables from saved results."""
+"""Frontiers and gaps in cases worked by hand, and the hyper-scaling tables of saved results."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Intervals against closed forms, and how often they hold the truth."""
+"""Intervals compared with closed forms, and how often they contain the truth."""
 
 import math
 

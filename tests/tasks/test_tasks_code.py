@@ -1,4 +1,4 @@
-"""Generated code: limits hold, tests cannot be skipped, and the formats of HumanEval and LiveCodeBench."""
+"""Generated code: its limits, that it cannot skip its tests, and the formats of HumanEval and LiveCodeBench."""
 
 import base64
 import json

@@ -85,15 +85,15 @@ def test_needle_is_there_once_at_its_depth():
 
 def test_multikey_asks_for_one_of_several_keys():
     for problem in made("needle_multikey"):
-        said = dict(re.findall(r"number for the (\w+ \w+) is (\d{5})\.", problem.prompt))
+        stated = dict(re.findall(r"number for the (\w+ \w+) is (\d{5})\.", problem.prompt))
         asked = re.search(r"number for the (\w+ \w+) mentioned in the text is$", problem.prompt)[1]
-        assert len(said) == len(set(said.values())) == 4 and problem.answer == f" {said[asked]}"
+        assert len(stated) == len(set(stated.values())) == 4 and problem.answer == f" {stated[asked]}"
         others = re.compile(r"The special magic number for the (?!" + asked + r")\w+ \w+ is \d{5}\. ?")
         before, all_of_them = sentences_around(
-            others.sub("", problem.prompt), f"The special magic number for the {asked} is {said[asked]}."
+            others.sub("", problem.prompt), f"The special magic number for the {asked} is {stated[asked]}."
         )
         assert before == round(problem.groups["depth"] * all_of_them)
-        wrong = next(value for key, value in said.items() if key != asked)
+        wrong = next(value for key, value in stated.items() if key != asked)
         assert TASKS["needle_multikey"].score(problem, wrong) == 0
 
 
