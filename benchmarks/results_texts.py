@@ -1,10 +1,12 @@
-"""Make the texts of docs/results.md from their sources: training text for its retrofit, besides the default, and three held-out domains.
+"""Make the texts of docs/results.md from their sources: training text for its retrofit, besides the default, and three
+held-out domains.
 
     python -m benchmarks.results_texts --output runs/texts                                    # from the hub
     python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE
 
-Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's standard library,
-unchanged) and maths.txt (problems and solutions of MATH-500). A FILE is a text, or a .jsonl file with the columns of the hub's dataset.
+Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's
+standard library, unchanged) and maths.txt (problems and solutions of MATH-500). A FILE is a text, or a .jsonl file with
+the columns of the hub's dataset.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""A results file like that of an evaluation, with invented numbers of the right shape, for the tests of tables and reports.
+"""A results file like that of an evaluation, with invented numbers of the right shape, for the tests of tables and
+reports.
 
 python tests/synthetic_results.py FILE
 """
@@ -79,7 +80,8 @@ def write(path: Path, lines: list[dict], header: dict | None = None) -> Path:
 
 
 def arms(length: int, policies: tuple[str, ...]):
-    """Yield (policy, budget, live tokens). DMS has a ratio, the others a number of tokens; quest keeps all and reads its budget."""
+    """Yield (policy, budget, live tokens). DMS has a ratio, the others a number of tokens; quest keeps all and reads
+    its budget."""
     for ratio in (4, 8):
         for policy in policies:
             live = {"dms": length / ratio * 1.03, "quest": length}.get(policy, length // ratio)

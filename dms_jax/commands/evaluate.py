@@ -1,12 +1,13 @@
-"""Measure what a cache policy costs: a retrofitted model, its dense self and training-free methods at equal live tokens.
+"""Measure what a cache policy costs: a retrofitted model, its dense self and training-free methods at equal live
+tokens.
 
     python -m infer.evaluate --model runs/retrofit/export --text FILE
     python -m infer.evaluate --model runs/retrofit/export --text prose=A.txt --text code=B.py --policies dense,dms,tova,h2o --budgets cr2,cr4 \\
         --tasks text,greedy,kept,needle_single --haystack A.txt --output results.jsonl
 
-A budget is a number of live pairs per KV head ("256"), a ratio of the row's length ("cr4"), or "trained": dms with its own threshold, the
-others with as many live tokens as dms kept. Every policy runs online, as in decoding. Results go to a .jsonl file; run the same command
-again to continue one that was stopped.
+A budget is a number of live pairs per KV head ("256"), a ratio of the row's length ("cr4"), or "trained": dms with its
+own threshold, the others with as many live tokens as dms kept. Every policy runs online, as in decoding. Results go to
+a .jsonl file; run the same command again to continue one that was stopped.
 """
 
 import argparse
@@ -102,7 +103,7 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         )
     if "greedy" in tasks and parsed.greedy_tokens >= parsed.length:
         raise ConfigError(
-            f"--greedy-tokens must be less than --length {parsed.length}, got {parsed.greedy_tokens}; use a smaller number"
+            f"--greedy-tokens must be less than --length {parsed.length}, got {parsed.greedy_tokens}; use fewer"
         )
     check_samples(parsed.chains, parsed.temperature)
     if unknown := [name for name in data if name not in tasks or name in RECORDS]:

@@ -3,9 +3,10 @@
     python -m infer.hyperscale --model runs/retrofit/export --task gsm8k --configs 1-256-1,1-256-4,4-256-4 --output scaling.jsonl
     python -m infer.hyperscale --results scaling.jsonl            # the tables again, without a model
 
-A configuration W-L-CR samples W answers of at most L tokens with a cache that keeps 1/CR of prompt and answer; CR 1 is the dense model.
-A vote elects the answer (for code, any sample that passes). Each configuration is a point of accuracy over each of three costs per
-problem: KV reads, peak live tokens and seconds. dms_jax/evaluation/frontier.py states how frontiers are compared.
+A configuration W-L-CR samples W answers of at most L tokens with a cache that keeps 1/CR of prompt and answer; CR 1 is
+the dense model. A vote elects the answer (for code, any sample that passes). Each configuration is a point of accuracy
+over each of three costs per problem: KV reads, peak live tokens and seconds. dms_jax/evaluation/frontier.py states how
+frontiers are compared.
 """
 
 import argparse

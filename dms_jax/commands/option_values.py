@@ -51,5 +51,6 @@ def check_samples(samples: int, temperature: float) -> None:
     """Refuse several samples per problem that would all be the same."""
     if samples > 1 and temperature == 0:
         raise ConfigError(
-            f"{samples} samples per problem at --temperature 0 are {samples} times the same answer; use e.g. --temperature 0.7"
+            f"{samples} samples per problem at --temperature 0 are {samples} times the same answer; "
+            "use e.g. --temperature 0.7"
         )

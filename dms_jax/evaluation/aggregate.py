@@ -1,6 +1,8 @@
-"""Aggregates of the records of results files, for tables and reports: methods compared on text and on answers, and what DMS keeps.
+"""Aggregates of the records of results files, for tables and reports: methods compared on text and on answers, and what
+DMS keeps.
 
-An *arm* is one method (a policy at a budget) with everything that was measured of it on one text or task. Imports no JAX.
+An *arm* is one method (a policy at a budget) with everything that was measured of it on one text or task. Imports no
+JAX.
 """
 
 import itertools
@@ -118,7 +120,8 @@ class GreedyArm(NamedTuple):
 
 
 class KeptArm(NamedTuple):
-    """One learned method's remaining pairs of the rows of one domain; `pieces` and `kept` show the first row token by token."""
+    """One learned method's remaining pairs of the rows of one domain; `pieces` and `kept` show the first row token by
+    token."""
 
     domain: str
     name: str
@@ -140,7 +143,8 @@ def kind_of(record: Record) -> str:
 
 
 def read_measured(paths: Sequence[str]) -> Measured:
-    """All measurements of several files. Raises ConfigError for a record that is damaged or that another file contradicts."""
+    """All measurements of several files. Raises ConfigError for a record that is damaged or that another file
+    contradicts."""
     headers: dict[str, dict[str, Any]] = {}
     seen: dict[Any, Record] = {}
     for path in dict.fromkeys(paths):
@@ -158,7 +162,8 @@ def read_measured(paths: Sequence[str]) -> Measured:
 
 
 def clean(value: Any) -> Any:
-    """Make all strings of a JSON value ones that UTF-8 can encode: half a surrogate pair becomes the replacement character."""
+    """Make all strings of a JSON value ones that UTF-8 can encode: half a surrogate pair becomes the replacement
+    character."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -167,7 +172,8 @@ def clean(value: Any) -> Any:
 
 
 def text_groups(records: Iterable[TextRecord]) -> list[TextGroup]:
-    """Groups by domain, length and budget; dense is in each, an arm without a budget in that of the nearest number of live tokens."""
+    """Groups by domain, length and budget; dense is in each, an arm without a budget in that of the nearest number of
+    live tokens."""
     groups = []
     for (domain, length), rows in _grouped(records, lambda r: (r.domain, r.length)).items():
         dense = {r.unit: r for r in rows if r.policy == "dense"}
@@ -330,7 +336,8 @@ def _merged(budgets: set[int]) -> dict[int, int]:
 
 
 def _nearest(budgets: set[int], live_tokens: float) -> int | None:
-    """The budget under which an arm without one may be compared: at most a quarter away, else its own number of live tokens."""
+    """The budget under which an arm without one may be compared: at most a quarter away, else its own number of live
+    tokens."""
     live = max(1, round(live_tokens))
     near = min(budgets, key=lambda budget: abs(math.log(budget / live)), default=None)
     return near if near is None or 0.8 < near / live < 1.25 else live

@@ -1,7 +1,8 @@
-"""Tasks with a right answer: each prompt is prefilled once per method, answered in one or more samples, and its reference scored.
+"""Tasks with a right answer: each prompt is prefilled once per method, answered in one or more samples, and its
+reference scored.
 
-The cost of a sample is counted as in the paper (arXiv:2506.05345, section 4): the pairs that the attention of its generated tokens
-reads, and the most pairs held at once; both per KV head, mean over layers and heads.
+The cost of a sample is counted as in the paper (arXiv:2506.05345, section 4): the pairs that the attention of its
+generated tokens reads, and the most pairs held at once; both per KV head, mean over layers and heads.
 """
 
 import itertools
@@ -74,7 +75,8 @@ class AnswerMeasure:
 
 
 def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> list[Group]:
-    """Group by prompt length if the problems state it, else all together. Raises ConfigError for prompts beyond the model's context."""
+    """Group by prompt length if the problems state it, else all together. Raises ConfigError for prompts beyond the
+    model's context."""
     prompts = [_prompt_ids(run.tokenizer, problem) for problem in problems]
     limit = context_limit(run.model.config)[0]
     groups = []
@@ -85,8 +87,8 @@ def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> l
         length = len(prompts[longest]) + new_tokens
         if length > limit:
             raise ConfigError(
-                f"{task.name}/{problems[longest].unit} takes {length} tokens with its answer, beyond this model's context of "
-                f"{limit}; use shorter prompts or answers"
+                f"{task.name}/{problems[longest].unit} takes {length} tokens with its answer, "
+                f"beyond this model's context of {limit}; use shorter prompts or answers"
             )
         groups.append(
             Group(
@@ -105,7 +107,8 @@ def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> l
 def measure_answers(
     run: AnswerMeasure, file: ResultsFile, groups: list[Group], method: Method, on_problems: Callable[[int], Any]
 ) -> None:
-    """Append the answers of one method that the file lacks; `on_problems` is called with the number of problems finished."""
+    """Append the answers of one method that the file lacks; `on_problems` is called with the number of problems
+    finished."""
     for group in groups:
         for problems, prompts in group.batches(run.batch_size):
             units = [
@@ -124,8 +127,9 @@ def unit_of(problem: Problem, sample: int, samples: int) -> str:
 
 
 def answer_setup(run: AnswerMeasure, group: Group, method: Method, dms_records: list[Record]) -> Setup:
-    """The policy and threshold for a group. Other methods keep as many live tokens as dms did, which `dms_records` tell, unless their
-    budget is a number of pairs: prompts and answers differ in length, so a ratio alone would not give them as many."""
+    """The policy and threshold for a group. Other methods keep as many live tokens as dms did, which `dms_records`
+    tell, unless their budget is a number of pairs: prompts and answers differ in length, so a ratio alone would not
+    give them as many."""
     units = {problem.unit for problem in group.problems}
 
     def dms_live_tokens() -> float | None:
@@ -158,7 +162,8 @@ def sample_answers(
     problems: list[Problem],
     prompts: list[np.ndarray],
 ) -> list[AnswerRecord]:
-    """Answer some problems of a group: one record per sample, the samples of a problem next to each other. Writes nothing."""
+    """Answer some problems of a group: one record per sample, the samples of a problem next to each other. Writes
+    nothing."""
     answered, samples = _answered(run, group, setup, problems, prompts), run.sampling.samples
     out, records = answered.generation, []
     for row, (b, sample) in enumerate(itertools.product(range(len(problems)), range(samples))):

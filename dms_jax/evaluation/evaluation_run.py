@@ -1,4 +1,5 @@
-"""One run of `infer.evaluate`: `prepare` checks everything that can be checked before the first measurement, `measure` does the work."""
+"""One run of `infer.evaluate`: `prepare` checks everything that can be checked before the first measurement, `measure`
+does the work."""
 
 import hashlib
 import os
@@ -64,7 +65,8 @@ class Evaluation:
 
 
 def prepare(options: EvaluationOptions) -> Evaluation:
-    """Load the model, cut the texts, make the problems and open the results file. Raises ConfigError for whatever cannot work."""
+    """Load the model, cut the texts, make the problems and open the results file. Raises ConfigError for whatever
+    cannot work."""
     model, tokenizer = load_model(options.model, options.adapter)
     methods = _methods(options, model)
     domains = _domains(options, model, tokenizer)
@@ -104,8 +106,8 @@ def load_model(name: str, adapter: str | None) -> tuple[Decoder, Tokenizer]:
 
 
 def open_results(name: str, model: Decoder, path: str, fixed: dict) -> ResultsFile:
-    """Begin or continue the results file of the model that --model names. Raises ConfigError if it holds results of another model, or
-    of other `fixed` options."""
+    """Begin or continue the results file of the model that --model names. Raises ConfigError if it holds results of
+    another model, or of other `fixed` options."""
     return ResultsFile(path, {**versions(), "model": name, **identity(model)}, fixed, BINDING)
 
 
@@ -120,7 +122,8 @@ def dtype_name(model: Decoder) -> str:
 def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
     if model.config.dms is None and not options.policies:
         raise ConfigError(
-            f"{options.model} has no eviction policy; give a retrofitted folder, --adapter FILE, or --policies with --budgets"
+            f"{options.model} has no eviction policy; "
+            "give a retrofitted folder, --adapter FILE, or --policies with --budgets"
         )
     methods = parse_methods(options.policies or DEFAULT_POLICIES, options.budgets)
     check_learned(model, (method.policy for method in methods), options.model)
@@ -185,7 +188,8 @@ def _check_budgets(
         if options.texts and "text" in options.tasks:
             if method.compresses_prompt:
                 raise ConfigError(
-                    f"--policies {method.policy}: prompt compression ranks once, after a prompt, so it does not apply to --tasks text"
+                    f"--policies {method.policy}: prompt compression ranks once, after a prompt, "
+                    "so it does not apply to --tasks text"
                 )
             if method.kind.is_learned and method.budget != TRAINED and not options.calibration_rows:
                 raise ConfigError(f"{method} needs a calibrated threshold; use --calibration-rows 1 or more")

@@ -1,8 +1,9 @@
 """Pareto frontiers of accuracy over cost, and the distance between two of them.
 
-The paper (arXiv:2506.05345) states no rule, so this is ours. The frontier of a method is the set of its points that no cheaper point of it
-equals or beats. Between two of them accuracy is linear in the logarithm of the cost. The gap between two methods is the difference of
-their frontiers, averaged over the logarithm of the cost, where both exist. Without a common range of costs there is no gap.
+The paper (arXiv:2506.05345) states no rule, so this is ours. The frontier of a method is the set of its points that no
+cheaper point of it equals or beats. Between two of them accuracy is linear in the logarithm of the cost. The gap
+between two methods is the difference of their frontiers, averaged over the logarithm of the cost, where both exist.
+Without a common range of costs there is no gap.
 """
 
 from collections.abc import Sequence
@@ -33,11 +34,12 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def gap(one: Sequence[Point], other: Sequence[Point]) -> Gap | None:
-    """How much more accurate the frontier of `one` is than that of `other`. A single common cost is a range of width 0."""
+    """How much more accurate the frontier of `one` is than that of `other`. A single common cost is a range of width
+    0."""
     a, b = frontier(one), frontier(other)
     if not a or not b:
         return None
-    # Beyond a frontier's last point more cost gains nothing, so it continues, level, to the most expensive point of the method.
+    # Beyond its last point more cost gains nothing, so a frontier continues, level, to the method's most expensive point.
     low, high = max(a[0].cost, b[0].cost), min(max(p.cost for p in one), max(p.cost for p in other))
     if low > high:
         return None

@@ -1,6 +1,7 @@
 """How far a retrofitted model is from its dense base on held-out rows, next to StreamingLLM with as many live tokens.
 
-A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers what they return for many batches.
+A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers what they return for many
+batches.
 """
 
 from collections.abc import Callable, Iterable
@@ -101,7 +102,8 @@ class HeldOutArm:
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """The retrofitted model and the baseline on the same rows, and how many pairs each head of the retrofitted model keeps."""
+    """The retrofitted model and the baseline on the same rows, and how many pairs each head of the retrofitted model
+    keeps."""
 
     length: int
     num_tokens: int
@@ -127,12 +129,12 @@ class HeldOutReport:
 
         def line(name, live, cr, nominal, *kl, ppl, change, agree):
             tails = "".join(f"{value:>8.3f}" for value in kl[1:])
-            return f"{name:<28}{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
+            sizes = f"{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}"
+            return f"{name:<28}{sizes}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
 
         title = f"held out, {self.num_tokens} tokens"
-        lines = [
-            f"{title:<28}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"
-        ]
+        columns = f"{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}"
+        lines = [f"{title:<28}{columns}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"]
         lines.append(line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.arms[0].dense_perplexity, change=0, agree=1))
         for arm in self.arms:
             kl = arm.kl_mean, arm.kl_p95, arm.kl_p99, arm.kl_max
@@ -185,8 +187,8 @@ def held_out_report(
     retrofit: Callable[[EvaluationBatch], RowMetrics],
     streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
 ) -> HeldOutReport:
-    """Run the retrofitted model over `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens as the model
-    kept. The callables run one batch on the devices; without `streaming_llm` the baseline is left out."""
+    """Run the retrofitted model over `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens
+    as the model kept. The callables run one batch on the devices; without `streaming_llm` the baseline is left out."""
     batches = list(batches)
     gathered, live, evict = Gathered(), [], []
     for batch in batches:

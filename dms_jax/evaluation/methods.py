@@ -1,4 +1,5 @@
-"""The methods that an evaluation compares: a policy at a budget, and what the budget means for rows of a given length."""
+"""The methods that an evaluation compares: a policy at a budget, and what the budget means for rows of a given
+length."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -43,7 +44,8 @@ class Method:
 
 
 def parse_methods(policies: str, budgets: str) -> list[Method]:
-    """Every policy at every budget, both comma-separated. Within a budget dms comes first, since the others may match its live tokens."""
+    """Every policy at every budget, both comma-separated. Within a budget dms comes first, since the others may match
+    its live tokens."""
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
@@ -52,7 +54,7 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
             raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
         if plain != name and not POLICIES[plain].ranks_pairs:
             raise ConfigError(
-                f"--policies: {plain} does not rank pairs, so it cannot compress a prompt; write {plain} without {PROMPT}"
+                f"--policies: {plain} cannot compress a prompt, since it does not rank pairs; leave {PROMPT} out"
             )
     labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
     for label in labels:
@@ -95,7 +97,8 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
     pairs = method.pairs(length)
     if not 1 <= pairs <= length:
         raise ConfigError(
-            f"--budgets {method.budget} means {pairs} pairs for rows of {length} tokens; give 1 to {length}, or cr1 to cr{length}"
+            f"--budgets {method.budget} means {pairs} pairs for rows of {length} tokens; "
+            f"give 1 to {length}, or cr1 to cr{length}"
         )
     if not method.kind.is_learned:
         policy_of(model.config, f"{method.policy}:{pairs}")
@@ -104,8 +107,8 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
     highest = realised_cr(math.inf, length, window)
     if length / pairs > highest:
         raise ConfigError(
-            f"{method} means CR {length / pairs:.4g}, but rows of {length} tokens with a window of {window} reach at most "
-            f"{highest:.4g}; use longer rows, or a budget of at least {math.ceil(length / highest)} pairs"
+            f"{method} means CR {length / pairs:.4g}, but rows of {length} tokens with a window of {window} "
+            f"reach at most {highest:.4g}; use longer rows, or a budget of at least {math.ceil(length / highest)} pairs"
         )
 
 
@@ -139,8 +142,9 @@ class Calibrator:
     ) -> Setup:
         """The policy and threshold with which `method` meets its budget on rows of `length` tokens.
 
-        `rows` makes calibration rows [rows, length] of the same kind, which `rows_name` names. `dms_live_tokens` returns how many live
-        tokens dms kept on that kind of rows, if the other methods must keep as many, else None. Raises ConfigError.
+        `rows` makes calibration rows [rows, length] of the same kind, which `rows_name` names. `dms_live_tokens`
+        returns how many live tokens dms kept on that kind of rows, if the other methods must keep as many, else None.
+        Raises ConfigError.
         """
         if method.policy == DENSE:
             return self.dense()

@@ -1,7 +1,7 @@
 """The lines of a results file as typed records: one dataclass per kind of measurement.
 
-`ResultsFile.append` writes a record with `asdict`, so the fields are the keys of the file; `record_of` reads it back. Keys that no field
-has are ignored, and fields with a default may be absent. Imports no JAX.
+`ResultsFile.append` writes a record with `asdict`, so the fields are the keys of the file; `record_of` reads it back.
+Keys that no field has are ignored, and fields with a default may be absent. Imports no JAX.
 """
 
 import dataclasses
@@ -136,7 +136,8 @@ class AnswerRecord(ScoredRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class HyperscaleRecord(ScoredRecord):
-    """All sampled answers to one problem under one configuration: costs are sums over samples, `score` that of the answer they elect."""
+    """All sampled answers to one problem under one configuration: costs are sums over samples, `score` that of the
+    answer they elect."""
 
     new_tokens: float
     prefill_seconds: float

@@ -1,10 +1,12 @@
-"""The results of an evaluation: one file of JSON lines. Its first line is a header of provenance, each other line one measurement.
+"""The results of an evaluation: one file of JSON lines. Its first line is a header of provenance, each other line one
+measurement.
 
     {"header": {versions, device, commit, model and its sha256, ...}, "options": {...}}
     {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...the fields of that task's record}
 
-(task, policy, budget, unit) names a measurement, so a run that was stopped continues with the measurements that are missing. A later run
-that adds measurements with other versions or options adds a header line of its own. Imports no JAX.
+(task, policy, budget, unit) names a measurement, so a run that was stopped continues with the measurements that are
+missing. A later run that adds measurements with other versions or options adds a header line of its own. Imports no
+JAX.
 """
 
 import json
@@ -66,8 +68,8 @@ class ResultsFile:
     """Appends measurements, each at once and whole."""
 
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
-        """Begin a file, or continue one whose header has the same `binding` entries and whose options, where it has them, are
-        these. Raises ConfigError for any other file, and leaves it as it is."""
+        """Begin a file, or continue one whose header has the same `binding` entries and whose options, where it has
+        them, are these. Raises ConfigError for any other file, and leaves it as it is."""
         self.path = Path(path)
         self.records: list[Record] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)

@@ -65,7 +65,7 @@ def _task_lines(task: str, records: list[HyperscaleRecord]) -> list[Line]:
     by_configuration: dict[tuple[str, str], list[HyperscaleRecord]] = {}
     for record in records:
         by_configuration.setdefault((record.policy, record.budget), []).append(record)
-    # An interrupted run has configurations with fewer problems, so only the problems that all of them have are compared.
+    # An interrupted run has configurations with fewer problems, so only those that all of them have are compared.
     common = set.intersection(*({record.unit for record in mine} for mine in by_configuration.values()))
     if not common:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""One run of `infer.hyperscale`: each configuration answers each problem with several samples, and one record adds up what they cost."""
+"""One run of `infer.hyperscale`: each configuration answers each problem with several samples, and one record adds up
+what they cost."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,7 +88,8 @@ def _measure_group(
 
 
 def combined(task: str, budget: str, problem: Problem, samples: list[AnswerRecord]) -> HyperscaleRecord:
-    """One record of all samples of a problem: costs are added up; a vote elects the answer or, for code, any sample that passes."""
+    """One record of all samples of a problem: costs are added up; a vote elects the answer or, for code, any sample
+    that passes."""
     scores = [sample.score for sample in samples]
     total = lambda name: float(sum(getattr(sample, name) for sample in samples))
     return HyperscaleRecord(

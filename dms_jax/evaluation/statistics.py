@@ -1,4 +1,5 @@
-"""Measured numbers with their uncertainty: bootstrap over units, Wilson intervals for accuracies, percentiles for tails."""
+"""Measured numbers with their uncertainty: bootstrap over units, Wilson intervals for accuracies, percentiles for
+tails."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -10,7 +11,8 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval. A single unit says nothing about others, so `low` and `high` are then nan."""
+    """A mean with its confidence interval. A single unit says nothing about others, so `low` and `high` are then
+    nan."""
 
     value: float
     low: float
@@ -27,8 +29,9 @@ def bootstrap_mean(
 ) -> Interval:
     """The mean over units (rows, problems), with the percentile interval of `draws` resamples of whole units.
 
-    Tokens of one row depend on each other, so whole rows are resampled. `weights` are the numbers of tokens, if the units differ in
-    length. Percentile intervals from few units are too narrow: those from 10 units cover about 90% instead of 95%.
+    Tokens of one row depend on each other, so whole rows are resampled. `weights` are the numbers of tokens, if the
+    units differ in length. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
+    instead of 95%.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
@@ -51,9 +54,11 @@ def bootstrap_mean(
 
 
 def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
-    """The accuracy `hits / trials` with Wilson's score interval (1927), which also holds at 0% and 100% and for few trials.
+    """The accuracy `hits / trials` with Wilson's score interval (1927), which also holds at 0% and 100% and for few
+    trials.
 
-    `hits` may be a sum of scores between 0 and 1: their variance is at most that of scores of 0 or 1, so the interval is wide enough.
+    `hits` may be a sum of scores between 0 and 1: their variance is at most that of scores of 0 or 1, so the interval
+    is wide enough.
     """
     if trials < 1 or not -1e-9 <= hits <= trials + 1e-9:
         raise ValueError(f"wilson needs 0 <= hits <= trials and trials >= 1, got {hits} of {trials}")
@@ -65,7 +70,8 @@ def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
 
 
 def percentiles(values: np.ndarray, points: Sequence[float] = (50, 95, 99)) -> tuple[float, ...]:
-    """Percentiles of all values together, linear between neighbors in rank: 0 is the smallest value, 100 the largest."""
+    """Percentiles of all values together, linear between neighbors in rank: 0 is the smallest value, 100 the
+    largest."""
     return tuple(float(value) for value in np.percentile(np.asarray(values, np.float64), points))
 
 

@@ -1,4 +1,5 @@
-"""The tables of an evaluation: which lines, as plain values, and how a line is printed. One class per kind of task. Imports no JAX."""
+"""The tables of an evaluation: which lines, as plain values, and how a line is printed. One class per kind of task.
+Imports no JAX."""
 
 import math
 from collections.abc import Iterable

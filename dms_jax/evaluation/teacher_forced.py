@@ -1,7 +1,8 @@
 """Read given text through a compact cache, a few tokens at a time, and compare any policy with the dense model.
 
-Every policy runs as in decoding, at its budget from the first token to the last, but the next token is the text's, not the model's own.
-Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1 pairs more.
+Every policy runs as in decoding, at its budget from the first token to the last, but the next token is the text's, not
+the model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1
+pairs more.
 """
 
 from dataclasses import replace
@@ -45,12 +46,14 @@ def online_rows(
 ) -> OnlineRows:
     """Run rows under `policy` and compare them with `dense_hidden`, the hidden states of `model.dense_hidden`.
 
-    The last token of a row has no next token, so its metrics mean nothing. Raises ConfigError unless T is a multiple of `chunk`.
+    The last token of a row has no next token, so its metrics mean nothing. Raises ConfigError unless T is a multiple of
+    `chunk`.
     """
     rows, length = np.shape(tokens)
     if length % chunk:
         raise ConfigError(
-            f"rows must be a multiple of the chunk of {chunk} tokens long, got {length}; use length {length // chunk * chunk}"
+            f"the length of rows must be a multiple of the chunk of {chunk}, got {length}; "
+            f"use length {length // chunk * chunk}"
         )
     cache = init_cache(model, rows, min(policy.slot_bounds().max or length, length), policy=policy)
     metrics, live, cache = _online(

@@ -1,4 +1,5 @@
-"""Rows of given text, and what the measurements on them share: batches, setups and the results file. `text_tasks` measures with it."""
+"""Rows of given text, and what the measurements on them share: batches, setups and the results file. `text_tasks`
+measures with it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from dms_jax.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Domain:
-    """Rows [rows T] of one text to measure on, and rows that follow them in the text, on which thresholds are calibrated."""
+    """Rows [rows T] of one text to measure on, and rows that follow them in the text, on which thresholds are
+    calibrated."""
 
     name: str
     rows: np.ndarray
@@ -24,8 +26,8 @@ class Domain:
 
 
 def cut_domain(name: str, ids: np.ndarray, begin: np.ndarray, length: int, rows: int, calibration_rows: int) -> Domain:
-    """Cut a stream of tokens into rows of `length`, each beginning with `begin` (bos, if the model expects it). Raises ConfigError
-    for too short a text."""
+    """Cut a stream of tokens into rows of `length`, each beginning with `begin` (bos, if the model expects it). Raises
+    ConfigError for too short a text."""
     num_rows, take = rows + calibration_rows, length - len(begin)
     if len(ids) < num_rows * take:
         fitting, shorter = max(0, len(ids) // take - calibration_rows), len(ids) // (1 + calibration_rows) // 16 * 16
@@ -53,7 +55,8 @@ class Batch:
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows [size T]; the last row is repeated where the text has no more, so that one compiled program serves all batches."""
+        """Rows [size T]; the last row is repeated where the text has no more, so that one compiled program serves all
+        batches."""
         rows = self.domain.rows[self.start : self.start + self.size]
         return np.concatenate([rows, np.repeat(rows[-1:], self.size - len(rows), axis=0)])
 

@@ -144,7 +144,8 @@ def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
 
 
 class Retention:
-    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by head."""
+    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by
+    head."""
 
     name = "kept"
     table = None

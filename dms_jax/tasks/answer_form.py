@@ -1,7 +1,8 @@
 r"""The normal form of an answer: `0.5`, `\frac12` and `$\dfrac{1}{2}$` all become `1/2`.
 
-Numbers become exact fractions. Of LaTeX only the spelling is unified (the convention of Hendrycks et al., arXiv:2103.03874), never the
-algebra: `2\sqrt{3}` and `\sqrt{12}` remain different. When in doubt, two answers remain different.
+Numbers become exact fractions. Of LaTeX only the spelling is unified (the convention of Hendrycks et al.,
+arXiv:2103.03874), never the algebra: `2\sqrt{3}` and `\sqrt{12}` remain different. When in doubt, two answers remain
+different.
 """
 
 import re

@@ -1,4 +1,5 @@
-"""Run one generated program under limits. `code_runner` starts this file as a process of its own; it imports nothing of the package.
+"""Run one generated program under limits. `code_runner` starts this file as a process of its own; it imports nothing of
+the package.
 
     python -I -B code_guard.py PROGRAM CPU_SECONDS MEMORY_BYTES FILE_BYTES
 
@@ -50,7 +51,7 @@ def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    # "0.5 0.4 0.3 2/1234 ...": the limit applies to all processes and threads of the user, so those that exist are added.
+    # "0.5 0.4 0.3 2/1234 ...": the limit applies to all processes and threads of the user, so it counts those that run.
     with open("/proc/loadavg") as file:
         tasks = int(file.read().split()[3].partition("/")[2]) + NUM_THREADS
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -59,7 +60,8 @@ def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 
 def refuse_outside(folder: str):
-    """An audit hook that refuses Python's own ways to start processes, use the network and change files outside the folder."""
+    """An audit hook that refuses Python's own ways to start processes, use the network and change files outside the
+    folder."""
 
     def is_outside(path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):

@@ -1,12 +1,13 @@
 """Run generated programs, each in a fresh Python process, in an empty folder, under limits. Linux only.
 
-A program gets an isolated interpreter (-I) with an empty environment, without a terminal and without our open files; a temporary folder,
-which is removed afterwards; and limits on CPU and wall time, memory, file and output size, and threads. At the end its whole process group
-is killed. Attempts to start processes, use the network or change files outside the folder are refused if they go through Python.
+A program gets an isolated interpreter (-I) with an empty environment, without a terminal and without our open files; a
+temporary folder, which is removed afterwards; and limits on CPU and wall time, memory, file and output size, and
+threads. At the end its whole process group is killed. Attempts to start processes, use the network or change files
+outside the folder are refused if they go through Python.
 
-This is not a sandbox. It limits the accidents of a language model. A malicious program can get around it (through `ctypes`, for example), can
-read every file that you can read, and has no limit on processes as root. Against malice, run the whole evaluation in a container or virtual
-machine without network.
+This is not a sandbox. It limits the accidents of a language model. A malicious program can get around it (through
+`ctypes`, for example), can read every file that you can read, and has no limit on processes as root. Against malice,
+run the whole evaluation in a container or virtual machine without network.
 """
 
 import contextlib
@@ -49,8 +50,8 @@ def require_run_code(name: str, options: TaskOptions) -> None:
     """Refuse unless the user has allowed generated code to run."""
     if not options.run_code:
         raise ConfigError(
-            f"{name} runs the programs that the model writes on this machine, each in a subprocess with limited time, memory and files, "
-            "which is not a sandbox; allow it with --run-code"
+            f"{name} runs the programs that the model writes on this machine, each in a subprocess with limited time, "
+            "memory and files, which is not a sandbox; allow it with --run-code"
         )
     if sys.platform != "linux":
         raise ConfigError(f"{name} runs generated code on Linux only, this is {sys.platform}; use a container")

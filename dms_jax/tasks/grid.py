@@ -43,7 +43,8 @@ def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
 def fill(
     prompt_of: Callable[[int], str], length: int, count_tokens: Callable[[str], int], name: str, smallest: int = 0
 ) -> int:
-    """Find the largest n with count_tokens(prompt_of(n)) <= length; prompts grow with n. Raises ConfigError if `smallest` is too large."""
+    """Find the largest n with count_tokens(prompt_of(n)) <= length; prompts grow with n. Raises ConfigError if
+    `smallest` is too large."""
     low, low_tokens = smallest, count_tokens(prompt_of(smallest))
     if low_tokens > length:
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""Text to hide needles in: the sentences of --haystack, beginning with a random one, and from the start again at its end."""
+"""Text to hide needles in: the sentences of --haystack, beginning with a random one, and from the start again at its
+end."""
 
 import random
 import re
@@ -19,7 +20,8 @@ def sentences_of(text: str, name: str) -> list[str]:
         found += [" ".join(words[start : start + MAX_WORDS]) for start in range(0, len(words), MAX_WORDS)]
     if not found:
         raise ConfigError(
-            f"{name} hides its needles in a text; give one with --haystack FILE (UTF-8, preferably longer than the longest prompt)"
+            f"{name} hides its needles in a text; "
+            "give one with --haystack FILE (UTF-8, preferably longer than the longest prompt)"
         )
     return found
 
@@ -38,9 +40,11 @@ class Haystack:
         count_tokens: Callable[[str], int],
         rng: random.Random,
     ) -> str:
-        """Apply `frame` to a text in which each (depth, needle) is hidden: a fraction `depth` of the sentences precedes the needle.
+        """Apply `frame` to a text in which each (depth, needle) is hidden: a fraction `depth` of the sentences precedes
+        the needle.
 
-        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError if nothing fits.
+        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError if nothing
+        fits.
         """
         start = rng.randrange(len(self.sentences))
 

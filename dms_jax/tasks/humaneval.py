@@ -9,7 +9,8 @@ A record is {"task_id", "prompt", "test", "entry_point", "canonical_solution"}. 
         0.5
         \"\"\"
 
-"    return number % 1.0" scores 1. As in the paper, the prompt is not a chat. A whole program, fenced or not, is accepted as well.
+"    return number % 1.0" scores 1. As in the paper, the prompt is not a chat. A whole program, fenced or not, is
+accepted as well.
 """
 
 import re

@@ -10,8 +10,8 @@
 
     happy river:
 
-The answer is " drum". This follows MQAR (Arora et al., "Zoology", arXiv:2312.04927), with English words for symbols and one query per prompt.
-The line that is asked for is at the given depth.
+The answer is " drum". This follows MQAR (Arora et al., "Zoology", arXiv:2312.04927), with English words for symbols and
+one query per prompt. The line that is asked for is at the given depth.
 """
 
 import re
@@ -40,7 +40,7 @@ class Recall:
         def shown(count: int) -> list[tuple[str, str]]:
             if count > MAX_PAIRS:
                 raise ConfigError(
-                    f"{self.name}: --lengths {cell.length} needs more than the {MAX_PAIRS} names there are; use a shorter length"
+                    f"{self.name}: --lengths {cell.length} needs more than the {MAX_PAIRS} names there are; use less"
                 )
             while len(pairs) < count:
                 key = f"{cell.rng.choice(ADJECTIVES)} {cell.rng.choice(NOUNS)}"

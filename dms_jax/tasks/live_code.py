@@ -1,14 +1,15 @@
 """Programming problems with hidden inputs and outputs, in the format of LiveCodeBench (Jain et al., arXiv:2403.07974).
 
-A record is {"question_content", "public_test_cases", "private_test_cases", "starter_code", "metadata"}, of which the first two are required:
+A record is {"question_content", "public_test_cases", "private_test_cases", "starter_code", "metadata"}, of which the
+first two are required:
 
     question_content:  Read n and print the sum of the integers from 1 to n.
     public_test_cases: [{"input": "4", "output": "10", "testtype": "stdin"}]
 
-"```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or what LiveCodeBench hides it in: base64
-of zlib of a pickled JSON string. With the testtype "stdin" the program reads the input and prints the output. With "functional" each line
-of the input is the JSON of one argument to `metadata`'s "func_name", a function or a method of a class `Solution`, and the output is the JSON
-of its result.
+"```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or what
+LiveCodeBench hides it in: base64 of zlib of a pickled JSON string. With the testtype "stdin" the program reads the
+input and prints the output. With "functional" each line of the input is the JSON of one argument to `metadata`'s
+"func_name", a function or a method of a class `Solution`, and the output is the JSON of its result.
 """
 
 import base64
@@ -30,7 +31,7 @@ from dms_jax.tasks.records import Record, chosen, read_records
 PRELUDE = (  # what the sites that the problems come from import already
     "import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys\n"
     "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\nfrom itertools import *\n"
-    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides the built-in one
+    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides it
 )
 CALL = (
     "\nimport json as _json, sys as _sys\n"

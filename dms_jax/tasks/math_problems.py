@@ -6,7 +6,8 @@ r"""Questions with one short answer: GSM8K, MATH-500, AIME.
 
 An example of GSM8K:
 
-    question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting. How much did she earn?
+    question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting.
+              How much did she earn?
     answer:   Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.
               Working 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.
               #### 10

@@ -1,7 +1,8 @@
 r"""Multiple choice: GPQA-Diamond (Rein et al., arXiv:2311.12022), and files of the same kind.
 
-A record has either the columns of the hub's dataset, "Question", "Correct Answer" and "Incorrect Answer 1" to "3", whose order is drawn
-from (seed, unit); or {"question", "choices": [...], "answer": a letter, an index from 0, or the choice itself}, whose order is kept.
+A record has either the columns of the hub's dataset, "Question", "Correct Answer" and "Incorrect Answer 1" to "3",
+whose order is drawn from (seed, unit); or {"question", "choices": [...], "answer": a letter, an index from 0, or the
+choice itself}, whose order is kept.
 
     Which gas do plants take in for photosynthesis?
 
@@ -65,7 +66,8 @@ class MultipleChoice:
         )
 
     def extract(self, text: str) -> str:
-        """The letter that is boxed, else the last one called the answer, else one that begins the text ("B", "B) red")."""
+        """The letter that is boxed, else the last one called the answer, else one that begins the text ("B", "B)
+        red")."""
         text = after_thinking(text)
         boxed = last_boxed(text)
         if boxed is not None:
@@ -97,6 +99,6 @@ def _given(record: Record) -> tuple[list[str], int]:
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in LETTERS[: len(choices)]:
         return choices, LETTERS.index(answer.strip())
     raise ConfigError(
-        f"{record.where}: `answer` must be a letter from A to {LETTERS[len(choices) - 1]}, an index from 0, or one of the choices; "
-        f"got {shown(answer)}"
+        f"{record.where}: `answer` must be a letter from A to {LETTERS[len(choices) - 1]}, an index from 0, "
+        f"or one of the choices; got {shown(answer)}"
     )

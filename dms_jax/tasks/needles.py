@@ -2,14 +2,15 @@
 
     Special magic numbers are hidden in the text below. Remember them.
 
-    ... The keeper wrote in his log each evening. The special magic number for the calm tiger is 48213. She found 31 volumes. ...
+    ... The keeper wrote in his log. The special magic number for the calm tiger is 48213. She found 31 volumes. ...
 
     The special magic number for the calm tiger mentioned in the text is
 
-A text that names 48213 scores 1. This is Kamradt's test in the three forms of RULER (Hsieh et al., arXiv:2404.06654): one needle; several
-keys, one of which is asked for; several values of one key, all of them asked for. Deviations: numbers have five digits, and each prompt ends
-with the beginning of its answer, so that base models and small models know what to do. The needle that is asked for (of several values, the
-first) is at the given depth; the others are anywhere.
+A text that names 48213 scores 1. This is Kamradt's test in the three forms of RULER (Hsieh et al., arXiv:2404.06654):
+one needle; several keys, one of which is asked for; several values of one key, all of them asked for. Deviations:
+numbers have five digits, and each prompt ends with the beginning of its answer, so that base models and small models
+know what to do. The needle that is asked for (of several values, the first) is at the given depth; the others are
+anywhere.
 """
 
 import random

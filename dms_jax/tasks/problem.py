@@ -9,17 +9,21 @@ from typing import Any, Protocol
 class Problem:
     """One prompt and its reference answer, as text; the evaluation tokenizes.
 
-        Problem(unit="1024/0.5/0", prompt="... The special magic number for the calm tiger mentioned in the text is", answer=" 48213",
-                max_new_tokens=16, groups={"length": 1024, "depth": 0.5})
+        Problem(
+            unit="1024/0.5/0",
+            prompt="... The special magic number for the calm tiger mentioned in the text is",
+            answer=" 48213",
+            max_new_tokens=16,
+            groups={"length": 1024, "depth": 0.5},
+        )
 
-    Results files store a hash of the `repr` of their problems. Renaming a field would keep old files from being continued.
+    Results files store a hash of the `repr` of their problems. Renaming a field would keep old files from being
+    continued.
     """
 
-    unit: str  # its name, unique within the task. Equal options give equal names, by which a resumed run knows what is done
+    unit: str  # its name, unique within the task; equal options give equal names, so that a stopped run can continue
     prompt: str
-    answer: (
-        str  # the reference, as a continuation of the prompt; if `measures_answer`, its log-probability is measured too
-    )
+    answer: str  # the reference, as a continuation of the prompt
     max_new_tokens: int
     as_chat: bool = False  # put the prompt into the model's chat template as the user's turn
     stop_strings: tuple[str, ...] = ()
@@ -54,9 +58,11 @@ class Task(Protocol):
         ...
 
     def extract(self, text: str) -> str:
-        """The answer within a generated text, in a normal form, so that equal answers vote together; "" if there is none."""
+        """The answer within a generated text, in a normal form, so that equal answers vote together; "" if there is
+        none."""
         ...
 
     def score(self, problem: Problem, text: str) -> float:
-        """How right a generated text is, from 0 to 1. It depends on `extract(text)` only, since a vote elects an extracted answer."""
+        """How right a generated text is, from 0 to 1. It depends on `extract(text)` only, since a vote elects an
+        extracted answer."""
         ...

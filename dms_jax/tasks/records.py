@@ -39,7 +39,8 @@ class Record(NamedTuple):
 
 
 def read_records(data: str) -> list[Record]:
-    """All records of a .jsonl, .jsonl.gz or .json file (a list), or of an hf:NAME[:CONFIG][:SPLIT] dataset. Raises ConfigError."""
+    """All records of a .jsonl, .jsonl.gz or .json file (a list), or of an hf:NAME[:CONFIG][:SPLIT] dataset. Raises
+    ConfigError."""
     if data.startswith("hf:"):
         values: Iterator[tuple[str, Any]] = (
             (f"{data}: row {number}", value) for number, value in enumerate(open_dataset(data), 1)

@@ -1,12 +1,13 @@
-"""Variable tracking of RULER (Hsieh et al., arXiv:2404.06654): which variables have a value that is passed on along a chain?
+"""Variable tracking of RULER (Hsieh et al., arXiv:2404.06654): which variables have a value that is passed on along a
+chain?
 
     The text: ... VAR KLP = 52817. ... VAR ZRM = KLP. ... VAR QQA = ZRM. ...
 
     Variables with the value 52817:
 
-The answer is " KLP, ZRM, QQA, ...", four names. Deviations from RULER: the text holds a second chain with another value, and the score counts
-wrong names, so that naming every variable does not pay; the first statement of the chain that is asked for is at the given depth and its
-other statements anywhere after it; a worked example precedes the text.
+The answer is " KLP, ZRM, QQA, ...", four names. Deviations from RULER: the text holds a second chain with another
+value, and the score counts wrong names, so that naming every variable does not pay; the first statement of the chain
+that is asked for is at the given depth and its other statements anywhere after it; a worked example precedes the text.
 """
 
 import random

@@ -4,8 +4,9 @@
 
     A part of the same list again: tiger red lamp old river
 
-The answer is " happy bread noisy drum tall ship ...", 8 words; the score is the fraction that is right. This is the induction task of Olsson
-et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. Only the cache can know the words.
+The answer is " happy bread noisy drum tall ship ...", 8 words; the score is the fraction that is right. This is the
+induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. Only
+the cache can know the words.
 """
 
 import re

@@ -82,5 +82,5 @@ def test_budgets_hold_and_cost_something(rng, name):
 
 def test_rows_must_be_a_multiple_of_the_chunk(rng):
     model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, B, 40)
-    with pytest.raises(ConfigError, match=r"multiple of.*16 .*got 40.*32"):
+    with pytest.raises(ConfigError, match=r"multiple of.*16, got 40.*32"):
         online_rows(model, jax.numpy.zeros((B, 40, 32)), ids, policy_of(model.config))
