@@ -29,7 +29,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="FOLDER", help="retrofitted folder, or a plain one, alone or with --adapter")
     add("--adapter", metavar="FILE", help="adapter of this base model")
     add("--tasks", default="text", metavar="A,B", help="text, greedy, kept, or tasks with answers (default text)")
-    add("--policies", default="", metavar="A,B", help="prompt:NAME ranks once (default dense,dms,streaming_llm)")
+    policies = "cache policies; prompt:NAME ranks once, after the prompt (default dense,dms,streaming_llm)"
+    add("--policies", default="", metavar="A,B", help=policies)
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
     add(
         "--output",
@@ -38,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--batch", type=int, default=8, help="rows at a time (default 8)")
     add("--chunk", type=int, default=16, help="tokens between two rankings of a method with a budget (default 16)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of problems and sampling (default 0)")
     add("--json", action="store_true", help="print one JSON object per line of the tables")
     _add_text_options(parser.add_argument_group("given text"))
     _add_answer_options(parser.add_argument_group("tasks with answers"))

@@ -42,7 +42,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--run-code", action="store_true", help="run generated programs, in a limited subprocess")
     add("--batch", type=int, default=8, help="answers at a time (default 8)")
     add("--chunk", type=int, default=16, help="tokens between two rankings of a method with a budget (default 16)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="of problems and sampling (default 0)")
     add("--json", action="store_true", help="print JSON lines instead of the tables")
     return parser.parse_args(argv)
 
