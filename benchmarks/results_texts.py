@@ -1,10 +1,12 @@
-"""The texts of docs/results.md, from their sources: what the retrofit there is trained on besides the default, and three held-out domains.
+"""Make the texts of docs/results.md from their sources: training text for its retrofit, besides the default, and three
+held-out domains.
 
     python -m benchmarks.results_texts --output runs/texts                                    # from the hub
     python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE
 
-Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's standard library, as
-they are) and maths.txt (problems and solutions of MATH-500). Files as on the hub: text, and .jsonl with its columns.
+Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's
+standard library, unchanged) and maths.txt (problems and solutions of MATH-500). A FILE is a text, or a .jsonl file with
+the columns of the hub's dataset.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
+from dms_jax.files import read_jsonl, read_text
 
 NAME = "benchmarks.results_texts"
 SOURCES = {
@@ -24,17 +27,12 @@ SOURCES = {
     "gsm8k_train": "hf:openai/gsm8k:main:train",
     "math500": "hf:HuggingFaceH4/MATH-500:test",
 }
-TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # about as much maths as there is Python documentation
-CODE_CHARACTERS, SHORTEST_MODULE = 400_000, 20_000
+NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # about as much maths as there is Python documentation
+MAX_CODE_CHARACTERS, MIN_MODULE_CHARACTERS = 400_000, 20_000
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(NAME, __doc__)
     parser.add_argument("--output", required=True, metavar="FOLDER")
     for name, source in SOURCES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"default {source}")
@@ -45,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     problems = [
         f"Question: {p['question']}\nAnswer: {p['answer']}"
-        for p in itertools.islice(records(options.gsm8k_train), TRAIN_PROBLEMS)
+        for p in itertools.islice(records(options.gsm8k_train), NUM_TRAIN_PROBLEMS)
     ]
     documents = [
         "\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)
     ]
     texts = {
         "gsm8k_train.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
-        "prose.txt": detokenised("".join(record["text"] for record in records(options.wikitext))),
+        "prose.txt": detokenized("".join(record["text"] for record in records(options.wikitext))),
         "code.txt": "\n\n".join(modules()),
         "maths.txt": "\n\n".join(
             f"Problem: {p['problem']}\nSolution: {p['solution']}" for p in records(options.math500)
@@ -69,29 +67,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def records(source: str) -> Iterator[dict]:
-    """Of a hub data set, a .jsonl, or a text file as one record."""
+    """Records of a hub dataset or of a .jsonl file; a text file is one record."""
     if source.startswith("hf:"):
         from dms_jax.hf.hub_dataset import open_dataset
 
         yield from open_dataset(source)
         return
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as why:
-        raise ConfigError(f"cannot read {source}: {why}") from why
-    if not source.endswith(".jsonl"):
-        yield {"text": text}
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as why:
-                raise ConfigError(f"{source}, line {number} is not valid JSON: {why}") from why
+    if source.endswith(".jsonl"):
+        yield from (record for _, record in read_jsonl(source))
+    else:
+        yield {"text": read_text(source)}
 
 
-def detokenised(text: str) -> str:
-    """WikiText's tokens as ordinary text."""
+def detokenized(text: str) -> str:
+    """Turn WikiText's tokens back into ordinary text."""
     text = re.sub(r" @([-,.])@ ", r"\1", text)
     text = re.sub(r" ([,.;:!?%)\]]|n't|'(?:s|m|re|ve|d|ll)\b)", r"\1", text)
     text = re.sub(r"([(\[$]) ", r"\1", text)
@@ -99,11 +88,11 @@ def detokenised(text: str) -> str:
 
 
 def modules() -> Iterator[str]:
-    """Long modules of the standard library, in alphabetical order."""
+    """The source of long modules of the standard library, in alphabetical order."""
     characters = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if len(text) >= SHORTEST_MODULE and characters < CODE_CHARACTERS:
+        if len(text) >= MIN_MODULE_CHARACTERS and characters < MAX_CODE_CHARACTERS:
             characters += len(text)
             yield text
 

@@ -1,4 +1,5 @@
-"""A file of results as an evaluation writes it, with invented numbers of the right shape: what report tests read.
+"""A results file like that of an evaluation, with invented numbers of the right shape, for the tests of tables and
+reports.
 
 python tests/synthetic_results.py FILE
 """
@@ -10,6 +11,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+
+from dms_jax.evaluation import aggregate
+from dms_jax.evaluation.result_records import record_of
 
 FORGETS = {
     "dms": 0.25,
@@ -46,6 +50,18 @@ The log of that night has a single line: "Lamp dark from two to five. A.L. aslee
 """
 
 
+def text_groups(lines: list[dict]) -> list[aggregate.TextGroup]:
+    return aggregate.text_groups(map(record_of, lines))
+
+
+def answer_arms(lines: list[dict]) -> list[aggregate.AnswerArm]:
+    return aggregate.answer_arms(map(record_of, lines))
+
+
+def kept_arms(lines: list[dict]) -> list[aggregate.KeptArm]:
+    return aggregate.kept_arms(map(record_of, lines))
+
+
 def records(length=1024, rows=8, repeats=12, layers=12, heads=4, policies=tuple(FORGETS), seed=0) -> list[dict]:
     out = []
     for domain in ("prose", "code"):
@@ -64,7 +80,8 @@ def write(path: Path, lines: list[dict], header: dict | None = None) -> Path:
 
 
 def arms(length: int, policies: tuple[str, ...]):
-    """(policy, budget, live tokens): DMS is given as a ratio, the others in tokens; quest keeps all and reads the budget."""
+    """Yield (policy, budget, live tokens). DMS has a ratio, the others a number of tokens; quest keeps all and reads
+    its budget."""
     for ratio in (4, 8):
         for policy in policies:
             live = {"dms": length / ratio * 1.03, "quest": length}.get(policy, length // ratio)

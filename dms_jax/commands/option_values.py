@@ -1,46 +1,56 @@
 """Values of options that several commands share. Imports no JAX."""
 
 import argparse
+import dataclasses
+import typing
 from pathlib import Path
+from typing import Any
 
-from dms_jax.engine.generation_config import GenerationConfig
-from dms_jax.errors import ConfigError
+from dms_jax.config_reader import range_of
+from dms_jax.errors import ConfigError, shown
 
 
 def named(values: list[str], option: str) -> dict[str, str]:
-    """`NAME=FILE` or `FILE`, whose stem is then its name."""
+    """Parse each NAME=FILE, or FILE, whose stem is then its name."""
     found = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not equals:
             name, path = Path(value).stem, value
         if not name or not path:
-            raise ConfigError(f"{option} wants NAME=FILE, got {value!r}")
+            raise ConfigError(f"{option} must be NAME=FILE, got {value!r}")
         if name in found:
-            raise ConfigError(f"{option} names {name!r} twice; give each its own name: {option} NAME=FILE")
+            raise ConfigError(f"{option}: duplicate name {name!r}; write {option} OTHER_NAME={path}")
         found[name] = path
     return found
 
 
 def numbers(text: str, kind: type, option: str) -> tuple:
-    """With commas between."""
+    """Parse a comma-separated list of numbers."""
     try:
         return tuple(kind(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise ConfigError(f"{option} wants numbers with commas between, got {text!r}") from None
+        raise ConfigError(f"{option} must be comma-separated numbers, got {text!r}") from None
 
 
-def check_sampling(options: argparse.Namespace, chains: int) -> None:
-    """Of --temperature and --top-p, for so many chains. Raises ConfigError."""
-    GenerationConfig(temperature=options.temperature, top_p=options.top_p)
-    if chains > 1 and options.temperature == 0:
+def check_option_ranges(kind: type, options: argparse.Namespace) -> None:
+    """Hold parsed options to the ranges of the fields of `kind` that have their names."""
+    for name, annotation in typing.get_type_hints(kind, include_extras=True).items():
+        allowed, value = range_of(annotation), getattr(options, name, None)
+        if allowed is not None and value is not None and value not in allowed:
+            raise ConfigError(f"--{name.replace('_', '-')} must be {allowed}, got {shown(value)}")
+
+
+def options_of(kind: type, options: argparse.Namespace, **parsed: Any) -> Any:
+    """The frozen options of type `kind` from parsed ones; `parsed` are those that are not what was typed."""
+    given = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()
+    return kind(**{name: getattr(options, name) for name in given - parsed.keys()}, **parsed)
+
+
+def check_samples(samples: int, temperature: float) -> None:
+    """Refuse several samples per problem that would all be the same."""
+    if samples > 1 and temperature == 0:
         raise ConfigError(
-            f"{chains} chains at --temperature 0 are {chains} times the same answer; use e.g. --temperature 0.7"
+            f"{samples} samples per problem at --temperature 0 are {samples} times the same answer; "
+            "use e.g. --temperature 0.7"
         )
-
-
-def read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as why:
-        raise ConfigError(f"cannot read {path}: {why}") from why

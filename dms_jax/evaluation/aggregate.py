@@ -1,61 +1,61 @@
-"""What a report shows, computed from files of results: arms compared on text and on answers, and what DMS keeps."""
+"""Aggregates of the records of results files, for tables and reports: methods compared on text and on answers, and what
+DMS keeps.
 
+An *arm* is one method (a policy at a budget) with everything that was measured of it on one text or task. Imports no
+JAX.
+"""
+
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.results import TEXT_TASKS, arm_name, key_of, problem_of, read_results
+from dms_jax.evaluation.result_records import (
+    RECORDS,
+    AnswerRecord,
+    GreedyRecord,
+    KeptRecord,
+    Record,
+    ScoredRecord,
+    TextRecord,
+)
+from dms_jax.evaluation.results import read_results
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean, percentiles, wilson
+from dms_jax.tasks.votes import majority_vote, pass_at_k
 
-NUMBER, COUNT, NUMBERS, TABLE, TEXT = "a number", "a number >= 1", "a list of numbers", "a table of numbers", "text"
-FIELDS = {
-    "text": {
-        "domain": TEXT,
-        "length": COUNT,
-        "kl": NUMBERS,
-        "nll": NUMBERS,
-        "agree": NUMBER,
-        "live_tokens": NUMBER,
-        "nominal_cr": NUMBER,
-    },
-    "kept": {
-        "domain": TEXT,
-        "length": COUNT,
-        "kept": NUMBERS,
-        "live_per_head": TABLE,
-        "live_by_position": NUMBERS,
-        "window_size": NUMBER,
-    },
-    "greedy": {
-        "domain": TEXT,
-        "match": NUMBER,
-        "divergence": NUMBER,
-        "tokens": NUMBER,
-        "live_tokens": NUMBER,
-        "realised_cr": NUMBER,
-    },
-    "answers": {"score": NUMBER, "live_tokens": NUMBER, "realised_cr": NUMBER, "kv_reads": NUMBER, "peak_live": NUMBER},
-}
+NUM_STRETCHES = 4  # of a row, shown apart: an early eviction is missed late
+PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Measured(NamedTuple):
     headers: dict[str, dict[str, Any]]  # file -> provenance
-    records: list[dict[str, Any]]
+    records: list[Record]
 
-    def kind(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if _kind(record) == kind]
+    def kind(self, kind: str) -> list[Any]:
+        """The records of a task on given text, or all that have a score: "answers"."""
+        return [record for record in self.records if kind_of(record) == kind]
+
+
+class Stretch(NamedTuple):
+    """Tokens `first` to `last` of each row."""
+
+    first: int
+    last: int
+    kl_mean: float
+    kl_p99: float
+    perplexity: float
 
 
 class TextArm(NamedTuple):
-    """One policy under one budget on the rows of one domain. KL is KL(dense || arm) in nats per predicted token."""
+    """One method on the rows of one domain. KL is KL(dense || method) in nats per predicted token."""
 
     name: str
     policy: str
-    live_tokens: float  # mean over layers, heads and rows of the pairs held at the end of a row
+    live_tokens: float  # pairs per KV head after a row, mean over layers, heads and rows
     realised_cr: float
     nominal_cr: float
     kl: Interval  # over rows
@@ -63,9 +63,10 @@ class TextArm(NamedTuple):
     kl_p99: float
     kl_max: float
     perplexity: float
-    perplexity_change: float  # against dense on the same rows; nan where dense was not measured
+    perplexity_change: float  # relative to dense on the same rows; nan if dense was not measured
     agree: Interval  # over rows
     kl_rows: dict[str, np.ndarray]  # unit -> KL by position
+    stretches: tuple[Stretch, ...]  # empty if the rows differ in length
 
     @property
     def kl_tokens(self) -> np.ndarray:
@@ -73,7 +74,7 @@ class TextArm(NamedTuple):
 
 
 class TextGroup(NamedTuple):
-    """Arms that may be compared: one domain, one length, one budget of live tokens (None: no arm has a budget)."""
+    """Arms that may be compared: one domain, one length, one budget in live tokens (None: no arm has a budget)."""
 
     domain: str
     length: int
@@ -81,7 +82,17 @@ class TextGroup(NamedTuple):
     arms: tuple[TextArm, ...]  # by mean KL
 
 
+class Samples(NamedTuple):
+    """Several sampled answers to each problem."""
+
+    count: int  # per problem, the fewest of any
+    vote: Interval  # accuracy of the majority's answer
+    pass_at: dict[int, float]  # k -> probability that at least one of k samples is right
+
+
 class AnswerArm(NamedTuple):
+    """One method on the problems of one task."""
+
     task: str
     name: str
     policy: str
@@ -90,11 +101,14 @@ class AnswerArm(NamedTuple):
     realised_cr: float
     kv_reads: float
     peak_live: float
-    answer_logprob: float  # nan where not measured
-    cells: dict[tuple[float, float], Interval]  # (length, depth) -> accuracy, of needles
+    answer_logprob: float  # mean log p of the reference answer; nan if not measured
+    cells: dict[tuple[float, float], Interval]  # (length, depth) -> accuracy, for tasks with a depth
+    samples: Samples | None  # None: one sample per problem
 
 
 class GreedyArm(NamedTuple):
+    """One method's free-running continuations of the rows of one domain."""
+
     domain: str
     name: str
     policy: str
@@ -106,7 +120,8 @@ class GreedyArm(NamedTuple):
 
 
 class KeptArm(NamedTuple):
-    """What DMS holds of the rows of one domain; the first row is shown token by token."""
+    """One learned method's remaining pairs of the rows of one domain; `pieces` and `kept` show the first row token by
+    token."""
 
     domain: str
     name: str
@@ -116,29 +131,30 @@ class KeptArm(NamedTuple):
     live_per_head: np.ndarray  # [L K] at the end, mean over rows
     live_by_position: np.ndarray  # [T] mean over rows and heads
     pieces: tuple[str, ...]
-    kept: np.ndarray  # [T] fraction of (layer, head) that hold the token at the end
+    kept: np.ndarray  # [T] fraction of (layer, head) that still hold the token after the row
 
     @property
     def realised_cr(self) -> float:
         return self.length / float(self.live_per_head.mean())
 
 
+def kind_of(record: Record) -> str:
+    return record.task if record.task in RECORDS else "answers"
+
+
 def read_measured(paths: Sequence[str]) -> Measured:
-    """All measurements of all files. Raises ConfigError for a record that cannot be shown, or measured twice and otherwise."""
-    headers, seen = {}, {}
+    """All measurements of several files. Raises ConfigError for a record that is damaged or that another file
+    contradicts."""
+    headers: dict[str, dict[str, Any]] = {}
+    seen: dict[Any, Record] = {}
     for path in dict.fromkeys(paths):
         results = read_results(path)
-        headers[path] = clean(results.header) if isinstance(results.header, dict) else {}
-        for number, raw in enumerate(results.records, 2):
-            record = clean(raw)
-            if wrong := _wrong(record):
+        headers[path] = clean(results.header)
+        for where, raw in zip(results.places, results.records, strict=True):
+            record = type(raw)(**clean(vars(raw)))
+            if repr(seen.setdefault(record.key, record)) != repr(record):  # repr: nan equals nan
                 raise ConfigError(
-                    f"{path}, line {number}: {wrong}; measure it again with infer.evaluate and another --output"
-                )
-            key = key_of(record)
-            if repr(seen.setdefault(key, record)) != repr(record):  # repr: nan equals nan
-                raise ConfigError(
-                    f"{path}, line {number}: {' '.join(key)} was measured before with another result; report on the files one by one"
+                    f"{where}: {' '.join(record.key)} has two different results; make one report per file instead"
                 )
     if not seen:
         raise ConfigError(f"no measurement in {', '.join(map(str, paths))}; run infer.evaluate with --output first")
@@ -146,21 +162,23 @@ def read_measured(paths: Sequence[str]) -> Measured:
 
 
 def clean(value: Any) -> Any:
-    """The same JSON with strings that can be written as UTF-8: half a surrogate pair becomes the replacement character."""
+    """Make all strings of a JSON value ones that UTF-8 can encode: half a surrogate pair becomes the replacement
+    character."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
         return {clean(key): clean(item) for key, item in value.items()}
-    return [clean(item) for item in value] if isinstance(value, list) and not _is_numbers(value) else value
+    return [clean(item) for item in value] if isinstance(value, list) else value
 
 
-def text_groups(records: list[dict]) -> list[TextGroup]:
-    """Groups by domain, length and budget; dense is in each, an arm without a budget where its live tokens are nearest."""
+def text_groups(records: Iterable[TextRecord]) -> list[TextGroup]:
+    """Groups by domain, length and budget; dense is in each, an arm without a budget in that of the nearest number of
+    live tokens."""
     groups = []
-    for (domain, length), rows in _grouped(records, lambda r: (r["domain"], int(r["length"]))).items():
-        dense = {r["unit"]: r for r in rows if r["policy"] == "dense"}
-        by_arm = _grouped(rows, lambda r: (arm_name(r), _budget_tokens(r["budget"], r["length"])))
-        arms = {name: (budget, _text_arm(found, dense)) for (name, budget), found in by_arm.items()}
+    for (domain, length), rows in _grouped(records, lambda r: (r.domain, r.length)).items():
+        dense = {r.unit: r for r in rows if r.policy == "dense"}
+        by_method = _grouped(rows, lambda r: (r.method, _budget_tokens(r.budget, r.length)))
+        arms = {name: (budget, _text_arm(found, dense)) for (name, budget), found in by_method.items()}
         budgets = _merged({budget for budget, _ in arms.values() if budget})
         members = defaultdict(list)
         for budget, arm in arms.values():
@@ -173,97 +191,131 @@ def text_groups(records: list[dict]) -> list[TextGroup]:
     return groups
 
 
-def answer_arms(records: list[dict]) -> list[AnswerArm]:
-    """By task as they come, the most accurate first."""
-    arms = []
-    for (task, name), rows in _grouped(records, lambda r: (r["task"], arm_name(r))).items():
-        logprobs = [r["answer_logprob"] for r in rows if r.get("answer_logprob") is not None]
-        cells = _grouped(
-            [r for r in rows if _has_cell(r)], lambda r: (float(r["groups"]["length"]), float(r["groups"]["depth"]))
-        )
-        live, cr, reads, peak = (_mean(rows, key) for key in ("live_tokens", "realised_cr", "kv_reads", "peak_live"))
-        arms.append(
-            AnswerArm(
-                task,
-                name,
-                rows[0]["policy"],
-                _accuracy(rows),
-                live,
-                cr,
-                reads,
-                peak,
-                float(np.mean(logprobs)) if logprobs else math.nan,
-                {cell: _accuracy(found) for cell, found in cells.items()},
-            )
-        )
+def answer_arms(records: Iterable[ScoredRecord]) -> list[AnswerArm]:
+    """Arms by task, in the order of the file, the most accurate first."""
+    arms = [
+        _answer_arm(task, name, rows) for (task, name), rows in _grouped(records, lambda r: (r.task, r.method)).items()
+    ]
     tasks = list(dict.fromkeys(arm.task for arm in arms))
     return sorted(arms, key=lambda arm: (tasks.index(arm.task), -arm.accuracy.value, arm.live_tokens))
 
 
-def greedy_arms(records: list[dict]) -> list[GreedyArm]:
+def greedy_arms(records: Iterable[GreedyRecord]) -> list[GreedyArm]:
+    """Arms by domain, the one that agrees most with dense first."""
     arms = [
         GreedyArm(
-            domain,
-            name,
-            rows[0]["policy"],
-            bootstrap_mean([r["match"] for r in rows]),
-            float(np.median([r["divergence"] for r in rows])),
-            _mean(rows, "tokens"),
-            _mean(rows, "live_tokens"),
-            _mean(rows, "realised_cr"),
+            domain=domain,
+            name=name,
+            policy=rows[0].policy,
+            match=bootstrap_mean([r.match for r in rows]),
+            divergence=float(np.median([r.divergence for r in rows])),
+            tokens=_mean(r.tokens for r in rows),
+            live_tokens=_mean(r.live_tokens for r in rows),
+            realised_cr=_mean(r.realised_cr for r in rows),
         )
-        for (domain, name), rows in _grouped(records, lambda r: (r["domain"], arm_name(r))).items()
+        for (domain, name), rows in _grouped(records, lambda r: (r.domain, r.method)).items()
     ]
     return sorted(arms, key=lambda arm: (arm.domain, -arm.match.value))
 
 
-def kept_arms(records: list[dict]) -> list[KeptArm]:
-    found = _grouped(records, lambda r: (r["domain"], arm_name(r), int(r["length"]), np.shape(r["live_per_head"])))
+def kept_arms(records: Iterable[KeptRecord]) -> list[KeptArm]:
+    found = _grouped(records, lambda r: (r.domain, r.method, r.length, np.shape(r.live_per_head)))
     return [
         KeptArm(
-            domain,
-            name,
-            length,
-            int(rows[0]["window_size"]),
-            len(rows),
-            np.mean([r["live_per_head"] for r in rows], axis=0),
-            np.mean([r["live_by_position"] for r in rows], axis=0),
-            tuple(rows[0]["pieces"]),
-            np.asarray(rows[0]["kept"], float),
+            domain=domain,
+            name=name,
+            length=length,
+            window_size=rows[0].window_size,
+            rows=len(rows),
+            live_per_head=np.mean([r.live_per_head for r in rows], axis=0),
+            live_by_position=np.mean([r.live_by_position for r in rows], axis=0),
+            pieces=tuple(rows[0].pieces),
+            kept=np.asarray(rows[0].kept, float),
         )
         for (domain, name, length, _), rows in found.items()
     ]
 
 
-def _text_arm(rows: list[dict], dense: dict[str, dict]) -> TextArm:
-    kl = {r["unit"]: np.asarray(r["kl"], float) for r in rows}
+def _text_arm(rows: list[TextRecord], dense: dict[str, TextRecord]) -> TextArm:
+    kl = {r.unit: np.asarray(r.kl, float) for r in rows}
     tokens = [len(row) for row in kl.values()]
-    everything = np.concatenate(list(kl.values()))
-    p95, p99, greatest = percentiles(everything, (95, 99, 100))
-    common = [r for r in rows if r["unit"] in dense]  # an interrupted run may have measured fewer rows
+    p95, p99, largest = percentiles(np.concatenate(list(kl.values())), (95, 99, 100))
+    common = [r for r in rows if r.unit in dense]  # an interrupted run may have measured fewer rows
     change = math.nan
     if common:
-        change = math.expm1(min(_mean_nll(common) - _mean_nll([dense[r["unit"]] for r in common]), 700))
-    live = _mean(rows, "live_tokens")
+        change = math.expm1(min(_mean_nll(common) - _mean_nll([dense[r.unit] for r in common]), 700))
+    live = _mean(r.live_tokens for r in rows)
     return TextArm(
-        arm_name(rows[0]),
-        rows[0]["policy"],
-        live,
-        _mean(rows, "length") / live if live else math.inf,
-        _mean(rows, "nominal_cr"),
-        bootstrap_mean([row.mean() for row in kl.values()], tokens),
-        p95,
-        p99,
-        greatest,
-        math.exp(min(_mean_nll(rows), 700)),
-        change,
-        bootstrap_mean([r["agree"] for r in rows], tokens),
-        kl,
+        name=rows[0].method,
+        policy=rows[0].policy,
+        live_tokens=live,
+        realised_cr=_mean(r.length for r in rows) / live if live else math.inf,
+        nominal_cr=_mean(r.nominal_cr for r in rows),
+        kl=bootstrap_mean([row.mean() for row in kl.values()], tokens),
+        kl_p95=p95,
+        kl_p99=p99,
+        kl_max=largest,
+        perplexity=math.exp(min(_mean_nll(rows), 700)),
+        perplexity_change=change,
+        agree=bootstrap_mean([r.agree for r in rows], tokens),
+        kl_rows=kl,
+        stretches=_stretches(rows),
     )
 
 
+def _stretches(rows: list[TextRecord]) -> tuple[Stretch, ...]:
+    """KL and perplexity of each quarter of the rows."""
+    if len({len(r.kl) for r in rows}) > 1:
+        return ()
+    kl, nll = np.array([r.kl for r in rows], float), np.array([r.nll for r in rows], float)
+    edges = [round(i * (kl.shape[1] + 1) / NUM_STRETCHES) for i in range(NUM_STRETCHES + 1)]
+    return tuple(
+        Stretch(
+            first=first,
+            last=last - 1,
+            kl_mean=float(kl[:, first:last].mean()),
+            kl_p99=percentiles(kl[:, first:last], (99,))[0],
+            perplexity=math.exp(min(nll[:, first:last].mean(), 700)),
+        )
+        for first, last in itertools.pairwise(edges)
+        if kl[:, first:last].size
+    )
+
+
+def _answer_arm(task: str, name: str, rows: list[ScoredRecord]) -> AnswerArm:
+    logprobs = [r.answer_logprob for r in rows if isinstance(r, AnswerRecord) and r.answer_logprob is not None]
+    cells = _grouped([r for r in rows if _has_cell(r)], lambda r: (float(r.groups["length"]), float(r.groups["depth"])))
+    return AnswerArm(
+        task=task,
+        name=name,
+        policy=rows[0].policy,
+        accuracy=_accuracy(rows),
+        live_tokens=_mean(r.live_tokens for r in rows),
+        realised_cr=_mean(r.realised_cr for r in rows),
+        kv_reads=_mean(r.kv_reads for r in rows),
+        peak_live=_mean(r.peak_live for r in rows),
+        answer_logprob=_mean(logprobs) if logprobs else math.nan,
+        cells={cell: _accuracy(found) for cell, found in cells.items()},
+        samples=_samples([r for r in rows if isinstance(r, AnswerRecord)]),
+    )
+
+
+def _samples(rows: list[AnswerRecord]) -> Samples | None:
+    problems = list(_grouped(rows, lambda r: r.problem_id).values())
+    count = min(map(len, problems), default=1)
+    if count == 1:
+        return None
+    elected = [samples[majority_vote([r.extracted for r in samples])].score for samples in problems]
+    pass_at = {
+        k: _mean(pass_at_k(len(samples), sum(r.score == 1 for r in samples), k) for samples in problems)
+        for k in PASS_AT
+        if k <= count
+    }
+    return Samples(count, wilson(sum(elected), len(elected)), pass_at)
+
+
 def _budget_tokens(budget: str, length: float) -> int | None:
-    """Live tokens that a budget means in a row of `length`: "256" is 256, "cr4" a quarter of the row."""
+    """The number of live tokens that a budget means in a row of `length`: "256" is 256, "cr4" a quarter of the row."""
     number = budget.removeprefix("cr")
     try:
         value = float(number)
@@ -275,7 +327,7 @@ def _budget_tokens(budget: str, length: float) -> int | None:
 
 
 def _merged(budgets: set[int]) -> dict[int, int]:
-    """Budget -> the one it is shown under: those within 3% are the same ("341" and "cr3" of 1024)."""
+    """Map each budget to the one that it is shown under: budgets within 3% are the same ("341" and "cr3" of 1024)."""
     shown = {}
     for budget in sorted(budgets):
         last = next(reversed(shown.values()), None)
@@ -284,85 +336,34 @@ def _merged(budgets: set[int]) -> dict[int, int]:
 
 
 def _nearest(budgets: set[int], live_tokens: float) -> int | None:
-    """The budget that an arm without one may be compared under: at most a quarter off, else its own."""
+    """The budget under which an arm without one may be compared: at most a quarter away, else its own number of live
+    tokens."""
     live = max(1, round(live_tokens))
     near = min(budgets, key=lambda budget: abs(math.log(budget / live)), default=None)
     return near if near is None or 0.8 < near / live < 1.25 else live
 
 
-def _mean_nll(rows: list[dict]) -> float:
-    return float(np.mean(np.concatenate([np.asarray(r["nll"], float) for r in rows])))
+def _mean_nll(rows: list[TextRecord]) -> float:
+    return _mean(np.concatenate([np.asarray(r.nll, float) for r in rows]))
 
 
-def _mean(rows: list[dict], key: str) -> float:
-    return float(np.mean([r[key] for r in rows]))
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(values if isinstance(values, np.ndarray) else list(values)))
 
 
-def _accuracy(rows: list[dict]) -> Interval:
-    """Over problems: several chains of one problem depend on each other, so their mean is one observation."""
-    problems = _grouped(rows, problem_of).values()
-    return wilson(sum(_mean(chains, "score") for chains in problems), len(problems))
+def _accuracy(rows: list[ScoredRecord]) -> Interval:
+    """Accuracy over problems: the samples of one problem depend on each other, so their mean is one observation."""
+    problems = _grouped(rows, lambda r: r.problem_id).values()
+    return wilson(sum(_mean(r.score for r in samples) for samples in problems), len(problems))
 
 
-def _has_cell(record: dict) -> bool:
-    groups = record.get("groups") or {}
-    return all(_is_number(groups.get(key)) for key in ("length", "depth"))
+def _has_cell(record: ScoredRecord) -> bool:
+    values = (record.groups.get("length"), record.groups.get("depth"))
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _grouped(records: list[dict], key: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+def _grouped(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
     groups = defaultdict(list)
     for record in records:
         groups[key(record)].append(record)
     return groups
-
-
-def _kind(record: dict) -> str:
-    return record["task"] if record["task"] in TEXT_TASKS else "answers"
-
-
-def _wrong(record: dict) -> str:
-    """Why a record cannot be shown, or ""."""
-    for key in ("task", "policy", "budget", "unit"):
-        if not isinstance(record[key], str):
-            return f"{key} is not text"
-    where = f"{record['task']} of {arm_name(record)}"
-    for name, kind in FIELDS[_kind(record)].items():
-        if not FITS[kind](record.get(name)):
-            return f"{name} of {where} is not {kind}"
-    if record["task"] == "text" and len(record["kl"]) != len(record["nll"]):
-        return f"{where} has {len(record['kl'])} values of KL but {len(record['nll'])} of the log-likelihood"
-    if record["task"] == "kept":
-        pieces, length = record.get("pieces"), int(record["length"])
-        if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
-            return f"pieces of {where} is not a list of texts"
-        if {len(pieces), len(record["kept"]), len(record["live_by_position"])} != {length}:
-            return f"{where} does not have {length} pieces, kept and live_by_position"
-    if _kind(record) == "answers" and not 0 <= record["score"] <= 1:
-        return f"score of {where} is not within 0 and 1"
-    if _kind(record) == "answers" and not (
-        record.get("answer_logprob") is None or _is_number(record["answer_logprob"])
-    ):
-        return f"answer_logprob of {where} is not a number"
-    return ""
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_numbers(value: Any, dimensions: int = 1) -> bool:
-    """At least one number, in a list, or in a list of lists of equal length."""
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        return False
-    return isinstance(value, list) and array.dtype.kind in "iuf" and array.ndim == dimensions and array.size > 0
-
-
-FITS: dict[str, Callable[[Any], bool]] = {
-    NUMBER: _is_number,
-    COUNT: lambda value: _is_number(value) and 1 <= value < math.inf,
-    NUMBERS: _is_numbers,
-    TABLE: lambda value: _is_numbers(value, 2),
-    TEXT: lambda value: isinstance(value, str),
-}

@@ -1,8 +1,9 @@
-"""Pareto frontiers of accuracy over cost, and how far two are apart.
+"""Pareto frontiers of accuracy over cost, and the distance between two of them.
 
-The rule, since the paper (arXiv:2506.05345) states none: a method's frontier are its points that no cheaper point of it equals or beats. Between two
-of them accuracy is linear in the logarithm of the cost. The gap of two methods is the difference of their frontiers, averaged over the
-logarithm of the cost where both exist; no common range, no gap.
+The paper (arXiv:2506.05345) states no rule, so this is ours. The frontier of a method is the set of its points that no
+cheaper point of it equals or beats. Between two of them accuracy is linear in the logarithm of the cost. The gap
+between two methods is the difference of their frontiers, averaged over the logarithm of the cost, where both exist.
+Without a common range of costs there is no gap.
 """
 
 from collections.abc import Sequence
@@ -18,13 +19,13 @@ class Point(NamedTuple):
 
 
 class Gap(NamedTuple):
-    mean: float  # accuracy of the one minus that of the other
+    mean: float  # accuracy of the first method minus that of the second
     low: float  # the common range of costs
     high: float
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that nothing cheaper equals or beats, by rising cost."""
+    """The points that nothing cheaper equals or beats, by increasing cost."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
@@ -33,11 +34,12 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def gap(one: Sequence[Point], other: Sequence[Point]) -> Gap | None:
-    """How much more accurate `one`'s frontier is. A single common cost counts as a range without width."""
+    """How much more accurate the frontier of `one` is than that of `other`. A single common cost is a range of width
+    0."""
     a, b = frontier(one), frontier(other)
     if not a or not b:
         return None
-    # Beyond a frontier's last point more cost buys nothing, so it goes on, level, to the dearest point measured for the method.
+    # Beyond its last point more cost gains nothing, so a frontier continues, level, to the method's most expensive point.
     low, high = max(a[0].cost, b[0].cost), min(max(p.cost for p in one), max(p.cost for p in other))
     if low > high:
         return None

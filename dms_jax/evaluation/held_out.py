@@ -1,4 +1,8 @@
-"""How far a retrofitted model is from its dense base on held-out rows, next to a sliding window with as many live tokens."""
+"""How far a retrofitted model is from its dense base on held-out rows, next to StreamingLLM with as many live tokens.
+
+A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers what they return for many
+batches.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -15,17 +19,20 @@ from dms_jax.core.losses import TokenMetrics, token_metrics
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies.streaming_llm import StreamingLLM
 
+STREAMING_LLM = "streaming_llm"
+METRICS_GROUPS = {STREAMING_LLM: "sliding_window"}  # metrics.jsonl files hold the baseline under this name
+
 
 class RowMetrics(NamedTuple):
-    """Of a batch of rows: per token [B T], and per layer, row and KV head [L B K] what a cache would hold at the end."""
+    """Metrics of a batch of rows."""
 
-    tokens: TokenMetrics
-    live: Int[Array, "L B K"]
+    tokens: TokenMetrics  # [B T]
+    live: Int[Array, "L B K"]  # pairs that a cache would hold after each row
     evict_fraction: Float[Array, "L B K"]
 
 
 class EvaluationBatch(NamedTuple):
-    """Rows to measure on; any object with these fields will do."""
+    """Rows to measure on. Any object with these fields serves as well, such as a training batch."""
 
     tokens: np.ndarray  # int32 [B, T]
     segment_ids: np.ndarray  # int32 [B, T]
@@ -33,7 +40,7 @@ class EvaluationBatch(NamedTuple):
 
     @classmethod
     def whole(cls, tokens: np.ndarray) -> "EvaluationBatch":
-        """Rows of one document each, without padding."""
+        """Rows that hold one document each, without padding."""
         return cls(tokens, np.zeros_like(tokens), np.ones(tokens.shape, bool))
 
 
@@ -48,7 +55,7 @@ def retrofit_rows(
     segment_ids: Int[Array, "B T"],
     threshold: float | Float[Array, ""] = 0.0,
 ) -> RowMetrics:
-    """Hard decisions against the dense teacher."""
+    """Compare the student, with hard decisions, with the dense teacher."""
     dms = student.config.require_dms()
     hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
     tokens_out = token_metrics(
@@ -61,10 +68,10 @@ def retrofit_rows(
     return RowMetrics(tokens_out, live_counts(evict, dms.window_size, dms.decision_shift), jnp.mean(evict, axis=-1))
 
 
-def sliding_window_rows(
+def streaming_llm_rows(
     teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], policy: StreamingLLM
 ) -> TokenMetrics:
-    """The dense teacher against itself under a sliding window with sinks."""
+    """Compare the dense teacher with itself under a sliding window with sinks, [B T] each."""
     marked = policy.marked(jnp.arange(tokens.shape[1]))
     hidden = teacher.marked_hidden(tokens, marked, policy.window_size, segment_ids)
     dense = teacher.dense_hidden(tokens, segment_ids)
@@ -72,13 +79,13 @@ def sliding_window_rows(
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One line of the held-out table. KL is KL(teacher || student) in nats per token."""
+class HeldOutArm:
+    """One line of the held-out table. KL is KL(teacher || student) in nats per token, over all tokens of all rows."""
 
     name: str
-    live_tokens: float  # mean over layers, heads and rows of the pairs a cache holds after the row
+    live_tokens: float  # pairs per KV head after a row, mean over layers, heads and rows
     realised_cr: float
-    nominal_cr: float  # 1 / (1 - fraction of decisions that evict); what the loss sees
+    nominal_cr: float  # 1 / (1 - fraction of decisions that evict), the ratio that training aims at
     kl_mean: float
     kl_p95: float
     kl_p99: float
@@ -95,38 +102,39 @@ class Arm:
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """Retrofitted model and baseline on the same rows, and where the retrofitted one keeps what."""
+    """The retrofitted model and the baseline on the same rows, and how many pairs each head of the retrofitted model
+    keeps."""
 
     length: int
     num_tokens: int
-    arms: tuple[Arm, ...]
+    arms: tuple[HeldOutArm, ...]
     live_per_head: np.ndarray  # [L K] mean live pairs
     evict_per_head: np.ndarray  # [L K] mean fraction of decisions that evict
 
     def as_metrics(self) -> dict[str, float | list]:
-        """`group/name` keys for metrics.jsonl."""
+        """Metrics under `group/name` keys, for metrics.jsonl."""
         dms = self.arms[0]
         metrics: dict[str, Any] = {f"held_out/{key}": value for key, value in asdict(dms).items() if key != "name"}
         metrics["held_out/perplexity_change"] = dms.perplexity_change
         metrics["held_out/realised_cr_per_layer"] = (self.length / self.live_per_head.mean(axis=1)).round(4).tolist()
         for arm in self.arms[1:]:
             metrics |= {
-                f"{arm.name}/{key}": getattr(arm, key)
+                f"{METRICS_GROUPS.get(arm.name, arm.name)}/{key}": getattr(arm, key)
                 for key in ("live_tokens", "kl_mean", "perplexity", "perplexity_change")
             }
         return metrics
 
     def table(self) -> str:
-        """What is printed at the end of a run."""
+        """The table that a run prints at its end."""
 
         def line(name, live, cr, nominal, *kl, ppl, change, agree):
             tails = "".join(f"{value:>8.3f}" for value in kl[1:])
-            return f"{name:<28}{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
+            sizes = f"{live:>6.0f}{cr:>7.2f}{nominal:>9.2f}"
+            return f"{name:<28}{sizes}{kl[0]:>9.4f}{tails}{ppl:>8.2f}{change:>+9.2%}{agree:>8.1%}"
 
         title = f"held out, {self.num_tokens} tokens"
-        lines = [
-            f"{title:<28}{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"
-        ]
+        columns = f"{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}"
+        lines = [f"{title:<28}{columns}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"]
         lines.append(line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.arms[0].dense_perplexity, change=0, agree=1))
         for arm in self.arms:
             kl = arm.kl_mean, arm.kl_p95, arm.kl_p99, arm.kl_max
@@ -138,7 +146,7 @@ class HeldOutReport:
 
 
 class Gathered:
-    """Per-token numbers of many batches, on the host."""
+    """Per-token metrics of many batches, on the host, without the tokens that do not count."""
 
     def __init__(self):
         self.rows: list[TokenMetrics] = []
@@ -146,11 +154,11 @@ class Gathered:
     def add(self, metrics: TokenMetrics, counted: Bool[Array, "B T"]) -> None:
         self.rows.append(TokenMetrics(*(np.asarray(x, np.float64)[np.asarray(counted)] for x in metrics)))
 
-    def arm(self, name: str, length: int, live: float, evict_fraction: float) -> Arm:
+    def arm(self, name: str, length: int, live: float, evict_fraction: float) -> HeldOutArm:
         all_rows = TokenMetrics(*(np.concatenate(parts) for parts in zip(*self.rows, strict=True)))
         kl = all_rows.kl_teacher_student
         p95, p99 = np.percentile(kl, [95, 99])
-        return Arm(
+        return HeldOutArm(
             name=name,
             live_tokens=live,
             realised_cr=length / live,
@@ -167,7 +175,7 @@ class Gathered:
 
 
 def counted_tokens(loss_mask: np.ndarray, segment_ids: np.ndarray) -> np.ndarray:
-    """Tokens [B T] that have a next token of their own document in the row."""
+    """Mark the tokens [B T] whose next token is in the row and belongs to the same document."""
     counted = np.zeros_like(loss_mask)
     counted[:, :-1] = loss_mask[:, :-1] & loss_mask[:, 1:] & (segment_ids[:, :-1] == segment_ids[:, 1:])
     return counted
@@ -177,10 +185,10 @@ def held_out_report(
     batches: Iterable[EvaluationBatch],
     length: int,
     retrofit: Callable[[EvaluationBatch], RowMetrics],
-    sliding_window: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
+    streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
 ) -> HeldOutReport:
-    """Run the retrofitted model over `batches` (tokens, segment_ids, loss_mask), then the sliding window with as many live
-    tokens as that turned out to keep. The callables run one batch on the devices; `sliding_window` None leaves it out."""
+    """Run the retrofitted model over `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens
+    as the model kept. The callables run one batch on the devices; without `streaming_llm` the baseline is left out."""
     batches = list(batches)
     gathered, live, evict = Gathered(), [], []
     for batch in batches:
@@ -190,12 +198,12 @@ def held_out_report(
         evict.append(metrics.evict_fraction)
     live, evict = np.concatenate(live, axis=1).mean(axis=1), np.concatenate(evict, axis=1).mean(axis=1)
     arms = [gathered.arm("dms", length, float(live.mean()), float(evict.mean()))]
-    if sliding_window is not None:
+    if streaming_llm is not None:
         policy = StreamingLLM(budget=max(round(float(live.mean())), StreamingLLM.num_sinks + 1))
         baseline = Gathered()
         for batch in batches:
             baseline.add(
-                jax.device_get(sliding_window(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids)
+                jax.device_get(streaming_llm(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids)
             )
-        arms.append(baseline.arm("sliding_window", length, min(policy.budget, length), 1 - policy.budget / length))
+        arms.append(baseline.arm(STREAMING_LLM, length, min(policy.budget, length), 1 - policy.budget / length))
     return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(arms), live, evict)

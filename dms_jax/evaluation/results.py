@@ -1,134 +1,112 @@
-"""The results of an evaluation: one JSONL file. Its first line is a header of provenance, each other line one measurement.
+"""The results of an evaluation: one file of JSON lines. Its first line is a header of provenance, each other line one
+measurement.
 
     {"header": {versions, device, commit, model and its sha256, ...}, "options": {...}}
-    {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...numbers of that task}
+    {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...the fields of that task's record}
 
-(task, policy, budget, unit) names a measurement: a run that was stopped goes on with those that are missing. Each later run that
-adds measurements adds a header line of its own, when its versions or options are others.
+(task, policy, budget, unit) names a measurement, so a run that was stopped continues with the measurements that are
+missing. A later run that adds measurements with other versions or options adds a header line of its own. Imports no
+JAX.
 """
 
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dms_jax.errors import ConfigError
-from dms_jax.files import parse_json
+from dms_jax.errors import ConfigError, naming
+from dms_jax.evaluation.result_records import Key, Record, record_of
+from dms_jax.files import read_jsonl
 
-TEXT_TASKS = ("text", "greedy", "kept")  # any other task has answers and a score
-Key = tuple[str, str, str, str]  # task, policy, budget ("" for none), unit
+WAY_OUT = "delete the line or use another --output"
 
 
 class Results(NamedTuple):
     header: dict[str, Any]
     options: dict[str, Any]
-    records: list[dict[str, Any]]
+    records: list[Record]
+    places: list[str]  # "FILE, line N" of each record
 
-    def of(self, task: str) -> Iterator[dict[str, Any]]:
-        return (record for record in self.records if record["task"] == task)
-
-
-def key_of(record: dict) -> Key:
-    return record["task"], record["policy"], record["budget"], record["unit"]
-
-
-def arm_name(record: dict) -> str:
-    """How a policy under a budget is written: "tova@256", "dms@cr4", "dense"."""
-    return f"{record['policy']}@{record['budget']}" if record["budget"] else record["policy"]
-
-
-def problem_of(record: dict) -> str:
-    """What an answer answers: several chains of one problem have units of their own."""
-    return record.get("problem", record["unit"])
+    def of_task(self, task: str) -> Iterator[Record]:
+        return (record for record in self.records if record.task == task)
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """Header and measurements; the half line of a run that was killed is left out. Raises ConfigError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as why:
-        raise ConfigError(f"cannot read {path}: {why}") from why
-    objects, complete = [], lines[:-1]  # what follows the last newline is not whole
-    for number, line in enumerate(complete, 1):
+    """Header and measurements, without the half line that a killed run leaves. Raises ConfigError, naming the line."""
+    headers: list[dict[str, Any]] = []
+    records, places = [], []
+    for where, line in read_jsonl(path, torn_tail_ok=True):
+        is_header = isinstance(line, dict) and "header" in line
+        if not headers and not is_header:
+            break
+        if not isinstance(line, dict):
+            raise ConfigError(f"{where}: not an evaluation record; {WAY_OUT}")
+        if is_header:
+            for name in ("header", "options"):
+                if not isinstance(line.get(name, {}), dict):
+                    raise ConfigError(f"{where}: `{name}` must be a mapping; {WAY_OUT}")
+            headers.append(line)
+            continue
         try:
-            objects.append(parse_json(line, "it"))
-            names = {"header"}, {"task", "policy", "budget", "unit"}
-            if not isinstance(objects[-1], dict) or (
-                number > 1 and not any(wanted <= objects[-1].keys() for wanted in names)
-            ):
-                raise ValueError("it names no task, policy, budget and unit")
-            if not isinstance(objects[-1].get("options", {}), dict) or not isinstance(
-                objects[-1].get("groups", {}), dict
-            ):
-                raise ValueError("its options or groups are no mapping")
-        except ValueError as why:  # a ConfigError is one
-            raise ConfigError(
-                f"{path}, line {number}: no result of an evaluation ({why}); remove the line, or give another --output"
-            ) from why
-    if not objects or "header" not in objects[0]:
-        raise ConfigError(f"{path} does not begin with the header of an evaluation; give another file")
-    options = {key: value for line in objects if "header" in line for key, value in line.get("options", {}).items()}
-    return Results(objects[0]["header"], options, [line for line in objects if "header" not in line])
+            with naming(where):
+                records.append(record_of(line))
+        except ConfigError as why:
+            raise ConfigError(f"{why}; {WAY_OUT}") from why
+        places.append(where)
+    if not headers:
+        raise ConfigError(f"{path} does not begin with the header of an evaluation; use another file")
+    options = {key: value for line in headers for key, value in line.get("options", {}).items()}
+    return Results(headers[0]["header"], options, records, places)
 
 
 class ResultsFile:
     """Appends measurements, each at once and whole."""
 
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
-        """A file that exists is continued when the `binding` entries of its header, and the options that it knows, are these; else
-        ConfigError."""
+        """Begin a file, or continue one whose header has the same `binding` entries and whose options, where it has
+        them, are these. Raises ConfigError for any other file, and leaves it as it is."""
         self.path = Path(path)
-        self.records: list[dict[str, Any]] = []  # of earlier runs and of this one
+        self.records: list[Record] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
+        new = json.loads(first)
         try:
             if self.path.exists() and self.path.stat().st_size:
+                read_results(self.path)  # refuses another kind of file before anything is cut off
+                _cut_torn_line(self.path)
                 old = read_results(self.path)
-                new_options = json.loads(first)["options"]
-                changed = [
-                    f"{k}: {old.header.get(k)} -> {header[k]}" for k in binding if old.header.get(k) != header[k]
-                ]
-                changed += [
-                    f"{k}: {old.options[k]} -> {v}"
-                    for k, v in new_options.items()
-                    if k in old.options and old.options[k] != v
-                ]
-                if changed:
+                if changed := _changes(old, new, binding):
                     raise ConfigError(
-                        f"{path} was measured otherwise ({'; '.join(changed)[:300]}); give another --output"
+                        f"{path} holds results measured with different settings ({'; '.join(changed)[:300]}); "
+                        "use another --output"
                     )
                 self.records = old.records
-                with open(self.path, "r+b") as file:  # a killed run's half line
-                    file.truncate(file.read().rfind(b"\n") + 1)
-                if old.header != json.loads(first)["header"] or not new_options.items() <= old.options.items():
+                if old.header != new["header"] or not new["options"].items() <= old.options.items():
                     self._write(first)
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(first)
         except OSError as why:
             raise ConfigError(f"cannot write {path}: {why}") from why
-        self.done: set[Key] = {key_of(record) for record in self.records}
+        self.done: set[Key] = {record.key for record in self.records}
 
-    def of(self, task: str, policy: str, budget: str) -> list[dict[str, Any]]:
-        """What has been measured of one arm."""
-        return [
-            record
-            for record in self.records
-            if (record["task"], record["policy"], record["budget"]) == (task, policy, budget)
-        ]
+    def records_of(self, task: str, policy: str, budget: str) -> list[Record]:
+        """Everything measured so far of one task and method."""
+        return [record for record in self.records if record.key[:3] == (task, policy, budget)]
 
-    def append(self, record: dict) -> None:
-        line = json.dumps(record, default=_plain)
-        self.done.add(key_of(record))
-        self.records.append(json.loads(line))
+    def append(self, record: Record) -> None:
+        line = json.dumps(asdict(record), default=_plain)
+        self.done.add(record.key)
+        self.records.append(record)
         try:
             self._write(line)
         except OSError as why:
             raise ConfigError(
-                f"cannot write {self.path}: {why}; the results so far are whole, run the same command again"
+                f"cannot write {self.path}: {why}; all results so far are in it, run the same command again to continue"
             ) from why
 
     def _write(self, line: str) -> None:
@@ -137,9 +115,28 @@ class ResultsFile:
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
-    """Numbers with `digits` significant digits: a file of measurements is read by people too."""
+    """Numbers with `digits` significant digits: people read files of measurements too."""
     return [float(f"{value:.{digits}g}") for value in np.asarray(values, np.float64).ravel()]
 
 
-def _plain(value):
+def _changes(old: Results, new: dict, binding: tuple[str, ...]) -> list[str]:
+    """The settings, as "name: old -> new", that make new measurements incomparable with those of the file."""
+    header, options = new["header"], new["options"]
+    changed = [
+        f"{name}: {old.header.get(name)} -> {header[name]}" for name in binding if old.header.get(name) != header[name]
+    ]
+    known = old.options.keys() & options.keys()
+    return changed + [f"{k}: {old.options[k]} -> {v}" for k, v in options.items() if k in known and old.options[k] != v]
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Remove the half line that a killed run left at the end."""
+    with open(path, "r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as those of Python."""
     return np.asarray(value).tolist()

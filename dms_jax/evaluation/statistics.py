@@ -1,4 +1,5 @@
-"""Measured numbers with their uncertainty: bootstrap over units, Wilson intervals of accuracies, percentiles of tails."""
+"""Measured numbers with their uncertainty: bootstrap over units, Wilson intervals for accuracies, percentiles for
+tails."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -10,7 +11,8 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean and how far it may be off. One unit says nothing of others: then `low` and `high` are nan."""
+    """A mean with its confidence interval. A single unit says nothing about others, so `low` and `high` are then
+    nan."""
 
     value: float
     low: float
@@ -25,16 +27,17 @@ def bootstrap_mean(
     draws: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """Mean over units (rows, problems), with the percentile interval of `draws` resamplings of whole units.
+    """The mean over units (rows, problems), with the percentile interval of `draws` resamples of whole units.
 
-    Tokens of one row depend on each other, so the row is what is drawn. `weights`: tokens of each unit, where they differ.
-    Percentile intervals of a few units are too narrow: of 10 they cover about 90% instead of 95%.
+    Tokens of one row depend on each other, so whole rows are resampled. `weights` are the numbers of tokens, if the
+    units differ in length. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
+    instead of 95%.
     """
     x = np.asarray(values, np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, np.float64)
     if x.ndim != 1 or x.shape != w.shape or not len(x) or w.min() < 0 or w.sum() <= 0:
         raise ValueError(
-            f"bootstrap_mean wants at least one unit and weights >= 0, got values {x.shape} and weights {w.shape}"
+            f"bootstrap_mean needs at least one unit and weights >= 0, got values {x.shape} and weights {w.shape}"
         )
     value = float(x @ w / w.sum())
     if len(x) == 1 or not np.isfinite(x).all():
@@ -51,12 +54,14 @@ def bootstrap_mean(
 
 
 def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
-    """Accuracy `hits / trials` with Wilson's score interval (1927), which is right at 0% and 100% and for few trials.
+    """The accuracy `hits / trials` with Wilson's score interval (1927), which also holds at 0% and 100% and for few
+    trials.
 
-    `hits` may be a sum of scores between 0 and 1: their variance is at most that of right and wrong, so the interval is wide enough.
+    `hits` may be a sum of scores between 0 and 1: their variance is at most that of scores of 0 or 1, so the interval
+    is wide enough.
     """
     if trials < 1 or not -1e-9 <= hits <= trials + 1e-9:
-        raise ValueError(f"wilson wants 0 <= hits <= trials and trials >= 1, got {hits} of {trials}")
+        raise ValueError(f"wilson needs 0 <= hits <= trials and trials >= 1, got {hits} of {trials}")
     z = NormalDist().inv_cdf((1 + level) / 2)
     p = min(max(hits / trials, 0.0), 1.0)
     center = (p + z * z / (2 * trials)) / (1 + z * z / trials)
@@ -65,11 +70,12 @@ def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
 
 
 def percentiles(values: np.ndarray, points: Sequence[float] = (50, 95, 99)) -> tuple[float, ...]:
-    """Of all values together, linear between neighbours in rank: 0 is the least, 100 the greatest."""
+    """Percentiles of all values together, linear between neighbors in rank: 0 is the smallest value, 100 the
+    largest."""
     return tuple(float(value) for value in np.percentile(np.asarray(values, np.float64), points))
 
 
 def fraction_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """For each threshold the fraction of values greater than it: what a tail plot shows."""
+    """The fraction of values above each threshold, as a tail plot shows it."""
     ordered = np.sort(np.asarray(values, np.float64).ravel())
     return 1 - np.searchsorted(ordered, thresholds, side="right") / len(ordered)

@@ -1,7 +1,8 @@
-"""Given text through a compact cache, a few tokens at a time: what any policy loses against the dense model.
+"""Read given text through a compact cache, a few tokens at a time, and compare any policy with the dense model.
 
-Every policy runs as in decoding, at its budget from the first token to the last; the next token is the text's, not the
-model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1 pairs more.
+Every policy runs as in decoding, at its budget from the first token to the last, but the next token is the text's, not
+the model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1
+pairs more.
 """
 
 from functools import partial
@@ -23,11 +24,11 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 from dms_jax.policies import CachePolicy
 
-CHUNK = 16  # tokens between two rankings: almost decoding, at a fraction of its time
+CHUNK = 16  # tokens between two rankings: close to decoding, at a fraction of its time
 
 
 class OnlineRows(NamedTuple):
-    """Of B rows of T tokens."""
+    """Measurements of one policy on B rows of T tokens."""
 
     tokens: TokenMetrics  # [B T], NumPy
     live_by_chunk: Float[np.ndarray, "B n"]  # pairs held after each chunk, mean over layers and heads
@@ -42,14 +43,16 @@ def online_rows(
     threshold: float = 0.0,
     chunk: int = CHUNK,
 ) -> OnlineRows:
-    """Run rows, T a multiple of `chunk`, under `policy` next to `dense_hidden`, the hidden states of `model.dense_hidden`.
+    """Run rows under `policy` and compare them with `dense_hidden`, the hidden states of `model.dense_hidden`.
 
-    The metrics of each row's last token compare with its first and mean nothing. Raises ConfigError.
+    The last token of a row has no next token, so its metrics mean nothing. Raises ConfigError unless T is a multiple of
+    `chunk`.
     """
     rows, length = np.shape(tokens)
     if length % chunk:
         raise ConfigError(
-            f"rows of {length} tokens are no multiple of the chunk of {chunk}; use length {length // chunk * chunk}"
+            f"the length of rows must be a multiple of the chunk of {chunk}, got {length}; "
+            f"use length {length // chunk * chunk}"
         )
     cache = init_cache(model, rows, min(policy.slot_bounds().max or length, length), policy=policy)
     metrics, live, cache = _online(

@@ -5,9 +5,9 @@ import math
 import numpy as np
 
 from dms_jax.evaluation.aggregate import AnswerArm, GreedyArm, KeptArm, TextArm, TextGroup
-from dms_jax.evaluation.arms import LEARNED
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean
 
+LEARNED = ("dms", "immediate_eviction")  # names in results files of policies that need a retrofitted model
 ROUNDING = 1e-5
 COMPARABLE = 0.1  # arms whose live tokens differ by no more are of equal size
 

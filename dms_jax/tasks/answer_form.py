@@ -1,15 +1,16 @@
-r"""One way to write an answer: `0.5`, `\frac12` and `$\dfrac{1}{2}$` all become `1/2`.
+r"""The normal form of an answer: `0.5`, `\frac12` and `$\dfrac{1}{2}$` all become `1/2`.
 
-Numbers become exact fractions. Of LaTeX only spelling is unified (the convention of Hendrycks et al., arXiv:2103.03874), never
-algebra: `2\sqrt{3}` and `\sqrt{12}` stay apart. Where in doubt, two answers stay apart.
+Numbers become exact fractions. Of LaTeX only the spelling is unified (the convention of Hendrycks et al.,
+arXiv:2103.03874), never the algebra: `2\sqrt{3}` and `\sqrt{12}` remain different. When in doubt, two answers remain
+different.
 """
 
 import re
 from fractions import Fraction
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-MAX_DIGITS = 100  # longer ones stay text: no problem has them, and Python refuses to print very long integers
-MAX_LENGTH = 1000  # rambling, not an answer
+MAX_DIGITS = 100  # longer numbers stay text: no problem has them, and Python refuses to print very long integers
+MAX_LENGTH = 1000  # a longer text rambles instead of answering
 TEXT = r"\\(?:text|textrm|textbf|textit|mbox)\s*\{([^{}]*)\}"
 UNIT = rf"(?<=[0-9A-Za-z}}\])])\s*(?:{TEXT}|\\mathrm\s*\{{([^{{}}]{{2,}})\}})(?:\^\{{?\d\}}?)?\s*$"  # \mathrm{{i}} may be a number
 WORDS = r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt)\b)[A-Za-z]{3,}(?:\s[A-Za-z]+)*"
@@ -17,7 +18,7 @@ SIMPLE = r"\w|\\(?!sqrt)[A-Za-z]+"  # what \frac takes without braces
 
 SPELLINGS = (  # in this order
     (r",\\!\s*", ","),  # 10,\!080
-    (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),  # dollars, and what encloses a formula; not the \\[ of a matrix
+    (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),  # dollars and other delimiters of a formula; not the \\[ of a matrix
     (r"\\(?:left|right|displaystyle)(?![a-z])", ""),
     (r"\\!", ""),
     (r"(?<!\\)\\[,;: ]|\\q?quad(?![a-z])|~|\u2009|\u00a0", " "),
@@ -29,7 +30,7 @@ SPELLINGS = (  # in this order
 
 
 def normal_form(answer: str) -> str:
-    """Equal for answers that are written differently and mean the same. "" for nothing."""
+    """Return the same text for answers that mean the same but are written differently; "" for an empty answer."""
     text = answer.strip().strip("*").strip()
     if len(text) > MAX_LENGTH:
         return text
@@ -51,7 +52,7 @@ def normal_form(answer: str) -> str:
 
 
 def as_fraction(text: str) -> Fraction | None:
-    r"""The value of 1,234.50, -3/4, 1\frac{4}{5}, 6.7 \times 10^{-5}; None for anything else."""
+    r"""The value of texts like 1,234.50, -3/4, 1\frac{4}{5} and 6.7 \times 10^{-5}; None for anything else."""
     text = _braced(text) if "," not in text else text.strip()  # "1, 200" are two numbers
     if len(text) > MAX_DIGITS:
         return None
@@ -81,7 +82,7 @@ def _latex(text: str) -> str:
 
 
 def _braced(text: str) -> str:
-    r"""Without blanks, and \frac12, \frac9{19}, \sqrt2 with their braces."""
+    r"""Remove blanks, and add the braces that \frac12, \frac9{19} and \sqrt2 lack."""
     text = re.sub(r"\s+", "", text)
     text = re.sub(rf"\\frac({SIMPLE})", r"\\frac{\1}", text)
     text = re.sub(rf"(\\frac\{{[^{{}}]*\}})({SIMPLE})", r"\1{\2}", text)
@@ -89,7 +90,7 @@ def _braced(text: str) -> str:
 
 
 def _outer_parts(text: str) -> list[str]:
-    """The parts between commas that stand in no bracket."""
+    """Split at the commas that are outside all brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -1,8 +1,9 @@
-"""Runs one generated program under limits. `infer/tasks/code_runner.py` starts it as a process of its own; it imports nothing of ours.
+"""Run one generated program under limits. `code_runner` starts this file as a process of its own; it imports nothing of
+the package.
 
     python -I -B code_guard.py PROGRAM CPU_SECONDS MEMORY_BYTES FILE_BYTES
 
-The limits are set here and not between fork and exec: the parent runs JAX, whose threads make code there unsafe.
+The limits are set here, not between fork and exec: the parent runs JAX, whose threads make code there unsafe.
 """
 
 import os
@@ -10,7 +11,7 @@ import resource
 import runpy
 import sys
 
-THREADS = 64  # that may be started beyond those the machine has
+NUM_THREADS = 64  # that may be started beyond those that the machine runs already
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 REFUSED = (
     "os.exec",
@@ -41,31 +42,30 @@ CHANGES += ("shutil.move", "shutil.rmtree")
 
 
 def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
-    resource.setrlimit(
-        resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1)
-    )  # SIGXCPU, by which the parent knows; then SIGKILL
+    # First SIGXCPU, from which the parent learns the reason, then SIGKILL.
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, file_bytes),  # of the output too, which goes to a file
+        (resource.RLIMIT_FSIZE, file_bytes),  # also of the output, which goes to a file
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    with open(
-        "/proc/loadavg"
-    ) as file:  # "0.5 0.4 0.3 2/1234 ...": the kernel counts all processes and threads of a user, not ours
-        tasks = int(file.read().split()[3].partition("/")[2]) + THREADS
+    # "0.5 0.4 0.3 2/1234 ...": the limit applies to all processes and threads of the user, so it counts those that run.
+    with open("/proc/loadavg") as file:
+        tasks = int(file.read().split()[3].partition("/")[2]) + NUM_THREADS
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
     tasks = tasks if hard == resource.RLIM_INFINITY else min(tasks, hard)
     resource.setrlimit(resource.RLIMIT_NPROC, (tasks, tasks))  # not enforced for root
 
 
 def refuse_outside(folder: str):
-    """A hook that stops Python's own ways of starting processes, using the network and changing files outside the folder."""
+    """An audit hook that refuses Python's own ways to start processes, use the network and change files outside the
+    folder."""
 
     def is_outside(path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):
-            return False  # an open file, or no path at all
+            return False  # an open file, or not a path at all
         real = os.path.realpath(os.fsdecode(path))
         return real != "/dev/null" and os.path.commonpath([real, folder]) != folder
 

@@ -1,12 +1,13 @@
-"""Runs generated programs: a fresh Python process each, in an empty folder, under limits.
+"""Run generated programs, each in a fresh Python process, in an empty folder, under limits. Linux only.
 
-What it gives: an isolated interpreter (-I) with an empty environment, no terminal and no open files of ours; a temporary folder that
-is removed; limits of CPU and wall time, memory, file and output size and threads; at the end the whole process group is killed.
-Starting processes, using the network and changing files outside the folder is refused as far as it goes through Python.
+A program gets an isolated interpreter (-I) with an empty environment, without a terminal and without our open files; a
+temporary folder, which is removed afterwards; and limits on CPU and wall time, memory, file and output size, and
+threads. At the end its whole process group is killed. Attempts to start processes, use the network or change files
+outside the folder are refused if they go through Python.
 
-What it is not: a sandbox. It keeps accidents of a language model small. A program that means harm can get around it (through
-`ctypes`, say), can read every file that you can read, and as root is under no limit of processes. Against malice, run the whole
-evaluation in a container or a virtual machine without network. Linux only.
+This is not a sandbox. It limits the accidents of a language model. A malicious program can get around it (through
+`ctypes`, for example), can read every file that you can read, and has no limit on processes as root. Against malice,
+run the whole evaluation in a container or virtual machine without network.
 """
 
 import contextlib
@@ -31,31 +32,33 @@ PASSED, TIMED_OUT = "passed", "timed out"
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 10.0  # wall time; of CPU time a second more
+    """Resources that one program may use."""
+
+    seconds: float = 10.0  # wall time; one second more of CPU time
     memory_mib: int = 2048  # address space
-    output_mib: int = 16  # each file, and the output
-
-
-LIMITS = Limits()
+    output_mib: int = 16  # of each file, and of the output
 
 
 class Outcome(NamedTuple):
-    verdict: str  # "passed": it ended by itself, without an error; "failed: why"; "timed out"
+    """How a program ended, and what it printed."""
+
+    verdict: str  # "passed" (ended by itself, without an error), "failed: REASON" or "timed out"
     output: str
 
 
 def require_run_code(name: str, options: TaskOptions) -> None:
-    """Raises ConfigError unless the user has said that generated code may run."""
+    """Refuse unless the user has allowed generated code to run."""
     if not options.run_code:
         raise ConfigError(
-            f"{name} runs the programs that the model writes on this machine, each in a subprocess with limits of time, memory and files, "
-            "which is no sandbox; allow it with --run-code"
+            f"{name} runs the programs that the model writes on this machine, each in a subprocess with limited time, "
+            "memory and files, which is not a sandbox; allow it with --run-code"
         )
     if sys.platform != "linux":
         raise ConfigError(f"{name} runs generated code on Linux only, this is {sys.platform}; use a container")
 
 
-def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:  # frozen
+def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:
+    """Run a program to its end, or to its limits."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as outside:
         folder = Path(outside, "folder")
         folder.mkdir()
@@ -98,7 +101,7 @@ def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Out
 
 
 def run_tests(program: str, limits: Limits = Limits()) -> str:
-    """The verdict of a program that ends with its tests: they count as passed only if its last line was reached."""
+    """The verdict on a program that ends with its tests: it passes only if it reaches its last line."""
     token = secrets.token_hex(16)  # a program that exits early cannot have printed it
     outcome = run_program(f"{program}\n__import__('sys').stdout.write({token!r})\n", limits=limits)
     if outcome.verdict == PASSED and not outcome.output.endswith(token):
@@ -107,14 +110,14 @@ def run_tests(program: str, limits: Limits = Limits()) -> str:
 
 
 def _kill_group(process: subprocess.Popen) -> None:
-    """Ends the process and what it has started, and waits for it."""
+    """Kill the process and everything it has started, and wait for it."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # start_new_session made it the leader
     process.wait()
 
 
 def generated_code(text: str) -> str:
-    """The program in an answer: the last fenced block, also one that was cut off; without a fence, all of it."""
+    """The program in an answer: the last fenced block, even if it was cut off; without a fence, the whole answer."""
     text = after_thinking(text)
     parts = text.split("```")
     if len(parts) == 1:

@@ -1,4 +1,4 @@
-"""The grid of made-up problems, length x depth x repetition, and prompts that fill a length."""
+"""The grid of generated problems, length x depth x repetition, and prompts that fill a length."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -7,14 +7,16 @@ from typing import NamedTuple
 from dms_jax.errors import ConfigError
 from dms_jax.tasks.problem import TaskOptions
 
-GUESSES = 8  # by interpolation; after that the bracket is halved, so that the search ends soon for every tokenizer
+MAX_GUESSES = 8  # by interpolation; after that the bracket is halved, so that the search ends soon for every tokenizer
 
 
 class Cell(NamedTuple):
+    """The place of one problem in the grid."""
+
     unit: str
     length: int
     depth: float
-    rng: random.Random  # depends on (seed, task, unit) only: neither on the other cells nor on their order
+    rng: random.Random  # depends on (seed, task, unit) only, not on the other cells
 
     @property
     def groups(self) -> dict[str, float | str]:
@@ -22,13 +24,14 @@ class Cell(NamedTuple):
 
 
 def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
-    """All cells of a task; units are like `1024/0.25/3`. Raises ConfigError."""
+    """All cells of a task, with units like `1024/0.25/3`."""
     for depth in options.depths:
         if not 0 <= depth <= 1:
-            raise ConfigError(f"--depths: {depth:g} is no depth; 0 is the start of the text and 1 its end")
+            raise ConfigError(f"--depths must be in [0, 1], got {depth:g}; 0 is the start of the text, 1 its end")
     if options.count < 1 or not options.lengths or not options.depths:
         raise ConfigError(
-            f"{name} needs --count of at least 1, a length and a depth; got {options.count}, {options.lengths}, {options.depths}"
+            f"{name} needs --count of at least 1 and at least one of --lengths and of --depths, got {options.count}, "
+            f"{options.lengths} and {options.depths}"
         )
     places = {f"{length}/{depth:g}": (length, depth) for length in options.lengths for depth in options.depths}
     for place, (length, depth) in places.items():
@@ -40,11 +43,12 @@ def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
 def fill(
     prompt_of: Callable[[int], str], length: int, count_tokens: Callable[[str], int], name: str, smallest: int = 0
 ) -> int:
-    """The largest n with count_tokens(prompt_of(n)) <= length, where prompts grow with n. Raises ConfigError if `smallest` is too large."""
+    """Find the largest n with count_tokens(prompt_of(n)) <= length; prompts grow with n. Raises ConfigError if
+    `smallest` is too large."""
     low, low_tokens = smallest, count_tokens(prompt_of(smallest))
     if low_tokens > length:
         raise ConfigError(
-            f"{name}: a prompt of {length} tokens has no room, the shortest takes {low_tokens}; give --lengths {low_tokens} or more"
+            f"{name}: --lengths must be at least {low_tokens}, the tokens of its shortest prompt, got {length}"
         )
     high, high_tokens = low + 16, count_tokens(prompt_of(low + 16))
     while high_tokens <= length:
@@ -53,7 +57,7 @@ def fill(
         high_tokens = count_tokens(prompt_of(high))
     guesses = 0
     while high - low > 1:
-        share = (length - low_tokens) / (high_tokens - low_tokens) if guesses < GUESSES else 0.5
+        share = (length - low_tokens) / (high_tokens - low_tokens) if guesses < MAX_GUESSES else 0.5
         middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
         tokens = count_tokens(prompt_of(middle))
         guesses += 1

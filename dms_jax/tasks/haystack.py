@@ -1,4 +1,5 @@
-"""Text to hide needles in: sentences of --haystack, from a random one on, again from the start where it ends."""
+"""Text to hide needles in: the sentences of --haystack, beginning with a random one, and from the start again at its
+end."""
 
 import random
 import re
@@ -8,24 +9,25 @@ from dms_jax.errors import ConfigError
 from dms_jax.tasks.grid import fill
 
 SENTENCE_END = r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+|\n\s*\n"
-MAX_WORDS = 80  # a longer sentence (a table, code) is cut, so that prompts come close to their length
+MAX_WORDS = 80  # longer sentences (a table, code) are cut, so that prompts come close to their length
 
 
 def sentences_of(text: str, name: str) -> list[str]:
-    """The sentences of a text, white space as single blanks. Raises ConfigError."""
+    """Split a text into sentences, with single blanks for white space. `name` is the task that needs them."""
     found = []
     for sentence in re.split(SENTENCE_END, text):
         words = sentence.split()
         found += [" ".join(words[start : start + MAX_WORDS]) for start in range(0, len(words), MAX_WORDS)]
     if not found:
         raise ConfigError(
-            f"{name} hides its needles in a text; give one with --haystack FILE (UTF-8, best longer than the longest prompt)"
+            f"{name} hides its needles in a text; "
+            "give one with --haystack FILE (UTF-8, preferably longer than the longest prompt)"
         )
     return found
 
 
 class Haystack:
-    """Endless sentences; prompts of a length take as many as fit."""
+    """An endless supply of sentences, of which a prompt takes as many as fit."""
 
     def __init__(self, text: str, name: str):
         self.sentences, self.name = sentences_of(text, name), name
@@ -38,16 +40,18 @@ class Haystack:
         count_tokens: Callable[[str], int],
         rng: random.Random,
     ) -> str:
-        """`frame` around a text with each (depth, needle) in it: at depth d, a share d of the sentences stands before it.
+        """Apply `frame` to a text in which each (depth, needle) is hidden: a fraction `depth` of the sentences precedes
+        the needle.
 
-        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError.
+        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError if nothing
+        fits.
         """
         start = rng.randrange(len(self.sentences))
 
         def prompt_of(count: int) -> str:
             text = [self.sentences[(start + i) % len(self.sentences)] for i in range(count)]
             places = sorted((round(depth * count), order) for order, (depth, _) in enumerate(needles))
-            for place, order in reversed(places):  # from the end on, so that the places before it stay
+            for place, order in reversed(places):  # from the end, so that earlier places stay valid
                 text.insert(place, needles[order][1])
             return frame(" ".join(text))
 

@@ -1,7 +1,16 @@
 """HumanEval (Chen et al., arXiv:2107.03374): complete a Python function so that its tests pass.
 
-Lines of {"task_id", "prompt", "test", "entry_point", "canonical_solution"}. The prompt is the file's, not a chat, as in the
-paper; an answer that is a whole program, in a fence or not, is taken too.
+A record is {"task_id", "prompt", "test", "entry_point", "canonical_solution"}. The prompt:
+
+    def truncate_number(number: float) -> float:
+        \"\"\" Given a positive floating point number, it can be decomposed into and integer part ... and decimals ...
+        Return the decimal part of the number.
+        >>> truncate_number(3.5)
+        0.5
+        \"\"\"
+
+"    return number % 1.0" scores 1. As in the paper, the prompt is not a chat. A whole program, fenced or not, is
+accepted as well.
 """
 
 import re
@@ -28,16 +37,16 @@ class HumanEval:
         for record in chosen(read_records(options.data or self.default_data), options):
             unit, prompt, solution = record.text("task_id"), record.text("prompt"), record.text("canonical_solution")
             if unit in found:
-                raise ConfigError(f"{record.where}: the task_id {unit!r} came before; give each problem its own")
+                raise ConfigError(f"{record.where}: duplicate task_id {unit!r}; give each problem its own")
             tests = (f"{record.text('test')}\ncheck({record.text('entry_point')})",)
-            stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # the function has ended
+            stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # begin what follows the function
             found[unit] = Problem(
                 unit, prompt, solution, options.max_new_tokens or self.max_new_tokens, stop_strings=stops, tests=tests
             )
         return list(found.values())
 
     def extract(self, text: str) -> str:
-        """The rest of the function, which ends before the first line that is not indented; or a whole program."""
+        """The rest of the function, up to the first line that is not indented; or a whole program."""
         body = re.sub(r"\A(?:[ \t]*\n)+", "", after_thinking(text))
         if re.match(r"  |\t", body):
             return re.split(r"\n(?=[^\s)\]}])", body, maxsplit=1)[0].rstrip()
@@ -45,7 +54,6 @@ class HumanEval:
 
     def score(self, problem: Problem, text: str) -> float:
         code = self.extract(text)
-        joint = (
-            "" if code[:1].isspace() else "\n"
-        )  # a whole program stands behind the prompt, whose imports and helpers it may use
+        # A whole program follows the prompt too, whose imports and helpers it may use.
+        joint = "" if code[:1].isspace() else "\n"
         return float(run_tests(f"{problem.prompt}{joint}{code}\n\n{problem.tests[0]}") == PASSED)

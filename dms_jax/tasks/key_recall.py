@@ -1,7 +1,17 @@
-"""Associative recall: lines of a key and its word; one key is asked at the end.
+"""Associative recall: many names with a word each, one of which is asked for at the end.
 
-In the spirit of MQAR (Arora et al., "Zoology", arXiv:2312.04927), with English words for symbols and one query a prompt. The
-asked line is at the given depth.
+    Each line has a name and its word.
+
+    calm tiger: lamp
+    happy river: drum
+    ...
+
+    The same names again, in another order.
+
+    happy river:
+
+The answer is " drum". This follows MQAR (Arora et al., "Zoology", arXiv:2312.04927), with English words for symbols and
+one query per prompt. The line that is asked for is at the given depth.
 """
 
 import re
@@ -13,7 +23,7 @@ from dms_jax.tasks.grid import Cell, cells, fill
 from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.words import ADJECTIVES, NOUNS
 
-MAX_PAIRS = len(ADJECTIVES) * len(NOUNS) // 2  # of the keys there are; drawing different ones stays quick
+MAX_PAIRS = len(ADJECTIVES) * len(NOUNS) // 2  # half of the possible keys, so that drawing different ones stays quick
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,7 @@ class Recall:
         def shown(count: int) -> list[tuple[str, str]]:
             if count > MAX_PAIRS:
                 raise ConfigError(
-                    f"{self.name}: a prompt of {cell.length} tokens needs more than {MAX_PAIRS} keys; give shorter --lengths"
+                    f"{self.name}: --lengths {cell.length} needs more than the {MAX_PAIRS} names there are; use less"
                 )
             while len(pairs) < count:
                 key = f"{cell.rng.choice(ADJECTIVES)} {cell.rng.choice(NOUNS)}"
@@ -51,7 +61,7 @@ class Recall:
         )
 
     def extract(self, text: str) -> str:
-        """The first word."""
+        """The first word of the text, in lower case."""
         found = re.search(r"\w+", text.lower())
         return found.group() if found else ""
 

@@ -1,9 +1,15 @@
 """Programming problems with hidden inputs and outputs, in the format of LiveCodeBench (Jain et al., arXiv:2403.07974).
 
-Lines of {"question_content", "public_test_cases", "private_test_cases", "starter_code", "metadata"}; the first two are needed.
-Test cases are a list, or its JSON, or as LiveCodeBench hides it: base64 of zlib of a pickled JSON string. A test is {"input",
-"output", "testtype"}: with "stdin" the program reads and prints; with "functional" the input has a JSON value a line, the
-arguments of `metadata`'s "func_name", a function or a method of a class `Solution`, and the output is the JSON of its result.
+A record is {"question_content", "public_test_cases", "private_test_cases", "starter_code", "metadata"}, of which the
+first two are required:
+
+    question_content:  Read n and print the sum of the integers from 1 to n.
+    public_test_cases: [{"input": "4", "output": "10", "testtype": "stdin"}]
+
+"```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or what
+LiveCodeBench hides it in: base64 of zlib of a pickled JSON string. With the testtype "stdin" the program reads the
+input and prints the output. With "functional" each line of the input is the JSON of one argument to `metadata`'s
+"func_name", a function or a method of a class `Solution`, and the output is the JSON of its result.
 """
 
 import base64
@@ -22,10 +28,10 @@ from dms_jax.tasks.code_runner import PASSED, generated_code, require_run_code, 
 from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.records import Record, chosen, read_records
 
-PRELUDE = (  # what the sites that the problems are from have imported already
+PRELUDE = (  # what the sites that the problems come from import already
     "import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys\n"
     "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\nfrom itertools import *\n"
-    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math has another pow
+    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides it
 )
 CALL = (
     "\nimport json as _json, sys as _sys\n"
@@ -38,6 +44,8 @@ REQUEST = "Write a Python program that solves this. {how} Give the whole program
 
 
 class CodeTest(NamedTuple):
+    """One input and the output that a right program gives."""
+
     given: str
     wanted: str
     function: str  # to call; "" for a program that reads stdin
@@ -53,7 +61,7 @@ class LiveCode:
         require_run_code(self.name, options)
         if not options.data:
             raise ConfigError(
-                f"{self.name} has no data of its own; give a file in the format of LiveCodeBench with --data FILE.jsonl"
+                f"{self.name} has no default data; give a file in the format of LiveCodeBench with --data"
             )
         return [self._problem(record, options) for record in chosen(read_records(options.data), options)]
 
@@ -83,7 +91,8 @@ class LiveCode:
 
 
 def passes(code: str, test: CodeTest) -> bool:
-    token = secrets.token_hex(16)  # what the program prints itself is not its result
+    """Whether a program gives the output of a test."""
+    token = secrets.token_hex(16)  # tells the result from what the program prints itself
     call = CALL.format(name=test.function, token=token) if test.function else ""
     verdict, output = run_program(f"{PRELUDE}{code}{call}", test.given)
     if verdict != PASSED:
@@ -98,7 +107,7 @@ def passes(code: str, test: CodeTest) -> bool:
 
 
 def same_output(output: str, wanted: str) -> bool:
-    """Line by line and word by word; numbers by value, blanks at the ends of lines and of the whole do not count."""
+    """Compare line by line and word by word: numbers by value, ignoring blanks around lines and around the whole."""
     lines, wanted_lines = ([line.split() for line in text.strip().splitlines()] for text in (output, wanted))
     return [len(line) for line in lines] == [len(line) for line in wanted_lines] and all(
         same_word(*pair) for both in zip(lines, wanted_lines, strict=True) for pair in zip(*both, strict=True)
@@ -108,7 +117,7 @@ def same_output(output: str, wanted: str) -> bool:
 def same_word(word: str, wanted: str) -> bool:
     try:
         return word == wanted or (Decimal(word) == Decimal(wanted))
-    except InvalidOperation:  # not both are numbers
+    except InvalidOperation:  # at least one is not a number
         return False
 
 
@@ -123,7 +132,7 @@ def _tests(record: Record) -> tuple[CodeTest, ...]:
             for case in cases
         )
         if not all(isinstance(text, str) for test in tests for text in test):
-            raise TypeError("inputs, outputs and func_name must be texts")
+            raise TypeError("input, output and func_name must be text")
         if any(case.get("testtype") == "functional" for case in cases):
             if not name:
                 raise KeyError("func_name")
@@ -131,11 +140,11 @@ def _tests(record: Record) -> tuple[CodeTest, ...]:
                 json.loads(test.wanted)
     except (AttributeError, KeyError, TypeError, ValueError) as why:
         raise ConfigError(
-            f"{record.where}: its test cases are not as LiveCodeBench's ({type(why).__name__}: {why})"
+            f"{record.where}: the test cases must have the format of LiveCodeBench ({type(why).__name__}: {why})"
         ) from why
     if not tests:
         raise ConfigError(
-            f"{record.where}: no test under 'public_test_cases' or 'private_test_cases'; nothing would be tested"
+            f"{record.where}: 'public_test_cases' and 'private_test_cases' are empty; give at least one test"
         )
     return tests
 
@@ -146,17 +155,17 @@ def _cases(record: Record, key: str) -> list[dict[str, Any]]:
         if isinstance(cases, str):
             cases = json.loads(cases if cases.lstrip().startswith("[") else _unpacked(cases))
         if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
-            raise TypeError("it wants a list of objects")
+            raise TypeError("it must be a list of objects")
     except (EOFError, TypeError, ValueError, pickle.UnpicklingError, zlib.error) as why:
         raise ConfigError(f"{record.where}: cannot read {key!r} ({type(why).__name__}: {why})") from why
     return cases
 
 
 class _TextOnly(pickle.Unpickler):
-    """A pickle can call anything it names; the one we want, a string, names nothing."""
+    """Refuses every pickle that names something to call. A pickled string names nothing."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, a list of tests does not")
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, as no list of tests does")
 
 
 def _unpacked(packed: str) -> str:

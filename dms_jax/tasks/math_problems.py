@@ -1,8 +1,18 @@
 r"""Questions with one short answer: GSM8K, MATH-500, AIME.
 
-- gsm8k    {"question", "answer"}, the answer ends with `#### N` (Cobbe et al., arXiv:2110.14168)
+- gsm8k    {"question", "answer"}; the answer ends with `#### N` (Cobbe et al., arXiv:2110.14168)
 - math500  {"problem", "answer"} (Hendrycks et al., arXiv:2103.03874; the 500 of Lightman et al., arXiv:2305.20050)
-- aime24, aime25  {"problem", "answer"}, whole numbers of the American Invitational Mathematics Examination
+- aime24, aime25  {"problem", "answer"}; whole numbers, of the American Invitational Mathematics Examination
+
+An example of GSM8K:
+
+    question: Weng earns $12 an hour for babysitting. Yesterday, she just did 50 minutes of babysitting.
+              How much did she earn?
+    answer:   Weng earns 12/60 = $<<12/60=0.2>>0.2 per minute.
+              Working 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.
+              #### 10
+
+"So she earned \boxed{10}" scores 1. Answers are compared in the normal form of `answer_form`.
 """
 
 from collections.abc import Callable
@@ -23,7 +33,7 @@ class MathProblems:
     default_data: str
     max_new_tokens: int
     question_key: str = "problem"
-    answer_mark: str = ""  # the reference is what follows it
+    answer_mark: str = ""  # the reference answer follows this mark
     measures_answer: bool = False
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
@@ -37,8 +47,8 @@ class MathProblems:
             record.text("answer").rpartition(self.answer_mark) if self.answer_mark else ("", "", record.text("answer"))
         )
         if mark != self.answer_mark or not normal_form(answer):
-            wanted = f"end with {self.answer_mark!r} and the answer" if self.answer_mark else "not be empty"
-            raise ConfigError(f"{record.where}: the text under 'answer' must {wanted}; is this a file for {self.name}?")
+            rule = f"end with {self.answer_mark!r} and the answer" if self.answer_mark else "not be empty"
+            raise ConfigError(f"{record.where}: `answer` must {rule}; is this a file for {self.name}?")
         prompt = record.text(self.question_key).strip() + REQUEST
         limit = options.max_new_tokens or self.max_new_tokens
         return Problem(

@@ -1,7 +1,18 @@
 r"""Multiple choice: GPQA-Diamond (Rein et al., arXiv:2311.12022), and files of the same kind.
 
-Either the columns of the hub's dataset, "Question", "Correct Answer", "Incorrect Answer 1" to "3", in an order drawn from (seed,
-unit); or {"question", "choices": [...], "answer": letter, index from 0, or the choice itself}, in the order given.
+A record has either the columns of the hub's dataset, "Question", "Correct Answer" and "Incorrect Answer 1" to "3",
+whose order is drawn from (seed, unit); or {"question", "choices": [...], "answer": a letter, an index from 0, or the
+choice itself}, whose order is kept.
+
+    Which gas do plants take in for photosynthesis?
+
+    A) oxygen
+    B) carbon dioxide
+    C) nitrogen
+
+    Please reason step by step, and put the letter of the right choice within \boxed{}.
+
+"... \boxed{B}", "The answer is (B)." and "B" score 1.
 """
 
 import random
@@ -9,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, shown
 from dms_jax.tasks.answer_form import normal_form
 from dms_jax.tasks.answers import after_thinking, last_boxed
 from dms_jax.tasks.problem import Problem, TaskOptions
@@ -23,7 +34,7 @@ ANSWER_KEYS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "In
 @dataclass(frozen=True)
 class MultipleChoice:
     name: str = "gpqa"
-    default_data: str = "hf:Idavidrein/gpqa:gpqa_diamond:train"  # its licence must be accepted on the hub
+    default_data: str = "hf:Idavidrein/gpqa:gpqa_diamond:train"  # its license must be accepted on the hub
     max_new_tokens: int = 4096
     measures_answer: bool = False
 
@@ -55,22 +66,23 @@ class MultipleChoice:
         )
 
     def extract(self, text: str) -> str:
-        """The letter that is boxed, or called the answer, or all there is (perhaps with the choice after it)."""
+        """The letter that is boxed, else the last one called the answer, else one that begins the text ("B", "B)
+        red")."""
         text = after_thinking(text)
         boxed = last_boxed(text)
         if boxed is not None:
             found = re.match(r"\(?([A-J])(?![A-Za-z])", normal_form(boxed))
             return found[1] if found else ""
-        said = re.findall(r"(?i:\banswer\s*(?:is\s*:?|:|=))[\s*(]*([A-J])(?![A-Za-z])", text)
+        stated = re.findall(r"(?i:\banswer\s*(?:is\s*:?|:|=))[\s*(]*([A-J])(?![A-Za-z])", text)
         alone = re.match(r"\s*[*(]*([A-J])(?:[).:*]|\s*$)", text)
-        return said[-1] if said else alone[1] if alone else ""
+        return stated[-1] if stated else alone[1] if alone else ""
 
     def score(self, problem: Problem, text: str) -> float:
         return float(self.extract(text) == problem.answer)
 
 
 def _given(record: Record) -> tuple[list[str], int]:
-    """The choices of a record, and which is right. Raises ConfigError."""
+    """The choices of a record, and the index of the right one."""
     choices, answer = record.value["choices"], record.value.get("answer")
     if (
         not isinstance(choices, list)
@@ -78,7 +90,7 @@ def _given(record: Record) -> tuple[list[str], int]:
         or not all(isinstance(choice, str) for choice in choices)
     ):
         raise ConfigError(
-            f"{record.where}: 'choices' must be a list of 2 to {len(LETTERS)} texts, got {str(choices)[:60]!r}"
+            f"{record.where}: `choices` must be a list of 2 to {len(LETTERS)} texts, got {shown(choices)}"
         )
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return choices, answer
@@ -87,5 +99,6 @@ def _given(record: Record) -> tuple[list[str], int]:
     if isinstance(answer, str) and len(answer.strip()) == 1 and answer.strip() in LETTERS[: len(choices)]:
         return choices, LETTERS.index(answer.strip())
     raise ConfigError(
-        f"{record.where}: 'answer' must be a letter to {LETTERS[len(choices) - 1]}, an index from 0 or a choice; got {answer!r}"
+        f"{record.where}: `answer` must be a letter from A to {LETTERS[len(choices) - 1]}, an index from 0, "
+        f"or one of the choices; got {shown(answer)}"
     )

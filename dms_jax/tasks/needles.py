@@ -1,9 +1,16 @@
-"""Needle in a haystack: numbers that were said of things somewhere in a long text.
+"""Needle in a haystack: numbers that are hidden somewhere in a long text.
 
-Kamradt's test, in the three forms of RULER (Hsieh et al., arXiv:2404.06654): one needle; several keys, of which one is asked;
-several values of one key, all of them asked. Deviations: five digits, and each prompt ends with the beginning of its answer,
-so that base models and small ones know what is wanted. The asked needle (of several values: the first) is at the given depth,
-the others are anywhere.
+    Special magic numbers are hidden in the text below. Remember them.
+
+    ... The keeper wrote in his log. The special magic number for the calm tiger is 48213. She found 31 volumes. ...
+
+    The special magic number for the calm tiger mentioned in the text is
+
+A text that names 48213 scores 1. This is Kamradt's test in the three forms of RULER (Hsieh et al., arXiv:2404.06654):
+one needle; several keys, one of which is asked for; several values of one key, all of them asked for. Deviations:
+numbers have five digits, and each prompt ends with the beginning of its answer, so that base models and small models
+know what to do. The needle that is asked for (of several values, the first) is at the given depth; the others are
+anywhere.
 """
 
 import random
@@ -22,8 +29,8 @@ DIGITS = 5
 @dataclass(frozen=True)
 class Needles:
     name: str
-    num_keys: int = 1  # keys with a value each; the first is asked
-    num_values: int = 1  # values of the key that is asked
+    num_keys: int = 1  # keys with one value each; the first is asked for
+    num_values: int = 1  # values of the key that is asked for
     measures_answer: bool = True
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
@@ -38,8 +45,8 @@ class Needles:
             )
             asked, others = values[: self.num_values], values[self.num_values :]
             depths = [cell.depth, *(cell.rng.random() for _ in values[1:])]
-            said = [(keys[0], value) for value in asked] + list(zip(keys[1:], others, strict=True))
-            needles = [(depth, self._needle(*pair)) for depth, pair in zip(depths, said, strict=True)]
+            facts = [(keys[0], value) for value in asked] + list(zip(keys[1:], others, strict=True))
+            needles = [(depth, self._needle(*pair)) for depth, pair in zip(depths, facts, strict=True)]
             prompt = haystack.prompt(
                 needles, lambda text, key=keys[0]: self._frame(text, key), cell.length, count_tokens, cell.rng
             )
@@ -60,17 +67,17 @@ class Needles:
         return f"Special magic numbers are hidden in the text below. Remember them.\n\n{text}\n\n{end}"
 
     def extract(self, text: str) -> str:
-        """All the numbers of the text, each once."""
+        """All numbers of the text, each once."""
         return ", ".join(dict.fromkeys(re.findall(r"\d+", text)))
 
     def score(self, problem: Problem, text: str) -> float:
-        """The share of the wanted numbers that was said."""
-        wanted = problem.answer.strip().split(", ")
-        return len(set(wanted) & set(self.extract(text).split(", "))) / len(wanted)
+        """The fraction of the reference numbers that the text names."""
+        reference = problem.answer.strip().split(", ")
+        return len(set(reference) & set(self.extract(text).split(", "))) / len(reference)
 
 
 def distinct(count: int, rng: random.Random, draw: Callable[[random.Random], str]) -> list[str]:
-    """`count` different draws, in the order they came."""
+    """Draw until there are `count` different values, in the order in which they came."""
     drawn: dict[str, None] = {}
     while len(drawn) < count:
         drawn[draw(rng)] = None

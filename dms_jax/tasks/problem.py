@@ -1,4 +1,4 @@
-"""What a task hands to the engine, and what it gets back: prompts with reference answers, and a score for each answer."""
+"""The interface of a task: it makes prompts with reference answers, and scores each generated answer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,32 +7,42 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt. Everything is text: the engine tokenises."""
+    """One prompt and its reference answer, as text; the evaluation tokenizes.
 
-    unit: str  # its name, unique within its task and the same in every run with the same options: a resumed run skips by it
+        Problem(
+            unit="1024/0.5/0",
+            prompt="... The special magic number for the calm tiger mentioned in the text is",
+            answer=" 48213",
+            max_new_tokens=16,
+            groups={"length": 1024, "depth": 0.5},
+        )
+
+    Results files store a hash of the `repr` of their problems. Renaming a field would keep old files from being
+    continued.
+    """
+
+    unit: str  # its name, unique within the task; equal options give equal names, so that a stopped run can continue
     prompt: str
-    answer: str  # the reference, as a continuation of the prompt; its log-probability is measured too where `measures_answer`
+    answer: str  # the reference, as a continuation of the prompt
     max_new_tokens: int
-    as_chat: bool = False  # put the prompt into the model's chat template, as the user's turn
+    as_chat: bool = False  # put the prompt into the model's chat template as the user's turn
     stop_strings: tuple[str, ...] = ()
-    groups: dict[str, float | str] = field(
-        default_factory=dict
-    )  # what a table or a heat map groups by: "length", "depth", ...
-    tests: tuple[Any, ...] = ()  # what a generated program is run against; only the task that made them reads them
+    groups: dict[str, float | str] = field(default_factory=dict)  # what tables group by: "length", "depth", ...
+    tests: tuple[Any, ...] = ()  # of a generated program; only the task that made them reads them
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What the command line says about problems. A task takes what it needs."""
+    """The options of a command that concern problems. A task takes what it needs."""
 
     count: int = 20  # problems, or repetitions of each cell of a grid
     seed: int = 0
-    lengths: tuple[int, ...] = (1024,)  # tokens of a prompt, for tasks that make their own
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # where a needle is put, 0 is the start
-    data: str = ""  # file, or hf: name, of a task that reads one; "" is the task's own default
+    lengths: tuple[int, ...] = (1024,)  # tokens of a prompt, for tasks that generate their own
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # position of a needle; 0 is the start of the text
+    data: str = ""  # file or hf: name, for tasks that read one; "" is the task's default
     haystack: str = ""  # text to hide needles in
     max_new_tokens: int = 0  # 0: the task's own
-    run_code: bool = False  # may generated code be executed?
+    run_code: bool = False  # whether generated code may be executed
 
 
 class Task(Protocol):
@@ -41,16 +51,18 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...  # as in --tasks
     @property
-    def measures_answer(self) -> bool: ...  # whether log p(answer) under each arm is of interest
+    def measures_answer(self) -> bool: ...  # whether to measure log p(answer) too
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
-        """Raises ConfigError for files and options that cannot work, before any model runs."""
+        """Make the problems. Raises ConfigError for files and options that cannot work, before any model runs."""
         ...
 
     def extract(self, text: str) -> str:
-        """What of a generated text counts as the answer, in a normal form: equal answers vote together. "" is none."""
+        """The answer within a generated text, in a normal form, so that equal answers vote together; "" if there is
+        none."""
         ...
 
     def score(self, problem: Problem, text: str) -> float:
-        """How right a generated text is, 0 to 1. Texts with equal `extract` score equally: a vote picks one of the texts."""
+        """How right a generated text is, from 0 to 1. It depends on `extract(text)` only, since a vote elects an
+        extracted answer."""
         ...

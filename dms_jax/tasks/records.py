@@ -1,66 +1,68 @@
-"""Problems out of files or the hub: objects, each with the place it stands at, so that what is wrong can be found."""
+"""Read the records of problems from files or from the hub, each with its place, which error messages name."""
 
 import gzip
-import json
 import random
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, shown
+from dms_jax.files import parse_json
 from dms_jax.hf.hub_dataset import open_dataset
 from dms_jax.tasks.problem import TaskOptions
 
-KINDS = (".jsonl", ".jsonl.gz", ".json")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 
 
 class Record(NamedTuple):
-    number: int  # from 1 on
-    where: str
+    """One object of a file or dataset."""
+
+    number: int  # from 1
+    where: str  # e.g. "FILE, line 3"
     value: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The text, or the number as text, under a key. Raises ConfigError."""
+        """The value of a key that must hold text, or a number, which becomes text. Raises ConfigError."""
         value = self.value.get(key)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            found = (
-                f"it is {type(value).__name__}"
-                if key in self.value
-                else f"there are {', '.join(map(repr, self.value)) or 'none'}"
-            )
-            raise ConfigError(f"{self.where}: wants a text under the key {key!r}; {found}")
+            if key not in self.value:
+                raise ConfigError(
+                    f"{self.where}: missing key {key!r}; found {', '.join(map(repr, self.value)) or 'no key'}"
+                )
+            raise ConfigError(f"{self.where}: {key!r} must be text, got {shown(value)}")
         return str(value)
 
     def groups(self, *keys: str) -> dict[str, float | str]:
-        """Those of the keys that are there with a text or a number."""
+        """The values of those keys that hold text or a number."""
         return {key: self.value[key] for key in keys if isinstance(self.value.get(key), str | int | float)}
 
 
 def read_records(data: str) -> list[Record]:
-    """All objects of a .jsonl [.gz] or .json file (a list), or of an hf:NAME[:CONFIG][:SPLIT] dataset. Raises ConfigError."""
+    """All records of a .jsonl, .jsonl.gz or .json file (a list), or of an hf:NAME[:CONFIG][:SPLIT] dataset. Raises
+    ConfigError."""
     if data.startswith("hf:"):
         values: Iterator[tuple[str, Any]] = (
             (f"{data}: row {number}", value) for number, value in enumerate(open_dataset(data), 1)
         )
-    elif data.lower().endswith(KINDS):
+    elif data.lower().endswith(SUFFIXES):
         values = _values(data)
     else:
         raise ConfigError(
-            f"--data {data}: give a file whose name ends in {', '.join(KINDS)}, or hf:NAME[:CONFIG][:SPLIT]"
+            f"--data must be a file whose name ends in {', '.join(SUFFIXES)}, or hf:NAME[:CONFIG][:SPLIT], got {data}"
         )
     records = []
     for where, value in values:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: wants an object, got {str(value)[:60]!r}")
+            raise ConfigError(f"{where}: must be a JSON object, got {shown(value)}")
         records.append(Record(len(records) + 1, where, value))
     if not records:
-        raise ConfigError(f"{data} holds no problem")
+        raise ConfigError(f"{data} has no records; use another file")
     return records
 
 
 def chosen(records: list[Record], options: TaskOptions) -> list[Record]:
-    """`count` records drawn by the seed, in their order; those of a smaller count are among those of a larger one."""
+    """Draw `count` records by the seed, and keep their order. A larger count adds to the records of a smaller one."""
     if options.count < 1:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
     order = random.Random(f"{options.seed}/records").sample(range(len(records)), len(records))
@@ -80,18 +82,11 @@ def _values(path: str) -> Iterator[tuple[str, Any]]:
     except (OSError, EOFError, zlib.error) as why:
         raise ConfigError(f"cannot read {path}: {getattr(why, 'strerror', None) or why}") from why
     if path.lower().endswith(".json"):
-        whole = _parsed(text, path)
+        whole = parse_json(text, path)
         if not isinstance(whole, list):
-            raise ConfigError(f"{path} wants a list of objects, got {text.strip()[:60]!r}")
+            raise ConfigError(f"{path} must hold a list of objects, got {shown(whole)}")
         yield from ((f"{path}, item {number}", value) for number, value in enumerate(whole, 1))
     else:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"{path}, line {number}", _parsed(line, f"{path}, line {number}")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as why:
-        raise ConfigError(f"{where} is not valid JSON ({why}): {text.strip()[:60]!r}") from why
+                yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")

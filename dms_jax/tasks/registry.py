@@ -1,4 +1,7 @@
-"""The tasks by the names that --tasks knows."""
+"""The tasks that have answers, by the names that --tasks knows.
+
+To add one, write a class like those of this folder in a file of its own and put an instance of it here.
+"""
 
 from dms_jax.tasks.humaneval import HumanEval
 from dms_jax.tasks.key_recall import Recall

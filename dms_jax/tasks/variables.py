@@ -1,8 +1,13 @@
-"""Variable tracking of RULER (Hsieh et al., arXiv:2404.06654): which variables hold a value that was handed on along a chain?
+"""Variable tracking of RULER (Hsieh et al., arXiv:2404.06654): which variables have a value that is passed on along a
+chain?
 
-A chain is VAR A = 12345, VAR B = A, VAR C = B, ... in this order, hidden in a text. Deviations: a second chain with another
-value is there too, and the score counts names that are wrong, so that naming every variable is not right; the first statement of
-the asked chain is at the given depth and the others anywhere behind it; a worked example stands before the text.
+    The text: ... VAR KLP = 52817. ... VAR ZRM = KLP. ... VAR QQA = ZRM. ...
+
+    Variables with the value 52817:
+
+The answer is " KLP, ZRM, QQA, ...", four names. Deviations from RULER: the text holds a second chain with another
+value, and the score counts wrong names, so that naming every variable does not pay; the first statement of the chain
+that is asked for is at the given depth and its other statements anywhere after it; a worked example precedes the text.
 """
 
 import random
@@ -15,7 +20,7 @@ from dms_jax.tasks.haystack import Haystack
 from dms_jax.tasks.needles import distinct
 from dms_jax.tasks.problem import Problem, TaskOptions
 
-HOPS = 3  # a chain has one name more
+NUM_HOPS = 3  # a chain has one name more
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 EXAMPLE = (
     "Some variables are set in the text below. Remember them.\n\nFor example, after VAR AXB = 31415. VAR QRT = AXB. VAR MNO = 27182.\n"
@@ -32,10 +37,10 @@ class Variables:
         haystack = Haystack(options.haystack, self.name)
         found = []
         for cell in cells(self.name, options):
-            names = distinct(2 * (HOPS + 1), cell.rng, _name)
-            asked, other = names[: HOPS + 1], names[HOPS + 1 :]
+            names = distinct(2 * (NUM_HOPS + 1), cell.rng, _name)
+            asked, other = names[: NUM_HOPS + 1], names[NUM_HOPS + 1 :]
             value, other_value = distinct(2, cell.rng, lambda rng: str(rng.randrange(10_000, 100_000)))
-            depths = [cell.depth, *sorted(cell.rng.uniform(cell.depth, 1) for _ in range(HOPS))]
+            depths = [cell.depth, *sorted(cell.rng.uniform(cell.depth, 1) for _ in range(NUM_HOPS))]
             needles = [*zip(depths, _chain(asked, value), strict=True)]
             needles += zip(sorted(cell.rng.random() for _ in other), _chain(other, other_value), strict=True)
             prompt = haystack.prompt(
@@ -50,19 +55,19 @@ class Variables:
         return found
 
     def extract(self, text: str) -> str:
-        """The names in the first line that says something, each once, in the order of the alphabet."""
+        """The names in the first line that is not blank, each once, in alphabetical order."""
         first = next((line for line in text.split("\n") if line.strip()), "")
         return ", ".join(sorted(set(re.findall(r"\b[A-Z]{3}\b", first)) - {"VAR"}))
 
     def score(self, problem: Problem, text: str) -> float:
-        """Names that are right, of all that were wanted or said."""
-        wanted = set(problem.answer.strip().split(", "))
-        said = set(self.extract(text).split(", ")) - {""}
-        return len(wanted & said) / len(wanted | said)
+        """Right names over all names of the reference or the text (Jaccard index)."""
+        reference = set(problem.answer.strip().split(", "))
+        answer = set(self.extract(text).split(", ")) - {""}
+        return len(reference & answer) / len(reference | answer)
 
 
 def _name(rng: random.Random) -> str:
-    while (name := "".join(rng.choices(LETTERS, k=3))) in ("VAR", "AXB", "QRT", "MNO"):  # the example's
+    while (name := "".join(rng.choices(LETTERS, k=3))) in ("VAR", "AXB", "QRT", "MNO"):  # names of the example
         pass
     return name
 

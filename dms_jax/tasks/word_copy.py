@@ -1,7 +1,12 @@
-"""Copying: a long list of random words, then some of them in a row; the words that followed there are to follow again.
+"""Copying: a long list of random words, then a short part of it, which the model must continue.
 
-The induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a depth of choice. Nothing
-but the cache can tell the words.
+    A list of words: calm tiger red lamp old river happy bread noisy drum tall ship ...
+
+    A part of the same list again: tiger red lamp old river
+
+The answer is " happy bread noisy drum tall ship ...", 8 words; the score is the fraction that is right. This is the
+induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. Only
+the cache can know the words.
 """
 
 import re
@@ -14,7 +19,7 @@ from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.words import ADJECTIVES, NOUNS
 
 WORDS = ADJECTIVES + NOUNS
-NUM_CUE, NUM_COPY = 5, 8  # words in the prompt's end, words to follow
+NUM_CUE, NUM_COPY = 5, 8  # words that end the prompt, words that must follow
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Copy:
         words: list[str] = []
 
         def split(count: int) -> tuple[list[str], int]:
-            """The first `count` words, and where the copied ones begin."""
+            """The first `count` words, and the index at which the repeated part begins."""
             while len(words) < count:
                 words.append(cell.rng.choice(WORDS))
             return words[:count], round(cell.depth * (count - NUM_CUE - NUM_COPY))
@@ -42,16 +47,18 @@ class Copy:
         shown, start = split(count)
         cue = shown[start : start + NUM_CUE]
         if sum(shown[i : i + NUM_CUE] == cue for i in range(count)) > 1:
-            raise ConfigError(f"{self.name}: the words of {cell.unit} come twice in the list; give another --seed")
+            raise ConfigError(
+                f"{self.name}: the words that {cell.unit} asks for occur twice in its list; use another --seed"
+            )
         answer = " " + " ".join(shown[start + NUM_CUE : start + NUM_CUE + NUM_COPY])
         limit = options.max_new_tokens or 4 * NUM_COPY
         return Problem(cell.unit, prompt_of(count), answer, limit, stop_strings=("\n",), groups=cell.groups)
 
     def extract(self, text: str) -> str:
-        """As many words as are wanted."""
+        """The first words of the text, as many as the reference has."""
         return " ".join(re.findall(r"\w+", text.lower())[:NUM_COPY])
 
     def score(self, problem: Problem, text: str) -> float:
-        """The share of the words that is right, each at its place."""
-        wanted, said = problem.answer.split(), self.extract(text).split()
-        return sum(a == b for a, b in zip(wanted, said, strict=False)) / len(wanted)
+        """The fraction of words that are right, each in its place."""
+        reference, answer = problem.answer.split(), self.extract(text).split()
+        return sum(a == b for a, b in zip(reference, answer, strict=False)) / len(reference)

@@ -1,4 +1,4 @@
-"""Ordinary English words that made-up problems are built of. Short and frequent: a small model's tokenizer knows them."""
+"""Ordinary English words for generated problems, short and frequent, so that the tokenizer of a small model knows them."""
 
 ADJECTIVES = tuple(
     """
@@ -12,7 +12,7 @@ ADJECTIVES = tuple(
     silent silly silver simple sleepy slow small smart smooth soft solid sour special steady steep stiff strange strict strong sudden sunny
     sweet tall tame thick thin tidy tight tiny tired tough true ugly urban useful vague vast violet warm weak wet white whole wide wild
     windy wise wooden yellow young
-    """.split()  # noqa: SIM905  # a list of so many strings is no longer readable
+    """.split()  # noqa: SIM905  # a list of so many strings would be unreadable
 )
 
 NOUNS = tuple(
@@ -29,5 +29,5 @@ NOUNS = tuple(
     road robot rock roof rope rose sailor salt sand school sea shadow sheep ship shirt shoe shop silk singer sister snake snow sock soldier
     song soup spider spoon star station stone storm story street student sugar summer sun table teacher tent tiger tower town train tree
     truck turtle uncle valley village violin wagon wall water wheel whale window winter wolf wood writer
-    """.split()  # noqa: SIM905  # a list of so many strings is no longer readable
+    """.split()  # noqa: SIM905  # a list of so many strings would be unreadable
 )

@@ -19,7 +19,7 @@ from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 from dms_jax.core.eviction import decidable, live_counts
 from dms_jax.core.losses import compression_loss, distill_sum
-from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, sliding_window_rows
+from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, streaming_llm_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.layers import EvictParam
 from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shardings
@@ -217,9 +217,9 @@ class RetrofitStep:
         """Evict logits [L B K T] of rows that decide under `threshold`."""
         return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
-    def evaluate_sliding_window(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch):
-        """The dense teacher under a sliding window, against itself."""
-        return sliding_window_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
+    def evaluate_streaming_llm(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch):
+        """The dense teacher under the policy, against itself."""
+        return streaming_llm_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
 
 
 def _finite_per_layer(gradient: Array) -> Array:

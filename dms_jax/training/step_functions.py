@@ -47,7 +47,7 @@ class StepFunctions:
     free_channel: OnMesh
     evaluate: OnMesh
     scores: OnMesh
-    evaluate_sliding_window: OnMesh
+    evaluate_streaming_llm: OnMesh
     finite_gradients: OnMesh
 
     def initial_state(self, trainable: Params) -> TrainState:
@@ -88,6 +88,6 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
         free_channel=OnMesh(math.free_channel, mesh, shardings, donate=(0,)),
         evaluate=OnMesh(math.evaluate, mesh, replicated),
         scores=OnMesh(math.scores, mesh, replicated),
-        evaluate_sliding_window=OnMesh(math.evaluate_sliding_window, mesh, replicated, static=(2,)),
+        evaluate_streaming_llm=OnMesh(math.evaluate_streaming_llm, mesh, replicated, static=(2,)),
         finite_gradients=OnMesh(math.finite_gradients, mesh, replicated),
     )

@@ -22,11 +22,11 @@ def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> Hel
     def retrofitted(batch: Any) -> RowMetrics:
         return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
 
-    def sliding_window(batch: Any, policy: StreamingLLM) -> TokenMetrics:
-        return run.steps.evaluate_sliding_window(state, run.frozen, policy, place(batch, run.mesh))
+    def streaming_llm(batch: Any, policy: StreamingLLM) -> TokenMetrics:
+        return run.steps.evaluate_streaming_llm(state, run.frozen, policy, place(batch, run.mesh))
 
     batches: list[Any] = first_batches(run, run.held_out, run.config.eval_rows)
-    return held_out_report(batches, run.config.length, retrofitted, sliding_window)
+    return held_out_report(batches, run.config.length, retrofitted, streaming_llm)
 
 
 def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:

@@ -1,27 +1,28 @@
-"""Frontiers and gaps against hand-worked cases, and the hyper-scaling tables from saved results."""
+"""Frontiers and gaps in cases worked by hand, and the hyper-scaling tables of saved results."""
 
 import json
 
 import numpy as np
 import pytest
 
-from dms_jax.commands.hyperscale import Configuration, analyse, main, parse_configurations, table
+from dms_jax.commands.hyperscale import main
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.frontier import Point, frontier, gap
 from dms_jax.evaluation.results import read_results
+from dms_jax.evaluation.scaling import Configuration, analyse, parse_configurations, table
 
 
 def points(*pairs):
     return [Point(cost, accuracy) for cost, accuracy in pairs]
 
 
-def test_a_frontier_holds_what_nothing_cheaper_equals():
+def test_frontier_holds_what_nothing_cheaper_equals():
     mine = points((4, 0.5), (1, 0.2), (2, 0.2), (3, 0.6), (8, 0.6), (1, 0.1))
     assert frontier(mine) == points((1, 0.2), (3, 0.6))
     assert frontier([]) == []
 
 
-def test_a_gap_is_the_mean_over_the_logarithm_of_the_common_costs():
+def test_gap_is_the_mean_over_the_logarithm_of_the_common_costs():
     # 0.2 to 0.8 over costs 1 to 16, a line in log2: 0.2, 0.35, 0.5, 0.65, 0.8. The other is 0.3 at 2 and at 8 and beyond.
     found = gap(points((1, 0.2), (16, 0.8)), points((2, 0.3), (8, 0.3)))
     assert (found.low, found.high) == (2, 8)
@@ -31,23 +32,23 @@ def test_a_gap_is_the_mean_over_the_logarithm_of_the_common_costs():
     np.testing.assert_allclose(found.mean, ((0.05 + 0.0) / 2 + (0.0 + 0.15) / 2) / 2)
 
 
-def test_the_gap_to_oneself_is_nothing_and_to_the_other_changes_sign(rng):
+def test_gap_to_itself_is_zero_and_swapping_changes_the_sign(rng):
     a, b = ([Point(c, p) for c, p in zip(rng.uniform(1, 9, 6), rng.random(6), strict=True)] for _ in range(2))
     assert gap(a, a).mean == 0
     np.testing.assert_allclose(gap(a, b).mean, -gap(b, a).mean)
     np.testing.assert_allclose(gap([p._replace(accuracy=p.accuracy + 0.25) for p in a], a).mean, 0.25)
 
 
-def test_no_common_cost_no_gap():
+def test_gap_needs_a_common_cost():
     assert gap(points((1, 0.5), (2, 0.9)), points((4, 0.1), (5, 0.2))) is None
     assert gap([], points((1, 1))) is None
     assert gap(points((1, 0.5), (2, 0.9)), points((2, 0.4), (3, 0.5))) == (pytest.approx(0.5), 2, 2)
 
 
-def test_configurations():
-    assert parse_configurations("4-512-2, 1-256-1") == [Configuration(4, 512, 2.0), Configuration(1, 256, 1.0)]
+def test_configurations_are_parsed():
+    assert parse_configurations("4-512-2, 1-256-1") == (Configuration(4, 512, 2.0), Configuration(1, 256, 1.0))
     for bad in ("4-512", "0-512-2", "4-512-0.5", "4-x-2", "4-512-nan", ""):
-        with pytest.raises(ConfigError, match="--configs"):
+        with pytest.raises(ConfigError, match=f"--configs.*{bad}"):
             parse_configurations(bad)
 
 
@@ -70,6 +71,7 @@ def saved(path):
                     "score": float(i < 4 * accuracy),
                     "kv_reads": reads,
                     "peak_live": reads / 2,
+                    "live_tokens": reads / 4,
                     "realised_cr": 2.0,
                     "new_tokens": 64,
                     "prefill_seconds": 1.0,
@@ -93,12 +95,15 @@ def test_tables_come_from_saved_results(tmp_path, capsys):
     assert "dms against dense over KV reads: +31.3% accuracy on average from 100 to 200" in table(lines)
 
 
-def test_what_is_refused(tmp_path):
+def test_options_that_cannot_work_are_named(tmp_path):
     for argv in ([], ["--model", "x", "--results", "y"]):
-        with pytest.raises(ConfigError, match="give either --model"):
+        with pytest.raises(ConfigError, match="--model.*--results"):
             main(argv)
     (tmp_path / "e.jsonl").write_text('{"header": {}}\n')
-    with pytest.raises(ConfigError, match="no measurement of infer.hyperscale"):
+    with pytest.raises(ConfigError, match="infer.hyperscale.*--output"):
         main(["--results", str(tmp_path / "e.jsonl")])
-    with pytest.raises(ConfigError, match="unknown task 'gsm'; did you mean gsm8k"):
+    with pytest.raises(ConfigError, match="--task.*'gsm'.*gsm8k"):
         main(["--model", "x", "--task", "gsm"])
+    for argv, named in ((["--configs", "16-64-1"], "--batch.*16.*got 8"), (["--chunk", "0"], "--chunk.*got 0")):
+        with pytest.raises(ConfigError, match=named):
+            main(["--model", "x", *argv])

@@ -1,4 +1,4 @@
-"""Intervals against closed forms, and how often they hold the truth."""
+"""Intervals compared with closed forms, and how often they contain the truth."""
 
 import math
 
@@ -28,7 +28,7 @@ def test_wilson_known_numbers():
 
 
 @pytest.mark.parametrize("hits, trials", [(1, 0), (-1, 5), (6, 5)])
-def test_wilson_refuses_what_is_no_accuracy(hits, trials):
+def test_wilson_refuses_an_impossible_accuracy(hits, trials):
     with pytest.raises(ValueError, match="hits"):
         wilson(hits, trials)
 
@@ -75,7 +75,7 @@ def test_bootstrap_degenerate_cases():
             bootstrap_mean(values, weights)
 
 
-def test_weights_are_repetitions_in_the_mean_and_units_in_the_draw():
+def test_weights_repeat_units_in_the_mean_but_not_in_the_draw():
     assert bootstrap_mean([0.0, 1.0], [1, 3]).value == 0.75
     x = np.array([0.0, 1.0, 5.0, 2.0])
     assert bootstrap_mean(x, [7] * 4) == pytest.approx(bootstrap_mean(x))  # equal weights are none

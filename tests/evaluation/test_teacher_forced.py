@@ -1,4 +1,4 @@
-"""Policies on given text: through a cache in chunks against the full-sequence paths."""
+"""Policies on given text: through a cache, in chunks, compared with the full-sequence paths."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from cases import tiny_model, tokens
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.held_out import retrofit_rows, sliding_window_rows
+from dms_jax.evaluation.held_out import retrofit_rows, streaming_llm_rows
 from dms_jax.evaluation.teacher_forced import dense_hidden, online_rows
 from dms_jax.models.decoder import with_window
 from dms_jax.policies import ImmediateEviction, StreamingLLM, policy_of
@@ -24,14 +24,14 @@ def equal(got, want):
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("chunk", [1, 16, 48])
-def test_dms_is_the_hard_path_at_any_chunk(rng, shift, chunk):
+def test_dms_equals_the_hard_path_at_any_chunk(rng, shift, chunk):
     dms = DMSConfig(window_size=5, evict_logit_bias=0.0, decision_shift=shift)
     model, ids = tiny_model(dms, 3, num_layers=2), tokens(rng, B, T)
     got = online_rows(model, dense_hidden(model, ids), ids, policy_of(model.config), 0.1, chunk)
     want = retrofit_rows(model, model, ids, None, 0.1)
     equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.cache.live_counts, want.live)
-    assert got.tokens.kl_teacher_student[:, :-1].mean() > 1e-4, "the model does evict"
+    assert got.tokens.kl_teacher_student[:, :-1].mean() > 1e-4, "the model evicts nothing"
     # Decisions that no later token can make (shift 1: the last pair's) evict nothing.
     evicting = np.asarray(want.evict_fraction) * T - (
         np.asarray(model.hard(ids, threshold=0.1)[1])[..., 0] if shift else 0
@@ -41,29 +41,29 @@ def test_dms_is_the_hard_path_at_any_chunk(rng, shift, chunk):
     np.testing.assert_allclose(got.live_by_chunk[:, -1], np.asarray(want.live).mean(axis=(0, 2)), rtol=1e-6)
 
 
-def test_dense_is_dense(rng):
+def test_dense_policy_equals_the_dense_model(rng):
     model, ids = tiny_model(None, 3, num_layers=2), tokens(rng, B, T)
     got = online_rows(model, dense_hidden(model, ids), ids, policy_of(model.config, "dense"))
     assert np.abs(got.tokens.kl_teacher_student).max() < 1e-5 and got.tokens.agree.all()
     np.testing.assert_array_equal(got.live_by_chunk, [[16, 32, 48]] * B)
 
 
-def test_a_sliding_window_is_the_same_at_any_chunk(rng):
+def test_streaming_llm_equals_the_mask_path_at_any_chunk(rng):
     model, ids = tiny_model(None, 3, num_layers=2), tokens(rng, B, T)
     hidden, policy = dense_hidden(model, ids), StreamingLLM(12)
-    want = sliding_window_rows(model, ids, None, policy)
+    want = streaming_llm_rows(model, ids, None, policy)
     for chunk in (1, 16):
         got = online_rows(model, hidden, ids, policy, chunk=chunk)
         equal(got.tokens, want)
         np.testing.assert_array_equal(got.cache.live_counts, 12)
 
 
-def test_immediate_eviction_is_a_window_of_none(rng):
+def test_immediate_eviction_equals_a_window_of_zero(rng):
     model, ids = tiny_model(DMSConfig(window_size=5, evict_logit_bias=0.0), 3, num_layers=2), tokens(rng, B, T)
     got = online_rows(model, dense_hidden(model, ids), ids, ImmediateEviction(model.config.require_dms()))
     other = with_window(model, 0)
     equal(got.tokens, retrofit_rows(other, model, ids, None).tokens)
-    assert model.config.require_dms().window_size == 5, "the model itself keeps its window"
+    assert model.config.require_dms().window_size == 5, "the model lost its own window"
 
 
 @pytest.mark.parametrize("name", ["tova:9", "h2o:9", "quest:32"])
@@ -75,12 +75,12 @@ def test_budgets_hold_and_cost_something(rng, name):
     np.testing.assert_array_equal(live, policy.slot_bounds().max or T)
     np.testing.assert_array_equal(policy.pairs_read(live), policy.budget + (name != "quest:32"))
     assert np.abs(got.tokens.kl_teacher_student[:, : policy.budget]).max() < 1e-5, (
-        "nothing is missing before the budget is full"
+        "pairs are missing before the budget is full"
     )
     assert got.tokens.kl_teacher_student[:, 33:-1].mean() > 1e-4
 
 
-def test_rows_and_chunks_that_do_not_fit(rng):
+def test_rows_must_be_a_multiple_of_the_chunk(rng):
     model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, B, 40)
-    with pytest.raises(ConfigError, match="rows of 40 tokens are no multiple of the chunk of 16; use length 32"):
+    with pytest.raises(ConfigError, match=r"multiple of.*16, got 40.*32"):
         online_rows(model, jax.numpy.zeros((B, 40, 32)), ids, policy_of(model.config))

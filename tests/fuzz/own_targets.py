@@ -1,5 +1,6 @@
 """Files in formats of this project: adapters, caches, token caches, tuned block sizes, metrics, results."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -18,6 +19,7 @@ from synthetic_results import records, write
 
 import dms_jax
 from dms_jax.evaluation import aggregate as report_data
+from dms_jax.evaluation.result_records import record_of
 from dms_jax.hf.hf_weights import EVICT, model_writes
 from dms_jax.kernels.block_sizes import SlotBlocks, TrainBlocks
 from dms_jax.kernels.kernel_table import KERNELS
@@ -333,15 +335,15 @@ def read_report(folder: Path) -> Any:
 
 
 def meant_results(folder: Path) -> Any:
-    """The whole lines, each once."""
-    lines = (folder / RESULTS).read_bytes().decode().removeprefix("\ufeff").split("\n")[:-1]
-    found = [oracles.strict_json(line.encode()) for line in lines]
+    """The whole lines, each once, as records."""
+    *lines, last = (folder / RESULTS).read_bytes().decode().removeprefix("\ufeff").split("\n")
+    with contextlib.suppress(ValueError):  # of a line that was not finished
+        json.loads(last)
+        lines.append(last)
+    found = [oracles.strict_json(line.encode()) for line in lines if line.strip()]
     assert "header" in found[0]
-    return repr(
-        list(
-            {repr(report_data.clean(line)): report_data.clean(line) for line in found if "header" not in line}.values()
-        )
-    )
+    kept = [record_of(report_data.clean(line)) for line in found if "header" not in line]
+    return repr(list({repr(record): record for record in kept}.values()))
 
 
 TARGETS = [

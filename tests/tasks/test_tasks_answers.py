@@ -39,7 +39,7 @@ from dms_jax.tasks.votes import majority_vote, pass_at_k
         ("-0", 0),
     ],
 )
-def test_numbers_are_exact(text, value):
+def test_as_fraction_is_exact(text, value):
     assert as_fraction(text) == value
 
 
@@ -63,7 +63,7 @@ def test_numbers_are_exact(text, value):
         "-",
     ],
 )
-def test_what_is_no_number(text):
+def test_as_fraction_refuses_other_texts(text):
     assert as_fraction(text) is None
 
 
@@ -109,7 +109,7 @@ SAME = [
 ]
 
 
-def test_what_is_the_same_has_one_form_and_what_is_not_has_another():
+def test_normal_form_merges_equal_answers_only():
     forms = [{normal_form(answer) for answer in same} for same in SAME]
     assert [len(form) for form in forms] == [1] * len(SAME), [form for form in forms if len(form) > 1]
     for one, other in itertools.combinations(forms, 2):
@@ -143,12 +143,12 @@ def test_what_is_the_same_has_one_form_and_what_is_not_has_another():
         (r"10\text{ or }20", "10"),
     ],
 )
-def test_different_answers_stay_apart(one, other):
+def test_normal_form_keeps_different_answers_apart(one, other):
     assert normal_form(one) != normal_form(other)
 
 
 @pytest.mark.parametrize("answer", [answer for same in SAME for answer in same])
-def test_the_normal_form_is_its_own(answer):
+def test_normal_form_is_idempotent(answer):
     assert normal_form(normal_form(answer)) == normal_form(answer)
 
 
@@ -169,7 +169,7 @@ def test_the_normal_form_is_its_own(answer):
         ("", None),
     ],
 )
-def test_last_boxed(text, inside):
+def test_last_boxed_is_the_last_one_that_closes(text, inside):
     assert last_boxed(text) == inside
 
 
@@ -201,11 +201,11 @@ def test_last_boxed(text, inside):
         ("", ""),
     ],
 )
-def test_the_answer_in_a_text(text, answer):
+def test_math_answer_is_found_in_a_text(text, answer):
     assert math_answer(text) == answer
 
 
-def test_an_answer_may_be_very_long():
+def test_normal_form_takes_very_long_answers():
     assert math_answer("1" * 100_000) and math_answer("the answer is " + "1," * 50_000 + "x")
 
 
@@ -220,17 +220,17 @@ def test_an_answer_may_be_very_long():
         (["", "b", "a", "b", ""], 1),
     ],
 )
-def test_majority_vote(answers, winner):
+def test_majority_vote_elects_the_most_frequent_answer(answers, winner):
     assert majority_vote(answers) == winner
 
 
-def test_nobody_votes():
-    with pytest.raises(ValueError, match="nobody"):
+def test_majority_vote_needs_an_answer():
+    with pytest.raises(ValueError, match="at least one"):
         majority_vote([])
 
 
 @pytest.mark.parametrize("n, c", [(n, c) for n in range(1, 7) for c in range(n + 1)])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c):
+def test_pass_at_k_is_the_fraction_of_draws_with_a_right_sample(n, c):
     for k in range(1, n + 1):
         draws = list(itertools.combinations([1] * c + [0] * (n - c), k))
         assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-15)
@@ -239,7 +239,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n, c):
 
 def test_pass_at_k_needs_k_samples():
     for k in (0, 4):
-        with pytest.raises(ConfigError, match=rf"pass@{k} needs {k} samples of each problem or more, got 3"):
+        with pytest.raises(ConfigError, match=rf"pass@{k}.* 3"):
             pass_at_k(3, 1, k)
-    with pytest.raises(ValueError, match="4 of 3"):
+    with pytest.raises(ValueError, match="3, got 4"):
         pass_at_k(3, 4, 1)

@@ -1,4 +1,4 @@
-"""Generated code: limits hold, tests cannot be skipped, and the formats of HumanEval and LiveCodeBench."""
+"""Generated code: its limits, that it cannot skip its tests, and the formats of HumanEval and LiveCodeBench."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="generated code 
 SHORT = Limits(seconds=2, memory_mib=512, output_mib=1)
 
 
-def test_a_program_reads_prints_and_ends():
+def test_program_reads_prints_and_ends():
     assert run_program("print(input()[::-1])", "abc\n") == ("passed", "cba\n")
     assert run_program("print(open(0).read() == '', __name__)") == ("passed", "True __main__\n")
     assert run_program("raise SystemExit") == ("passed", "")
@@ -44,7 +44,7 @@ def test_a_program_reads_prints_and_ends():
         ("x = [open('/dev/null') for _ in range(100)]", "failed: OSError: [Errno 24] Too many open files: '/dev/null'"),
     ],
 )
-def test_how_programs_end(program, verdict):
+def test_verdict_says_how_a_program_ended(program, verdict):
     assert run_program(program, limits=SHORT).verdict == verdict
 
 
@@ -69,7 +69,7 @@ def test_how_programs_end(program, verdict):
         "import pathlib; pathlib.Path({outside!r}).write_text('x')",
     ],
 )
-def test_processes_the_network_and_the_files_of_others_are_refused(tmp_path, program):
+def test_guard_refuses_processes_network_and_foreign_files(tmp_path, program):
     kept = tmp_path / "kept"
     kept.write_text("kept")
     names = {"outside": str(tmp_path / "new"), "kept": str(kept), "folder": str(tmp_path)}
@@ -80,7 +80,7 @@ def test_processes_the_network_and_the_files_of_others_are_refused(tmp_path, pro
     assert os.listdir(tmp_path) == ["kept"] and kept.read_text() == "kept"
 
 
-def test_its_own_folder_is_its_own_and_goes_away():
+def test_program_folder_is_private_and_removed():
     program = """
 import os, tempfile
 os.mkdir('a'); open('a/b', 'w').write('x'); os.rename('a/b', 'c'); os.remove('c')
@@ -92,7 +92,7 @@ print(os.getcwd(), dict(os.environ).keys() - {'LC_CTYPE'}, sorted(os.listdir()))
     assert not os.path.exists(output.split()[0])
 
 
-def test_nothing_of_a_program_goes_on_after_it(tmp_path):
+def test_program_leaves_no_process_behind(tmp_path):
     """A child that ctypes starts past all refusals is killed with its group."""
     program = "import ctypes, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(1.5)\n    print('alive', flush=True)\n    time.sleep(99)\n"
     started = time.monotonic()
@@ -151,23 +151,23 @@ def humaneval(tmp_path):
         ("", 0),
     ],
 )
-def test_humaneval(humaneval, text, score):
+def test_humaneval_scores(humaneval, text, score):
     assert TASKS["humaneval"].score(humaneval, text) == score
 
 
 def test_humaneval_problems(humaneval, tmp_path):
     assert humaneval.unit == "own/0" and humaneval.prompt == HUMANEVAL[0]["prompt"] and not humaneval.as_chat
-    with pytest.raises(ConfigError, match="line 2: the task_id 'own/0' came before"):
+    with pytest.raises(ConfigError, match="line 2: .*'own/0'"):
         TASKS["humaneval"].problems(
             TaskOptions(data=written(tmp_path / "twice.jsonl", HUMANEVAL * 2), run_code=True), len
         )
 
 
 @pytest.mark.parametrize("name", ["humaneval", "code"])
-def test_code_runs_only_behind_its_flag(tmp_path, name):
+def test_code_runs_only_with_its_option(tmp_path, name):
     with pytest.raises(
         ConfigError,
-        match=f"{name} runs the programs that the model writes on this machine.*no sandbox; allow it with --run-code",
+        match=f"{name} .*--run-code",
     ):
         TASKS[name].problems(TaskOptions(data=written(tmp_path / "a.jsonl", HUMANEVAL)), len)
 
@@ -210,7 +210,7 @@ def live(tmp_path, record):
         (FUNCTIONAL, "def other(a, b): return 1", 0),
     ],
 )
-def test_live_code(tmp_path, record, code, score):
+def test_live_code_scores(tmp_path, record, code, score):
     problem = live(tmp_path, record)
     assert (
         problem.as_chat
@@ -233,31 +233,31 @@ class _Evil:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"public_test_cases": "[1]"}, "line 1: cannot read 'public_test_cases' .*a list of objects"),
+        ({"public_test_cases": "[1]"}, "line 1: .*'public_test_cases' .*list"),
         ({"public_test_cases": "[{"}, "line 1: cannot read 'public_test_cases'"),
         ({"private_test_cases": "%%"}, "line 1: cannot read 'private_test_cases'"),
         (
             {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(_Evil()))).decode()},
             "cannot read 'private_test_cases' .*asks for",
         ),
-        ({"public_test_cases": [{"input": "1"}]}, "line 1: its test cases are not as LiveCodeBench's .*output"),
-        ({"public_test_cases": [{"input": 1, "output": "1"}]}, "line 1: its test cases .* must be texts"),
+        ({"public_test_cases": [{"input": "1"}]}, "line 1: .*LiveCodeBench .*output"),
+        ({"public_test_cases": [{"input": 1, "output": "1"}]}, "line 1: .*LiveCodeBench .*text"),
         (
             {"public_test_cases": [{"input": "1", "output": "1", "testtype": "functional"}]},
-            "line 1: its test cases .*func_name",
+            "line 1: .*LiveCodeBench .*func_name",
         ),
-        ({"public_test_cases": [], "private_test_cases": ""}, "line 1: no test under"),
-        ({"question_content": None}, "line 1: wants a text under the key 'question_content'"),
+        ({"public_test_cases": [], "private_test_cases": ""}, "line 1: 'public_test_cases'"),
+        ({"question_content": None}, "line 1: 'question_content'"),
     ],
 )
-def test_bad_test_cases(tmp_path, change, message):
+def test_bad_test_cases_are_named(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         live(tmp_path, STDIN | change)
     assert not os.path.exists("evil")
 
 
-def test_code_has_no_data_of_its_own():
-    with pytest.raises(ConfigError, match="--data FILE.jsonl"):
+def test_live_code_has_no_default_data():
+    with pytest.raises(ConfigError, match="--data"):
         TASKS["code"].problems(TaskOptions(run_code=True), len)
 
 
@@ -278,7 +278,7 @@ def test_code_has_no_data_of_its_own():
         ("sNaN", "1", False),
     ],
 )
-def test_same_output(output, wanted, same):
+def test_same_output_ignores_spacing(output, wanted, same):
     assert same_output(output, wanted) == same
 
 
@@ -294,5 +294,5 @@ def test_same_output(output, wanted, same):
         ("", ""),
     ],
 )
-def test_the_code_in_an_answer(text, code):
+def test_generated_code_is_found_in_an_answer(text, code):
     assert generated_code(text) == code

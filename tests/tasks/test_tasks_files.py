@@ -1,4 +1,4 @@
-"""Tasks that read their problems: GSM8K, MATH, AIME, GPQA; what is wrong with a file is one line."""
+"""Tasks that read their problems: GSM8K, MATH, AIME, GPQA. A fault in a file is one line that names the place."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def problems(name, data, **options):
 
 
 @pytest.mark.parametrize("file", ["a.jsonl", "a.jsonl.gz", "a.json"])
-def test_gsm8k(tmp_path, file):
+def test_gsm8k_answers_follow_the_mark(tmp_path, file):
     found = problems("gsm8k", written(tmp_path / file, GSM8K), count=99)
     assert [problem.unit for problem in found] == [str(number) for number in range(1, 31)]
     score = TASKS["gsm8k"].score
@@ -50,7 +50,7 @@ def test_gsm8k(tmp_path, file):
         assert score(problem, f"\\boxed{{{number + 1001}}} {number + 1000}") == score(problem, "") == 0
 
 
-def test_math_is_scored_by_form(tmp_path):
+def test_math_answers_are_compared_in_normal_form(tmp_path):
     found = problems("math500", written(tmp_path / "a.jsonl", MATH), max_new_tokens=7)
     assert found[2].groups == {"level": 3, "subject": "Algebra"} and found[2].max_new_tokens == 7
     assert TASKS["math500"].score(found[2], "The answer is 1.5.") == 1
@@ -63,7 +63,7 @@ def test_aime_answers_are_numbers_or_texts(tmp_path):
         assert [TASKS[name].score(problem, r"\boxed{25}") for problem in problems(name, data)] == [1, 1]
 
 
-def test_a_smaller_count_is_part_of_a_larger_one(tmp_path):
+def test_smaller_count_draws_a_subset_of_a_larger_one(tmp_path):
     data = written(tmp_path / "a.jsonl", GSM8K)
     few, more, other = (problems("gsm8k", data, count=count, seed=seed) for count, seed in ((5, 0), (10, 0), (10, 1)))
     assert len(few) == 5 and all(problem in more for problem in few) and more != other
@@ -87,7 +87,7 @@ def test_gpqa_choices_are_shuffled_by_the_seed(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["C", 2, "green"])
-def test_given_choices_keep_their_order(tmp_path, answer):
+def test_listed_choices_keep_their_order(tmp_path, answer):
     data = written(tmp_path / "a.jsonl", [{"question": "q", "choices": ["red", "blue", "green"], "answer": answer}])
     (problem,) = problems("gpqa", data)
     assert "A) red\nB) blue\nC) green" in problem.prompt and problem.answer == "C"
@@ -113,41 +113,42 @@ def test_given_choices_keep_their_order(tmp_path, answer):
         ("", ""),
     ],
 )
-def test_the_letter_in_a_text(text, letter):
+def test_gpqa_letter_is_found_in_a_text(text, letter):
     assert TASKS["gpqa"].extract(text) == letter
 
 
 BAD = {
     "a.jsonl": ('{"question": "x", "answer": "#### 1"}\n{"question"', r"a.jsonl, line 2 is not valid JSON"),
-    "list.jsonl": ("\n[1]\n", r"list.jsonl, line 2: wants an object, got '\[1\]'"),
+    "list.jsonl": ("\n[1]\n", r"list.jsonl, line 2: .*\[1\]"),
     "no_mark.jsonl": (
         '{"question": "x", "answer": "1"}',
-        r"no_mark.jsonl, line 1: the text under 'answer' must end with '####'.*gsm8k",
+        r"no_mark.jsonl, line 1: `answer`.*'####'.*gsm8k",
     ),
     "no_answer.jsonl": (
         '{"question": "x", "answer": "#### "}',
-        r"no_answer.jsonl, line 1: the text under 'answer' must end with",
+        r"no_answer.jsonl, line 1: `answer`.*'####'",
     ),
     "absent.jsonl": (
         '{"problem": "x", "answer": "#### 1"}',
-        r"absent.jsonl, line 1: wants a text under the key 'question'; there are 'problem'",
+        r"absent.jsonl, line 1: .*'question'.*'problem'",
     ),
     "null.jsonl": (
         '{"question": null, "answer": "#### 1"}',
-        r"null.jsonl, line 1: wants a text under the key 'question'; it is NoneType",
+        r"null.jsonl, line 1: 'question'.*None",
     ),
-    "empty.jsonl": ("\n", r"empty.jsonl holds no problem"),
-    "dict.json": ('{"question": 1}', r"dict.json wants a list of objects"),
-    "item.json": ('[{"question": "x", "answer": "#### 1"}, 2]', r"item.json, item 2: wants an object, got '2'"),
+    "empty.jsonl": ("\n", r"empty.jsonl"),
+    "dict.json": ('{"question": 1}', r"dict.json .*list"),
+    "item.json": ('[{"question": "x", "answer": "#### 1"}, 2]', r"item.json, item 2: .*got 2"),
     "latin.jsonl": (b'{"question": 1}\n{"question": "\xe9"}', r"latin.jsonl, line 2: byte 0xe9 is not UTF-8"),
+    "twice.jsonl": ('{"question": "x", "question": "y"}', r"twice.jsonl, line 1 .*'question'"),
     "cut.jsonl.gz": (gzip.compress(b'{"question": 1}' * 99)[:-12], r"cannot read .*cut.jsonl.gz"),
     "not.jsonl.gz": ("{}", r"cannot read .*not.jsonl.gz"),
-    "a.csv": ("question,answer", r"a.csv: give a file whose name ends in .jsonl, .*or hf:NAME"),
+    "a.csv": ("question,answer", r"--data.*\.jsonl, .*hf:NAME.*a\.csv"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, name):
+def test_bad_file_is_one_line_that_names_the_place(tmp_path, name):
     content, message = BAD[name]
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=message) as error:
@@ -155,7 +156,7 @@ def test_a_bad_file_is_one_line_that_names_the_place(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_file(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read .*absent.jsonl: No such file"):
         problems("math500", str(tmp_path / "absent.jsonl"))
 
@@ -163,15 +164,15 @@ def test_a_missing_file(tmp_path):
 @pytest.mark.parametrize(
     "record, message",
     [
-        ({"question": "q", "choices": ["a"], "answer": "A"}, "line 1: 'choices' must be a list of 2 to 10 texts"),
-        ({"question": "q", "choices": ["a", 1], "answer": "A"}, "line 1: 'choices' must be"),
-        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "line 1: 'answer' must be a letter to B"),
-        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "line 1: 'answer' must be"),
-        ({"question": "q", "choices": ["a", "b"]}, "line 1: 'answer' must be"),
-        ({"Question": "q", "Correct Answer": "a"}, "line 1: wants a text under the key 'Incorrect Answer 1'"),
+        ({"question": "q", "choices": ["a"], "answer": "A"}, "line 1: `choices`.*2 to 10"),
+        ({"question": "q", "choices": ["a", 1], "answer": "A"}, "line 1: `choices`"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "C"}, "line 1: `answer`.* to B"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "line 1: `answer`"),
+        ({"question": "q", "choices": ["a", "b"]}, "line 1: `answer`"),
+        ({"Question": "q", "Correct Answer": "a"}, "line 1: .*'Incorrect Answer 1'"),
     ],
 )
-def test_bad_choices(tmp_path, record, message):
+def test_bad_choices_are_named(tmp_path, record, message):
     with pytest.raises(ConfigError, match=message):
         problems("gpqa", written(tmp_path / "a.jsonl", [record]))
 
@@ -186,17 +187,17 @@ def test_bad_choices(tmp_path, record, message):
         ("gpqa", ("Idavidrein/gpqa", "gpqa_diamond", "train"), GPQA),
     ],
 )
-def test_without_a_file_the_hub_is_asked(monkeypatch, name, called, records):
+def test_hub_is_asked_without_a_file(monkeypatch, name, called, records):
     calls = []
     fake = types.SimpleNamespace(load_dataset=lambda *names, split: calls.append((*names, split)) or records)
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert len(problems(name, "", count=5)) == 5 and calls == [called]
-    with pytest.raises(ConfigError, match="hf:other: row 1: wants a text under the key"):
+    with pytest.raises(ConfigError, match="hf:other: row 1: .*key"):
         fake.load_dataset = lambda *names, split: [{}]
         problems(name, "hf:other")
 
 
-def test_without_the_datasets_package(monkeypatch):
+def test_datasets_package_is_named_if_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(
         ConfigError, match=r"hf:openai/gsm8k:main:test needs the datasets package: pip install .*or give files"

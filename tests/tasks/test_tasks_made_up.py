@@ -1,4 +1,4 @@
-"""Tasks that make their own problems: lengths, depths, determinism, and scores."""
+"""Tasks that generate their own problems: lengths, depths, determinism, and scores."""
 
 import dataclasses
 import re
@@ -26,7 +26,7 @@ def made(name, options=OPTIONS, tokenizer="words"):
     return TASKS[name].problems(options, TOKENIZERS[tokenizer])
 
 
-def test_every_task_of_the_table_is_there():
+def test_registry_holds_every_task():
     assert list(TASKS) == [*MADE_UP, "gsm8k", "math500", "aime24", "aime25", "gpqa", "humaneval", "code"]
     assert all(TASKS[name].name == name for name in TASKS)
     assert [name for name in TASKS if TASKS[name].measures_answer] == list(MADE_UP)
@@ -54,7 +54,7 @@ def test_units_are_unique_and_problems_depend_on_seed_and_unit_only(name):
 
 
 @pytest.mark.parametrize("name", MADE_UP)
-def test_the_reference_scores_one_and_nothing_scores_zero(name):
+def test_reference_scores_one_and_an_empty_answer_zero(name):
     task = TASKS[name]
     for problem in made(name):
         assert task.score(problem, problem.answer) == 1
@@ -74,7 +74,7 @@ def sentences_around(prompt, needle):
     return before.count("ends here."), before.count("ends here.") + after.count("ends here.")
 
 
-def test_the_needle_is_there_once_at_its_depth():
+def test_needle_is_there_once_at_its_depth():
     for problem in made("needle_single"):
         needle = re.search(r"The special magic number for the \w+ \w+ is (\d{5})\.", problem.prompt)
         assert problem.answer == f" {needle[1]}" and problem.prompt.count(needle[1]) == 1
@@ -83,21 +83,21 @@ def test_the_needle_is_there_once_at_its_depth():
         assert problem.prompt.endswith(needle[0].split(" is ")[0] + " mentioned in the text is")
 
 
-def test_one_of_several_keys_is_asked():
+def test_multikey_asks_for_one_of_several_keys():
     for problem in made("needle_multikey"):
-        said = dict(re.findall(r"number for the (\w+ \w+) is (\d{5})\.", problem.prompt))
+        stated = dict(re.findall(r"number for the (\w+ \w+) is (\d{5})\.", problem.prompt))
         asked = re.search(r"number for the (\w+ \w+) mentioned in the text is$", problem.prompt)[1]
-        assert len(said) == len(set(said.values())) == 4 and problem.answer == f" {said[asked]}"
+        assert len(stated) == len(set(stated.values())) == 4 and problem.answer == f" {stated[asked]}"
         others = re.compile(r"The special magic number for the (?!" + asked + r")\w+ \w+ is \d{5}\. ?")
         before, all_of_them = sentences_around(
-            others.sub("", problem.prompt), f"The special magic number for the {asked} is {said[asked]}."
+            others.sub("", problem.prompt), f"The special magic number for the {asked} is {stated[asked]}."
         )
         assert before == round(problem.groups["depth"] * all_of_them)
-        wrong = next(value for key, value in said.items() if key != asked)
+        wrong = next(value for key, value in stated.items() if key != asked)
         assert TASKS["needle_multikey"].score(problem, wrong) == 0
 
 
-def test_several_values_of_one_key_each_count():
+def test_multivalue_counts_each_value_of_one_key():
     for problem in made("needle_multivalue"):
         values = re.findall(r"One special magic number for the \w+ \w+ is (\d{5})\.", problem.prompt)
         assert problem.answer == " " + ", ".join(values) and len(set(values)) == 4
@@ -150,17 +150,17 @@ def test_recall_asks_a_line_of_the_list():
 
 
 @pytest.mark.parametrize("name", IN_TEXT)
-def test_a_haystack_is_needed(name):
+def test_haystack_is_required(name):
     for text in ("", " \n "):
         with pytest.raises(ConfigError, match="--haystack FILE"):
             made(name, dataclasses.replace(OPTIONS, haystack=text))
 
 
 @pytest.mark.parametrize("name", MADE_UP)
-def test_a_length_without_room_says_which_has(name):
-    with pytest.raises(ConfigError, match=r"a prompt of 10 tokens has no room.*give --lengths (\d+) or more") as error:
+def test_too_short_a_length_names_the_shortest(name):
+    with pytest.raises(ConfigError, match=r"--lengths.* \d+, .*got 10") as error:
         made(name, dataclasses.replace(OPTIONS, lengths=(10,), count=1))
-    enough = int(re.search(r"--lengths (\d+)", str(error.value))[1])
+    enough = int(re.search(r"--lengths\D* (\d+)", str(error.value))[1])
     assert made(name, dataclasses.replace(OPTIONS, lengths=(enough,), count=1, depths=(0.0,)))
 
 
@@ -172,12 +172,12 @@ def test_depths_and_counts_are_checked():
         made("recall", dataclasses.replace(OPTIONS, count=0))
 
 
-def test_more_keys_than_there_are():
-    with pytest.raises(ConfigError, match="recall: a prompt of 1000000 tokens needs more than"):
+def test_recall_has_a_limited_number_of_keys():
+    with pytest.raises(ConfigError, match="recall: .*1000000"):
         made("recall", dataclasses.replace(OPTIONS, lengths=(1_000_000,), count=1, depths=(0.0,)))
 
 
-def test_text_is_cut_at_the_ends_of_sentences():
+def test_haystack_is_cut_at_the_ends_of_sentences():
     text = 'He said "no." Then\nhe left! (Really?) Yes\n\nA title\n\n' + "word " * (MAX_WORDS + 1)
     assert sentences_of(text, "t")[:5] == ['He said "no."', "Then he left!", "(Really?)", "Yes", "A title"]
     assert [len(sentence.split()) for sentence in sentences_of(text, "t")[5:]] == [MAX_WORDS, 1]
@@ -194,7 +194,7 @@ GROWTHS = {
 
 @pytest.mark.parametrize("growth", GROWTHS)
 @pytest.mark.parametrize("length", [3, 29, 800, 801, 5000])
-def test_fill_finds_the_most_that_fits(growth, length):
+def test_fill_finds_the_largest_count_that_fits(growth, length):
     tokens_of = GROWTHS[growth]
     count = fill(lambda n: "x" * n, length, lambda text: tokens_of(len(text)), "t")
     assert tokens_of(count) <= length < tokens_of(count + 1)

@@ -40,7 +40,7 @@ def test_run_leaves_metrics_plots_report_and_export(settings, tmp_path, capsys):
     output = tmp_path / "run"
     printed = capsys.readouterr()
     assert (
-        "sliding_window" in printed.out
+        "streaming_llm" in printed.out
         and "vs dense" in printed.out
         and "infer.evaluate" in printed.out
         and printed.err.count("held out,") >= 1

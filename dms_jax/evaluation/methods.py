@@ -1,0 +1,169 @@
+"""The methods that an evaluation compares: a policy at a budget, and what the budget means for rows of a given
+length."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dms_jax.core.cr_schedule import realised_cr
+from dms_jax.engine.calibration import calibrate
+from dms_jax.errors import ConfigError, suggestion
+from dms_jax.evaluation.result_records import method_name
+from dms_jax.models.decoder import Decoder, with_window
+from dms_jax.policies import POLICIES, CachePolicy, policy_of
+
+DENSE = "dense"  # the reference: no budget
+DMS = "dms"  # the policy whose live tokens the others match at the budget TRAINED
+TRAINED = "trained"  # dms with the threshold it was trained for; the others with as many live tokens as dms then kept
+PROMPT = "prompt:"  # begins the name of a policy that ranks once, after the prompt
+
+
+@dataclass(frozen=True)
+class Method:
+    """A policy at a budget: pairs per KV head ("256"), a realised ratio ("cr4"), TRAINED, or "" for the dense model."""
+
+    policy: str
+    budget: str
+
+    def __str__(self) -> str:
+        return method_name(self.policy, self.budget)
+
+    @property
+    def kind(self) -> type[CachePolicy]:
+        return POLICIES[self.policy.removeprefix(PROMPT)]
+
+    @property
+    def compresses_prompt(self) -> bool:
+        return self.policy.startswith(PROMPT)
+
+    def pairs(self, length: int) -> int:
+        """Live pairs that a row of `length` tokens may end with."""
+        return round(length / float(self.budget[2:])) if self.budget.startswith("cr") else int(self.budget)
+
+
+def parse_methods(policies: str, budgets: str) -> list[Method]:
+    """Every policy at every budget, both comma-separated. Within a budget dms comes first, since the others may match
+    its live tokens."""
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    if not names:
+        raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
+    for name in names:
+        if (plain := name.removeprefix(PROMPT)) not in POLICIES:
+            raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
+        if plain != name and not POLICIES[plain].ranks_pairs:
+            raise ConfigError(
+                f"--policies: {plain} cannot compress a prompt, since it does not rank pairs; leave {PROMPT} out"
+            )
+    labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
+    for label in labels:
+        if not _is_budget(label):
+            raise ConfigError(
+                f"--budgets: invalid budget {label!r}; use a number of pairs (256), a ratio (cr4) or {TRAINED!r}"
+            )
+    ordered = sorted(dict.fromkeys(names), key=lambda name: name != DMS)
+    if TRAINED in labels and DMS not in ordered and any(name != DENSE for name in ordered):
+        raise ConfigError(
+            f"--budgets {TRAINED} means as many live tokens as dms keeps; add dms to --policies, "
+            "or give other --budgets, e.g. 256 or cr4"
+        )
+    methods = [Method(DENSE, "")] if DENSE in ordered else []
+    return methods + [Method(name, label) for label in labels for name in ordered if name != DENSE]
+
+
+def _is_budget(label: str) -> bool:
+    if not label.startswith("cr"):
+        return label == TRAINED or (label.isdecimal() and int(label) >= 1)
+    try:
+        return 1 <= float(label[2:]) < math.inf
+    except ValueError:
+        return False
+
+
+def check_learned(model: Decoder, policies: Iterable[str], where: str) -> None:
+    """Refuse learned policies for a plain model, which is named by `where`."""
+    learned = [policy for policy in policies if Method(policy, "").kind.is_learned]
+    if model.config.dms is None and learned:
+        raise ConfigError(
+            f"--policies {learned[0]}: {where} has no eviction policy; give a retrofitted folder or --adapter FILE"
+        )
+
+
+def check_budget(model: Decoder, method: Method, length: int) -> None:
+    """Refuse, before anything is measured, a budget that rows of `length` tokens cannot meet."""
+    if method.policy == DENSE or method.budget == TRAINED:
+        return
+    pairs = method.pairs(length)
+    if not 1 <= pairs <= length:
+        raise ConfigError(
+            f"--budgets {method.budget} means {pairs} pairs for rows of {length} tokens; "
+            f"give 1 to {length}, or cr1 to cr{length}"
+        )
+    if not method.kind.is_learned:
+        policy_of(model.config, f"{method.policy}:{pairs}")
+        return
+    window = policy_of(model.config, method.policy).window_size
+    highest = realised_cr(math.inf, length, window)
+    if length / pairs > highest:
+        raise ConfigError(
+            f"{method} means CR {length / pairs:.4g}, but rows of {length} tokens with a window of {window} "
+            f"reach at most {highest:.4g}; use longer rows, or a budget of at least {math.ceil(length / highest)} pairs"
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A method made concrete for rows of one length."""
+
+    policy: CachePolicy
+    threshold: float = 0.0
+    pairs: int = 0  # the budget of a policy that has one
+    compresses_prompt: bool = False
+
+
+class Calibrator:
+    """Makes methods concrete, and calibrates each learned one once per kind of rows and ratio."""
+
+    def __init__(self, model: Decoder):
+        self.model = model
+        self._thresholds: dict[tuple[Method, int, str], float] = {}
+
+    def dense(self) -> Setup:
+        return Setup(policy_of(self.model.config, DENSE))
+
+    def setup(
+        self,
+        method: Method,
+        length: int,
+        rows_name: str,
+        rows: Callable[[], np.ndarray],
+        dms_live_tokens: Callable[[], float | None],
+    ) -> Setup:
+        """The policy and threshold with which `method` meets its budget on rows of `length` tokens.
+
+        `rows` makes calibration rows [rows, length] of the same kind, which `rows_name` names. `dms_live_tokens`
+        returns how many live tokens dms kept on that kind of rows, if the other methods must keep as many, else None.
+        Raises ConfigError.
+        """
+        if method.policy == DENSE:
+            return self.dense()
+        if not method.kind.is_learned:
+            pairs = max(1, round(self._pairs(method, length, dms_live_tokens)))
+            policy = policy_of(self.model.config, f"{method.policy}:{pairs}")
+            return Setup(policy, pairs=pairs, compresses_prompt=method.compresses_prompt)
+        policy = policy_of(self.model.config, method.policy)
+        if method.budget == TRAINED and method.policy == DMS:
+            return Setup(policy)
+        pairs = self._pairs(method, length, dms_live_tokens) if method.budget == TRAINED else method.pairs(length)
+        key = method, length, rows_name
+        if key not in self._thresholds:
+            model = with_window(self.model, policy.window_size)
+            self._thresholds[key] = calibrate(model, rows(), length / pairs, tolerance=0.005)
+        return Setup(policy, self._thresholds[key])
+
+    def _pairs(self, method: Method, length: int, dms_live_tokens: Callable[[], float | None]) -> float:
+        matched = None if method.policy == DMS else dms_live_tokens()
+        if matched is None and method.budget == TRAINED:
+            raise ConfigError(f"{method} must match the live tokens of dms; measure dms first, with the same --output")
+        return method.pairs(length) if matched is None else matched

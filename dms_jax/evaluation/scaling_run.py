@@ -1,0 +1,111 @@
+"""One run of `infer.hyperscale`: each configuration answers each problem with several samples, and one record adds up
+what they cost."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from dms_jax.evaluation.answer_measure import (
+    AnswerMeasure,
+    Group,
+    Sampling,
+    answer_setup,
+    group_problems,
+    sample_answers,
+)
+from dms_jax.evaluation.evaluation_run import digest, dtype_name, load_model, open_results
+from dms_jax.evaluation.methods import DENSE, Calibrator, Method, check_budget, check_learned, parse_methods
+from dms_jax.evaluation.options import HyperscaleOptions
+from dms_jax.evaluation.result_records import HYPERSCALE, AnswerRecord, HyperscaleRecord
+from dms_jax.evaluation.results import ResultsFile
+from dms_jax.evaluation.scaling import Configuration
+from dms_jax.tasks.problem import Problem, TaskOptions
+from dms_jax.tasks.registry import TASKS
+from dms_jax.tasks.votes import majority_vote
+
+FIXED = ("temperature", "top_p", "chunk", "seed", "count")  # options that may not change within one file
+
+
+def measure(options: HyperscaleOptions) -> None:
+    """Append to the results file what it lacks. Raises ConfigError."""
+    model, tokenizer = load_model(options.model, options.adapter)
+    task_options = TaskOptions(
+        count=options.count,
+        seed=options.seed,
+        lengths=options.lengths,
+        data=options.data,
+        haystack=options.haystack,
+        run_code=options.run_code,
+    )
+    task = TASKS[options.task]
+    problems = task.problems(task_options, lambda text: len(tokenizer.encode(text)))
+    policies = list(dict.fromkeys(method.policy for method in parse_methods(options.policies, "cr2")))
+    check_learned(model, policies, options.model)
+    fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
+    file = open_results(options.model, model, options.output, fixed | {f"problems:{task.name}": digest(repr(problems))})
+    shared = AnswerMeasure(model, tokenizer, Calibrator(model), Sampling(), options.batch, options.chunk)
+    pairs = [
+        (configuration, policy)
+        for configuration in options.configs
+        for policy in (policies if configuration.cr > 1 else [DENSE])
+        if configuration.cr == 1 or policy != DENSE
+    ]
+    with tqdm(total=len(pairs) * len(problems), desc=task.name, unit="problem", disable=None) as bar:
+        for configuration, policy in pairs:
+            bar.set_postfix_str(f"{policy} {configuration}")
+            sampling = Sampling(configuration.samples, options.temperature, options.top_p, options.seed)
+            batch_size = max(1, options.batch // configuration.samples)
+            run = replace(shared, sampling=sampling, batch_size=batch_size)
+            shortened = [replace(problem, max_new_tokens=configuration.new_tokens) for problem in problems]
+            for group in group_problems(run, task, shortened):
+                _measure_group(run, file, group, configuration, policy, bar.update)
+    shared.clock.close()
+
+
+def _measure_group(
+    run: AnswerMeasure,
+    file: ResultsFile,
+    group: Group,
+    configuration: Configuration,
+    policy: str,
+    on_problems: Callable[[int], Any],
+) -> None:
+    name, budget, samples = HYPERSCALE + group.task.name, str(configuration), configuration.samples
+    method = Method(policy, f"cr{configuration.cr:g}" if configuration.cr > 1 else "")
+    check_budget(run.model, method, group.length)
+    for problems, prompts in group.batches(run.batch_size):
+        if any((name, policy, budget, problem.unit) not in file.done for problem in problems):
+            setup = answer_setup(run, group, method, file.records_of(name, "dms", budget))
+            answers = sample_answers(run, group, method, setup, problems, prompts)
+            for i, problem in enumerate(problems):
+                record = combined(name, budget, problem, answers[i * samples : (i + 1) * samples])
+                if record.key not in file.done:
+                    file.append(record)
+        on_problems(len(problems))
+
+
+def combined(task: str, budget: str, problem: Problem, samples: list[AnswerRecord]) -> HyperscaleRecord:
+    """One record of all samples of a problem: costs are added up; a vote elects the answer or, for code, any sample
+    that passes."""
+    scores = [sample.score for sample in samples]
+    total = lambda name: float(sum(getattr(sample, name) for sample in samples))
+    return HyperscaleRecord(
+        task=task,
+        policy=samples[0].policy,
+        budget=budget,
+        unit=problem.unit,
+        score=max(scores) if problem.tests else scores[majority_vote([sample.extracted for sample in samples])],
+        live_tokens=float(np.mean([sample.live_tokens for sample in samples])),
+        peak_live=total("peak_live"),
+        realised_cr=float(np.mean([sample.realised_cr for sample in samples])),
+        kv_reads=total("kv_reads"),
+        groups=problem.groups,
+        new_tokens=total("new_tokens"),
+        prefill_seconds=total("prefill_seconds"),
+        decode_seconds=total("decode_seconds"),
+        scores=scores,
+        texts=[sample.text for sample in samples],
+    )

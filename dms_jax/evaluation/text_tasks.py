@@ -1,0 +1,208 @@
+"""The tasks on given text, by the names that --tasks knows: what each measures, and the table it prints.
+
+A task is added here and in `result_records.RECORDS`. Tasks that have answers are in `dms_jax.tasks.registry`.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+import dms_jax
+from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
+from dms_jax.engine.generation import Generation
+from dms_jax.evaluation.methods import Method, Setup
+from dms_jax.evaluation.result_records import GreedyRecord, KeptRecord, Record, TextRecord
+from dms_jax.evaluation.results import rounded
+from dms_jax.evaluation.table_kinds import GreedyTable, Table, TextTable
+from dms_jax.evaluation.teacher_forced import dense_hidden, online_rows
+from dms_jax.evaluation.text_measure import Batch, TextMeasure
+from dms_jax.models.decoder import with_window
+
+
+class TextTask(Protocol):
+    """One kind of measurement on given text."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def table(self) -> Table | None: ...  # None: it is shown in a report only
+
+    def num_rows(self, run: TextMeasure) -> int:
+        """Rows that each method is measured on, for the progress bar; 0 for a task that takes no time to speak of."""
+        ...
+
+    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
+        """Append what the results file lacks; `on_rows` is called with the number of rows finished."""
+        ...
+
+
+def _append_missing(
+    run: TextMeasure,
+    task: str,
+    method: Method,
+    records: Callable[[TextMeasure, Method, Batch], Iterable[Record]],
+    on_rows: Callable[[int], Any],
+) -> None:
+    for batch in run.batches():
+        if missing := run.missing(task, method, batch.units):
+            for record in records(run, method, batch):
+                if record.unit in missing:
+                    run.file.append(record)
+        on_rows(len(batch.units))
+
+
+class TeacherForced:
+    """KL and perplexity against the dense model, at every position of each row, through the cache as in decoding."""
+
+    name = "text"
+    table = TextTable()
+
+    def num_rows(self, run: TextMeasure) -> int:
+        return run.num_rows
+
+    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
+        _append_missing(run, self.name, method, self._records, on_rows)
+
+    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[TextRecord]:
+        rows = batch.rows
+        if (self.name, batch.key) not in run.dense_results:
+            run.dense_results[self.name, batch.key] = np.asarray(dense_hidden(run.model, rows))
+        setup = run.setup(method, batch.domain)
+        dense = run.dense_results[self.name, batch.key]
+        out = online_rows(run.model, dense, rows, setup.policy, setup.threshold, run.chunk)
+        live = np.asarray(out.cache.live_counts, np.float64).mean(axis=(0, 2))
+        for b, unit in enumerate(batch.units):
+            cache = jax.tree.map(lambda x, b=b: x[b : b + 1], out.cache)
+            nominal = nominal_compression_ratio if method.kind.is_learned else compression_ratio
+            yield TextRecord(
+                task=self.name,
+                policy=method.policy,
+                budget=method.budget,
+                unit=unit,
+                domain=batch.domain.name,
+                length=rows.shape[1],
+                live_tokens=float(live[b]),
+                mean_live_tokens=float(out.live_by_chunk[b].mean()),
+                pairs_read=float(setup.policy.pairs_read(live[b])),
+                realised_cr=float(compression_ratio(cache)),
+                nominal_cr=float(nominal(cache)),
+                threshold=setup.threshold,
+                agree=float(out.tokens.agree[b, :-1].mean()),
+                kl=rounded(out.tokens.kl_teacher_student[b, :-1]),
+                nll=rounded(out.tokens.student_nll[b, :-1]),
+            )
+
+
+class GreedyMatch:
+    """Free-running: rows, cut `greedy_tokens` before their end, are continued by the dense model and by the method."""
+
+    name = "greedy"
+    table = GreedyTable()
+
+    def num_rows(self, run: TextMeasure) -> int:
+        return run.num_rows
+
+    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
+        _append_missing(run, self.name, method, self._records, on_rows)
+
+    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[GreedyRecord]:
+        rows = batch.rows[:, : -run.greedy_tokens]
+        if (self.name, batch.key) not in run.dense_results:
+            run.dense_results[self.name, batch.key] = _continued(run, rows, run.calibrator.dense()).tokens
+        dense, out = run.dense_results[self.name, batch.key], _continued(run, rows, run.setup(method, batch.domain))
+        for b, unit in enumerate(batch.units):
+            same = dense[b] == out.tokens[b]
+            yield GreedyRecord(
+                task=self.name,
+                policy=method.policy,
+                budget=method.budget,
+                unit=unit,
+                domain=batch.domain.name,
+                tokens=run.greedy_tokens,
+                match=float(same.mean()),
+                divergence=run.greedy_tokens if same.all() else int(np.argmin(same)),
+                live_tokens=float(out.live_pairs[b]),
+                realised_cr=float(out.realised_cr[b]),
+            )
+
+
+def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
+    length = rows.shape[1] + run.greedy_tokens
+    max_pairs = setup.policy.slot_bounds().max
+    config = dms_jax.GenerationConfig(
+        max_new_tokens=run.greedy_tokens,
+        stop_ids=(),
+        policy=setup.policy,
+        threshold=setup.threshold,
+        chunk_size=None if max_pairs is None else run.chunk,
+        capacity=min(max_pairs or length, length),
+    )
+    return dms_jax.generate(run.model, rows, config)
+
+
+class Retention:
+    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by
+    head."""
+
+    name = "kept"
+    table = None
+
+    def num_rows(self, run: TextMeasure) -> int:
+        return 0
+
+    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
+        if not method.kind.is_learned:
+            return
+        for domain in run.domains:
+            unit = f"{domain.name}/0"
+            if not run.missing(self.name, method, [unit]):
+                continue
+            setup, tokens = run.setup(method, domain), domain.rows[:1]
+            window = setup.policy.window_size
+            _, evict = with_window(run.model, window).hard_hidden(tokens, None, setup.threshold)
+            shift = run.model.config.require_dms().decision_shift
+            retained = retention(np.asarray(evict)[:, 0], window, shift)
+            run.file.append(
+                KeptRecord(
+                    task=self.name,
+                    policy=method.policy,
+                    budget=method.budget,
+                    unit=unit,
+                    domain=domain.name,
+                    length=tokens.shape[1],
+                    pieces=[run.tokenizer.decode(tokens[0, t : t + 1]) for t in range(tokens.shape[1])],
+                    kept=rounded(retained.fraction),
+                    live_per_head=retained.live_per_head.tolist(),
+                    live_by_position=rounded(retained.live_by_position),
+                    window_size=window,
+                    realised_cr=float(tokens.shape[1] / retained.live_by_position[-1]),
+                )
+            )
+
+
+@dataclass(frozen=True)
+class RetainedPairs:
+    fraction: np.ndarray  # [T] of layers and heads that hold each token's pair after the row
+    live_per_head: np.ndarray  # int [L K] after the row
+    live_by_position: np.ndarray  # [T] pairs after each token, mean over layers and heads
+
+
+def retention(evict: np.ndarray, window_size: int, shift: int) -> RetainedPairs:
+    """Which pairs the decisions [L K T] of one row retain: token t's own decision marks pair t - `shift`."""
+    length = evict.shape[-1]
+    marked = np.zeros_like(evict)
+    marked[..., : length - shift] = evict[..., shift:]
+    leaves_at = np.arange(length) + window_size + 1  # the position at which a marked pair is no longer held
+    leaving = np.zeros(evict.shape, np.int64)
+    in_row = leaves_at < length
+    leaving[..., leaves_at[in_row]] = marked[..., in_row]
+    live = np.arange(1, length + 1) - np.cumsum(leaving, axis=-1)
+    retained = ~(marked & in_row)
+    return RetainedPairs(retained.mean(axis=(0, 1)), live[..., -1], live.mean(axis=(0, 1)))
+
+
+_ALL: tuple[TextTask, ...] = (TeacherForced(), GreedyMatch(), Retention())
+TEXT_TASKS: dict[str, TextTask] = {task.name: task for task in _ALL}
