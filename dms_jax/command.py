@@ -26,7 +26,7 @@ def typed_as(name: str) -> str:
     started = Path(sys.argv[0])
     if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
         return f"dms-jax {name}"
-    return f"python -m {DOORS[name]}"
+    return f"python -m {DOORS.get(name, name)}"  # a benchmark is its own door
 
 
 class Parser(argparse.ArgumentParser):

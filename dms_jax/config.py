@@ -113,6 +113,13 @@ class ModelConfig:
         """Query heads per key/value head."""
         return self.num_q_heads // self.num_kv_heads
 
+    def context_limit(self) -> tuple[int, str]:
+        """Return the maximum number of tokens in a row, and the name of the limit that sets it."""
+        limits = [(self.max_position_embeddings, "max_position_embeddings")]
+        if self.sliding_window is not None:
+            limits.append((self.sliding_window, "own sliding_window"))
+        return min(limits)
+
     def require_dms(self) -> DMSConfig:
         """`dms`, where there has to be one."""
         if self.dms is None:

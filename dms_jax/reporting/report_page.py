@@ -83,10 +83,11 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals |= {"fmt": format, "LEVELS": LEVELS, "css_values": css_values, "css_variable": css_variable}
-    made.globals |= {"digits": report_summary.digits, "spread": report_summary.spread}
-    made.globals |= {"gap_sentence": report_summary.gap_sentence, "kept_level": kept_level, "grouped": grouped}
-    made.globals |= {"needles_name": figures.needles_name}
+    made.globals.update(fmt=format, LEVELS=LEVELS, css_values=css_values, css_variable=css_variable)
+    made.globals.update(kept_level=kept_level, grouped=grouped, needles_name=figures.needles_name)
+    made.globals.update(
+        digits=report_summary.digits, spread=report_summary.spread, gap_sentence=report_summary.gap_sentence
+    )
     made.filters["whitespace_marked"] = whitespace_marked
     return made
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.models.parameters import is_evict_head
+from dms_jax.planning.memory_estimate import program_bytes
 
 if TYPE_CHECKING:
     from dms_jax.training.run import Run
@@ -47,12 +48,7 @@ def dry_run_text(run: "Run") -> str:
     lines += ["", f"{c.steps} steps; a checkpoint every {c.save_every}, {c.keep} stay; {every}; output {run.output}"]
     analysis = r.lower(c.batch_size).compile().memory_analysis()
     if analysis is not None:
-        total = (
-            analysis.argument_size_in_bytes
-            + analysis.output_size_in_bytes
-            - analysis.alias_size_in_bytes
-            + analysis.temp_size_in_bytes
-        )
+        total = program_bytes(analysis)
         parts = (
             f"arguments {analysis.argument_size_in_bytes / GIB:.2f}, temporary {analysis.temp_size_in_bytes / GIB:.2f}"
         )

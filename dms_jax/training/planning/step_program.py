@@ -1,0 +1,130 @@
+"""The real retrofit step of a setting: built from shapes only, compiled for its hardware, or run on this machine's CPU to time it.
+
+This is the only file of the plan that calls `training.step`.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from dms_jax.config import ModelConfig
+from dms_jax.models.decoder import Decoder
+from dms_jax.models.parameters import abstract_model
+from dms_jax.planning import roofline
+from dms_jax.planning.hardware import target_mesh
+from dms_jax.platform_defaults import platform_defaults
+from dms_jax.sharding import make_mesh
+from dms_jax.training.data.rows import Batch
+from dms_jax.training.planning.step_setting import StepSetting
+from dms_jax.training.step import Retrofit, StepConfig
+
+MAX_TIMED_FLOPS = 4e12  # of a step that is run to time it; a larger step is run with shorter rows
+
+
+def mesh_of(setting: StepSetting, analytic: bool) -> Mesh:
+    """The mesh to plan on: of this machine's devices, of the target's devices, or, with `analytic`, of no devices, which is enough to
+    count shards."""
+    axes = ("data", "model", "context")[: len(setting.mesh)]
+    if setting.hardware.kind == "cpu":
+        return make_mesh(*setting.mesh)
+    if analytic:
+        # pyrefly: ignore[bad-return]  # an abstract mesh is enough to count shards
+        return AbstractMesh(setting.mesh, axes, axis_types=(AxisType.Auto,) * len(axes))
+    return target_mesh(setting.hardware.name, setting.mesh, axes)
+
+
+def retrofit_of(setting: StepSetting, mesh: Mesh, make: Any = abstract_model) -> Retrofit:
+    """The functions and the state of the run on models of shapes, or on other models that `make` builds."""
+    c, dtype = setting.step, jnp.dtype(platform_defaults(setting.hardware.platform).dtype)
+    step = StepConfig(
+        mode=c.mode,
+        seed=c.seed,
+        length=c.length,
+        steps=c.steps,
+        accumulate=c.accumulate,
+        initial_cr=c.initial_cr,
+        ramp_steps=c.first_gated_step,
+        cr_steps=c.rising_steps,
+        remat=c.remat,
+        loss=c.loss,
+        optimizer=c.optimizer,
+    )
+    if c.mode == "adapter":
+        return Retrofit(make(setting.model, dtype), None, step, mesh, dtype)
+    teacher = make(setting.model.with_dms(None), dtype)
+    return Retrofit(make(setting.model, jnp.float32), teacher, step, mesh, dtype)
+
+
+def compiled(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
+    """The step, compiled for the devices of `mesh`."""
+    return retrofit_of(setting, mesh).lower(setting.step.batch_size).compile()
+
+
+def state_bytes(setting: StepSetting, mesh: Mesh) -> tuple[float, float, float]:
+    """Bytes of the shards of one device: weights that train, frozen weights, optimizer state."""
+    retrofit = retrofit_of(setting, mesh)
+    return (
+        _shard_bytes(retrofit.state.trainable),
+        _shard_bytes(retrofit.frozen),
+        _shard_bytes(retrofit.state.opt_state),
+    )
+
+
+def _shard_bytes(shapes: Any) -> float:
+    leaves = jax.tree.leaves(shapes)
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+
+
+def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
+    """Seconds of a step on this machine's CPU, and how they were measured.
+
+    Steps of models with 1 and with 2 layers and random weights are run; their difference is the time of each further layer. A step of
+    more than MAX_TIMED_FLOPS is run with shorter rows and scaled by its FLOPs.
+    """
+    layers, length, scale = setting.model.num_layers, setting.step.length, 1.0
+    how = "measured here: steps of 1 and 2 layers, random weights, further layers in proportion"
+
+    def flops(length: int) -> float:
+        two = dataclasses.replace(setting.model, num_layers=min(2, layers))
+        tokens = setting.step.batch_size * length
+        return sum(roofline.step_work(two, tokens, length, setting.step.mode, setting.step.remat)[:2])
+
+    def seconds(layers: int) -> float:
+        model = dataclasses.replace(setting.model, num_layers=layers)
+        return timed(dataclasses.replace(setting, model=model).with_step(length=length), mesh)
+
+    while flops(length) > MAX_TIMED_FLOPS and length > 128:
+        length //= 2
+    if length < setting.step.length:
+        scale = flops(setting.step.length) / flops(length)
+        how += f", rows of {length} instead of {setting.step.length}, in proportion to FLOPs"
+    one = seconds(1)
+    further = max(seconds(2) - one, 0.0) * (layers - 1) if layers > 1 else 0.0
+    return (one + further) * scale, how
+
+
+def timed(setting: StepSetting, mesh: Mesh) -> float:
+    """Seconds of a step on the devices of this process, with random weights: the minimum of at least three runs and at least one second
+    of runs, because other load on the machine only adds time."""
+
+    def make(config: ModelConfig, dtype: Any) -> Decoder:
+        return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
+
+    def rows(start: int, count: int) -> Batch:
+        tokens = jnp.zeros((count, setting.step.length), jnp.int32)
+        return Batch(tokens, tokens, jnp.ones(tokens.shape, bool), jnp.arange(start, start + count))
+
+    run = retrofit_of(setting, mesh, make)
+    batch, seconds, state = run.place(rows, setting.step.batch_size), [], run.state
+    while len(seconds) < 4 or sum(seconds[1:]) < 1.0:
+        start = time.perf_counter()
+        state, _ = run.step(state, run.frozen, batch)
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])  # the first run compiles
