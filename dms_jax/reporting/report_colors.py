@@ -79,5 +79,5 @@ def kept_color(fraction: float, dark: bool = False) -> str:
 def css_values(dark: bool) -> dict[str, str]:
     """CSS variable -> color, on the light or on the dark page."""
     values = {VARIABLES[color]: DARK[color] if dark else color for color in DARK}
-    values |= {VARIABLES[look.color]: look[dark] for look in (*LOOKS.values(), *FALLBACK_LOOKS)}
+    values |= {VARIABLES[look.color]: look.dark if dark else look.color for look in (*LOOKS.values(), *FALLBACK_LOOKS)}
     return values | {f"k{level}": kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)}

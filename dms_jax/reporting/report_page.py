@@ -39,19 +39,15 @@ def build(paths: list[str], title: str) -> dict[str, bytes]:
     )
     drawings = list(drawn(arms))
     rows = provenance(measured)
-    html = (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            summary=report_summary.summary(*arms),
-            files=measured.headers,
-            provenance=rows,
-            differing=[key for key, values in rows.items() if len(values) > 1],
-            drawings={drawing.name: drawing for drawing in drawings},
-            needles=[arm for arm in arms.answers if arm.cells],
-            **arms._asdict(),
-        )
+    html = page_template().render(
+        title=title,
+        summary=report_summary.summary(*arms),
+        files=measured.headers,
+        provenance=rows,
+        differing=[key for key, values in rows.items() if len(values) > 1],
+        drawings={drawing.name: drawing for drawing in drawings},
+        needles=[arm for arm in arms.answers if arm.cells],
+        **arms._asdict(),
     )
     pngs = {f"{drawing.name}.png": drawing.png for drawing in drawings}
     for number, arm in enumerate(arms.kept, 1):
@@ -73,9 +69,9 @@ def drawn(arms: Arms) -> Iterator[figures.Drawing]:
         yield figures.cr_by_position(arms.kept)
 
 
-def environment() -> jinja2.Environment:
-    """The template's functions and filters."""
-    made = jinja2.Environment(
+def page_template() -> jinja2.Template:
+    """The template of the page with the functions that it calls."""
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         finalize=visible,
@@ -83,13 +79,10 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.globals.update(fmt=format, LEVELS=LEVELS, css_values=css_values, css_variable=css_variable)
-    made.globals.update(kept_level=kept_level, grouped=grouped, needles_name=figures.needles_name)
-    made.globals.update(
-        digits=report_summary.digits, spread=report_summary.spread, gap_sentence=report_summary.gap_sentence
-    )
-    made.filters["whitespace_marked"] = whitespace_marked
-    return made
+    functions = (css_values, css_variable, kept_level, grouped, whitespace_marked, figures.needles_name)
+    functions += (report_summary.digits, report_summary.spread, report_summary.gap_sentence)
+    named = {function.__name__: function for function in functions}
+    return environment.get_template("report.html.j2", globals=named | {"fmt": format, "LEVELS": LEVELS})
 
 
 def visible(value: Any) -> Any:

@@ -29,7 +29,7 @@ from dms_jax.reporting.report_colors import (
     kept_level,
     policy_look,
 )
-from dms_jax.reporting.report_page import build, environment, whitespace_marked
+from dms_jax.reporting.report_page import build, page_template, whitespace_marked
 from dms_jax.reporting.report_summary import digits, gap_sentence, summary
 
 ROOT = Path(__file__).parents[2]
@@ -233,11 +233,8 @@ def test_hostile_text_is_escaped(lines, tmp_path):
 
 
 def test_template_escapes_text_and_shows_control_characters():
-    shown = (
-        environment()
-        .from_string("{{ text }}|<b>{{ text | whitespace_marked }}")
-        .render(text="a\x00\x7f\x85\u2067<&>'\"\n\t")
-    )
+    page = page_template().environment.from_string("{{ text }}|<b>{{ marked(text) }}")
+    shown = page.render(text="a\x00\x7f\x85\u2067<&>'\"\n\t", marked=whitespace_marked)
     escaped = "a␀␡\ufffd\ufffd&lt;&amp;&gt;&#39;&#34;"
     assert shown == f"{escaped}\n\t|<b>{escaped}<i>↵</i>\n<i>⇥</i>\t"
     assert whitespace_marked("<\n") == "&lt;<i>↵</i>\n"
