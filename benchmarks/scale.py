@@ -1,11 +1,12 @@
-"""Retrofits of large models on many accelerators, compiled without them: the tables of docs/scale.md.
+"""Compile retrofits of large models for accelerators that are not at hand; make the tables of docs/scale.md.
 
-    python -m benchmarks.scale --output docs/measurements/scale.jsonl             # compiles what is not in the file yet; minutes each
-    python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from it
+    python -m benchmarks.scale --output docs/measurements/scale.jsonl             # compiles what the file lacks; minutes each
+    python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from the file
 
-Each line of the file is what `python -m train.plan ... --json` said, with its command and provenance. Delete lines to make them anew. The tables take
-memory and what is sent from it, as the compilers said; estimates and times are reckoned when a table is printed, by the rates of dms_jax/roofline.py.
-Part `scale` is large models on as many accelerators as they want; part `estimate` is where the estimate of memory was fitted to the compilers'.
+Each line of the file is the JSON of one `python -m train.plan ... --json`, with its arguments and provenance; to measure a line again, delete
+it. Memory and communication in the tables are the compilers', from the file. Estimates and times are computed when a table is printed, with the
+rates of dms_jax/planning/roofline.py. Part `scale` has large models on as many accelerators as they need; part `estimate` has the
+settings to which the estimate of memory was fitted.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
+from dms_jax.files import read_jsonl
 
 NAME = "benchmarks.scale"
 PARTS = {
@@ -52,15 +54,10 @@ GIB = 2**30
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(
-        prog=f"python -m {NAME}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines; read, and appended to")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be given several times")
-    parser.add_argument("--table", action="store_true", help="compile nothing, print what the file holds")
+    parser = Parser(NAME, __doc__)
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, to which new ones are appended")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
+    parser.add_argument("--table", action="store_true", help="compile nothing; print the tables of what the file has")
     return parser.parse_args(argv)
 
 
@@ -74,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed += measure(part, arguments, path)
     known, wanted = read(path), options.part or list(PARTS)
     plans = {
-        arguments: reckoned(known[arguments]) for part in PARTS.values() for arguments in part if arguments in known
+        arguments: updated(known[arguments]) for part in PARTS.values() for arguments in part if arguments in known
     }
     if "scale" in wanted:
         print(scale_table([plans[a] for a in PARTS["scale"] if a in plans]))
@@ -84,18 +81,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by their command's arguments. Raises ConfigError for a file that is none of this command's."""
+    """Lines by the arguments of their command."""
     if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--output {path} is no file in a folder that exists")
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-        return {line["arguments"]: line for line in lines}
-    except (ValueError, KeyError, TypeError) as why:
-        raise ConfigError(f"{path} holds no lines of {NAME}: {why}") from why
+        raise ConfigError(f"--output must be a file in an existing folder, got {path}")
+    found = {}
+    for where, line in read_jsonl(path) if path.exists() else ():
+        if not isinstance(line, dict) or "arguments" not in line:
+            raise ConfigError(f"{where}: not a line of {NAME} (missing key: arguments)")
+        found[line["arguments"]] = line
+    return found
 
 
 def measure(part: str, arguments: str, path: Path) -> int:
-    """Compiles in a process of its own: what one compiler holds does not add up to the next one's."""
+    """Compile in a process of its own, so that the memory of one compiler is free before the next one starts."""
     from dms_jax.provenance import versions
 
     start = time.perf_counter()
@@ -116,29 +114,31 @@ def measure(part: str, arguments: str, path: Path) -> int:
     return 0
 
 
-def reckoned(line: dict[str, Any]) -> dict[str, Any]:
-    """A line with what is not the compiler's by the formulas and rates of today."""
+def updated(line: dict[str, Any]) -> dict[str, Any]:
+    """The line with estimates and times computed anew; what the compiler reported stays."""
     from dms_jax.commands import plan
+    from dms_jax.planning.figures import as_json
+    from dms_jax.planning.memory_estimate import with_compiled
     from dms_jax.training.planning import step_plan
 
-    setting, found = plan.setting_of(plan.parse(line["arguments"].split())), dict(line)
-    estimate, held = step_plan.estimate_of(setting), line["bytes_per_device"]
-    arguments = held["weights"] + held["optimizer"]
-    found["estimated_bytes_per_device"] = estimate.total
-    found["bytes_per_device"] = held | step_plan.with_compiled(estimate, arguments, held["total"] - arguments)._asdict()
-    step_plan.add_times(found, setting)
-    plan.add_hours(found, 0.0)
-    return found
+    setting, compiled = plan.setting_of(plan.parse(line["arguments"].split())), line["bytes_per_device"]
+    estimate, arguments = step_plan.estimate(setting), compiled["weights"] + compiled["optimizer"]
+    memory = with_compiled(estimate, arguments, compiled["total"] - arguments)
+    sent = line["collective_bytes_per_device"]
+    facts = step_plan.StepFacts(line["implementation"], estimate, memory, sent, "compiled")
+    figures = step_plan.step_figures(setting, facts)
+    seconds = next(figure for figure in figures if figure.name == "seconds_per_step")
+    return line | as_json([*figures, *step_plan.ramp_figures(setting, seconds, 0.0)])
 
 
 COLUMNS = (
     "model, hardware, mesh, attention",
     "rows x length",
-    "GiB a device: total (weights, activations, logits, temporary)",
-    "of",
-    "sent by a device a step, GiB",
-    "seconds a step",
-    "utilisation",
+    "GiB per device: total (weights, activations, logits, temporary)",
+    "usable",
+    "sent per device and step, GiB",
+    "seconds per step",
+    "utilization",
     "hours to CR 8",
     "device-hours",
     "command",
@@ -146,23 +146,23 @@ COLUMNS = (
 
 
 def scale_table(plans: list[dict[str, Any]]) -> str:
-    """Markdown: memory, what is sent, time, utilisation and cost, and under it the commands and the reference's cost."""
+    """Markdown: memory, communication, time, utilization and cost; below it the commands and the cost of the reference."""
     lines = _header(COLUMNS)
     for number, plan in enumerate(plans, 1):
-        held, sent, hours = plan["bytes_per_device"], plan["collective_bytes_per_device"], plan["hours_to_cr8"]
-        parts = ", ".join(f"{held[kind] / GIB:.1f}" for kind in ("weights", "activations", "logits", "temporary"))
-        memory = f"{held['total'] / GIB:.1f} ({parts})" + ("" if plan["fits"] else ": does not fit")
-        said = ", ".join(
+        memory, hours = plan["bytes_per_device"], plan["hours_to_cr8"]
+        parts = ", ".join(f"{memory[kind] / GIB:.1f}" for kind in ("weights", "activations", "logits", "temporary"))
+        total = f"{memory['total'] / GIB:.1f} ({parts})" + ("" if plan["fits"] else ": does not fit")
+        sent = ", ".join(
             f"{kind} {size / GIB:.1f}"
-            for kind, size in sorted(sent.items(), key=lambda item: -item[1])
+            for kind, size in sorted(plan["collective_bytes_per_device"].items(), key=lambda item: -item[1])
             if size >= GIB / 20
         )
         cells = (
             _title(plan),
             f"{plan['batch']} x {plan['length']}",
-            memory,
+            total,
             f"{plan['memory_per_device'] / GIB:.1f}",
-            said,
+            sent,
             f"{plan['seconds_per_step']:.2f}",
             f"{plan['mfu']:.0%}",
             f"{hours:.2f}",
@@ -179,7 +179,7 @@ def scale_table(plans: list[dict[str, Any]]) -> str:
 
 
 def reference_text(plan: dict[str, Any]) -> str:
-    """The published cost of the same retrofit by the same count of FLOPs, and how far the prediction may be wrong before the target is missed."""
+    """The published cost of the same retrofit, in the same FLOPs, and how far off the prediction may be before the target is missed."""
     hours, flops = (
         REFERENCE["device_hours"],
         plan["flops_per_step"] / (plan["batch"] * plan["length"]) * REFERENCE["tokens"],
@@ -188,14 +188,14 @@ def reference_text(plan: dict[str, Any]) -> str:
     ours = plan["hours_to_cr8"] * plan["devices"]
     slowest = hours / REFERENCE["wanted"] / plan["devices"] * 3600 / REFERENCE["steps"]
     return (
-        f"Reference: {hours:g} H100-hours, {theirs:.1%} of the peak by the same count. Predicted: {ours:.1f} H100-hours, {hours / ours:.1f} times "
-        f"cheaper. {REFERENCE['wanted']:g} times holds up to {slowest:.1f} s a step, which is {plan['seconds_per_step'] / slowest * plan['mfu']:.0%} "
-        "of the peak."
+        f"Reference: {hours:g} H100-hours, {theirs:.1%} of the peak in the same count of FLOPs. Predicted: {ours:.1f} H100-hours, "
+        f"{hours / ours:.1f} times cheaper. It stays {REFERENCE['wanted']:g} times cheaper up to {slowest:.1f} s per step, which is "
+        f"{plan['seconds_per_step'] / slowest * plan['mfu']:.0%} of the peak."
     )
 
 
 def estimate_table(plans: list[dict[str, Any]]) -> str:
-    """Markdown: what the compiler reports and what the estimate says."""
+    """Markdown: the memory that the compiler reports, and the estimate."""
     lines = _header(
         ("model, hardware, mesh, attention", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio")
     )

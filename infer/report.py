@@ -1,4 +1,4 @@
-"""One HTML page with all that was measured, and its figures as PNGs, from files of results alone.
+"""Make one HTML page of everything that was measured, and its figures as PNGs.
 
 python -m infer.report runs/eval/results.jsonl --output runs/eval/report
 """

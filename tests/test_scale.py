@@ -1,4 +1,4 @@
-"""benchmarks.scale: the tables say what the plans say, and what is in the file is not made again."""
+"""Tests of benchmarks.scale: its tables show the plans, and it does not compile again what the file has."""
 
 import json
 import subprocess
@@ -8,27 +8,28 @@ import pytest
 from benchmarks import scale
 from dms_jax.commands import plan
 from dms_jax.errors import ConfigError
+from dms_jax.training.planning.plan_text import step_json
 
 
 @pytest.fixture(scope="module")
 def line():
     options = plan.parse([*scale.PARTS["scale"][0].split(), "--analytic"])
-    return {"part": "scale", "arguments": scale.PARTS["scale"][0], **plan.retrofit_plan(options)}
+    return {"part": "scale", "arguments": scale.PARTS["scale"][0], **step_json(plan.retrofit_plan(options))}
 
 
-def test_the_tables_hold_the_plan_and_the_references_cost(line, tmp_path, capsys):
+def test_tables_show_the_plan_and_the_cost_of_the_reference(line, tmp_path, capsys):
     file = tmp_path / "scale.jsonl"
     file.write_text(json.dumps(line) + "\n")
     assert scale.main(["--output", str(file), "--table"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     hours = 8 * 7 * 34 * line["seconds_per_step"] / 3600
-    assert f"| {hours:.1f} | 1 |" in said and f"`python -m train.plan {line['arguments']}`" in said
-    assert f"{32 / hours:.1f} times cheaper" in said
-    assert f"{238 * line['flops_per_step'] / (32 * 3600 * 989e12):.1%} of the peak by the same count" in said
-    assert "| 1.00 |" in said.splitlines()[-1], "an estimate is as large as itself"
+    assert f"| {hours:.1f} | 1 |" in printed and f"`python -m train.plan {line['arguments']}`" in printed
+    assert f"{32 / hours:.1f} times cheaper" in printed
+    assert f"{238 * line['flops_per_step'] / (32 * 3600 * 989e12):.1%} of the peak " in printed
+    assert "| 1.00 |" in printed.splitlines()[-1], "the ratio of an estimate to itself"
 
 
-def test_what_is_known_is_not_compiled_again(line, tmp_path, monkeypatch, capsys):
+def test_known_lines_are_not_compiled_again(line, tmp_path, monkeypatch, capsys):
     file, asked = tmp_path / "scale.jsonl", []
     file.write_text(json.dumps(line) + "\n")
 
@@ -42,9 +43,9 @@ def test_what_is_known_is_not_compiled_again(line, tmp_path, monkeypatch, capsys
     assert len(scale.read(file)) == 1 and "failed: train.plan" in capsys.readouterr().err
 
 
-def test_another_file_is_refused(tmp_path):
+def test_foreign_files_are_refused(tmp_path):
     (tmp_path / "other.jsonl").write_text('{"kernel": "copy"}\n')
-    with pytest.raises(ConfigError, match="holds no lines of benchmarks.scale"):
+    with pytest.raises(ConfigError, match="other.jsonl, line 1: .*benchmarks.scale"):
         scale.main(["--output", str(tmp_path / "other.jsonl"), "--table"])
-    with pytest.raises(ConfigError, match="no file in a folder that exists"):
+    with pytest.raises(ConfigError, match="--output .*nowhere"):
         scale.main(["--output", str(tmp_path / "nowhere" / "x.jsonl"), "--table"])

@@ -1,4 +1,5 @@
-"""Estimates made without running anything: FLOPs, memory, step time and the size of a server, for named hardware.
+"""Predictions about hardware that need not be at hand: memory, step time, communication, and what a server can hold.
 
-Begin with `serving_plan`, or with `dms_jax.training.planning` for a retrofit; nothing else in the package depends on this folder.
+Every prediction is a list of `figures.Figure`. Begin with `hardware` for the known accelerators, then `memory_estimate` and `roofline`
+for training and `serving_plan` for decoding.
 """

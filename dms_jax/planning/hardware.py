@@ -1,6 +1,6 @@
-"""Accelerators that need not be here: what they can do by their data sheets, and devices to compile for with the real compilers.
+"""Accelerators that need not be at hand: their data sheets, and devices for which their real compilers compile.
 
-Nothing is executed: arguments are `jax.ShapeDtypeStruct`, and `memory_analysis()` of what was compiled is the target's own.
+Nothing is executed: arguments are `jax.ShapeDtypeStruct`, and the `memory_analysis()` of a compiled program is the target's own.
 """
 
 import importlib.util
@@ -15,15 +15,16 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from dms_jax.errors import ConfigError, shown, suggestion
+from dms_jax.platform_defaults import platform_defaults
 
 
 class Chip(NamedTuple):
-    """One device. Rates are those of the data sheet; what a program reaches is measured by `benchmarks.kernels`."""
+    """One device. Rates are those of the data sheet; `benchmarks.kernels` measures what a program achieves."""
 
     platform: str  # "gpu" or "tpu"
     hbm_bytes: float
     bandwidth: float  # bytes/s
-    flops: float  # dense bf16, 1/s
+    flops: float  # dense bf16 FLOP/s
     link: float  # bytes/s to other devices of the host or slice, per device and direction
     source: str
 
@@ -45,7 +46,7 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as XLA reads them off such a device
+GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as XLA writes them on such a device
 SLICES = {
     2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {
@@ -60,12 +61,11 @@ SLICES = {
         512: "8x8x8",
     },
 }
-GPUS_A_HOST = (1, 2, 4, 8)  # that are offered
+GPUS_PER_HOST = (1, 2, 4, 8)  # that clouds offer
 EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
-COUNT = "[1-9][0-9]{0,3}"  # devices, or chips along a side
-USABLE = 0.92  # of a device's memory; the rest is the driver's, the compiler's and lost between allocations
-# As JAX reports them.
-KIND_NAMES = {
+COUNT = "[1-9][0-9]{0,3}"  # regular expression of a number of devices, or of chips along a side
+USABLE = 0.92  # fraction of a device's memory; driver, compiler and fragmentation take the rest
+KIND_NAMES = {  # as JAX reports the devices
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
     "v5e": "TPU v5 lite",
@@ -75,10 +75,10 @@ KIND_NAMES = {
 
 
 class Hardware(NamedTuple):
-    """A number of devices of one kind, which need not be here."""
+    """A number of devices of one kind, which need not be at hand."""
 
     name: str
-    kind: str  # of CHIPS, or "cpu"
+    kind: str  # a key of CHIPS, or "cpu"
     count: int
 
     @property
@@ -91,11 +91,12 @@ class Hardware(NamedTuple):
 
     @property
     def usable_bytes(self) -> float:
-        """Of each device; of a CPU the whole machine's."""
+        """Usable memory of each device; for a CPU, of the whole machine."""
         return USABLE * (self.chip.hbm_bytes if self.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     @property
     def source(self) -> str:
+        """Where `usable_bytes` comes from."""
         return (
             f"{USABLE:.0%} of the data sheet's memory ({self.chip.source})"
             if self.chip
@@ -103,18 +104,23 @@ class Hardware(NamedTuple):
         )
 
 
+def number_bytes(platform: str) -> int:
+    """Bytes of a weight or activation in the default dtype of a platform."""
+    return {"float32": 4, "bfloat16": 2}[platform_defaults(platform).dtype]
+
+
 def chip_of(device_kind: str) -> Chip | None:
-    """The data sheet of a device that JAX reports, None for one that is not in the table."""
+    """The data sheet of a device, by the name that JAX reports; None for a device that is not in the table."""
     return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in device_kind), None)
 
 
 def parse_hardware(name: str) -> tuple[str, int, str | None]:
-    """`h100x8` -> (h100, 8, None); `v5e-8` and `v5e-2x4` -> (v5e, 8, "2x4"), numbers being chips. Raises ConfigError."""
+    """Parse `h100x8` to (h100, 8, None), and `v5e-8` or `v5e-2x4` to (v5e, 8, "2x4"); the numbers of a TPU slice are chips."""
     text = name.strip().lower()
     if match := re.fullmatch(rf"(h100|h200)x({COUNT})", text):
         kind, count = match[1], int(match[2])
         if not 1 <= count <= 8:
-            raise ConfigError(f"hardware {shown(name)}: one host has 1 to 8 GPUs")
+            raise ConfigError(f"hardware {shown(name)}: a host must have 1 to 8 GPUs, got {count}")
         return kind, count, None
     if match := re.fullmatch(rf"(v5e|v6e|v5p)-({COUNT}(?:x{COUNT})*)", text):
         kind, shape = match[1], match[2]
@@ -122,18 +128,20 @@ def parse_hardware(name: str) -> tuple[str, int, str | None]:
         sizes = SLICES[axes]
         if "x" in shape:
             if shape.count("x") != axes - 1:
-                raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {axes} sides, e.g. {sizes[16]}")
+                raise ConfigError(
+                    f"hardware {shown(name)}: a {kind} slice must have {axes} sides, e.g. {kind}-{sizes[16]}"
+                )
             return kind, math.prod(map(int, shape.split("x"))), shape
         if int(shape) not in sizes:
-            raise ConfigError(f"hardware {shown(name)}: a {kind} slice has {', '.join(map(str, sizes))} chips")
+            raise ConfigError(
+                f"hardware {shown(name)}: a {kind} slice must have one of {', '.join(map(str, sizes))} chips"
+            )
         return kind, int(shape), sizes[int(shape)]
-    raise ConfigError(
-        f"unknown hardware {shown(name)}; {suggestion(text, EXAMPLES.split(', '))} Known forms: {EXAMPLES}, cpu, cpux8"
-    )
+    raise ConfigError(f"unknown hardware {shown(name)}; {suggestion(text, EXAMPLES.split(', '))} (also cpu and cpux8)")
 
 
 def hardware_of(name: str) -> Hardware:
-    """`parse_hardware`, or the simulated devices of this machine: `cpu`, `cpux8`. Raises ConfigError."""
+    """Like `parse_hardware`, and also for the simulated devices of this machine: `cpu`, `cpux8`."""
     if match := re.fullmatch(rf"cpu(?:x({COUNT}))?", name.strip().lower()):
         return Hardware(name, "cpu", int(match[1] or 1))
     kind, count, _ = parse_hardware(name)
@@ -141,18 +149,18 @@ def hardware_of(name: str) -> Hardware:
 
 
 def larger(hardware: Hardware) -> Hardware | None:
-    """The next larger number of the same devices that can be had, at least twice as many; None when there is none."""
+    """The next larger offer of the same devices, at least twice as many; None where there is no larger one."""
     if hardware.kind == "cpu":
         return None
     separator, counts = (
-        ("x", GPUS_A_HOST) if hardware.platform == "gpu" else ("-", SLICES[3 if hardware.kind == "v5p" else 2])
+        ("x", GPUS_PER_HOST) if hardware.platform == "gpu" else ("-", SLICES[3 if hardware.kind == "v5p" else 2])
     )
     count = next((count for count in counts if count >= 2 * hardware.count and count % hardware.count == 0), None)
     return None if count is None else Hardware(f"{hardware.kind}{separator}{count}", hardware.kind, count)
 
 
 def missing_compiler(name: str) -> str | None:
-    """Why this machine cannot compile for `name`; None when it can."""
+    """Why this machine cannot compile for the hardware `name`; None where it can."""
     if parse_hardware(name)[2] is not None:
         return None if importlib.util.find_spec("libtpu") else 'needs libtpu; pip install "dms-jax[tpu]"'
     plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
@@ -164,13 +172,13 @@ def missing_compiler(name: str) -> str | None:
 
 
 def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("data", "model")) -> Mesh:
-    """A mesh of devices to compile for. With `jax.set_mesh` of it, `sharding.target_device` is that hardware.
+    """A mesh of devices to compile for. While it is set (`jax.set_mesh`), `sharding.target_device` is that hardware.
 
-    Raises ConfigError for unknown hardware, a shape of another size, and when the compiler is not installed.
+    Raises ConfigError for unknown hardware, for a shape of another size, and where the compiler is not installed.
     """
     kind, count, slice_shape = parse_hardware(name)
     if math.prod(shape) != count:
-        raise ConfigError(f"mesh {'x'.join(map(str, shape))} needs {math.prod(shape)} devices, {name} has {count}")
+        raise ConfigError(f"mesh {'x'.join(map(str, shape))} needs {math.prod(shape)} devices, but {name} has {count}")
     if (why := missing_compiler(name)) is not None:
         raise ConfigError(f"{name}: {why}")
     if slice_shape is None:
@@ -181,10 +189,14 @@ def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("dat
             ).devices
         except NotImplementedError as why:
             raise ConfigError(
-                f"{name}: JAX left out its CUDA plugin, as it does without a GPU; set JAX_PLATFORMS=cpu to compile for one"
+                f"{name}: JAX did not load its CUDA plugin because this machine has no GPU; set JAX_PLATFORMS=cpu to compile for one"
             ) from why
     else:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # or libtpu asks a metadata server which TPU this machine has
-        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling takes no TPU away from another process
+        os.environ.setdefault(
+            "TPU_SKIP_MDS_QUERY", "1"
+        )  # without it libtpu asks a metadata server which TPU this machine has
+        os.environ.setdefault(
+            "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
+        )  # compiling does not take a TPU away from another process
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{slice_shape}").devices
     return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))

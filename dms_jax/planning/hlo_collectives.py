@@ -1,7 +1,7 @@
-"""What the devices of a compiled program tell each other: read off its text, `jax.stages.Compiled.as_text()`.
+"""Find the collectives of a compiled program in its text, `jax.stages.Compiled.as_text()`.
 
-The text is XLA's own (HLO after partitioning): shapes are those of one device. A collective inside a loop is counted as often as the
-loop runs; of a conditional every branch is counted.
+The text is XLA's HLO after partitioning, so shapes are those of one device. A collective inside a loop counts as often as the loop
+runs; every branch of a conditional counts.
 """
 
 import itertools
@@ -32,17 +32,17 @@ _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(?:-start)?")
 class Collective(NamedTuple):
     """One collective instruction of a program."""
 
-    kind: str  # of KINDS
-    bytes: int  # operands of one device, each time
-    executions: int  # product of the trip counts of the loops around it; a loop of unknown trip count counts as once
-    group_size: int  # devices that take part together; 2 for a permutation, in which each sends to one
+    kind: str  # one of KINDS
+    bytes: int  # of the operands on one device, per execution
+    executions: int  # product of the trip counts of the loops around it; an unknown trip count is taken as 1
+    group_size: int  # devices that exchange with each other; 2 for a permutation, in which each sends to one
     name: str
-    loops: int  # around it: 0 outside any
+    loops: int  # number of loops around it
     shapes: tuple[tuple[int, ...], ...]  # of the results on one device
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one execution by the ring algorithm, the least there is where bandwidth counts."""
+        """Bytes that a device sends per execution with the ring algorithm, which sends the fewest."""
         n = self.group_size
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
         return self.bytes * share.get(self.kind, (n - 1) / n)
@@ -56,34 +56,33 @@ class _Instruction(NamedTuple):
 
 
 def collectives(compiled_text: str) -> list[Collective]:
-    """Every collective of a compiled program, in the order of its text as it is run. Raises ValueError if this is no HLO text."""
+    """Every collective of a compiled program, in execution order. Raises ValueError for a text that is not HLO."""
     computations, entry = _parse(compiled_text)
     if entry is None:
-        raise ValueError("no ENTRY computation: this is not the text of a compiled program")
+        raise ValueError("the text must be that of a compiled program, but it has no ENTRY computation")
     partitions = re.search(r"num_partitions=(\d+)", compiled_text)
-    everyone = int(partitions[1]) if partitions else 1
+    num_partitions = int(partitions[1]) if partitions else 1
     found: list[Collective] = []
 
     def visit(name: str, executions: int, loops: int, chains: set[str]) -> None:
         shape_of = {i.name: i.shape for i in computations[name]}
         for i in computations[name]:
             if match := _COLLECTIVE.fullmatch(i.opcode):
-                # A TPU runs one collective beside several fusions, each of which names it again: one chain, one channel.
+                # A TPU overlaps a collective with several fusions, and each of them names it again, with the same channel.
                 kind = match[1]
-                if kind == "all-reduce" and name.startswith(
-                    "all-reduce-scatter"
-                ):  # how a TPU's compiler writes what is one operation there
+                # The TPU compiler writes a reduce-scatter as an all-reduce in a computation of this name.
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
                 chain = re.search(r"channel_id=(\d+).*chain_id=", i.rest)
                 if chain is None or chain[1] not in chains:
-                    found.append(_collective(i, kind, shape_of, executions, loops, everyone))
+                    found.append(_collective(i, kind, shape_of, executions, loops, num_partitions))
                 if chain is not None:
                     chains.add(chain[1])
             inner = _called(i)
             if i.opcode == "while":
                 count = _trip_count(i, computations)
                 visit(inner[0], executions * count, loops + 1, set())
-            elif i.opcode not in ("reduce", "all-reduce", "reduce-scatter"):  # theirs is a scalar function
+            elif i.opcode not in ("reduce", "all-reduce", "reduce-scatter"):  # these call a scalar function
                 for callee in inner:
                     visit(callee, executions, loops, chains)
 
@@ -118,7 +117,7 @@ def _called(i: _Instruction) -> list[str]:
 def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)) is not None:
         return int(known[1])
-    # A TPU's text does not say it. The loops of `lax.scan` count from 0 up to a constant that the condition compares with.
+    # The text for a TPU has no trip counts. The loops of `lax.scan` count from 0 up to a constant in their condition.
     condition = computations[re.findall(r"\bcondition=%?([\w.\-]+)", i.rest)[0]]
     constants = {
         c.name: int(c.rest.split(")")[0]) for c in condition if c.opcode == "constant" and re.match(r"\d+\)", c.rest)
@@ -129,22 +128,22 @@ def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) ->
 
 
 def _operands(rest: str) -> list[str]:
-    """Names of the operands: all before the parenthesis that closes the call (shapes with tilings have their own)."""
+    """Names of the operands: everything before the parenthesis that closes the call; tilings in shapes have their own parentheses."""
     depth = itertools.accumulate(({"(": 1, ")": -1}.get(letter, 0) for letter in rest), initial=1)
     inside = rest[: next((end for end, open_ in enumerate(depth) if not open_), len(rest)) - 1]
     return re.findall(r"%([\w.\-]+)", inside) or re.findall(r"[\w.\-]+", inside)
 
 
 def _collective(
-    i: _Instruction, kind: str, shape_of: dict[str, str], executions: int, loops: int, everyone: int
+    i: _Instruction, kind: str, shape_of: dict[str, str], executions: int, loops: int, num_partitions: int
 ) -> Collective:
     operands = _operands(i.rest)
     size = sum(_bytes(shape_of.get(name, "")) for name in operands)
-    # The result of a `-start` is (operands, results, more); what comes after as many arrays as there are operands.
+    # The result of a `-start` is (operands, results, more): skip as many arrays as there are operands.
     arrays = [tuple(int(d) for d in re.findall(r"\d+", dims)) for _, dims in _ARRAY.findall(i.shape)]
     started = i.opcode.endswith("-start") and (kind != "all-reduce" or len(arrays) > len(operands))
     shapes = arrays[len(operands) : 2 * len(operands)] if started else arrays
-    return Collective(kind, size, executions, _group_size(i.rest, kind, everyone), i.name, loops, tuple(shapes))
+    return Collective(kind, size, executions, _group_size(i.rest, kind, num_partitions), i.name, loops, tuple(shapes))
 
 
 def _bytes(shape: str) -> int:
@@ -155,7 +154,7 @@ def _bytes(shape: str) -> int:
     return total // 8
 
 
-def _group_size(rest: str, kind: str, everyone: int) -> int:
+def _group_size(rest: str, kind: str, num_partitions: int) -> int:
     if kind == "collective-permute":
         return 2
     if (listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest)) is not None:
@@ -166,4 +165,4 @@ def _group_size(rest: str, kind: str, everyone: int) -> int:
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
         axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", named[2])  # part of an axis: 'x':(1)2
         return math.prod(int(part) if part else sizes[axis] for axis, part in axes)
-    return everyone
+    return num_partitions

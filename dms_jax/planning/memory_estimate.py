@@ -1,47 +1,46 @@
-"""Bytes that a retrofit step needs on each device, without compiling it: a formula for each kind.
+"""Estimate the bytes that a retrofit step needs on each device without compiling it, and read the bytes of a compiled program.
 
-Weights and optimizer are exact (their shards are counted). The rest follows what XLA allocates for H100, v5e and v5p, within 15% of the whole
-(docs/scale.md, `pytest -m aot`). Two moments compete for the peak: the loss, and the backward pass of a layer.
+Weights and optimizer state are exact: their shards are counted. The rest follows what XLA allocates for H100, v5e and v5p, within 15%
+of the whole (docs/scale.md, `pytest -m aot`). The peak is reached at one of two moments: in the loss, or in the backward pass of a layer.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dms_jax.config import ModelConfig
-
-CHUNK = 256  # tokens whose logits exist at a time: core.losses
-
-
-class Fitted(NamedTuple):
-    """What differs between the compilers."""
-
-    number: float = 2.0  # bytes of a weight or activation: bf16, on a CPU fp32
-    logits: float = 3.0  # fp32 logits of a chunk that exist at once
-    embedding_gradients: float = 2.0  # fp32, where all weights train
-    kept: float = 1.0  # of `activations`
-    both: float = 0.0  # of the lesser of the two moments that is still there in the other
+from dms_jax.errors import ConfigError
+from dms_jax.planning.hardware import number_bytes
 
 
-# A TPU's compiler counts its whole heap with the holes in it: more than is in use at any time.
-PLATFORMS = {
-    "gpu": Fitted(),
-    "tpu": Fitted(embedding_gradients=1.0, kept=1.25, both=0.75),
-    "cpu": Fitted(number=4.0, logits=4.0, embedding_gradients=1.25),
+class CompilerFit(NamedTuple):
+    """How the compiler of a platform allocates memory; fitted to what it reports."""
+
+    logits: float = 3.0  # fp32 copies of the logits of a chunk that exist at once
+    embedding_gradients: float = 2.0  # fp32 copies of the gradient of the embedding, where all weights train
+    activation_factor: float = 1.0  # bytes allocated / bytes of the arrays that the forward pass saves
+    overlap: float = 0.0  # fraction of the smaller of the two peaks that is still allocated at the larger one
+
+
+# The TPU compiler reports its whole heap with the holes in it, which is more than is in use at any time.
+FITS = {
+    "gpu": CompilerFit(),
+    "tpu": CompilerFit(embedding_gradients=1.0, activation_factor=1.25, overlap=0.75),
+    "cpu": CompilerFit(logits=4.0, embedding_gradients=1.25),
 }
 FORMULAS = {
-    "weights": "shards of the parameters: bf16 frozen ones, fp32 those that train",
-    "optimizer": "two fp32 moments of what trains, in shards",
-    "activations": "2 bytes (CPU: 4, also below) x L x tokens x D (remat full: the residual stream; matmuls: 2 D + 2 (N + K) H + 2 F in place of D; "
-    "none: 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F), over the model axis; TPU: x 1.25",
-    "logits": "output embeddings gathered over data and context; 3 (CPU: 4) fp32 logits of 256 tokens of each part of a row (one on each device "
-    "of the model axis) and 3 hidden states of those parts; where all weights "
-    "train also their bf16 shards and two (TPU: one, CPU: 1.25) fp32 gradients of the embedding",
-    "temporary": "what backward of a layer needs beyond the latter: its gathered weights twice, 2 (3 F + 5 D) bytes a token, fp32 gradients; "
-    "TPU: and 0.75 of the lesser",
+    "weights": "shards of the parameters: bf16 where frozen, fp32 where they train",
+    "optimizer": "shards of the two fp32 moments of the parameters that train",
+    "activations": "2 bytes (CPU: 4, here and below) x L x tokens x width / devices of the model axis; width: D (remat full: the residual "
+    "stream), 2 D + 2 (N + K) H + 2 F (matmuls), 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F (none); TPU: x 1.25",
+    "logits": "the output embeddings, gathered over data and context; 3 (CPU: 4) fp32 logits of one chunk of tokens of each part of a row "
+    "(the model axis splits a row into parts) and 3 hidden states of those parts; where all weights train, also their bf16 shards and 2 "
+    "(TPU: 1, CPU: 1.25) fp32 gradients of the embedding",
+    "temporary": "the backward pass of a layer, as far as it exceeds the logits: the gathered weights of the layer twice, "
+    "2 (3 F + 5 D) bytes per token, fp32 gradients; TPU: plus 0.75 of the smaller of the two",
 }
 
 
-class Held(NamedTuple):
-    """Bytes of one device, at the peak."""
+class MemoryEstimate(NamedTuple):
+    """Bytes of one device at the peak."""
 
     weights: float
     optimizer: float
@@ -54,7 +53,7 @@ class Held(NamedTuple):
         return sum(self)
 
 
-class Split(NamedTuple):
+class MeshSizes(NamedTuple):
     """Sizes of the mesh axes."""
 
     data: int
@@ -63,70 +62,103 @@ class Split(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Devices among which parameters are fully sharded, beside the model axis."""
+        """Devices over which parameters are fully sharded, in addition to the model axis."""
         return self.data * self.context
 
 
-class Shape(NamedTuple):
-    """What a step computes at a time on each device."""
+class MicroBatch(NamedTuple):
+    """What a device computes at a time."""
 
-    split: Split
-    rows: int  # of a micro-batch
-    length: int  # of a whole row
+    mesh: MeshSizes
+    rows: int  # on each device
+    length: int  # tokens of a whole row
+    logits_chunk: int  # tokens of a row whose logits exist at a time
     mode: str
     remat: str
     platform: str
-    accumulates: bool = False
+    accumulates: bool = False  # there are several micro-batches in a step
 
     @property
     def tokens(self) -> float:
-        return self.rows * self.length / self.split.context
+        return self.rows * self.length / self.mesh.context
 
     @property
-    def fitted(self) -> Fitted:
-        return PLATFORMS[self.platform]
+    def fit(self) -> CompilerFit:
+        return FITS[self.platform]
+
+    @property
+    def number_bytes(self) -> int:
+        return number_bytes(self.platform)
 
     @property
     def trains_all(self) -> bool:
         return self.mode != "adapter"
 
 
-def held(config: ModelConfig, shape: Shape, weights: float, optimizer: float, trainable: float) -> Held:
-    """`weights`, `optimizer`, and of the former the fp32 `trainable` ones: bytes of this device's shards."""
-    of, model, gathers = shape.fitted, shape.split.model, shape.split.shards > 1
-    d, f, heads = (
-        config.hidden_size,
-        config.intermediate_size,
-        2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim,
-    )
+def estimated_memory(
+    config: ModelConfig, micro: MicroBatch, weights: float, optimizer: float, trainable: float
+) -> MemoryEstimate:
+    """`weights`, `optimizer` and `trainable` are bytes of the shards of one device; `trainable` is the fp32 part of `weights`."""
+    fit, model, gathers = micro.fit, micro.mesh.model, micro.mesh.shards > 1
+    d, f, heads = _widths(config)
     embedding = config.vocab_size * d / model
-    cast = trainable / 2 if shape.trains_all and of.number < 4 else 0.0
-    # Each device of the model axis walks through its own part of the length and holds its part of the vocabulary for all those parts.
-    part = shape.length / (model * shape.split.context)
-    chunk = 4.0 * shape.rows * min(CHUNK, part) * config.vocab_size
+    cast = trainable / 2 if micro.trains_all and micro.number_bytes < 4 else 0.0
+
+    # The loss. Each device of the model axis goes through its own part of the row and has its part of the vocabulary for all parts.
+    part = micro.length / (model * micro.mesh.context)
+    chunk = 4.0 * micro.rows * min(micro.logits_chunk, part) * config.vocab_size
     loss = (
         cast
-        + of.logits * chunk
-        + 3 * of.number * shape.tokens * d / model
-        + of.embedding_gradients * 4.0 * embedding * shape.trains_all
+        + fit.logits * chunk
+        + 3 * micro.number_bytes * micro.tokens * d / model
+        + fit.embedding_gradients * 4.0 * embedding * micro.trains_all
     )
-    within = shape.tokens * (3 * f / model + 2 * d + 3 * d / model)
-    layer = (
-        cast + trainable * (1 + shape.accumulates) + of.number * (d * (heads + 3 * f) / model * (1 + gathers) + within)
-    )
-    gathered = of.number * embedding * (1 + shape.trains_all) * gathers
-    peak = max(loss, layer) + of.both * min(loss, layer)
-    return Held(weights, optimizer, activations(config, shape), gathered + loss, peak - loss)
+
+    # The backward pass of a layer.
+    inside = micro.tokens * (3 * f / model + 2 * d + 3 * d / model)
+    layer_weights = d * (heads + 3 * f) / model * (1 + gathers)
+    layer = cast + trainable * (1 + micro.accumulates) + micro.number_bytes * (layer_weights + inside)
+
+    gathered = micro.number_bytes * embedding * (1 + micro.trains_all) * gathers
+    peak = max(loss, layer) + fit.overlap * min(loss, layer)
+    return MemoryEstimate(weights, optimizer, saved_activations(config, micro), gathered + loss, peak - loss)
 
 
-def activations(config: ModelConfig, shape: Shape) -> float:
-    """What forward keeps for backward."""
-    d, f, heads = (
-        config.hidden_size,
-        config.intermediate_size,
-        2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim,
+def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:
+    """Bytes that the forward pass saves for the backward pass."""
+    d, f, heads = _widths(config)
+    norms = 6 if config.qk_norm else 1
+    width = {"full": d, "matmuls": 2 * d + heads + 2 * f, "none": 9 * d + heads * norms + 5 * f}[micro.remat]
+    fit = micro.fit
+    return fit.activation_factor * micro.number_bytes * config.num_layers * micro.tokens * width / micro.mesh.model
+
+
+def _widths(config: ModelConfig) -> tuple[int, int, int]:
+    """Channels of the residual stream, of the MLP, and of queries, keys, values and attention output together."""
+    heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size, config.intermediate_size, heads
+
+
+def program_bytes(analysis: Any) -> float:
+    """Bytes that a compiled program needs on a device, from its `memory_analysis()`."""
+    if analysis is None:
+        raise ConfigError("the compiler must report the memory of a program, but this one does not; use --analytic")
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
     )
-    kept = {"full": d, "matmuls": 2 * d + heads + 2 * f, "none": 9 * d + heads * (6 if config.qk_norm else 1) + 5 * f}[
-        shape.remat
-    ]
-    return shape.fitted.kept * shape.fitted.number * config.num_layers * shape.tokens * kept / shape.split.model
+
+
+def with_compiled(estimate: MemoryEstimate, arguments: float, temporary: float) -> MemoryEstimate:
+    """Replace estimates by the compiler's figures. It reports arguments and temporary memory as a whole; the estimate says which part of
+    the temporary memory is activations and logits."""
+    part = min(1.0, temporary / (estimate.activations + estimate.logits))
+    activations, logits = estimate.activations * part, estimate.logits * part
+    return estimate._replace(
+        weights=arguments - estimate.optimizer,  # the batch is among the arguments and counts as weights
+        activations=activations,
+        logits=logits,
+        temporary=temporary - activations - logits,
+    )

@@ -1,85 +1,93 @@
-"""How long a program takes on hardware that need not be here: what must be computed, moved and sent, over what that hardware reaches.
+"""Predict how long a program takes on hardware that need not be at hand: the work it computes, moves and sends, over achievable rates.
 
-Data sheets give rates; programs reach a part of them. Those parts are data below, each with its source, "measured" or "assumed".
+A data sheet gives rates, and programs achieve a fraction of them. The fractions are data below, each with its source.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dms_jax.config import ModelConfig
 from dms_jax.planning.flops import attention_flops, matmul_parameters
 from dms_jax.planning.hardware import Chip
-from dms_jax.planning.memory_estimate import Split
+from dms_jax.planning.memory_estimate import MeshSizes
 
 
-class Reached(NamedTuple):
-    """The part of a data sheet's rate that programs reach."""
+class Efficiency(NamedTuple):
+    """The fraction of a data sheet's rate that programs achieve."""
 
-    part: float
-    source: str
+    fraction: float
+    source: Literal["measured", "assumed"]
+    note: str
+
+    def times(self, sheet: str) -> str:
+        """The origin of a rate that is this fraction of a data sheet's."""
+        return f"{sheet} x {self.fraction:g}, {self.source}: {self.note}"
 
 
-H200 = "measured on an H200, docs/performance.md"
+H200 = "H200, docs/performance.md"
+NO_TPU = "no TPU was measured"
 PRODUCTS = {
-    "gpu": Reached(0.74, f"{H200}: bf16 product of 8192, 732 TFLOP/s"),
-    "tpu": Reached(0.70, "assumed, no TPU measured"),
+    "gpu": Efficiency(0.74, "measured", f"{H200}: bf16 product of 8192 x 8192 matrices, 732 TFLOP/s"),
+    "tpu": Efficiency(0.70, "assumed", NO_TPU),
 }
-COPY = {"gpu": Reached(0.84, f"{H200}: copy, 4.05 TB/s"), "tpu": Reached(0.85, "assumed, no TPU measured")}
-ATTENTION = {  # value and gradients, causal products counted once, of the dense bf16 rate
-    "mosaic_gpu": Reached(0.43, f"{H200}: 8.95 ms for 2 x 8192, 32 / 8 heads of 128"),
-    "pallas_tpu": Reached(0.35, "assumed, no TPU measured"),
-    "xla": Reached(
-        0.063, f"{H200}: 61.5 ms for 2 x 8192, 32 / 8 heads of 128; a TPU is assumed to reach the same part"
+COPY = {
+    "gpu": Efficiency(0.84, "measured", f"{H200}: copy, 4.05 TB/s"),
+    "tpu": Efficiency(0.85, "assumed", NO_TPU),
+}
+ATTENTION = {  # forward and backward of training attention, causal FLOPs counted once, as a fraction of the dense bf16 rate
+    "mosaic_gpu": Efficiency(0.43, "measured", f"{H200}: 2 rows of 8192, 32 / 8 heads of 128, 8.95 ms"),
+    "pallas_tpu": Efficiency(0.35, "assumed", NO_TPU),
+    "xla": Efficiency(
+        0.063, "measured", f"{H200}: 2 rows of 8192, 32 / 8 heads of 128, 61.5 ms; the same is assumed of a TPU"
     ),
 }
-DECODE = {  # weights and live pairs of a whole decode step, of the memory bandwidth
-    "gpu": Reached(0.60, f"{H200}: Qwen3-8B shape, 32 rows of 32,768 tokens at CR 8, 12.1 ms a step"),
-    "tpu": Reached(0.60, "assumed, no TPU measured"),
+DECODE = {  # memory bandwidth of a whole decode step, which reads the weights and the live pairs
+    "gpu": Efficiency(0.60, "measured", f"{H200}: Qwen3-8B shape, 32 rows of 32,768 tokens at CR 8, 12.1 ms per step"),
+    "tpu": Efficiency(0.60, "assumed", NO_TPU),
 }
-LINK = Reached(0.70, "assumed, of the data sheet's rate per direction")
+LINK = Efficiency(0.70, "assumed", "of the data sheet's rate per direction")
 
 
 class Rates(NamedTuple):
-    """What one device reaches, and where each number is from."""
+    """Achievable rates of one device, and where each comes from."""
 
-    products: float  # FLOP/s
+    products: float  # FLOP/s of matrix products
     attention: float  # FLOP/s
     memory: float  # bytes/s
     link: float  # bytes/s
-    peak: float  # FLOP/s, which model-FLOPs utilisation is relative to
+    peak: float  # FLOP/s; the reference of model-FLOPs utilization
     sources: dict[str, str]
 
 
 def rates_of(chip: Chip, implementation: str) -> Rates:
-    """Of an accelerator, with training attention by `implementation`."""
+    """The rates of an accelerator that computes training attention with `implementation`."""
     products, copy, attention = PRODUCTS[chip.platform], COPY[chip.platform], ATTENTION[implementation]
     sheet = f"data sheet ({chip.source})"
-    sources = {
-        "products": f"{sheet} x {products.part:.2f}, {products.source}",
-        "attention": f"{sheet} x {attention.part:.3f}, {attention.source}",
-        "memory": f"{sheet} x {copy.part:.2f}, {copy.source}",
-        "link": f"{sheet} x {LINK.part:.2f}, {LINK.source}",
-    }
     return Rates(
-        chip.flops * products.part,
-        chip.flops * attention.part,
-        chip.bandwidth * copy.part,
-        chip.link * LINK.part,
-        chip.flops,
-        sources,
+        products=chip.flops * products.fraction,
+        attention=chip.flops * attention.fraction,
+        memory=chip.bandwidth * copy.fraction,
+        link=chip.link * LINK.fraction,
+        peak=chip.flops,
+        sources={
+            "products": products.times(sheet),
+            "attention": attention.times(sheet),
+            "memory": copy.times(sheet),
+            "link": LINK.times(sheet),
+        },
     )
 
 
-class Work(NamedTuple):
-    """What the devices of a retrofit step do together, per step. Recomputation is counted."""
+class StepWork(NamedTuple):
+    """The work of all devices together in a retrofit step. Recomputation is counted."""
 
-    products: float  # FLOPs of weights
-    attention: float  # FLOPs, causal products counted once
-    moved: float  # bytes from and to memory between the products
+    products: float  # FLOPs of products with weights
+    attention: float  # FLOPs of causal attention
+    moved: float  # bytes that the operations between the products read and write
 
 
-def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat: str) -> Work:
-    """Of a step of `tokens` tokens in rows of `length`: teacher and student forward, what `remat` computes again, and backward."""
+def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat: str) -> StepWork:
+    """The work of a step of `tokens` tokens in rows of `length`: forward passes of teacher and student, recomputation, backward pass."""
     output = config.vocab_size * config.hidden_size
     layers = matmul_parameters(config) - output
     again = remat == "full"
@@ -87,13 +95,13 @@ def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat:
         3 if mode == "adapter" else 4
     )
     attention = attention_flops(config, length) * (2 + again + 2.5)
-    # Elements that each token reads and writes in a layer, forward: norms and residual stream, heads with RoPE, MLP. Backward is twice that.
+    # Elements that each token reads and writes in the forward pass of a layer: norms and residual stream, heads with RoPE, MLP. The
+    # backward pass moves twice as many.
     heads = (6 * config.num_q_heads + 6 * config.num_kv_heads) * config.head_dim
     elements = 17 * config.hidden_size + heads + 6 * config.intermediate_size
-    moved = (
-        2.0 * config.num_layers * elements * (4 + again) + 4.0 * config.vocab_size * 8
-    )  # fp32 logits of both models, a few passes
-    return Work(weights * tokens, attention * tokens, moved * tokens)
+    logits = 4.0 * config.vocab_size * 8  # fp32 logits of both models, a few passes
+    moved = 2.0 * config.num_layers * elements * (4 + again) + logits
+    return StepWork(weights * tokens, attention * tokens, moved * tokens)
 
 
 class StepTime(NamedTuple):
@@ -102,47 +110,53 @@ class StepTime(NamedTuple):
     products: float
     attention: float
     memory: float
-    communication: float  # of which the part that the products do not hide counts
-    total: float
+    communication: float  # hidden behind the products, as far as it takes no longer than they do
+
+    @property
+    def total(self) -> float:
+        return self.products + self.attention + self.memory + max(0.0, self.communication - self.products)
 
 
-FORMULA = "products + attention + memory + max(0, communication - products)"
+TOTAL_FORMULA = "products + attention + memory + max(0, communication - products)"
 
 
-def step_time(work: Work, devices: int, weight_bytes: float, sent_bytes: float, rates: Rates) -> StepTime:
-    """`weight_bytes` are read by each device, beside its part of the work; `sent_bytes` it sends to others."""
-    products, attention = work.products / devices / rates.products, work.attention / devices / rates.attention
-    memory, communication = (work.moved / devices + weight_bytes) / rates.memory, sent_bytes / rates.link
+def step_time(work: StepWork, devices: int, weight_bytes: float, sent_bytes: float, rates: Rates) -> StepTime:
+    """Each device reads `weight_bytes` in addition to its part of the work, and sends `sent_bytes` to others."""
     return StepTime(
-        products, attention, memory, communication, products + attention + memory + max(0.0, communication - products)
+        products=work.products / devices / rates.products,
+        attention=work.attention / devices / rates.attention,
+        memory=(work.moved / devices + weight_bytes) / rates.memory,
+        communication=sent_bytes / rates.link,
     )
 
 
-def sent_bytes(found: Iterable) -> dict[str, float]:
-    """Bytes that a device sends in a step, by kind of collective, of what `collectives` has read."""
+def sent_bytes(collectives: Iterable) -> dict[str, float]:
+    """Bytes that a device sends in a step, by kind of collective, from the collectives of its program (`hlo_collectives`)."""
     total: dict[str, float] = {}
-    for one in found:
+    for one in collectives:
         total[one.kind] = total.get(one.kind, 0.0) + one.sent * one.executions
     return total
 
 
 def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> float:
-    """What a device reads of the bf16 weights for a micro-batch: all that tensor parallelism leaves it, once a pass over the layers."""
+    """Bytes of bf16 weights that a device reads in a micro-batch: its tensor-parallel part of all layers, once for each pass over them."""
     passes = 2 + (remat == "full") + (1 if mode == "adapter" else 2)
     return 2.0 * matmul_parameters(config) / model * passes
 
 
 EXCHANGED = (
-    "all-gather: each layer's bf16 weights for 2 forward passes and backward and the output embedding once for each model, x (n - 1) / n over the n "
-    "devices that share them, once a micro-batch; 8 times the residual stream of a layer over the m of the model axis. reduce-scatter: gradients "
-    "of what trains (bf16, the embedding's fp32); 7 times the residual stream. all-to-all: 4 times queries, keys, values and outputs over the "
-    "context axis"
+    "bytes that a device sends in a step. Weights, per micro-batch: the bf16 weights of each layer are all-gathered for the two forward passes "
+    "and for the backward pass, the output embedding once for each model, times (n - 1) / n, n = the data x context devices that share them; "
+    "gradients of what trains are reduce-scattered in bf16, that of the embedding in fp32. Residual stream, per layer, times (m - 1) / m, "
+    "m = the devices of the model axis: 8 all-gathers and 7 reduce-scatters. Context axis: 4 all-to-alls of queries, keys, values and outputs"
 )
 
 
-def exchanged_bytes(config: ModelConfig, split: Split, tokens: float, accumulate: int, mode: str) -> dict[str, float]:
-    """What a device sends in a step of `tokens` tokens, by kind of collective, without a compiled program: EXCHANGED."""
-    n, m, c = split.shards, split.model, split.context
+def exchanged_bytes(
+    config: ModelConfig, mesh: MeshSizes, tokens: float, accumulate: int, mode: str
+) -> dict[str, float]:
+    """Estimate the bytes that a device sends in a step of `tokens` tokens, by kind of collective; EXCHANGED says how."""
+    n, m, c = mesh.shards, mesh.model, mesh.context
     output = config.vocab_size * config.hidden_size / m
     layers = matmul_parameters(config) / m - output
     heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim

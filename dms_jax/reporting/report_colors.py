@@ -1,4 +1,5 @@
-"""Colours of a report. A policy has one look in all figures; no two differ by hue alone, so none is lost to colour blindness."""
+"""Colors and line styles of a report. A policy looks the same in every figure, and no two policies differ by hue alone, so that
+colorblind readers can tell them apart."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -7,11 +8,13 @@ import numpy as np
 
 
 class Look(NamedTuple):
-    color: str  # on white, the name of the variable in VARIABLES
+    """How one policy is drawn."""
+
+    color: str  # on the light page, and in PNGs
     dark: str  # on the dark page
-    dash: Any
+    dash: Any  # matplotlib's line style
     marker: str
-    first: bool = False  # DMS
+    first: bool = False  # emphasized: DMS
 
     @property
     def width(self) -> float:
@@ -34,71 +37,47 @@ LOOKS = {  # after Okabe and Ito (2008)
     "random": Look("#8b929c", "#a3abb5", (0, (1, 1)), "d"),
     "immediate_eviction": Look("#e09a00", "#f2bd42", (0, (4, 2)), "h"),
 }
-SPARE = (
+FALLBACK_LOOKS = (  # of policies that are not in LOOKS
     Look("#117a8c", "#4fc0d4", (0, (6, 2)), "*"),
     Look("#556b2e", "#a9c46e", (0, (3, 1, 1, 1)), "8"),
     Look("#7a3b4e", "#cf8ea2", (0, (1, 2)), "H"),
 )
+# Color -> the CSS variable that stands for it in the SVGs of the page, so that they follow the reader's light or dark theme.
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
-    look.color: f"p{index}" for index, look in enumerate([*LOOKS.values(), *SPARE])
+    look.color: f"p{index}" for index, look in enumerate([*LOOKS.values(), *FALLBACK_LOOKS])
 }
 
-LEVELS = 20  # steps of the kept fraction
-FORGOTTEN, KEPT = (
+LEVELS = 20  # shades for the fraction of heads that keep a token
+EVICTED, KEPT = (
     ("#ffffff", "#15181b"),
     ("#f39a4a", "#a2530a"),
-)  # light, dark: INK is readable on all that lies between
+)  # light, dark; INK is readable on every shade between them
 
 
 def policy_look(policy: str) -> Look:
-    """An unknown policy has a look of its own name, the same in each report. "prompt:tova" looks like "tova", dotted."""
+    """The look of a policy. Names that are not in LOOKS always get the same fallback; "prompt:tova" looks like "tova", dotted."""
     name = policy.removeprefix("prompt:")
-    look = LOOKS.get(name) or SPARE[zlib.crc32(name.encode()) % len(SPARE)]
+    look = LOOKS.get(name) or FALLBACK_LOOKS[zlib.crc32(name.encode()) % len(FALLBACK_LOOKS)]
     return look if name == policy else look._replace(dash=(0, (1, 1.5)), first=False)
 
 
+def css_variable(policy: str) -> str:
+    return VARIABLES[policy_look(policy).color]
+
+
 def kept_level(fraction: float) -> int:
-    return int(round(LEVELS * min(max(float(fraction) if fraction == fraction else 0.0, 0.0), 1.0)))
+    """The shade, 0 to LEVELS, of a fraction of heads; nan counts as 0."""
+    return round(LEVELS * min(max(float(np.nan_to_num(fraction)), 0.0), 1.0))
 
 
 def kept_color(fraction: float, dark: bool = False) -> str:
-    """Even in OKLab (Ottosson 2020): equal steps of the fraction look equally large."""
-    share = kept_level(fraction) / LEVELS
-    low, high = _oklab(FORGOTTEN[dark]), _oklab(KEPT[dark])
-    return _hex(low + share * (high - low))
+    low, high = (np.array([int(color[dark][i : i + 2], 16) for i in (1, 3, 5)]) for color in (EVICTED, KEPT))
+    mixed = low + kept_level(fraction) / LEVELS * (high - low)
+    return "#" + "".join(f"{round(value):02x}" for value in mixed)
 
 
-def variables(dark: bool) -> str:
-    """CSS custom properties of the page in light or dark."""
+def css_values(dark: bool) -> dict[str, str]:
+    """CSS variable -> color, on the light or on the dark page."""
     values = {VARIABLES[color]: DARK[color] if dark else color for color in DARK}
-    values |= {VARIABLES[look.color]: look.dark if dark else look.color for look in (*LOOKS.values(), *SPARE)}
-    values |= {f"k{level}": kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)}
-    return " ".join(f"--{name}: {value};" for name, value in values.items())
-
-
-_TO_CONES = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
-
-
-def _oklab(color: str) -> np.ndarray:
-    rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return _TO_LAB @ np.cbrt(_TO_CONES @ linear)
-
-
-def _hex(lab: np.ndarray) -> str:
-    linear = np.clip(np.linalg.solve(_TO_CONES, np.linalg.solve(_TO_LAB, lab) ** 3), 0, 1)
-    rgb = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-    return "#" + "".join(f"{round(255 * value):02x}" for value in rgb)
+    values |= {VARIABLES[look.color]: look.dark if dark else look.color for look in (*LOOKS.values(), *FALLBACK_LOOKS)}
+    return values | {f"k{level}": kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.command import typed_as
+from dms_jax.planning.memory_estimate import program_bytes
 from dms_jax.training.prepare import PreparedRun
 
 GIB = 2**30
@@ -51,7 +52,7 @@ def _step_memory(run: PreparedRun) -> list[str]:
     if analysis is None:
         return []
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    total = arguments + analysis.output_size_in_bytes - analysis.alias_size_in_bytes + temporary
+    total = program_bytes(analysis)
     parts = f"arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}"
     return [f"memory of the compiled step, a device: {total / GIB:.2f} GiB ({parts}); by kind: {typed_as('plan')}"]
 

@@ -1,4 +1,4 @@
-"""Collectives read off the text of a program: forms that XLA prints, and programs of which the answer is known."""
+"""Tests of planning.hlo_collectives: the forms that XLA prints, and programs with known collectives."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def found(text) -> dict[str, Collective]:
     return {c.name: c for c in collectives(HEADER + text)}
 
 
-def test_every_form_of_groups_shapes_and_starts():
+def test_groups_shapes_and_starts_are_read_in_every_form():
     got = found(
         ADD
         + """ENTRY %main (p: bf16[4,256], q: f8e4m3fn[16]) -> bf16[4,256] {
@@ -57,7 +57,7 @@ def loop(name, body, attributes=""):
     return f"  %{name} = (s32[], f32[8]) while(%state), condition=%below_{name}, body=%{body}{attributes}\n"
 
 
-def test_loops_multiply_and_their_count_is_found_in_the_condition_where_it_is_not_said():
+def test_nested_loops_multiply_and_unstated_trip_counts_come_from_the_condition():
     known = ', backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step":"1"}}'
     state = "(state: (s32[], f32[8])) -> (s32[], f32[8]) {\n  %state = (s32[]{:T(128)}, f32[8]) parameter(0)\n"
     condition = "(state: (s32[], f32[8])) -> pred[] {\n  %limit = s32[]{:T(128)} constant(3)\n  %state = (s32[], f32[8]) parameter(0)\n"
@@ -78,7 +78,7 @@ def test_loops_multiply_and_their_count_is_found_in_the_condition_where_it_is_no
     assert {name: (c.executions, c.loops) for name, c in got.items()} == {"g1": (15, 2), "g2": (5, 1), "g3": (1, 1)}
 
 
-def test_what_a_program_calls_is_counted_and_a_collective_spread_over_fusions_once():
+def test_called_computations_count_and_a_collective_in_several_fusions_counts_once():
     def part(number, channel, chain):
         gather = f'all-gather(%x), channel_id={channel}, replica_groups=[1,8]<=[8], frontend_attributes={{chain_id="{chain}"}}'
         return f"%f{number} (x: f32[8]) -> f32[64] {{\n  %x = f32[8] parameter(0)\n  ROOT %g{number} = f32[64] {gather}\n}}\n"
@@ -113,13 +113,13 @@ ENTRY %main (p: f32[8], b: s32[]) -> f32[64] {
     assert got["r"].kind == "all-reduce" and got["rs"].kind == "reduce-scatter"
 
 
-def test_what_is_no_program_is_refused():
+def test_text_without_an_entry_computation_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         collectives("fn main() {}")
 
 
-def test_a_scan_over_sharded_weights_gathers_one_layer_at_a_time():
-    """24 layers of [64, 32] fp32 over 4 devices, rows over the other 2: known in advance to the byte."""
+def test_scan_over_sharded_weights_gathers_one_layer_at_a_time():
+    """The weights of 24 layers, [64, 64] fp32, over 4 x 2 devices: every collective is known to the byte."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     weights = jax.ShapeDtypeStruct((24, 64, 64), jnp.float32, sharding=NamedSharding(mesh, P(None, "data", "model")))
     x = jax.ShapeDtypeStruct((8, 64), jnp.float32, sharding=NamedSharding(mesh, P("data", None)))

@@ -1,4 +1,4 @@
-"""`python -m infer.report` on invented results: every number of the tables, what is missing, what is hostile, what is broken."""
+"""Tests of `python -m infer.report` on invented results: the numbers of the tables, missing parts, hostile text, broken files."""
 
 import html
 import json
@@ -11,23 +11,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic_results import HEADER, answer_arms, kept_arms, records, text_groups, write
+from markupsafe import escape
+from synthetic_results import HEADER, records, write
 
-from dms_jax.commands.report import NAME, build, main, write_files
+from dms_jax.command import DOORS
+from dms_jax.commands.report import NAME, main, write_files
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.aggregate import read_measured
 from dms_jax.reporting.report_colors import (
     DARK,
+    FALLBACK_LOOKS,
     INK,
     LEVELS,
     LOOKS,
-    SPARE,
     VARIABLES,
     kept_color,
     kept_level,
     policy_look,
 )
-from dms_jax.reporting.report_page import text as escaped
+from dms_jax.reporting.report_page import build, page_template, whitespace_marked
 from dms_jax.reporting.report_summary import digits, gap_sentence, summary
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +68,7 @@ def text_record(policy, budget, unit, kl, nll, live, agree=0.5, length=4, **more
 
 
 def cells(page: str) -> list[list[str]]:
-    """Rows of all tables, without tags."""
+    """The cells of all tables, row by row, without tags."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page, re.S)
     return [
         [html.unescape(re.sub("<[^>]*>", "", cell)) for cell in re.findall(r"<td>(.*?)</td>", row, re.S)]
@@ -112,7 +114,7 @@ def test_text_table_by_hand(tmp_path):
     assert "2 rows of 4 tokens, budget 2 live tokens per head (CR 2.0); tova@2: 1 only" in page
 
 
-def test_every_number_of_the_tables_is_on_the_page(lines, page):
+def test_page_shows_every_number_of_the_tables(lines, page):
     shown = cells(page)
     for group in text_groups([line for line in lines if line["task"] == "text"]):
         for arm in group.arms:
@@ -145,7 +147,7 @@ def test_every_number_of_the_tables_is_on_the_page(lines, page):
         assert str(value) in page
 
 
-def test_budgets_in_tokens_and_in_ratios_meet(lines):
+def test_budgets_in_tokens_and_as_ratios_share_a_group(lines):
     groups = text_groups([line for line in lines if line["task"] == "text"])
     assert [(group.domain, group.budget) for group in groups] == [
         ("prose", 32),
@@ -159,7 +161,7 @@ def test_budgets_in_tokens_and_in_ratios_meet(lines):
 
 
 @pytest.mark.parametrize("tokens, groups", [("341", 1), ("350", 1), ("360", 2)])
-def test_budgets_within_3_percent_are_compared(tokens, groups):
+def test_budgets_within_3_percent_share_a_group(tokens, groups):
     rows = [
         text_record(*arm, "a", [0.1, 0.1], [1, 1], 341.0, length=1024) for arm in (("dms", "cr3"), ("tova", tokens))
     ]
@@ -167,14 +169,14 @@ def test_budgets_within_3_percent_are_compared(tokens, groups):
 
 
 @pytest.mark.parametrize("live, budget", [(250.0, 256), (300.0, 256), (600.0, 600)])
-def test_an_arm_without_a_budget_is_shown_where_its_size_is(live, budget):
+def test_arm_without_a_budget_joins_the_group_of_its_size(live, budget):
     tova = text_record("tova", "256", "a", [1, 1], [1, 1], 256.0, length=1024)
     dms = text_record("dms", "", "a", [0, 0], [1, 1], live, length=1024)
     groups = text_groups([tova, dms])
     assert budget in {group.budget for group in groups for arm in group.arms if arm.policy == "dms"}
 
 
-def test_the_page_needs_nothing_else(page, files):
+def test_page_loads_nothing_and_shows_every_figure(page, files):
     assert "<script" not in page and " src=" not in page and "@import" not in page and "url(#" in page
     assert set(re.findall(r"https?://[^\"' ]*", page)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert all(target.startswith("#") for target in re.findall(r'href="([^"]*)"', page))
@@ -202,7 +204,7 @@ def test_figures_follow_the_theme_of_the_page(page):
     assert used <= set(re.findall(r"--(\w+):", page))
 
 
-def test_same_results_same_report(lines, files, tmp_path):
+def test_report_is_the_same_for_the_same_results(lines, files, tmp_path):
     again = build([str(write(tmp_path / "r.jsonl", lines))], "A report")
     assert {name for name in files if files[name] != again[name]} <= {"report.html"}
     assert again["report.html"].decode().replace(str(tmp_path), "") == re.sub(
@@ -210,7 +212,7 @@ def test_same_results_same_report(lines, files, tmp_path):
     )
 
 
-def test_hostile_text_stays_text(lines, tmp_path):
+def test_hostile_text_is_escaped(lines, tmp_path):
     hostile = []
     for line in lines:
         kept = line["task"] == "kept"
@@ -225,16 +227,20 @@ def test_hostile_text_stays_text(lines, tmp_path):
     path = write(tmp_path / "r.jsonl", list(unique.values()), {EVIL: EVIL})
     built = build([str(path)], EVIL)
     page = built["report.html"].decode()
-    assert "<script" not in page and html.escape(EVIL) in page
+    assert "<script" not in page and str(escape(EVIL)) in page
     assert "␇\ufffd</span>" in page and ">\ufffd</span>" in page and "<i>↵</i>\n</span>" in page
     assert all(re.fullmatch(r"[\w.-]+", name) for name in built), "no path in the name of a file"
 
 
-def test_escaped_shows_what_cannot_be_seen():
-    assert escaped("a\x00\x7f\x85\u2067<&>'\"\n\t") == "a␀␡\ufffd\ufffd&lt;&amp;&gt;&#x27;&quot;\n\t"
+def test_template_escapes_text_and_shows_control_characters():
+    page = page_template().environment.from_string("{{ text }}|<b>{{ marked(text) }}")
+    shown = page.render(text="a\x00\x7f\x85\u2067<&>'\"\n\t", marked=whitespace_marked)
+    escaped = "a␀␡\ufffd\ufffd&lt;&amp;&gt;&#39;&#34;"
+    assert shown == f"{escaped}\n\t|<b>{escaped}<i>↵</i>\n<i>⇥</i>\t"
+    assert whitespace_marked("<\n") == "&lt;<i>↵</i>\n"
 
 
-def test_tokens_in_colour(lines, page):
+def test_tokens_are_colored_by_the_fraction_of_heads_that_keep_them(lines, page):
     (arm,) = kept_arms([line for line in lines if line["task"] == "kept"])
     assert arm.rows == 2
     spans = re.findall(r'<span class="k(\d+)( w)?" title="token (\d+): kept by (\d+)% of the heads">', page)
@@ -249,7 +255,7 @@ def test_tokens_in_colour(lines, page):
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_is_readable_on_every_colour(dark):
+def test_text_is_readable_on_every_color(dark):
     def luminance(color):
         linear = [
             c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
@@ -265,19 +271,19 @@ def test_text_is_readable_on_every_colour(dark):
     shades = [kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)]
     assert min(contrast(ink, shade) for shade in shades) > 4.5  # WCAG AA
     paper = "#14171a" if dark else "#fffffe"
-    assert min(contrast(look.dark if dark else look.color, paper) for look in (*LOOKS.values(), *SPARE)) > 2.2
+    assert min(contrast(look.dark if dark else look.color, paper) for look in (*LOOKS.values(), *FALLBACK_LOOKS)) > 2.2
     steps = np.diff([luminance(shade) for shade in shades])
     assert (steps > 0).all() if dark else (steps < 0).all()
 
 
-def test_one_look_per_policy():
-    looks = [*LOOKS.values(), *SPARE]
+def test_looks_differ_between_policies_also_without_color():
+    looks = [*LOOKS.values(), *FALLBACK_LOOKS]
     assert (
         len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
         and len(VARIABLES) == len(looks) + 4
     )
     assert len({repr((look.dash, look.width)) for look in looks}) == len(looks), (
-        "told apart without colour, with and without markers"
+        "policies must differ without color, with and without markers"
     )
     assert (
         policy_look("unheard_of") == policy_look("unheard_of")
@@ -288,7 +294,7 @@ def test_one_look_per_policy():
 @pytest.mark.parametrize(
     "kind, missing", [("text", 4), ("kept", 4), ("greedy", 4), ("variables", 4), ("needle_single", 3)]
 )
-def test_any_kind_alone_is_a_report(lines, tmp_path, kind, missing):
+def test_report_of_one_kind_of_measurement_names_the_missing_ones(lines, tmp_path, kind, missing):
     page = build([str(write(tmp_path / "r.jsonl", [line for line in lines if line["task"] == kind]))], "t")[
         "report.html"
     ].decode()
@@ -297,42 +303,34 @@ def test_any_kind_alone_is_a_report(lines, tmp_path, kind, missing):
 
 
 @pytest.mark.parametrize("policy", ["dense", "tova", "dms"])
-def test_one_policy_alone_is_a_report(lines, tmp_path, policy):
+def test_report_of_one_policy_is_complete(lines, tmp_path, policy):
     own = [line for line in lines if line["policy"] == policy]
     page = build([str(write(tmp_path / "r.jsonl", own))], "t")["report.html"].decode()
     assert policy in page and not re.search(r"\bnan\b", page)
 
 
-def test_the_summary_says_also_that_dms_is_behind():
+def test_summary_also_says_that_dms_is_behind():
     rows = [text_record("dms", "", unit, [0.4, 0.4], [1, 1], 2) for unit in "ab"] + [
         text_record("tova", "2", unit, [0.1, 0.1], [1, 1], 2) for unit in "ab"
     ]
     groups = text_groups(rows)
     (sentence,) = summary(groups, [], [], [])
-    assert sentence == (
-        "At 2 live tokens of 4 (CR 2.0), DMS stays within a mean KL of 0.400 nats of the dense model on prose; the best "
-        "training-free method of that size, tova, 0.100 nats: DMS is 4.0 times farther away."
-    )
-    assert (
-        gap_sentence(groups[0]) == "tova@2 is 0.300 nats nearer to dense than dms (mean KL, difference paired by rows)."
-    )
+    assert re.search(r"\b2 live tokens of 4 \(CR 2.0\), DMS .* 0.400 nats .* prose; .* tova, .* 0.100 nats: ", sentence)
+    assert sentence.endswith("DMS is 4.0 times farther away.")
+    assert re.match(r"tova@2 is 0.300 nats nearer to dense than dms\b", gap_sentence(groups[0]))
 
 
-def test_the_summary_compares_equal_sizes_only():
+def test_summary_compares_equal_sizes_only():
     rows = [
         text_record("dms", "cr2", "a", [0.4, 0.4], [1, 1], 2),
         text_record("quest", "2", "a", [0.1, 0.1], [1, 1], 4),
     ]
     (group,) = text_groups(rows)
     (sentence,) = summary([group], [], [], [])
-    assert (
-        "quest" not in sentence
-        and "no training-free method was measured at that size" in sentence
-        and gap_sentence(group) == ""
-    )
+    assert "quest" not in sentence and "no training-free method" in sentence and gap_sentence(group) == ""
 
 
-def test_several_files_are_one_report_and_differences_are_said(lines, tmp_path):
+def test_several_files_make_one_report_that_names_their_differences(lines, tmp_path):
     one = write(tmp_path / "1.jsonl", [line for line in lines if line["task"] == "greedy"])
     two = write(
         tmp_path / "2.jsonl", [line for line in lines if line["task"] == "kept"], HEADER | {"commit": "<b>other"}
@@ -345,53 +343,53 @@ def test_several_files_are_one_report_and_differences_are_said(lines, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "task, change, message",
+    "task, change, named",
     [
-        ("text", {"kl": [0.1]}, "text of dense: `kl` and `nll`"),
-        ("text", {"kl": ["a"]}, "text of dense: `kl`"),
-        ("text", {"kl": [[0.1], [0.2]]}, "text of dense: `kl`"),
-        ("text", {"kl": []}, "text of dense: `kl`"),
-        ("text", {"live_tokens": None}, "text of dense: `live_tokens`"),
-        ("text", {"length": 0}, "text of dense: length"),
-        ("text", {"domain": 3}, "text of dense: `domain`"),
-        ("kept", {"pieces": ["a"]}, "kept of dms@cr4: `pieces`"),
-        ("kept", {"pieces": [1]}, "kept of dms@cr4: `pieces`"),
-        ("kept", {"live_per_head": [[1, 2], [3]]}, "kept of dms@cr4: `live_per_head`"),
-        ("variables", {"score": 1.5}, "variables of dense: score"),
-        ("variables", {"score": float("nan")}, "variables of dense: score"),
-        ("variables", {"answer_logprob": "x"}, "variables of dense: `answer_logprob`"),
-        ("greedy", {"match": True}, "greedy of dms@cr4: `match`"),
-        ("greedy", {"budget": 256}, "`budget`"),
+        ("text", {"kl": [0.1]}, "127"),  # as many values of the log-likelihood
+        ("text", {"kl": ["a"]}, "kl"),
+        ("text", {"kl": [[0.1], [0.2]]}, "kl"),
+        ("text", {"kl": []}, "kl"),
+        ("text", {"live_tokens": None}, "live_tokens"),
+        ("text", {"length": 0}, "length"),
+        ("text", {"domain": 3}, "domain"),
+        ("kept", {"pieces": ["a"]}, "pieces"),
+        ("kept", {"pieces": [1]}, "pieces"),
+        ("kept", {"live_per_head": [[1, 2], [3]]}, "live_per_head"),
+        ("variables", {"score": 1.5}, "score"),
+        ("variables", {"score": float("nan")}, "score"),
+        ("variables", {"answer_logprob": "x"}, "answer_logprob"),
+        ("greedy", {"match": True}, "match"),
+        ("greedy", {"budget": 256}, "budget"),
     ],
 )
-def test_a_record_that_cannot_be_shown_is_named(lines, tmp_path, task, change, message):
+def test_invalid_record_is_refused_with_its_line_and_key(lines, tmp_path, task, change, named):
     path = write(tmp_path / "r.jsonl", [next(line for line in lines if line["task"] == task) | change])
-    with pytest.raises(ConfigError, match=re.escape(message)) as why:
+    with pytest.raises(ConfigError, match=rf"\b{named}\b") as why:
         main([str(path), "--output", str(tmp_path / "out")])
     assert f"{path}, line 2: " in str(why.value) and not (tmp_path / "out").exists()
 
 
-def test_errors_are_one_line_and_exit_code_2(lines, tmp_path):
+def test_errors_are_one_line_with_exit_code_2(lines, tmp_path):
     good = write(tmp_path / "good.jsonl", [line for line in lines if line["task"] == "greedy"])
     (tmp_path / "text.jsonl").write_text("not json\n")
     (tmp_path / "file").write_text("")
     out = str(tmp_path / "out")
     for argv, message in (
-        ([str(tmp_path / "none.jsonl"), "--output", out], "cannot read"),
-        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1"),
-        ([str(write(tmp_path / "empty.jsonl", [])), "--output", out], "no measurement in"),
-        ([str(good), "--output", str(tmp_path / "file")], "cannot write"),
+        ([str(tmp_path / "none.jsonl"), "--output", out], "none.jsonl"),
+        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1: "),
+        ([str(write(tmp_path / "empty.jsonl", [])), "--output", out], "empty.jsonl"),
+        ([str(good), "--output", str(tmp_path / "file")], str(tmp_path / "file")),
         ([str(good)], "--output"),
         ([str(good), "--ouput", out], "--output"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", NAME, *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
+            [sys.executable, "-m", DOORS[NAME], *argv], cwd=ROOT, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
         assert done.stdout == "" and not Path(out).exists()
 
 
-def test_main_writes_whole_files_and_replaces_old_ones(lines, tmp_path, capsys):
+def test_main_replaces_the_files_of_an_earlier_report(lines, tmp_path, capsys):
     good, out = (
         write(tmp_path / "good.jsonl", [line for line in lines if line["task"] in ("greedy", "kept")]),
         tmp_path / "a" / "out",
@@ -408,7 +406,7 @@ def test_main_writes_whole_files_and_replaces_old_ones(lines, tmp_path, capsys):
     assert "<title>&lt;T&gt;</title>" in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     write_files(tmp_path, {"report.html": b"old"})
 
     def full(self, data):
@@ -419,3 +417,19 @@ def test_a_disk_that_fills_up_leaves_no_half_file(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No space left on device"):
         write_files(tmp_path, {"report.html": b"new"})
     assert os.listdir(tmp_path) == ["report.html"] and (tmp_path / "report.html").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("name", ["report", "plan"])
+def test_help_loads_no_jax_and_takes_half_a_second_of_cpu(name):
+    code = f"""
+import sys, time
+sys.modules["jax"] = None  # importing it raises
+from dms_jax.commands import {name}
+try:
+    {name}.main(["--help"])
+except SystemExit as done:
+    assert not done.code
+assert time.process_time() < 0.5, time.process_time()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and f"-m {DOORS[name]}" in done.stdout, done.stderr

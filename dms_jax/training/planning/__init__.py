@@ -1,4 +1,5 @@
-"""Will a retrofit fit on named hardware, and how long does a step take?
+"""Predict whether a retrofit fits on named hardware, and how long a step takes.
 
-Begin with `step_plan`; `nearby_settings` looks for a setting that fits when the asked one does not.
+Begin with `step_plan`. `step_program` is the part that builds, compiles and times the real step; `nearby_settings` looks for a setting
+that fits when the given one does not.
 """

@@ -1,4 +1,7 @@
-"""What fits when a setting does not: settings nearby, the least intrusive change first, by the estimate and then by the compiler."""
+"""Find a setting that fits when the given one does not: nearby settings, the least intrusive change first.
+
+A setting must fit by the estimate and then, where there is a compiler, by the compiler.
+"""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -6,86 +9,95 @@ from typing import Any
 
 from dms_jax.planning.hardware import Hardware, larger
 from dms_jax.sharding import LOGICAL_TO_MESH
-from dms_jax.training.planning.step_plan import Setting, planned
+from dms_jax.training.planning.step_plan import planned
+from dms_jax.training.planning.step_setting import StepSetting
 
-MOST_TRIES = 3  # settings that are compiled
-SHORTEST = 1024  # tokens of a row
+MAX_COMPILED = 3  # settings that are compiled
+MIN_LENGTH = 1024  # tokens of a row
 ROWS_CAN_BE_SPLIT = bool(LOGICAL_TO_MESH["length"])  # over a context axis
-ORDER = "remat, accumulate, more of the mesh for the model axis, then for the context axis, shorter rows, more devices"
 
 
-def nearest(setting: Setting, analytic: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The first setting nearby that fits, by the estimate and, where there is a compiler, by it too; None when none does."""
-    tried = 0
+def nearest(setting: StepSetting, analytic: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The first nearby setting that fits, or None where none does."""
+    num_compiled = 0
     for change, other in nearby(setting):
         if other.problem() is not None:
             continue
-        # A CPU's devices are those that this process has: it compiles at once.
-        found = planned(other, True) if setting.hardware.kind != "cpu" else None
-        if found is not None and not found["fits"]:
+        # On a CPU the estimate is no cheaper than compiling: the time is measured either way.
+        plan = planned(other, analytic=True) if setting.hardware.kind != "cpu" else None
+        if plan is not None and not plan.value("fits"):
             continue
-        if not analytic or found is None:
-            if (tried := tried + 1) > MOST_TRIES:
+        if not analytic or plan is None:
+            num_compiled += 1
+            if num_compiled > MAX_COMPILED:
                 return None
             say(f"compiling with {change}")
-            found = planned(other, analytic)
-        if found["fits"]:
+            plan = planned(other, analytic)
+        if plan.value("fits"):
             return {
                 "change": change,
                 "hardware": other.hardware.name,
                 **other.described,
-                "seconds_per_step": found["seconds_per_step"],
-                "total_bytes_per_device": found["bytes_per_device"]["total"],
+                "seconds_per_step": plan.value("seconds_per_step"),
+                "total_bytes_per_device": plan.value("bytes_per_device.total"),
             }
     return None
 
 
-def nearby(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """In ORDER: remat and accumulate stay changed, the others are tried one at a time. The rows of a step stay as many."""
+def nearby(setting: StepSetting) -> Iterator[tuple[str, StepSetting]]:
+    """Settings with a description of their changes, in this order: remat, accumulate, more devices on the model axis and then on the
+    context axis, shorter rows, more hardware.
+
+    remat and accumulate stay changed, and the other changes are tried one at a time. The rows of a step do not change.
+    """
     changes: dict[str, str] = {}
 
-    def said(**more: str) -> str:
+    def described(**more: str) -> str:
         return ", ".join(f"{name}={value}" for name, value in (changes | more).items())
 
     current = setting
-    if current.remat != "full":
-        current, changes["remat"] = dataclasses.replace(current, remat="full"), "full"
-        yield said(), current
-    while current.batch % (current.split.data * current.accumulate * 2) == 0:
-        current = dataclasses.replace(current, accumulate=current.accumulate * 2)
-        changes["accumulate"] = str(current.accumulate)
-        yield said(), current
-    for other in _on(current, current.hardware, _regrouped(current)):
-        yield said(mesh=other.described["mesh"], accumulate=str(other.accumulate)), other
+    if current.step.remat != "full":
+        current, changes["remat"] = current.with_step(remat="full"), "full"
+        yield described(), current
+    while current.step.batch_size % (current.mesh_sizes.data * current.step.accumulate * 2) == 0:
+        current = current.with_step(accumulate=current.step.accumulate * 2)
+        changes["accumulate"] = str(current.step.accumulate)
+        yield described(), current
+    for other in _on_meshes(current, current.hardware, _regrouped(current)):
+        yield described(mesh=other.described["mesh"], accumulate=str(other.step.accumulate)), other
     shorter = current
-    while shorter.length > SHORTEST:
-        shorter = dataclasses.replace(shorter, length=max(SHORTEST, shorter.length // 2))
-        yield said(length=str(shorter.length)), shorter
+    while shorter.step.length > MIN_LENGTH:
+        shorter = shorter.with_step(length=max(MIN_LENGTH, shorter.step.length // 2))
+        yield described(length=str(shorter.step.length)), shorter
     hardware = current.hardware
     while (hardware := larger(hardware)) is not None:
-        for other in _on(current, hardware, _enlarged(current, hardware.count // current.hardware.count)):
-            yield said(hardware=hardware.name, mesh=other.described["mesh"], accumulate=str(other.accumulate)), other
+        factor = hardware.count // current.hardware.count
+        for other in _on_meshes(current, hardware, _enlarged(current, factor)):
+            mesh, accumulate = other.described["mesh"], str(other.step.accumulate)
+            yield described(hardware=hardware.name, mesh=mesh, accumulate=accumulate), other
 
 
-def _on(setting: Setting, hardware: Hardware, meshes: Iterator[tuple[int, ...]]) -> Iterator[Setting]:
-    """The setting on each of `meshes`, one row at a time, where its rows and the model's heads can be divided so."""
+def _on_meshes(setting: StepSetting, hardware: Hardware, meshes: Iterator[tuple[int, ...]]) -> Iterator[StepSetting]:
+    """The setting on each mesh that its rows and the model's heads can be divided over, one row at a time."""
     for mesh in meshes:
-        if setting.batch % mesh[0] == 0 and mesh[1] <= setting.config.num_q_heads:
-            yield dataclasses.replace(setting, hardware=hardware, mesh=mesh, accumulate=setting.batch // mesh[0])
+        if setting.step.batch_size % mesh[0] == 0 and mesh[1] <= setting.model.num_q_heads:
+            moved = dataclasses.replace(setting, hardware=hardware, mesh=mesh)
+            yield moved.with_step(accumulate=setting.step.batch_size // mesh[0])
 
 
-def _regrouped(setting: Setting) -> Iterator[tuple[int, ...]]:
-    """As many devices for fewer rows at a time: their heads are shared out, then their length."""
+def _regrouped(setting: StepSetting) -> Iterator[tuple[int, ...]]:
+    """Meshes of as many devices with fewer rows at a time, which split heads instead, or the length of rows."""
     data, model, *context = setting.mesh
     halvings = [2**i for i in range(1, data.bit_length()) if data % 2**i == 0]
     yield from ((data // n, model * n, *context) for n in halvings)
     if ROWS_CAN_BE_SPLIT:
-        yield from ((data // n, model, setting.split.context * n) for n in halvings)
+        yield from ((data // n, model, setting.mesh_sizes.context * n) for n in halvings)
 
 
-def _enlarged(setting: Setting, factor: int) -> Iterator[tuple[int, ...]]:
+def _enlarged(setting: StepSetting, factor: int) -> Iterator[tuple[int, ...]]:
+    """Meshes of `factor` times as many devices."""
     data, model, *context = setting.mesh
     yield data * factor, model, *context
     yield data, model * factor, *context
     if ROWS_CAN_BE_SPLIT:
-        yield data, model, setting.split.context * factor
+        yield data, model, setting.mesh_sizes.context * factor

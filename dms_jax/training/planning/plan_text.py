@@ -1,74 +1,99 @@
-"""The plan as text, for people: each figure with where it is from."""
+"""Plans as JSON for programs and as text for people: loops over the figures of a plan."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
-GIB = 2**30
+from dms_jax.planning.figures import GIB, Figure, as_json, as_text, shown
+from dms_jax.planning.serving_plan import ServingPlan
+from dms_jax.training.planning.step_setting import StepSetting
 
 
-def step_text(plan: dict[str, Any]) -> str:
-    source = plan["source"]
+class RetrofitPlan(NamedTuple):
+    """The plan of a retrofit as `train.plan` prints it."""
+
+    model: str  # as it was named
+    setting: StepSetting
+    implementation: str
+    not_compiled: str  # why; "" where the step was compiled
+    figures: list[Figure]
+
+
+def step_json(plan: RetrofitPlan) -> dict[str, Any]:
+    hardware, found = plan.setting.hardware, as_json(plan.figures)
+    asked = {"model": plan.model, "hardware": hardware.name, "devices": hardware.count, **plan.setting.described}
+    if "seconds" in found:
+        found["seconds"]["total"] = found["seconds_per_step"]
+    if plan.not_compiled:
+        found["not_compiled"] = plan.not_compiled
+    return asked | {"implementation": plan.implementation} | found
+
+
+def step_text(plan: RetrofitPlan) -> str:
+    setting, figures = plan.setting, {figure.name: figure for figure in plan.figures}
+    hardware, step = setting.hardware, setting.step
     lines = [
-        f"{plan['model']}, mode {plan['mode']}, {plan['batch']} rows of {plan['length']} a step, {plan['hardware']} as {plan['mesh']}, "
-        f"accumulate {plan['accumulate']}, remat {plan['remat']}, attention {plan['implementation']}"
+        f"{plan.model}, mode {step.mode}, {step.batch_size} rows of {step.length} tokens per step, {hardware.name} as "
+        f"{setting.described['mesh']}, accumulate {step.accumulate}, remat {step.remat}, attention {plan.implementation}"
     ]
-    if "not_compiled" in plan:
-        lines.append(f"estimated, not compiled: {plan['not_compiled']}")
-    lines += ["", f"{'bytes of a device':<18}{'GiB':>8}  source"]
-    lines += [
-        f"{kind:<18}{size / GIB:>8.2f}  {source[f'bytes_per_device.{kind}']}"
-        for kind, size in plan["bytes_per_device"].items()
-    ]
-    lines.append(
-        f"{'estimate':<18}{plan['estimated_bytes_per_device'] / GIB:>8.2f}  {source['estimated_bytes_per_device']}"
+    if plan.not_compiled:
+        lines.append(f"estimated, not compiled: {plan.not_compiled}")
+    near = figures.pop("nearest").value
+    if figures["fits"].value:
+        lines.append("it fits")
+    elif near is None:
+        lines.append("IT DOES NOT FIT, and neither does any setting nearby; see least_devices")
+    else:
+        size, seconds = near["total_bytes_per_device"] / GIB, near["seconds_per_step"]
+        lines.append(f"IT DOES NOT FIT; this does: {near['change']} ({size:.2f} GiB, {seconds:.2f} s per step)")
+    device_hours = ", ".join(
+        f"{shown(figure.value * hardware.count, 'h').removesuffix(' h')} to CR {name.removeprefix('hours_to_cr')}"
+        for name, figure in figures.items()
+        if figure.unit == "h"
     )
-    lines.append(f"{'there are':<18}{plan['memory_per_device'] / GIB:>8.2f}  {source['memory_per_device']}")
-    lines.append("it fits" if plan["fits"] else "IT DOES NOT FIT")
-    if "least_devices" in plan:
-        lines.append(
-            f"  nothing nearby does: weights and optimizer alone want {plan['least_devices']} such devices ({source['least_devices']})"
-        )
-    if (near := plan["nearest"]) is not None:
-        size = f"{near['total_bytes_per_device'] / GIB:.2f} GiB"
-        lines.append(
-            f"  what does: {near['change']} ({size}, {near['seconds_per_step']:.2f} s a step, {source['nearest']})"
-        )
-    lines += ["", f"{'a step':<28}{'':>14}  source"]
-    add = lambda label, value, key: lines.append(f"{label:<28}{value:>14}  {source[key]}")
-    add("model FLOPs", f"{plan['flops_per_step']:.3e}", "flops_per_step")
-    add("FLOPs with recomputation", f"{plan['flops_executed_per_step']:.3e}", "flops_executed_per_step")
-    add("bytes moved, all devices", f"{plan['bytes_per_step']:.3e}", "bytes_per_step")
-    for kind, size in sorted(plan["collective_bytes_per_device"].items()):
-        add(f"sent by a device, {kind}"[:28], f"{size / GIB:.2f} GiB", "collective_bytes_per_device")
-    for part, seconds in plan.get("seconds", {}).items():
-        if part != "total":
-            add(f"seconds, {part}", f"{seconds:.3f}", f"seconds.{part}")
-    add("seconds", f"{plan['seconds_per_step']:.3f}", "seconds_per_step")
-    add("tokens a second", f"{plan['tokens_per_second']:.0f}", "tokens_per_second")
-    if "mfu" in plan:
-        add("model-FLOPs utilisation", f"{plan['mfu']:.1%}", "mfu")
-    add("steps a unit of CR", f"{plan['steps_per_cr']:.0f}", "steps_per_cr")
-    for key in (key for key in plan if key.startswith("hours_to_cr")):
-        label, device_hours = f"hours to CR {key.removeprefix('hours_to_cr')}", plan[key] * plan["devices"]
-        lines.append(f"{label:<28}{plan[key]:>14.2f}  {source[key]}; {device_hours:.1f} device-hours")
-    lines += ["", "formulas"] + [f"  {name}: {formula}" for name, formula in plan["formulas"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"device-hours: {device_hours}", "", *as_text(figures.values())])
 
 
-def inference_text(plan: dict[str, Any]) -> str:
-    what = f"{plan['users']} users at {plan['context']} tokens on {plan['hardware']} as {plan['mesh']}"
-    lines = [f"{what}: {plan['memory_bytes'] / GIB:.1f} GiB, weights {plan['weight_bytes'] / GIB:.1f} GiB", ""]
-    lines.append(
-        f"{'':<8}{'realised':>9}{'capacity':>10}{'GiB a user':>12}{'users fit':>11}{'tokens/s':>10}{'when full':>11}"
-    )
-    number = lambda value: "-" if value is None else f"{value:.0f}"
-    for arm in plan["arms"]:
-        size, now, full = (
-            arm["cache_bytes_per_user"] / GIB,
-            number(arm["tokens_per_second"]),
-            number(arm["tokens_per_second_at_most_users"]),
-        )
-        lines.append(
-            f"{arm['arm']:<8}{arm['realised_cr']:>9.2f}{arm['capacity_per_layer'][0]:>10}{size:>12.2f}{arm['most_users']:>11}{now:>10}{full:>11}"
-        )
-    lines += ["", *plan["advice"], ""] + [f"{name}: {text}" for name, text in plan["source"].items()]
-    return "\n".join(lines)
+def serving_json(plan: ServingPlan) -> dict[str, Any]:
+    values = {figure.name: figure.value for figure in plan.figures}
+    arms = [{"arm": name} | {figure.name: figure.value for figure in figures} for name, figures in plan.arms.items()]
+    return plan.setting | values | {"arms": arms, "advice": plan.advice, "source": _formulas(plan)}
+
+
+def _formulas(plan: ServingPlan) -> dict[str, str]:
+    """Formulas with their sources, by the name of the figure; they are the same in all arms."""
+    return {
+        figure.name: f"{figure.source}: {figure.formula}"
+        for figures in plan.arms.values()
+        for figure in figures
+        if figure.formula
+    }
+
+
+COLUMNS = {  # of the text: figure of an arm -> heading
+    "realised_cr": "realised CR",
+    "capacity_per_layer": "capacity",
+    "cache_bytes_per_user": "cache per user",
+    "most_users": "users that fit",
+    "tokens_per_second": "now",
+    "tokens_per_second_at_most_users": "when full",
+}
+
+
+def serving_text(plan: ServingPlan) -> str:
+    asked, sizes = plan.setting, {figure.name: shown(figure.value, figure.unit) for figure in plan.figures}
+    lines = [
+        f"{asked['users']} users at {asked['context']} tokens on {asked['hardware']} as {asked['mesh']}: "
+        f"{sizes['memory_bytes']}, of which weights take {sizes['weight_bytes']}",
+        "",
+        f"{'':<8}" + "".join(f"{heading:>16}" for heading in COLUMNS.values()),
+    ]
+    for name, figures in plan.arms.items():
+        cells = {figure.name: _cell(figure) for figure in figures}
+        lines.append(f"{name:<8}" + "".join(f"{cells[column]:>16}" for column in COLUMNS))
+    formulas = (f"{name}: {formula}" for name, formula in _formulas(plan).items())
+    return "\n".join([*lines, "", *plan.advice, "", *formulas])
+
+
+def _cell(figure: Figure) -> str:
+    if isinstance(figure.value, list):
+        return str(figure.value[0])  # the same in all layers
+    return f"{figure.value:.2f}" if figure.name == "realised_cr" else shown(figure.value, figure.unit)

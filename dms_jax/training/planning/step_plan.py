@@ -1,279 +1,203 @@
-"""What a retrofit step would need and how long it would take: the step compiled for its hardware, or estimated."""
+"""What a retrofit step needs and how long it takes, as figures: from the step compiled for its hardware, or estimated."""
 
-import dataclasses
-import functools
-import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import AUTO, GPU, IMPLEMENTATIONS, TPU, XLA, KernelQuery, select_implementation
 from dms_jax.kernels.tuned import tuned_entry
-from dms_jax.models.decoder import Decoder
-from dms_jax.models.parameters import Params, abstract_model
 from dms_jax.planning import memory_estimate, roofline
+from dms_jax.planning.figures import Figure
 from dms_jax.planning.flops import step_flops
-from dms_jax.planning.hardware import KIND_NAMES, Hardware, target_mesh
+from dms_jax.planning.hardware import KIND_NAMES
 from dms_jax.planning.hlo_collectives import collectives
-from dms_jax.sharding import make_mesh
-from dms_jax.training.placement import place
-from dms_jax.training.retrofit_config import Mode, Remat, RetrofitConfig
-from dms_jax.training.step import take_apart
-from dms_jax.training.step_functions import StepFunctions, step_functions
+from dms_jax.planning.memory_estimate import MemoryEstimate, program_bytes, with_compiled
+from dms_jax.training.planning import step_program
+from dms_jax.training.planning.step_setting import StepSetting
 
-FORMULAS = {
-    "fits": "bytes_per_device.total <= memory_per_device",
-    "bytes_per_device.total": "compiled: arguments + outputs - aliased + temporary (weights: arguments less optimizer; activations and logits: "
-    "estimates of their part of temporary); else the sum",
-    "flops_per_step": "tokens x (2 forward passes, 2 P + 2 L N H T each, and backward: 2 P, or 4 P where all weights train, + 5 L N H T)",
-    "flops_executed_per_step": "flops_per_step and what remat computes again",
-    "bytes_per_step": "devices x bf16 weights x passes, and what each token reads and writes between the products",
-    "collective_bytes_per_device": roofline.EXCHANGED,
-    "seconds_per_step": roofline.FORMULA,
-    "mfu": "flops_per_step / seconds_per_step / devices / dense bf16 peak",
-    "tokens_per_second": "batch x length / seconds_per_step",
-}
-CPU_FLOPS = 4e12  # of a step that is run to time it; larger ones are estimated from the machine's rates
+TOTAL = (
+    "compiled: arguments + outputs - aliased + temporary (weights: arguments less optimizer; activations and logits: the parts of temporary "
+    "that the estimate gives them); not compiled: the sum"
+)
+FLOPS = "tokens x (2 forward passes of 2 P + 2 L N H T each, and backward: 2 P, or 4 P where all weights train, + 5 L N H T)"
+MOVED = "devices x bf16 weights x passes, plus what the operations between the products read and write for each token"
+STEPS_PER_CR, TOKENS_PER_STEP = 34, 262144  # Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
+RATIOS = (2, 4, 8)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a user chooses."""
+class StepFacts(NamedTuple):
+    """What the figures of a step are computed from."""
 
-    config: ModelConfig  # with its policy
-    hardware: Hardware
-    mesh: tuple[int, ...]  # data, model[, context]
-    mode: Mode
-    length: int
-    batch: int  # rows of an optimizer step, all devices together
-    accumulate: int = 1
-    remat: Remat = "full"
-
-    @property
-    def split(self) -> memory_estimate.Split:
-        return memory_estimate.Split(*self.mesh)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a micro-batch on each device."""
-        return self.batch // (self.split.data * self.accumulate)
-
-    @property
-    def described(self) -> dict[str, Any]:
-        """What of it may be changed for another that fits."""
-        return {
-            "mesh": "x".join(map(str, self.mesh)),
-            "mode": self.mode,
-            "length": self.length,
-            "batch": self.batch,
-            "accumulate": self.accumulate,
-            "remat": self.remat,
-        }
-
-    def problem(self) -> str | None:
-        """Why this cannot be run at all; None when it can."""
-        limit, name = self.config.context_limit()
-        if self.length > limit:
-            return f"length {self.length} exceeds the model's {name} of {limit}; use length <= {limit}"
-        if self.length % self.split.context:
-            return f"length {self.length} must be a multiple of {self.split.context}: the mesh splits each row into as many parts"
-        least = self.split.data * self.accumulate
-        if self.batch % least:
-            return f"batch {self.batch} must be a multiple of {least}: {self.split.data} data-parallel devices x {self.accumulate} micro-batches"
-        return None
+    implementation: str  # of training attention
+    estimate: MemoryEstimate
+    memory: MemoryEstimate  # the compiler's where there is one, otherwise the estimate
+    sent: dict[str, float]  # bytes that a device sends, by kind of collective
+    source: Literal["compiled", "analytic"]
 
 
-def devices_of(setting: Setting, analytic: bool) -> Mesh:
-    """The mesh to plan on: of this machine's devices, of those of the target, or (`analytic`) of none, which is enough to count shards.
+class StepPlan(NamedTuple):
+    setting: StepSetting
+    implementation: str
+    figures: list[Figure]
 
-    Raises ConfigError when it is of another size than the hardware.
-    """
-    axes = ("data", "model", "context")[: len(setting.mesh)]
-    if setting.hardware.kind == "cpu":
-        return make_mesh(*setting.mesh)
-    if analytic:
-        # pyrefly: ignore[bad-return]  # counting shards asks no more of a mesh
-        return AbstractMesh(setting.mesh, axes, axis_types=(AxisType.Auto,) * len(axes))
-    return target_mesh(setting.hardware.name, setting.mesh, axes)
+    def value(self, name: str) -> Any:
+        return next(figure.value for figure in self.figures if figure.name == name)
 
 
-def abstract_retrofit(setting: Setting, mesh: Mesh, make: Any = abstract_model) -> tuple[StepFunctions, Params, Params]:
-    """(the run's functions, parameters that train, frozen parameters) of models of shapes; with `make` of other models, e.g. random
-    ones."""
-    dtype = jnp.float32 if setting.hardware.platform == "cpu" else jnp.bfloat16
-    config = RetrofitConfig(
-        mode=setting.mode,
-        length=setting.length,
-        steps=100,
-        accumulate=setting.accumulate,
-        ramp_steps=1 if setting.mode == "borrowed" else 0,
-        cr_steps=90,
-        remat=setting.remat,
+def planned(setting: StepSetting, analytic: bool) -> StepPlan:
+    """The plan of one step; with `analytic` nothing is compiled."""
+    facts = estimated_facts(setting) if analytic else compiled_facts(setting)
+    return StepPlan(setting, facts.implementation, step_figures(setting, facts))
+
+
+def estimated_facts(setting: StepSetting) -> StepFacts:
+    memory = estimate(setting)
+    return StepFacts(_implementation(setting, True), memory, memory, estimated_exchange(setting), "analytic")
+
+
+def compiled_facts(setting: StepSetting) -> StepFacts:
+    mesh = step_program.mesh_of(setting, analytic=False)
+    with jax.set_mesh(mesh):
+        implementation = _implementation(setting, False)
+    compiled = step_program.compiled(setting, mesh)
+    analysis: Any = compiled.memory_analysis()
+    total, estimated = program_bytes(analysis), estimate(setting)
+    temporary = analysis.temp_size_in_bytes
+    sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
+    return StepFacts(
+        implementation, estimated, with_compiled(estimated, total - temporary, temporary), sent, "compiled"
     )
-    adapter = setting.mode == "adapter"
-    teacher = None if adapter else make(setting.config.with_dms(None), dtype)
-    student = make(setting.config, dtype if adapter else jnp.float32)
-    math, trainable, frozen = take_apart(student, teacher, config, mesh, dtype)
-    return step_functions(math, trainable), trainable, frozen
 
 
-def planned(setting: Setting, analytic: bool) -> dict[str, Any]:
-    """Figures of one step by name, in `source` where each is from, and in `formulas` how it was reckoned. With `analytic` nothing is compiled."""
-    mesh = devices_of(setting, analytic)
-    steps, _, frozen = abstract_retrofit(setting, mesh)
-    held = estimated = estimate(setting, steps, frozen)
-    if analytic:
-        implementation, sent = _implementation(setting, analytic), estimated_exchange(setting)
-    else:
-        with jax.set_mesh(mesh):
-            implementation = _implementation(setting, analytic)
-        compiled = steps.lower(frozen, setting.batch).compile()
-        analysis: Any = compiled.memory_analysis()
-        held = with_compiled(
-            estimated, total_bytes(analysis) - analysis.temp_size_in_bytes, analysis.temp_size_in_bytes
+def estimate(setting: StepSetting) -> MemoryEstimate:
+    """Estimate the bytes of a device by kind; weights and optimizer state are counted from their shards."""
+    trainable, frozen, optimizer = step_program.state_bytes(setting, step_program.mesh_of(setting, analytic=True))
+    weights = trainable + frozen
+    return memory_estimate.estimated_memory(setting.model, setting.micro_batch, weights, optimizer, trainable)
+
+
+def estimated_exchange(setting: StepSetting) -> dict[str, float]:
+    c = setting.step
+    return roofline.exchanged_bytes(setting.model, setting.mesh_sizes, setting.tokens, c.accumulate, c.mode)
+
+
+def step_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
+    """All figures of a step: memory, what it computes, moves and sends, and its time."""
+    return [*_memory_figures(setting, facts), *_work_figures(setting), *_time_figures(setting, facts)]
+
+
+def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
+    memory, source, hardware = facts.memory, facts.source, setting.hardware
+    usable = hardware.usable_bytes
+    if hardware.platform == "cpu":
+        usable /= hardware.count  # simulated devices share the memory of the machine
+    parts = [
+        Figure(
+            f"bytes_per_device.{kind}",
+            size,
+            "bytes",
+            "analytic" if kind in ("activations", "logits") else source,
+            memory_estimate.FORMULAS[kind],
         )
-        sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
-    usable = setting.hardware.usable_bytes
-    if setting.hardware.platform == "cpu":
-        usable /= setting.hardware.count  # simulated ones share the machine's memory
-    plan: dict[str, Any] = {
-        "fits": held.total <= usable,
-        "bytes_per_device": held._asdict() | {"total": held.total},
-        "estimated_bytes_per_device": estimated.total,
-        "memory_per_device": usable,
-        "collective_bytes_per_device": sent,
-        "implementation": implementation,
-        "source": _sources(analytic) | {"memory_per_device": setting.hardware.source},
-        "formulas": dict(FORMULAS)
-        | {f"bytes_per_device.{kind}": text for kind, text in memory_estimate.FORMULAS.items()},
-    }
-    add_times(plan, setting)
-    return plan
+        for kind, size in memory._asdict().items()
+    ]
+    return [
+        Figure("fits", memory.total <= usable, "", source, "bytes_per_device.total <= memory_per_device"),
+        Figure("bytes_per_device", {}, "bytes", source),
+        *parts,
+        Figure("bytes_per_device.total", memory.total, "bytes", source, TOTAL),
+        Figure("estimated_bytes_per_device", facts.estimate.total, "bytes", "analytic"),
+        Figure("memory_per_device", usable, "bytes", "assumed", note=hardware.source),
+        Figure("collective_bytes_per_device", facts.sent, "bytes", source, roofline.EXCHANGED),
+    ]
 
 
-def add_times(plan: dict[str, Any], setting: Setting) -> None:
-    """What a plan's step computes and moves, and how long that takes, given what its devices send."""
-    how, tokens, devices, source = (
-        (setting.mode, setting.remat),
-        setting.batch * setting.length,
-        setting.hardware.count,
-        plan["source"],
-    )
-    weight_bytes = roofline.weight_bytes(setting.config, setting.split.model, *how) * setting.accumulate
-    work = roofline.step_work(setting.config, tokens, setting.length, *how)
-    plan["flops_per_step"] = step_flops(setting.config, setting.length, setting.mode) * tokens
-    plan["flops_executed_per_step"] = work.products + work.attention
-    plan["bytes_per_step"] = work.moved + weight_bytes * devices
-    if (chip := setting.hardware.chip) is None:
-        plan["seconds_per_step"], source["seconds_per_step"] = cpu_seconds(setting, devices_of(setting, analytic=False))
-        del plan["formulas"]["seconds_per_step"], plan["formulas"]["mfu"]
+def _weight_bytes(setting: StepSetting) -> float:
+    """Bytes of weights that a device reads in a step."""
+    c = setting.step
+    return roofline.weight_bytes(setting.model, setting.mesh_sizes.model, c.mode, c.remat) * c.accumulate
+
+
+def _step_work(setting: StepSetting) -> roofline.StepWork:
+    c = setting.step
+    return roofline.step_work(setting.model, setting.tokens, c.length, c.mode, c.remat)
+
+
+def _model_flops(setting: StepSetting) -> float:
+    return step_flops(setting.model, setting.step.length, setting.step.mode) * setting.tokens
+
+
+def _work_figures(setting: StepSetting) -> list[Figure]:
+    work = _step_work(setting)
+    executed, moved = work.products + work.attention, work.moved + _weight_bytes(setting) * setting.hardware.count
+    recomputed = "flops_per_step plus what remat recomputes"
+    return [
+        Figure("flops_per_step", _model_flops(setting), "FLOPs", "analytic", FLOPS),
+        Figure("flops_executed_per_step", executed, "FLOPs", "analytic", recomputed),
+        Figure("bytes_per_step", moved, "bytes", "analytic", MOVED),
+    ]
+
+
+def _time_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
+    chip, devices = setting.hardware.chip, setting.hardware.count
+    if chip is None:
+        seconds, how = step_program.cpu_seconds(setting, step_program.mesh_of(setting, analytic=False))
+        found = [Figure("seconds_per_step", seconds, "s", "measured", note=how)]
     else:
-        rates = roofline.rates_of(chip, plan["implementation"])
+        rates = roofline.rates_of(chip, facts.implementation)
         times = roofline.step_time(
-            work, devices, weight_bytes, sum(plan["collective_bytes_per_device"].values()), rates
+            _step_work(setting), devices, _weight_bytes(setting), sum(facts.sent.values()), rates
         )
-        plan |= {
-            "seconds_per_step": times.total,
-            "seconds": times._asdict(),
-            "mfu": plan["flops_per_step"] / times.total / devices / rates.peak,
-        }
-        source |= {"seconds_per_step": "analytic", "mfu": f"analytic; peak: data sheet ({chip.source})"}
-        source |= {f"seconds.{name}": text for name, text in rates.sources.items() if name != "link"}
-        source["seconds.communication"] = f"{source['collective_bytes_per_device']} bytes; {rates.sources['link']}"
-    plan["tokens_per_second"], source["tokens_per_second"] = (
-        tokens / plan["seconds_per_step"],
-        source["seconds_per_step"],
-    )
+        origins = rates.sources | {"communication": f"{facts.source} bytes; {rates.sources['link']}"}
+        found = [
+            Figure(f"seconds.{part}", seconds, "s", "analytic", note=origins[part])
+            for part, seconds in times._asdict().items()
+        ]
+        seconds, how = times.total, ""
+        mfu, peak = (
+            _model_flops(setting) / seconds / devices / rates.peak,
+            f"analytic; peak: data sheet ({chip.source})",
+        )
+        found += [
+            Figure("seconds_per_step", seconds, "s", "analytic", roofline.TOTAL_FORMULA),
+            Figure(
+                "mfu",
+                mfu,
+                "fraction",
+                "analytic",
+                "flops_per_step / seconds_per_step / devices / dense bf16 peak",
+                peak,
+            ),
+        ]
+    source, formula = found[-1 if chip is None else -2].source, "batch x length / seconds_per_step"
+    return [*found, Figure("tokens_per_second", setting.tokens / seconds, "tokens/s", source, formula, how)]
 
 
-def _sources(analytic: bool) -> dict[str, str]:
-    from_compiler = (
-        "bytes_per_device",
-        "bytes_per_device.weights",
-        "bytes_per_device.optimizer",
-        "bytes_per_device.temporary",
-        "bytes_per_device.total",
-        "fits",
-        "collective_bytes_per_device",
-    )
-    counted = (
-        "bytes_per_device.activations",
-        "bytes_per_device.logits",
-        "estimated_bytes_per_device",
-        "flops_per_step",
-        "flops_executed_per_step",
-        "bytes_per_step",
-    )
-    return dict.fromkeys(from_compiler, "analytic" if analytic else "compiled") | dict.fromkeys(counted, "analytic")
+def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: float) -> list[Figure]:
+    """Steps and hours from CR 1 to each of RATIOS, without validation and checkpoints. `steps_per_cr` 0 takes the reference's recipe."""
+    given = "given" if steps_per_cr else ""
+    recipe = f"{STEPS_PER_CR} x max(1, {TOKENS_PER_STEP} / tokens of a step), Model-Optimizer's recipe"
+    steps_per_cr = steps_per_cr or STEPS_PER_CR * max(1.0, TOKENS_PER_STEP / setting.tokens)
+    found = [
+        Figure("steps_per_cr", steps_per_cr, "steps", "assumed" if given else "analytic", given or recipe, note=given)
+    ]
+    ramp, formula = 1.0, "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the ratio rises linearly from 1"
+    if (
+        setting.step.mode == "borrowed"
+    ):  # RetrofitConfig: a third of the steps frees the channel, 9/10 of the rest raise the ratio
+        ramp += (1 / 3) / (0.9 * 2 / 3)
+        formula += f", x {ramp:.2f} because the channel is freed first"
+    for ratio in RATIOS:
+        hours = (ratio - 1) * ramp * steps_per_cr * seconds_per_step.value / 3600
+        found.append(Figure(f"hours_to_cr{ratio}", hours, "h", seconds_per_step.source, formula, seconds_per_step.note))
+    return found
 
 
-def estimated_exchange(setting: Setting) -> dict[str, float]:
-    return roofline.exchanged_bytes(
-        setting.config, setting.split, setting.batch * setting.length, setting.accumulate, setting.mode
-    )
-
-
-def estimate_of(setting: Setting) -> memory_estimate.Held:
-    """`estimate`, without a mesh of devices."""
-    steps, _, frozen = abstract_retrofit(setting, devices_of(setting, analytic=True))
-    return estimate(setting, steps, frozen)
-
-
-def estimate(setting: Setting, steps: StepFunctions, frozen: Params) -> memory_estimate.Held:
-    """Bytes of a device by kind; weights and optimizer are those of the shards."""
-    trainable = _shard_bytes(steps.abstract_state.trainable)
-    shape = memory_estimate.Shape(
-        setting.split,
-        setting.rows,
-        setting.length,
-        setting.mode,
-        setting.remat,
-        setting.hardware.platform,
-        setting.accumulate > 1,
-    )
-    weights, optimizer = trainable + _shard_bytes(frozen), _shard_bytes(steps.abstract_state.opt_state)
-    return memory_estimate.held(setting.config, shape, weights, optimizer, trainable)
-
-
-def _shard_bytes(shapes: Any) -> float:
-    return float(sum(_size(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return functools.reduce(lambda a, b: a * b, shape, 1)
-
-
-def total_bytes(analysis: Any) -> float:
-    """Of a device, by a compiled program's `memory_analysis()`. Raises ConfigError when there is none."""
-    if analysis is None:
-        raise ConfigError("this compiler reports no memory; use --analytic")
-    return (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-
-
-def with_compiled(held: memory_estimate.Held, arguments: float, temporary: float) -> memory_estimate.Held:
-    """The compiler knows arguments and temporary memory; what of the latter are activations and logits it does not say."""
-    part = min(1.0, temporary / (held.activations + held.logits))
-    activations, logits = held.activations * part, held.logits * part
-    weights = arguments - held.optimizer  # and the batch
-    return held._replace(
-        weights=weights, activations=activations, logits=logits, temporary=temporary - activations - logits
-    )
-
-
-def _implementation(setting: Setting, analytic: bool) -> str:
-    """Of training attention on the target: what `dispatch` takes there, told without its devices where nothing is compiled."""
-    named, head_dim, platform = setting.config.implementation, setting.config.head_dim, setting.hardware.platform
+def _implementation(setting: StepSetting, analytic: bool) -> str:
+    """The implementation of training attention that `dispatch` selects on the target, which need not be at hand."""
+    named, head_dim, platform = setting.model.implementation, setting.model.head_dim, setting.hardware.platform
     if not analytic or platform == "cpu":
         return select_implementation("train_attention", KernelQuery(head_dim, jnp.bfloat16), named).name
     kind = KIND_NAMES[setting.hardware.kind]
@@ -287,58 +211,3 @@ def _implementation(setting: Setting, analytic: bool) -> str:
     kernel = GPU if platform == "gpu" else TPU
     entry = tuned_entry("train_attention", kernel, kind, head_dim, "bfloat16")
     return kernel if entry is not None and entry.speed_to_xla >= 1 else XLA
-
-
-# --- a CPU: run it ---
-
-
-def cpu_seconds(setting: Setting, mesh: Mesh) -> tuple[float, str]:
-    """Seconds of a step here: one of 1 layer and one of 2, random weights, are run, and the others added. Steps that would take minutes are
-    run with shorter rows and scaled by their FLOPs."""
-    layers = setting.config.num_layers
-    length, scale, how = (
-        setting.length,
-        1.0,
-        "measured here: steps of 1 and 2 layers, random weights, the rest in proportion",
-    )
-
-    def flops(length: int) -> float:
-        two = dataclasses.replace(setting.config, num_layers=min(2, layers))
-        return sum(roofline.step_work(two, setting.batch * length, length, setting.mode, setting.remat)[:2])
-
-    while flops(length) > CPU_FLOPS and length > 128:
-        length //= 2
-    if length < setting.length:
-        scale = flops(setting.length) / flops(length)
-        how += f", rows of {length} instead of {setting.length}, in proportion to FLOPs"
-    one = timed(
-        dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=1), length=length), mesh
-    )
-    if layers == 1:
-        return one * scale, how
-    two = timed(
-        dataclasses.replace(setting, config=dataclasses.replace(setting.config, num_layers=2), length=length), mesh
-    )
-    return (one + max(two - one, 0.0) * (layers - 1)) * scale, how
-
-
-def timed(setting: Setting, mesh: Mesh) -> float:
-    """Seconds of a step on the devices of this process, random weights: the least of three, or of a second, since what else runs
-    here only adds."""
-    from flax import nnx
-
-    from dms_jax.training.data.rows import Batch
-
-    def make(config: ModelConfig, dtype: Any) -> Decoder:
-        return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
-
-    steps, trainable, frozen = abstract_retrofit(setting, mesh, make)
-    tokens = np.zeros((setting.batch, setting.length), np.int32)
-    rows = Batch(tokens, tokens, np.ones(tokens.shape, bool), np.arange(setting.batch, dtype=np.int32))
-    batch, seconds, state = place(rows, mesh), [], steps.initial_state(trainable)
-    while len(seconds) < 4 or sum(seconds[1:]) < 1.0:
-        start = time.perf_counter()
-        state, _ = steps.step(state, frozen, batch)
-        jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])  # the first one compiles
