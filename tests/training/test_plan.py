@@ -31,6 +31,12 @@ MODELS = "configs/models"
 QWEN = f"{MODELS}/qwen3-8b.json"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def simulated_devices():
+    """Start the devices of conftest.py before `plan.main` asks for one device, which later test files would be left with."""
+    assert jax.device_count() > 1
+
+
 def run(capsys, *arguments: str) -> str:
     plan.main([*arguments])
     return capsys.readouterr().out
