@@ -89,11 +89,11 @@ def _block_scores(q, k, log_keep, segments, i, j, window_size, block):
     b, heads, group, _, h = q.shape
     s = jnp.einsum("bkrh,bksh->bkrs", q.reshape(b, heads, group * block, h), k, preferred_element_type=jnp.float32)
     s = s.reshape(b, heads, group, block, block) * h**-0.5
-    q_pos = i * block + lax.broadcasted_iota(jnp.int32, (block, block), 0)
-    k_pos = j * block + lax.broadcasted_iota(jnp.int32, (block, block), 1)
+    q_pos = i * block + lax.broadcasted_iota(i.dtype, (block, block), 0)
+    k_pos = j * block + lax.broadcasted_iota(j.dtype, (block, block), 1)
     gated = is_outside_window(q_pos, k_pos, window_size)
-    s = s + jnp.where(gated, log_keep[:, :, None, None, :], 0.0)
-    allowed = k_pos <= q_pos
+    s = s + jnp.where(gated[None, None, None], log_keep[:, :, None, None, :], 0.0)
+    allowed = (k_pos <= q_pos)[None, None, None]
     if segments is not None:
         same = _block(segments, i, block, 1)[:, :, None] == _block(segments, j, block, 1)[:, None, :]
         allowed = allowed & same[:, None, None]

@@ -210,7 +210,7 @@ def append(
     """
     capacity, length = layer.capacity, k.shape[2]
     now = seen + count - 1  # position of each row's last query
-    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length))[:, None], expiries.expiry.shape)
+    position = jnp.broadcast_to((seen[:, None] + jnp.arange(length)[None])[:, None], expiries.expiry.shape)
     if selection is None:
         wanted = alive_pairs(layer, expiries.expiry, now, count)
     else:
@@ -235,7 +235,7 @@ def alive_pairs(
     layer: LayerCache, expiry: Int[Array, "B K T"], now: Int[Array, "B"], count: Int[Array, "B"]
 ) -> Bool[Array, "B K C+T"]:
     """Return which slots, and after them which of a chunk's pairs, the last query of each row sees."""
-    new = (jnp.arange(expiry.shape[-1]) < count[:, None])[:, None] & (expiry >= now[:, None, None])
+    new = (jnp.arange(expiry.shape[-1])[None] < count[:, None])[:, None] & (expiry >= now[:, None, None])
     return jnp.concatenate([layer.expiry >= now[:, None, None], new], axis=-1)
 
 
@@ -267,7 +267,9 @@ def _push_out(wanted, layer, position, score, now, window_size):
         return jnp.sum(alive, axis=-1, keepdims=True) > layer.capacity
 
     def one_less(alive):
-        leaves = jnp.arange(alive.shape[-1]) == victim(alive, positions, scores, now, window_size)[..., None]
+        leaves = (
+            jnp.arange(alive.shape[-1])[None, None] == victim(alive, positions, scores, now, window_size)[..., None]
+        )
         return alive & ~(leaves & too_many(alive))
 
     if score.shape[-1] == 1 and platform_defaults().loop_free_decode:  # at most one pair is too many

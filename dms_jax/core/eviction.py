@@ -107,5 +107,5 @@ def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: in
     """Count the live pairs after a row of T tokens: those that are unmarked, or within the window of the last query."""
     length = evict.shape[-1]
     marked = align_to_pairs(evict, decision_shift, False)
-    recent = jnp.arange(length) >= length - 1 - window_size
+    recent = jax.lax.broadcast_to_rank(jnp.arange(length) >= length - 1 - window_size, marked.ndim)
     return jnp.sum(~marked | recent, axis=-1)

@@ -60,7 +60,7 @@ def _kl(p: Array, q: Array) -> Array:
 
 def _mean(values: Array, mask: Array) -> Array:
     mask = jnp.asarray(mask, bool)
-    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.sum(jnp.where(mask, values, 0.0)) / jnp.maximum(jnp.sum(mask), 1).astype(values.dtype)
 
 
 @typed
@@ -95,9 +95,9 @@ def compression_loss(
       "head" (each layer or head must reach the target by itself). counted: the tokens that enter the mean; None counts
       all. Leave out padding, and tokens that are not `decidable`.
     """
-    weight = jnp.ones((1, evict.shape[-1])) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
+    weight = jnp.ones((1, evict.shape[-1]), evict.dtype) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
     per_head = (
-        jnp.sum(evict * weight[:, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[:, None]
+        jnp.sum(evict * weight[None, :, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[None, :, None]
     )  # [L B K]
     axes = {"global": (0, 2), "layer": (2,), "head": ()}[scope]
     return jnp.mean(jnp.maximum(0.0, target_fraction - jnp.mean(per_head, axis=axes)))
@@ -251,7 +251,7 @@ def token_metrics(
         hidden, teacher_hidden, target = inputs
         s, t = _logits(hidden, student_embedding), _logits(teacher_hidden, teacher_embedding)
         # A masked sum, because looking up one entry would gather the logits of all devices that share the vocabulary.
-        at_target = jnp.arange(s.shape[-1]) == target[..., None]
+        at_target = jax.lax.broadcast_to_rank(jnp.arange(s.shape[-1]), s.ndim) == target[..., None]
         student_nll, teacher_nll = (_logsumexp(x)[..., 0] - jnp.sum(jnp.where(at_target, x, 0.0), -1) for x in (s, t))
         return TokenMetrics(_kl(t, s), _kl(s, t), student_nll, teacher_nll, s.argmax(-1) == t.argmax(-1))
 

@@ -2,6 +2,7 @@
 arXiv:2104.09864."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
@@ -12,7 +13,7 @@ def rope_cos_sin(
     position: Int[Array, "*A"], frequency: Float[Array, "half"]
 ) -> tuple[Float[Array, "*A half"], Float[Array, "*A half"]]:
     """Return cosine and sine of position * frequency, fp32."""
-    angle = position[..., None].astype(jnp.float32) * frequency
+    angle = position[..., None].astype(jnp.float32) * lax.broadcast_to_rank(frequency, position.ndim + 1)
     return jnp.cos(angle), jnp.sin(angle)
 
 

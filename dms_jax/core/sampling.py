@@ -54,7 +54,7 @@ def allowed(logits: Float[Array, "B V"], numbers: SamplingNumbers, sorts: bool) 
     if not sorts:
         return keep
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    rank = jnp.arange(logits.shape[-1])
+    rank = jnp.arange(logits.shape[-1])[None]
     in_k = (rank < numbers.top_k) | (numbers.top_k <= 0)
     weights = jax.nn.softmax(jnp.where(in_k, ordered, -jnp.inf), axis=-1)
     # Top-p keeps the smallest set whose mass reaches top_p: a token passes if the mass before it has not reached it.

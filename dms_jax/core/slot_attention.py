@@ -172,7 +172,7 @@ def slot_attention(
         def attend_block(index, carry):
             start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
             part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)
-            fresh = start + jnp.arange(size) >= index * size
+            fresh = start + jnp.arange(size)[None, None, None] >= index * size
             visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
             return attend(carry, part(keys), part(values), visible if read is None else visible & part(read, 3))
 

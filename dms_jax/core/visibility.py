@@ -6,6 +6,7 @@ is visible, marked or not, and outside it `log_keep` is added to the pair's scor
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Int
 
 from dms_jax.axes import Array, typed
@@ -23,7 +24,8 @@ def expiry_of(marked: Bool[Array, "*A S"], position: Int[Array, "*#A S"], window
 @typed
 def is_visible(q_pos: Int[Array, "T"], k_pos: Int[Array, "S"], expiry: Int[Array, "*A S"]) -> Bool[Array, "*A T S"]:
     """Return which query sees which pair: THE definition, against which masks, caches and kernels are tested."""
-    return (k_pos <= q_pos[:, None]) & (q_pos[:, None] <= expiry[..., None, :])
+    q, k = lax.broadcast_to_rank(q_pos[:, None], expiry.ndim + 1), lax.broadcast_to_rank(k_pos, expiry.ndim)
+    return (k[..., None, :] <= q) & (q <= expiry[..., None, :])
 
 
 @typed

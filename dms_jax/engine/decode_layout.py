@@ -48,7 +48,7 @@ class UnrolledDecoder:
     ) -> tuple[Float[Array, "B T D"], CompactCache]:
         """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
         config, policy = self.config, cache.policy
-        position = cache.seen[:, None] + jnp.arange(tokens.shape[1])
+        position = cache.seen[:, None] + jnp.arange(tokens.shape[1])[None]
         chunk = Chunk(position, count, threshold)
         frequency, channel = rope_frequencies(config), channel_scale(config)
         x, layers = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], []

@@ -160,7 +160,7 @@ def _loop_body(
             num_generated=state.num_generated + going,
             tokens=state.tokens.at[rows, column].set(token, mode="drop"),
             logprobs=state.logprobs.at[rows, column].set(token_logprobs(state.logits, token), mode="drop"),
-            stopped=state.stopped | (going & jnp.any(token[:, None] == stop_ids, axis=1)),
+            stopped=state.stopped | (going & jnp.any(token[:, None] == stop_ids[None], axis=1)),
             keys=state.keys,
             pairs_read=state.pairs_read + jnp.where(going, _pairs_read(cache), 0.0),
         )

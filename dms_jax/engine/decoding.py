@@ -227,7 +227,7 @@ def extend_rows(
     """
     hidden, cache = model.extend(cache, tokens, count, threshold)
     if last is None:
-        real = jnp.arange(tokens.shape[1]) < count[:, None]
+        real = jnp.arange(tokens.shape[1])[None] < count[:, None]
         return jnp.where(real[..., None], model.logits(hidden), 0.0), cache
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
     return jnp.where((count > 0)[:, None], model.logits(final), last), cache
@@ -245,7 +245,7 @@ def num_compilations() -> int:
 @jax.jit
 def _shift_rows(logits: Float[Array, "B T V"], first: Int[Array, "B"]) -> Float[Array, "B T V"]:
     """Move row b right by `first[b]` columns; the padding at its end wraps around to its start."""
-    source = (jnp.arange(logits.shape[1]) - first[:, None]) % logits.shape[1]
+    source = (jnp.arange(logits.shape[1])[None] - first[:, None]) % logits.shape[1]
     return jnp.take_along_axis(logits, source[..., None], axis=1)
 
 

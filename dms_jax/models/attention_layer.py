@@ -201,7 +201,7 @@ class AttentionLayer(nnx.Module):
             for rows, w in ((for_q, self.q), (for_kv, self.k), (for_kv, self.v))
         )
         if self.config.qkv_bias:
-            q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
+            q, k, v = q + self.q_bias[None, None], k + self.k_bias[None, None], v + self.v_bias[None, None]
         q = self._scale_borrowed(q, channel.before_norm)
         if self.config.qk_norm:
             q = rms_norm(q, self.q_norm[...], self.config.rms_norm_eps)
@@ -230,7 +230,9 @@ class AttentionLayer(nnx.Module):
             return self.evict_logits(x, q)
         with jax.named_scope("evict_head"):
             weights = reshard(self._evict_weights(), (None, None), (None, "kv_heads"))
-            raw = constrain(unit_rms(x, self.config.rms_norm_eps) @ weights, "batch", "sequence", None)
+            raw = constrain(
+                unit_rms(x, self.config.rms_norm_eps).astype(weights.dtype) @ weights, "batch", "sequence", None
+            )
             return self._scaled_logits(self._biased(raw))
 
     def _evict_weights(self) -> Float[Array, "D K"]:
@@ -238,7 +240,7 @@ class AttentionLayer(nnx.Module):
         return self.evict_norm[...][:, None] * self.evict_proj[...]
 
     def _biased(self, raw: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
-        return raw + self.evict_bias[...] if self.config.o_bias else raw
+        return raw + self.evict_bias[None, None] if self.config.o_bias else raw
 
     def _scaled_logits(self, raw: Float[Array, "B T K"]) -> Float[Array, "B K T"]:
         dms = self.config.require_dms()
@@ -258,15 +260,15 @@ class AttentionLayer(nnx.Module):
         """Project the heads back to the residual stream."""
         # One product over n*h: for an einsum over both axes, XLA would transpose, and so copy, the weights each time.
         out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
-        return out + self.o_bias[...] if self.config.o_bias else out
+        return out + self.o_bias[None, None] if self.config.o_bias else out
 
     def _scale_borrowed(self, q: Float[Array, "B T N H"], scale: float | Float[Array, ""]) -> Float[Array, "B T N H"]:
         """Multiply the borrowed channel, the last one of the first query head of each group."""
         if isinstance(scale, float) and scale == 1.0:
             return q
         first_of_group = jnp.arange(q.shape[2]) % self.config.group_size == 0
-        borrowed = first_of_group[:, None] & (jnp.arange(q.shape[3]) == q.shape[3] - 1)
-        return jnp.where(borrowed, (q * scale).astype(q.dtype), q)
+        borrowed = first_of_group[:, None] & (jnp.arange(q.shape[3])[None] == q.shape[3] - 1)
+        return jnp.where(borrowed[None, None], (q * scale).astype(q.dtype), q)
 
 
 @typed

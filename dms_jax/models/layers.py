@@ -61,7 +61,7 @@ def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
 @typed
 def rms_norm(x: Float[Array, "*A D"], weight: Float[Array, "D"], eps: float) -> Float[Array, "*A D"]:
     """Return x / rms(x) * weight, with statistics in fp32 and the result in the dtype of x."""
-    return (unit_rms(x, eps).astype(x.dtype) * weight).astype(x.dtype)
+    return (unit_rms(x, eps).astype(x.dtype) * jax.lax.broadcast_to_rank(weight, x.ndim)).astype(x.dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
@@ -122,8 +122,8 @@ class MLP(nnx.Module):
 
     def _gate_and_up(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T F"], Float[Array, "B T F"]]:
         gate, up = x @ self.gate[...], x @ self.up[...]
-        return (gate + self.gate_bias[...], up + self.up_bias[...]) if self.biased else (gate, up)
+        return (gate + self.gate_bias[None, None], up + self.up_bias[None, None]) if self.biased else (gate, up)
 
     def _down(self, gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T D"]:
         out = (jax.nn.silu(gate) * up) @ self.down[...]
-        return out + self.down_bias[...] if self.biased else out
+        return out + self.down_bias[None, None] if self.biased else out

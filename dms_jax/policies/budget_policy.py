@@ -135,7 +135,7 @@ class BudgetPolicy(CachePolicy):
         statistic = None if slots.statistic is None or first is None else both(slots.statistic, first)
         if (number := min(self.num_observed, length)) and statistic is not None:
             # The last queries of each row; a negative index is one that does not exist.
-            index = count[:, None] - number + jnp.arange(number)
+            index = count[:, None] - number + jnp.arange(number)[None]
             real, at = index >= 0, jnp.maximum(index, 0)
             last = jnp.take_along_axis(q, at[..., None, None], axis=1)
             weights = attention_weights(
@@ -162,7 +162,7 @@ def best(
         lowest = alive & (scores == jnp.min(jnp.where(alive, scores, jnp.inf), axis=-1, keepdims=True))
         worst = jnp.argmin(jnp.where(lowest, position, jnp.iinfo(jnp.int32).max), axis=-1)[..., None]
         too_many = jnp.sum(alive, axis=-1, keepdims=True) > budget
-        return alive & ~(too_many & (jnp.arange(alive.shape[-1]) == worst))
+        return alive & ~(too_many & (jnp.arange(alive.shape[-1])[None, None] == worst))
     order = jnp.lexsort((-jnp.where(alive, position, -1), -scores), axis=-1)  # best first, dead ones last
     rank = jnp.argsort(order, axis=-1)
     return alive & (rank < budget)

@@ -22,7 +22,7 @@ class KeyDiff(BudgetPolicy):
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
         keys = jnp.where(pairs.alive[..., None], pairs.k.astype(jnp.float32), 0.0)
         number = jnp.maximum(jnp.sum(pairs.alive, axis=-1), 1)[..., None]
-        anchor = jnp.sum(_unit(keys), axis=2) / number
+        anchor = jnp.sum(_unit(keys), axis=2) / number.astype(jnp.float32)
         return -jnp.einsum("bksh,bkh->bks", _unit(keys), _unit(anchor), precision=lax.Precision.HIGHEST)
 
 

@@ -51,7 +51,7 @@ class LearnedEviction(CachePolicy):
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
     ) -> Expiries:
-        real = (jnp.arange(position.shape[1]) < count[:, None])[:, None]
+        real = (jnp.arange(position.shape[1])[None] < count[:, None])[:, None]
         scores = jnp.where(real, eviction.share_heads(logits, self.dms.granularity), 0.0)
         evict = real & eviction.decide(logits, self.dms.granularity, threshold)
         # The pair before the chunk comes first: with shift 1, the chunk's first token decides about it.

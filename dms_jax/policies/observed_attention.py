@@ -36,4 +36,4 @@ class ObservedAttention(BudgetPolicy):
         return statistic + jnp.sum(jnp.where(real[:, None, :, None], weights, 0.0), axis=2)[..., None]
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        return pairs.memory[..., 0] / (pairs.age + 1)
+        return pairs.memory[..., 0] / (pairs.age + 1).astype(jnp.float32)

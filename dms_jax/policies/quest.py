@@ -63,8 +63,8 @@ class Quest(KeepAll):
         # minimum.
         product = lambda x, y: jnp.einsum("bktgh,bkph->bktgp", x, y, precision=lax.Precision.HIGHEST)
         bound = jnp.max(product(jnp.maximum(rows, 0), high) + product(jnp.minimum(rows, 0), low), axis=3)
-        filled = jnp.arange(pages) * self.page_size < position[:, :1, None]
-        own = jnp.arange(pages) == position[..., None] // self.page_size
+        filled = jnp.arange(pages)[None, None] * self.page_size < position[:, :1, None]
+        own = jnp.arange(pages)[None, None] == position[..., None] // self.page_size
         bound = jnp.where(own[:, None], jnp.inf, jnp.where(filled[:, None], bound, -jnp.inf))
         rank = jnp.argsort(jnp.argsort(-bound, axis=-1), axis=-1)
         chosen = jnp.repeat(rank < self.budget // self.page_size, self.page_size, axis=-1)

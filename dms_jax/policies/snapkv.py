@@ -53,7 +53,7 @@ class SnapKV(BudgetPolicy):
         size, number = self.observation_window, weights.shape[2]
         both = jnp.concatenate([statistic, weights.swapaxes(2, 3)], axis=-1)  # oldest first, padding in the middle
         new = jnp.sum(real, axis=-1)[:, None]
-        back = jnp.arange(size)[::-1]  # queries ago
+        back = jnp.arange(size)[None, ::-1]  # queries ago
         source = jnp.where(back < new, size + number - 1 - back, size - 1 - (back - new))
         return jnp.take_along_axis(both, source[:, None, None], axis=-1)
 

@@ -124,7 +124,9 @@ class RetrofitStep:
         compression = jnp.where(ramping, 0.0, compression)
 
         # What a cache would hold.
-        evicted = jnp.sum(evict * micro.loss_mask[:, None]) / (num_tokens * evict.shape[0] * evict.shape[2])
+        evicted = jnp.sum(evict * micro.loss_mask[None, :, None].astype(evict.dtype)) / (
+            num_tokens * evict.shape[0] * evict.shape[2]
+        )
         live = (
             jnp.mean(live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)) / c.accumulate
         )
@@ -177,7 +179,8 @@ class RetrofitStep:
         """One optimizer step: (new state, metrics)."""
         grads, metrics = self.gradients(state, frozen, batch)
         norm = optax.tree.norm(grads)
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of the step, an integer
+            updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step
         # A step that is not finite changes nothing: the run stops with its last good state.

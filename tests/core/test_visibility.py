@@ -62,6 +62,8 @@ def test_rule_equals_mask_and_slot_reuse(alpha, window, shift):
 
 def test_gate_acts_exactly_where_a_marked_pair_is_gone():
     position = jnp.arange(12)
-    gone = ~is_visible(position, position, expiry_of(jnp.ones(12, bool), position, 4)) & (position[:, None] >= position)
+    gone = ~is_visible(position, position, expiry_of(jnp.ones(12, bool), position, 4)) & (
+        position[:, None] >= position[None]
+    )
     np.testing.assert_array_equal(is_outside_window(position[:, None], position[None, :], 4), gone)
     assert int(expiry_of(jnp.zeros(1, bool), jnp.arange(1), 4)[0]) == NEVER

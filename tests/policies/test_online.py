@@ -48,7 +48,7 @@ SCHEDULES = {
 @functools.partial(jax.jit, static_argnames="policy")
 def extend(layer, q, k, v, seen, count, policy):
     """Do what an attention layer does with a chunk."""
-    position = seen[:, None] + np.arange(q.shape[1])
+    position = seen[:, None] + np.arange(q.shape[1])[None]
     expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, XLA_OPS)
 
