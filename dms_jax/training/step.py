@@ -179,8 +179,9 @@ class RetrofitStep:
         """One optimizer step: (new state, metrics)."""
         grads, metrics = self.gradients(state, frozen, batch)
         norm = optax.tree.norm(grads)
-        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to the power of the step, an integer
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with the step, an integer
             updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
+            learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step
         # A step that is not finite changes nothing: the run stops with its last good state.
@@ -189,7 +190,7 @@ class RetrofitStep:
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         metrics |= {
             "optim/grad_norm": norm,
-            "optim/learning_rate": jnp.asarray(self.rate(before), jnp.float32),
+            "optim/learning_rate": learning_rate,
             "cache/target_cr": self.nominal_target(before),
             "cache/nominal_cr": 1 / jnp.maximum(1 - metrics["cache/evict_fraction"], 1e-6),
             "cache/realised_cr": self.config.length / metrics["cache/live_tokens"],
