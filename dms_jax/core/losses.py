@@ -95,7 +95,9 @@ def compression_loss(
       "head" (each layer or head must reach the target by itself). counted: the tokens that enter the mean; None counts
       all. Leave out padding, and tokens that are not `decidable`.
     """
-    weight = jnp.ones((1, evict.shape[-1]), evict.dtype) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
+    weight = (
+        jnp.ones((1, evict.shape[-1]), evict.dtype) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
+    )
     per_head = (
         jnp.sum(evict * weight[None, :, None], axis=-1) / jnp.maximum(jnp.sum(weight, axis=-1), 1.0)[None, :, None]
     )  # [L B K]

@@ -45,7 +45,7 @@ def empty_part(rows: tuple[int, ...], head_dim: int) -> SoftmaxPart:
 def merge_parts(parts: SoftmaxPart) -> SoftmaxPart:
     """Merge parts that are stacked along the first axis [P ...]; some of them may be empty."""
     row_max = parts.row_max.max(0)
-    weight = jnp.exp(parts.row_max - row_max)
+    weight = jnp.exp(parts.row_max - row_max[None])
     return SoftmaxPart(row_max, (weight * parts.row_sum).sum(0), (weight[..., None] * parts.acc).sum(0))
 
 

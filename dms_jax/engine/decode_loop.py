@@ -157,7 +157,7 @@ def _loop_body(
             cache=cache,
             logits=logits,
             seen_tokens=None if state.seen_tokens is None else state.seen_tokens.at[rows, token].max(going),
-            num_generated=state.num_generated + going,
+            num_generated=state.num_generated + going.astype(jnp.int32),
             tokens=state.tokens.at[rows, column].set(token, mode="drop"),
             logprobs=state.logprobs.at[rows, column].set(token_logprobs(state.logits, token), mode="drop"),
             stopped=state.stopped | (going & jnp.any(token[:, None] == stop_ids[None], axis=1)),

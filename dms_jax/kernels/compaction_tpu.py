@@ -123,9 +123,9 @@ def _staircase(freed: Int[Array, "A C"], came: Int[Array, "A T"], block_s: int, 
     steps = jnp.where(until > since, block_with(until - 1) - first + 1, 0)
     end = jnp.cumsum(steps, axis=1, dtype=jnp.int32)
     count = end[:, -1]
-    step = jnp.clip(jnp.arange(until.shape[1] + came_by.shape[1] - 1, dtype=jnp.int32), 0, count[:, None] - 1)
+    step = jnp.clip(jnp.arange(until.shape[1] + came_by.shape[1] - 1, dtype=jnp.int32)[None], 0, count[:, None] - 1)
     slot_block = jnp.sum(end[:, None] <= step[..., None], axis=-1, dtype=jnp.int32)
-    mine = slot_block[..., None] == jnp.arange(until.shape[1])
+    mine = slot_block[..., None] == jnp.arange(until.shape[1])[None, None]
     pair_block = step + jnp.sum(jnp.where(mine, (first - (end - steps))[:, None], 0), axis=-1, dtype=jnp.int32)
     return slot_block, jnp.maximum(pair_block, 0), count
 

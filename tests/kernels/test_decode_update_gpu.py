@@ -64,7 +64,7 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     q, k, v = (jnp.asarray(rng.normal(size=(batch, n, head_dim)), dtype) for n in (heads * group, heads, heads))
     logit = jnp.asarray(rng.normal(size=(batch, heads)) if logit is None else logit, jnp.float32)
     frequency = 10.0 ** (-jnp.arange(head_dim // 2, dtype=jnp.float32))
-    angle = seen[:, None].astype(jnp.float32) * frequency
+    angle = seen[:, None].astype(jnp.float32) * frequency[None]
     policy = KeepAll() if shift is None else LearnedEviction(DMSConfig(window_size=window, decision_shift=shift))
 
     threshold = jnp.float32(threshold)
