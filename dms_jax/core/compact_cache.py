@@ -81,8 +81,7 @@ class HostBounds(NamedTuple):
 
 @dataclass(frozen=True)
 class CompactCache:
-    """The caches of all layers, and the tokens that each row has seen. An immutable pytree: updates return a new
-    one."""
+    """The caches of all layers, and the tokens that each row has seen. It is an immutable pytree."""
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
     seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
@@ -183,8 +182,7 @@ def write_pairs(
 
 
 def slots_of(keep: Bool[Array, "B K C"], new: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Return the slot that `write_pairs` writes each pair to; pairs that are not in `new` get C, which is past the
-    end."""
+    """Return the slot that `write_pairs` writes each pair to; C, past the last slot, for a pair not in `new`."""
     capacity, length = keep.shape[-1], new.shape[-1]
     free = _lowest(~keep, min(length, capacity))
     rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, free.shape[-1] - 1)

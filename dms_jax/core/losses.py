@@ -149,8 +149,7 @@ def distill_sum(
 
 
 def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
-    """Return `distill_sum` and its gradients for `student` and `student_embedding`; a gradient not asked for is
-    None."""
+    """Return `distill_sum` and its gradients for `student` and `student_embedding`, each None unless asked for."""
     # Each device's part of a row becomes a separate row, and the embeddings are gathered once.
     rows = len(student)
     student, teacher, weight = (fold_length(x) for x in (student, teacher, weight))

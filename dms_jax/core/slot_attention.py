@@ -80,8 +80,7 @@ def unfold_queries(rows: Float[Array, "B K R H"], length: int) -> Float[Array, "
 
 
 def slots_in_use(slots: LayerCache, position: Int[Array, "B T"]) -> Int[Array, "B K"]:
-    """Return 1 + the highest slot that a query at or after the first `position` may see; 0 for a head without such
-    slots."""
+    """Return 1 + the highest slot that a query at or after the first `position` may see; 0 if no slot is visible."""
     return jnp.max(
         jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1
     )

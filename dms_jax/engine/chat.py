@@ -116,8 +116,7 @@ def _run_command(conversation: Conversation, line: str) -> None:
 
 @contextmanager
 def ctrl_c_asks_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C set a flag, which the yielded function returns, and the second one interrupt the
-    program."""
+    """Make the first Ctrl-C set a flag, which the yielded function returns; the second one interrupts the program."""
     pressed = []
 
     def remember(*_):

@@ -169,8 +169,7 @@ def write_pairs(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> LayerCache:
-    """Write the pairs of `new` into the lowest slots that are not in `keep`, as `core.compact_cache.write_pairs`
-    does."""
+    """Write the pairs in `new` into the lowest slots that are not in `keep`: `core.compact_cache.write_pairs`."""
     query = KernelQuery(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity)
     name, blocks = select_implementation("compaction", query, implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # a single pair is not worth a kernel
@@ -200,12 +199,12 @@ def decode_update(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
-    """Update the cache in a decode step: rotate the queries, decide about eviction, and write one pair per row into the
-    lowest free slot.
+    """Update the cache in a decode step: rotate, decide about eviction, and write one pair per row and KV head.
 
-    `q`, `k` and `v` are before RoPE, and `logit` is the decision score of the new token. If it exceeds `threshold`, the
-    token marks pair seen - 1 (`decision_shift` 1) or its own pair (`decision_shift` 0) for eviction. If
-    `decision_shift` is None, no pair is ever marked. A row of `count` 0 has no new token, and its cache is unchanged.
+    The pair goes into the lowest free slot. `q`, `k` and `v` are before RoPE, and `logit` is the decision score of the
+    new token. If it exceeds `threshold`, the token marks pair seen - 1 (`decision_shift` 1) or its own pair
+    (`decision_shift` 0) for eviction. If `decision_shift` is None, no pair is ever marked. A row of `count` 0 has no
+    new token, and its cache is unchanged.
 
     Return the rotated queries and the updated cache.
     """

@@ -17,8 +17,7 @@ class TrainBlocks(NamedTuple):
 
 
 class SlotBlocks(NamedTuple):
-    """Attention over slots: query rows and keys per block, and the number of parts that a head's slots are split
-    into."""
+    """Attention over slots: query rows and keys per block, and the number of parts of a head's slots."""
 
     rows: int
     keys: int

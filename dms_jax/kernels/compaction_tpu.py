@@ -36,8 +36,7 @@ def write_pairs(
     blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> Pairs:
-    """Do `core.compact_cache.write_pairs` on the slots of a layer; keys and values in place if the caller donates
-    them."""
+    """Do `core.compact_cache.write_pairs` on the slots of a layer; donated keys and values are updated in place."""
     b, heads, capacity, h = slots.k.shape
     length = pairs.k.shape[2]
     block_s, block_t = min(blocks.slots, capacity), min(blocks.pairs, length)
@@ -114,11 +113,10 @@ def write_pairs(
 
 
 def _staircase(num_free: Int[Array, "A C"], num_new: Int[Array, "A T"], block_s: int, block_t: int):
-    """Return the blocks of slots [A N] and of pairs [A N] that meet in each step, and the number of steps of each head
-    [A].
+    """Return the blocks of slots [A N] and of pairs [A N] that meet in each step, and the number of steps per head [A].
 
-    `num_free` and `num_new` are inclusive running counts of free slots and of new pairs. Entries after the last step
-    repeat it.
+    `num_free` and `num_new` are inclusive running counts of free slots and of new pairs. Entries
+    after the last step repeat it.
     """
     ends = lambda x, size: jnp.concatenate([x[:, size - 1 : x.shape[1] - 1 : size], x[:, -1:]], axis=1)
     new_until = ends(num_new, block_t)  # [A pair blocks]

@@ -215,8 +215,7 @@ def update(plan: Plan, refs: Refs) -> None:
 
 
 def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_score: bool = False) -> Any:
-    """Fold `fold(carry, index, position, expiry, score)` over the slots, tile by tile, with the pending decision
-    applied.
+    """Fold `fold(carry, index, position, expiry, score)` over the slots, after the pending decision, tile by tile.
 
     The last tile may overlap the one before it. If a tile is larger than all slots together, its entries beyond the
     slots have an `index` of `capacity` or more and arbitrary other values.

@@ -135,8 +135,7 @@ def _lowest(slots):
 
 
 def _victim(position, score, seen, window_size):
-    """Do `compact_cache.victim` for full heads. The new pair is never the victim: it is in the window, and the
-    youngest."""
+    """Do `compact_cache.victim` for full heads. The new pair, the youngest one, is never the victim."""
     outside = seen > position + window_size
     worst = jnp.max(jnp.where(outside, score, -jnp.inf), axis=2, keepdims=True)
     some = jnp.max(jnp.where(outside, 1.0, 0.0), axis=2, keepdims=True) > 0
@@ -154,8 +153,7 @@ class Plan(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """Blocks of a step in VMEM, whole arrays in HBM, and scratch memory. "rows" are batch rows, "heads" are KV
-    heads."""
+    """Blocks of a step in VMEM, arrays in HBM, and scratch memory. "rows" are batch rows, "heads" are KV heads."""
 
     numbers: Any  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, whether it marks
     cos: Any  # [rows, 1, H/2]

@@ -61,8 +61,7 @@ def _gpu_refuses(query: KernelQuery, device_kind: str) -> str | None:
 
 
 def _cuda_version() -> int | None:
-    """Return the CUDA version, 12090 for all of CUDA 12.9; None if the program does not run on a GPU of this
-    process."""
+    """Return the CUDA version, 12090 for all of CUDA 12.9; None if this process has no GPU."""
     if jax.default_backend() != "gpu":
         return None
     try:

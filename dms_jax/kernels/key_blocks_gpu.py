@@ -1,5 +1,4 @@
-"""The loop over blocks of keys on a Hopper GPU: which blocks a block of queries needs, in which order, and their
-copies.
+"""The loop over blocks of keys on a Hopper GPU: which blocks a block of queries needs, and in which order.
 
 The forward pass and the gradient of the queries share it. Two warpgroups compute, each with half of a block of queries,
 and a third one copies. All three take the same number of steps, because each of them must arrive at every barrier.

@@ -74,8 +74,7 @@ class Ops:
         return plgpu.load(ref, layout=layout, optimized=optimized)  # pyrefly: ignore[missing-argument]  # jax 0.10
 
     def matrix(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Shared memory for matrices [.. rows, columns], tiled and swizzled for the tensor cores and against bank
-        conflicts."""
+        """Return shared memory for matrices [.. rows, columns], tiled and swizzled for the tensor cores."""
         if self.interpret:
             return plgpu.SMEM(shape, dtype)
         size = jnp.dtype(dtype).itemsize
@@ -117,8 +116,7 @@ class Ops:
         shape: tuple[int, int],
         meanwhile: Callable[[], None] | None = None,
     ) -> list[Array]:
-        """Return several products (a, b, transpose_a, transpose_b) of one shape. All start before the wait for the
-        first."""
+        """Return several products (a, b, transpose_a, transpose_b) of one shape, which run concurrently."""
         meanwhile = meanwhile or (lambda: None)
         if self.interpret:
             meanwhile()
@@ -137,7 +135,7 @@ class Ops:
         return self.add_dots([total], [(a, b, transpose_a, transpose_b)])[0]
 
     def add_dots(self, totals: Sequence[Array], products: Sequence[tuple[Any, Any, bool, bool]]) -> list[Array]:
-        """Do several `add_dot`s. All start before the wait for the first."""
+        """Do several `add_dot`s, which run concurrently."""
         if self.interpret:
             return [total + self._product(*product) for total, product in zip(totals, products, strict=True)]
 
@@ -185,8 +183,7 @@ def update_in_place(
     scratch: dict[str, Any],
     interpret: bool = False,
 ) -> list[Array]:
-    """Run `kernel(*updated, *inputs, *outputs, **scratch)` on references. Return `updated`, which it may write to, and
-    the outputs.
+    """Run `kernel(*updated, *inputs, *outputs, **scratch)` on references, and return `updated` and the outputs.
 
     Inside a jitted function whose caller donates `updated`, it is not copied. The kernel has one warpgroup.
     (`plgpu.kernel` could do this, but its vmap rule rejects references in jax 0.10.)
@@ -207,8 +204,7 @@ def copy_blocks(
     parts: Sequence[tuple[Any, Callable[..., None]]],
     block_of: Callable[[Array], Any] = lambda n: n,
 ) -> None:
-    """Run the loop of a copying warpgroup over `total` blocks, with `steps` buffers, and wait until all buffers are
-    free.
+    """Run the loop of a copying warpgroup over `total` blocks, with `steps` buffers, until all buffers are free again.
 
     Each of `parts` is a barrier per buffer, at which the computing warpgroups arrive when they no longer need the
     buffer, and a function copy(block, buffer). Step n copies block `block_of(n)`.

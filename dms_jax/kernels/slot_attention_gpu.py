@@ -349,8 +349,10 @@ def _attend_to_block(plan: Plan, refs: Refs, queries: Queries, thread: Array, i:
 
 
 def _softmax_step(plan: Plan, rows, k, v, q_position, k_position, expiry, all_visible, carry) -> tuple:
-    """Add a block of keys and values, in shared memory, to the online softmax `carry` of the rows. Scores are kept
-    unscaled."""
+    """Add a block of keys and values, in shared memory, to the online softmax `carry` of the rows.
+
+    Maxima in `carry` are those of unscaled scores.
+    """
     ops, wide = plan.ops, lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])
     to_exponent = plan.head_dim**-0.5 * math.log2(math.e)  # the hardware has exp2
     row_max, row_sum, acc = carry

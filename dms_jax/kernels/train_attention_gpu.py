@@ -204,10 +204,9 @@ def attend(
     blocks: TrainBlocks,
     interpret: bool = False,
 ) -> Float[Array, "B K G T H"]:
-    """Compute attention in the layout of `core.chunked_attention.with_heads_folded`, differentiable in q, k, v and
-    log_keep.
+    """Compute attention in the layout of `core.chunked_attention.with_heads_folded`.
 
-    T must be a multiple of both block sizes.
+    It is differentiable in q, k, v and log_keep. T must be a multiple of both block sizes.
     """
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)

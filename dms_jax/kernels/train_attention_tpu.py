@@ -114,8 +114,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of_arrays(cls, plan, q, k, v, log_keep, segments, d_out=None, row_numbers=(None, None)):
-        """Make the inputs. Rows of numbers get a second-to-last axis of length 1, so that they can be cut into
-        blocks."""
+        """Make the inputs. Rows of numbers get a second-to-last axis of length 1, so they can be cut into blocks."""
         row = None if segments is None else segments[:, None]
         logsumexp, delta = (None if x is None else x[..., None, :] for x in row_numbers)
         alive = _next_alive(log_keep, plan)
@@ -162,8 +161,7 @@ def _spread(column, width):
 
 
 def _block_scores(plan, i, j, place, query_axis, held, other, keep, held_segment, other_segment):
-    """Return the gated and masked scores [n m] of `held` [n H] and `other` [m H], and q_pos - k_pos if the block is
-    MIXED.
+    """Return the gated and masked scores [n m] of `held` [n H] and `other` [m H], and q_pos - k_pos of a MIXED block.
 
     Scores are exponents of 2. The gate `keep` broadcasts against [n m]. `held_segment` is a reference to a column, and
     `other_segment` is a reference to a row.

@@ -161,8 +161,7 @@ class AttentionLayer(nnx.Module):
         channel: ChannelScale,
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Attend from a chunk of tokens to the cache and to the chunk itself. Return the output and the updated
-        cache."""
+        """Attend from a chunk to the cache and to the chunk itself. Return the output and the updated cache."""
         ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
         q, k, v = self.project(normed, channel)
         logits = self.evict_logits(x, q)
@@ -192,8 +191,7 @@ class AttentionLayer(nnx.Module):
     def project_for_training(
         self, normed: Float[Array, "B T D"], channel: ChannelScale
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Return `project(normed, channel)`; `normed` is sharded along T and is gathered for each device's own
-        heads."""
+        """Return `project(normed, channel)` for `normed` sharded along T, gathered for each device's own heads."""
         for_q = gather_for_matmul(normed, "q_heads", self.q[...].shape[1])
         for_kv = gather_for_matmul(normed, "kv_heads", self.k[...].shape[1])
         return self._project(for_q, for_kv, channel)

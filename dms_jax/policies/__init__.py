@@ -68,10 +68,10 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
 
 
 def describe(policy: CachePolicy) -> dict:
-    """Return plain values from which `restored` makes the policy again. The `DMSConfig` of a learned policy is left
-    out.
+    """Return plain values from which `restored` makes the policy again.
 
-    Raises ConfigError for a policy that is not in `POLICIES`.
+    They do not include the `DMSConfig` of a learned policy, which `restored` takes from the model. Raises ConfigError
+    for a policy that is not in `POLICIES`.
     """
     if isinstance(policy, PromptCompression):
         return {"name": PROMPT, "method": describe(policy.method)}

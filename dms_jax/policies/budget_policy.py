@@ -50,8 +50,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class BudgetPolicy(CachePolicy):
-    """Base of the methods. A subclass defines `keep_scores`, and `num_observed` and `observe` if it ranks by
-    attention."""
+    """Base of the methods. A subclass defines `keep_scores`, or also `num_observed` and `observe`."""
 
     has_budget: ClassVar[bool] = True
     ranks_pairs: ClassVar[bool] = True

@@ -1,5 +1,7 @@
-"""Keep the pairs that the last queries attend to, smoothed over neighboring pairs. Li et al., "SnapKV",
-arXiv:2404.14469."""
+"""Keep the pairs that the last queries attend to, smoothed over neighboring pairs.
+
+Source: Li et al., "SnapKV", arXiv:2404.14469.
+"""
 
 from dataclasses import dataclass
 

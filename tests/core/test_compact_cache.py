@@ -1,5 +1,4 @@
-"""The compact cache against the NumPy oracle of visibility: attention, live slots, and which pairs leave a full
-buffer."""
+"""The compact cache against the NumPy oracle of visibility: attention, live slots, and overflow."""
 
 import dataclasses
 from functools import partial
@@ -26,7 +25,7 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 
 @partial(jax.jit, static_argnames=("policy", "block"))
 def extend(layer, q, k, v, logits, seen, count, policy, block=5):
-    """Extend a layer by a chunk, as an attention layer does. A block of 5 divides neither the capacity nor a chunk of 6."""
+    """Extend a layer by a chunk, as an attention layer does; 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
     expiries = policy.mark(logits, position, count, 0.0)
     ops = XLA_OPS._replace(attend=partial(slot_attention, block=block))
@@ -126,8 +125,7 @@ def test_victim_has_the_highest_score_outside_the_window(rng):
 
 
 def test_overflowing_head_loses_pairs_one_by_one_and_its_neighbor_none(rng):
-    """Check against a list of live pairs, token by token and in chunks. Head 0 marks no pair, head 1 marks every
-    pair."""
+    """Compare with a list of live pairs, token by token and in chunks. Head 0 marks no pair, head 1 every pair."""
     window, capacity, length = 3, 6, 40
     policy = LearnedEviction(DMSConfig(window_size=window))
     logits = -1 - rng.random((1, 2, length)).astype(np.float32)

@@ -1,5 +1,4 @@
-"""The project's central test: mask path = one-shot prefill = prefill in chunks = decoding = any interleaving of
-them."""
+"""The project's central test: the mask path equals any interleaving of prefill, prefill in chunks and decoding."""
 
 import dataclasses
 import functools
@@ -81,8 +80,7 @@ poisoned_jit = jax.jit(poisoned)
 
 
 def padded_chunk(rng, ids, seen, count):
-    """Return rows of a chunk, padded left, right or, with a mask, on both sides. Padding holds ids that no vocabulary
-    has."""
+    """Return rows of a chunk, padded left, right or, with a mask, on both sides; the id of padding is invalid."""
     width = max(int(count.max()) + int(rng.integers(0, 3)), 1)
     style = rng.choice(["right", "left", "mask"])
     offset = {"right": np.zeros(ROWS, int), "left": width - count, "mask": rng.integers(0, width - count + 1)}[style]
@@ -202,8 +200,7 @@ def test_prefill_and_decode_match_the_golden_vectors(name, chunk_size):
         logits, cache = dms_jax.decode_step(model, cache, ids[:, GOLDEN_PROMPT + step])
         np.testing.assert_allclose(logits, want["decode_logits"][:, step], atol=1e-4)
         np.testing.assert_array_equal(np.asarray(cache.live_counts).reshape(lengths.shape), lengths)
-    # The reference inverts a mean in fp32, so its last bit is not ours: the same ratio of whole numbers is what is
-    # compared.
+    # The reference inverts a mean in fp32, so its last bit differs. Compare the exact ratio first.
     assert dms_jax.compression_ratio(cache) == ids.shape[1] / want["decode_cache_lengths"][-1].mean(dtype=np.float64)
     np.testing.assert_allclose(dms_jax.compression_ratio(cache), want["final_cr"][0], rtol=2e-7)
 
@@ -278,11 +275,10 @@ def test_programs_are_reused_for_any_length_and_threshold(rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dms", "tova:40"])
 def test_memory_and_programs_stay_constant_over_ten_thousand_steps(rng, kind):
-    """Generate a thousand tokens ten times; the number and bytes of live arrays, and of programs, must stay constant."""
+    """Generate a thousand tokens ten times; live arrays, their bytes and compiled programs must not increase."""
     model = tiny_model(policy(8), 3, num_layers=2, max_position_embeddings=20_000)
     config = dms_jax.GenerationConfig(max_new_tokens=1000, stop_ids=(), temperature=1.0)
-    # Random decisions keep about half of all pairs for good, so the buffer is full after 500 steps and the rest are
-    # forced out.
+    # Random decisions keep about half of all pairs, so the buffer is full after 500 steps; then pairs are forced out.
     cache = dms_jax.init_cache(model, 1, 256, policy=kind)
     sizes = []
     for turn in range(10):

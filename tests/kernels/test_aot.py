@@ -1,5 +1,4 @@
-"""The compile gate: compile every kernel, and the retrofit, decode and prefill steps, for hardware that is not
-attached.
+"""The compile gate: compile every kernel and the retrofit, decode and prefill steps for hardware that is absent.
 
 Tests are skipped without the compiler plugins: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for
 GPUs (about 5 GB).

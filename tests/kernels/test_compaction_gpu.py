@@ -1,5 +1,4 @@
-"""The Hopper compaction kernel, in interpret mode, against `core.compact_cache.write_pairs`: all slots are bitwise
-equal."""
+"""The Hopper compaction kernel, in interpret mode, equals `core.compact_cache.write_pairs` bitwise."""
 
 from functools import partial
 
@@ -27,8 +26,7 @@ def arrays(rng, shape, head_dim, dtype):
 
 
 def check(seed, batch, heads, capacity, length, keep_share, new_share, pairs, dtype=jnp.float32, head_dim=8):
-    """Compare one call. `keep_share` and `new_share` are the fractions of kept slots and of new pairs, for each
-    head."""
+    """Compare one call with core, given the fractions of kept slots and of new pairs of each head."""
     rng = np.random.default_rng(seed)
     old, new = (
         arrays(rng, (batch, heads, size), head_dim, t) for size, t in ((capacity, dtype), (length, jnp.float32))

@@ -1,5 +1,4 @@
-"""The TPU compaction kernel, in interpret mode, against `core.compact_cache.write_pairs`: all slots are bitwise
-equal."""
+"""The TPU compaction kernel, in interpret mode, equals `core.compact_cache.write_pairs` bitwise."""
 
 import jax
 import jax.numpy as jnp
@@ -76,8 +75,7 @@ def test_small_types_with_slots_in_lanes_equal_core():
 
 
 def test_staircase_steps_are_the_blocks_that_meet(rng):
-    """A block of slots that receives pairs meets all blocks of pairs from its first pair to its last; others meet
-    none."""
+    """A block of slots meets the blocks of pairs that it receives pairs from, and those in between."""
     keep, new = rng.random((20, 64)) < np.linspace(0, 1, 20)[:, None], rng.random((20, 24)) < rng.random((20, 1))
     new &= np.cumsum(new, -1) <= (~keep).sum(-1, keepdims=True)
     slot_block, pair_block, count = _staircase(

@@ -1,5 +1,4 @@
-"""The fused decode update for Hopper, in interpret mode, against RoPE, a policy's `mark`, `apply_pending` and
-`append`."""
+"""The fused decode update for Hopper, in interpret mode, against `core.rotary` and `core.compact_cache`."""
 
 from dataclasses import replace
 from functools import partial
@@ -160,8 +159,7 @@ def test_row_without_a_token_stays_and_empty_row_starts():
 
 
 def test_slots_in_overlapping_tiles_equal_core():
-    """Use 130 slots, 65 rows of 2. The only free slot and the pending one are in the last row, then in the first
-    row."""
+    """Use 130 slots, 65 rows of 2, with the free and the pending slot in the last row, then in the first one."""
     seen = [300]
     layer = random_layer(np.random.default_rng(4), 1, 130, seen, 4, 1.0, marked=0.0)
     for free, pending in ((129, 128), (0, 1)):

@@ -33,8 +33,7 @@ NO_BLOCKS = SlotBlocks(0, 0)  # ignored by a kernel without block sizes
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Run the kernels of an implementation on the CPU. The result of a call is the set of kernels that have run
-    since."""
+    """Run the kernels of an implementation on the CPU, and return the set that records which of them have run."""
     ran = set()
 
     def use(implementation):

@@ -23,8 +23,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.float32, live: float = 0.7) -> LayerCache:
-    """Draw pairs at random positions up to the last query. The number of written slots differs by head; one has
-    none."""
+    """Draw pairs at random positions up to the last query, in a different number of slots for each head."""
     written = np.arange(capacity) < rng.integers(0, capacity + 1, (B, K))[..., None]
     written[0, 0], written[-1, -1] = True, False
     position = np.where(written, rng.integers(0, now + length, (B, K, capacity)), EMPTY).astype(np.int32)

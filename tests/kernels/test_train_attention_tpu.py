@@ -1,5 +1,4 @@
-"""The TPU kernels of training attention, in interpret mode, against the portable path: value, gradients, needed
-blocks."""
+"""The TPU kernels of training attention, in interpret mode, against the portable path."""
 
 from functools import cache
 from typing import NamedTuple

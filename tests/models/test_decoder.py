@@ -29,8 +29,7 @@ def zeros(model, batch, length):
 
 @pytest.mark.parametrize("dms", POLICIES, ids=str)
 def test_hard_path_is_attention_under_the_oracles_mask(rng, dms, monkeypatch):
-    """Replace every attention call of the hard path by dense attention under the oracle's mask, and expect the same
-    logits."""
+    """Replace each attention call of the hard path by dense attention under the oracle's mask."""
     model, ids = tiny_model(dms, 3), tokens(rng, 2, 30)
     logits, evict = model.hard(ids)
     decisions, calls = np.asarray(evict), iter(range(TINY.num_layers))
@@ -116,8 +115,7 @@ def test_rematerialization_changes_no_gradient(rng):
 
 
 def test_gradient_reaches_only_decisions_that_matter(rng):
-    """The gradient of token t's logit is 0 for token 0 and for the last window_size + 1 - shift tokens (invariant
-    7)."""
+    """The gradient of a token's logit is 0 for token 0 and for the last window_size + 1 - decision_shift tokens."""
     window, length = 4, 20
     model, ids = tiny_model(DMSConfig(window_size=window, evict_logit_bias=0.0, tau=1.0), 3), tokens(rng, 1, length)
 

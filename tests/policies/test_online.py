@@ -1,5 +1,4 @@
-"""Policies online, chunk by chunk and token by token, against a simulation with lists of pairs; their names and
-flags."""
+"""Policies online, chunk by chunk and token by token, against a simulation; their names and flags."""
 
 import functools
 import itertools
@@ -62,8 +61,7 @@ def softmax(x):
 def simulate(name, q, k, row, held, new):
     """Return the pairs that each head of a row holds after the tokens `new`.
 
-    `held` is one dict per head, from the position of a pair to the attention that it got from each query since it was
-    added.
+    `held` is one dict per head. It maps a pair's position to the attention that the pair got from each query so far.
     """
     for h in range(K):
         for t in new:
