@@ -137,7 +137,7 @@ class BudgetPolicy(CachePolicy):
         first = self.first_statistic(k)
         statistic = None if slots.statistic is None or first is None else both(slots.statistic, first)
         if (number := min(self.num_observed, length)) and statistic is not None:
-            # The last queries of each row. A negative index means that the row has fewer queries.
+            # The last queries of each row; a negative index is one that does not exist.
             index = count[:, None] - number + jnp.arange(number)
             real, at = index >= 0, jnp.maximum(index, 0)
             last = jnp.take_along_axis(q, at[..., None, None], axis=1)

@@ -53,8 +53,8 @@ class Quest(KeepAll):
     ) -> Bool[Array, "B K T C"] | None:
         if q.shape[1] > self.page_size:
             return None
-        filled = slots.position < position[:, :1, None]
-        page_of = jnp.where(filled, slots.position // self.page_size, -1)  # -1: an empty slot
+        occupied = slots.position < position[:, :1, None]
+        page_of = jnp.where(occupied, slots.position // self.page_size, -1)  # -1: an empty slot
         pages = -(-slots.capacity // self.page_size)  # no pair leaves, so the slot of a pair is its position
         pad = pages * self.page_size - slots.capacity
         low, high = (self._bound(slots.k, page_of >= 0, pad, extreme) for extreme in (jnp.min, jnp.max))
@@ -64,19 +64,19 @@ class Quest(KeepAll):
         # minimum.
         product = lambda x, y: jnp.einsum("bktgh,bkph->bktgp", x, y, precision=lax.Precision.HIGHEST)
         bound = jnp.max(product(jnp.maximum(rows, 0), high) + product(jnp.minimum(rows, 0), low), axis=3)
-        begun = jnp.arange(pages) * self.page_size < position[:, :1, None]
+        filled = jnp.arange(pages) * self.page_size < position[:, :1, None]
         own = jnp.arange(pages) == position[..., None] // self.page_size
-        bound = jnp.where(own[:, None], jnp.inf, jnp.where(begun[:, None], bound, -jnp.inf))
+        bound = jnp.where(own[:, None], jnp.inf, jnp.where(filled[:, None], bound, -jnp.inf))
         rank = jnp.argsort(jnp.argsort(-bound, axis=-1), axis=-1)
         selected = jnp.repeat(rank < self.budget // self.page_size, self.page_size, axis=-1)
         return selected[..., : slots.capacity] & (page_of >= 0)[:, :, None]
 
     def _bound(
-        self, k: Float[Array, "B K C H"], filled: Bool[Array, "B K C"], pad: int, extreme
+        self, k: Float[Array, "B K C H"], occupied: Bool[Array, "B K C"], pad: int, extreme
     ) -> Float[Array, "B K P H"]:
         """Return the smallest or largest value (`extreme`) of each channel in each page; 0 for an empty page."""
         fill = jnp.inf if extreme is jnp.min else -jnp.inf
-        keys = jnp.where(filled[..., None], k.astype(jnp.float32), fill)
+        keys = jnp.where(occupied[..., None], k.astype(jnp.float32), fill)
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=fill)
         bound = extreme(keys.reshape(*k.shape[:2], -1, self.page_size, k.shape[3]), axis=3)
         return jnp.where(jnp.abs(bound) == jnp.inf, 0.0, bound)

@@ -25,7 +25,7 @@ WINDOWS = [0, 1, 4, T - 1, T, 60]
 
 @partial(jax.jit, static_argnames=("policy", "block"))
 def extend(layer, q, k, v, logits, seen, count, policy, block=5):
-    """Extend a layer by a chunk, as an attention layer does; 5 divides neither the capacity nor a chunk of 6."""
+    """Do what an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
     expiries = policy.mark(logits, position, count, 0.0)
     ops = XLA_OPS._replace(attend=partial(slot_attention, block=block))

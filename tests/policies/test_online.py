@@ -47,7 +47,7 @@ SCHEDULES = {
 
 @functools.partial(jax.jit, static_argnames="policy")
 def extend(layer, q, k, v, seen, count, policy):
-    """Extend a layer by a chunk, as an attention layer does."""
+    """Do what an attention layer does with a chunk."""
     position = seen[:, None] + np.arange(q.shape[1])
     expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, XLA_OPS)
