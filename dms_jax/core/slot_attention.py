@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending, write_pairs
+from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending
 from dms_jax.core.visibility import MASKED, is_visible
 from dms_jax.platform_defaults import platform_defaults
 
@@ -189,9 +189,6 @@ def slot_attention(
     used = jnp.max(slots_in_use(slots, position))
     carry = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
     return unfold_queries(carry.normalized().astype(q.dtype), t)
-
-
-XLA_OPS = CacheOps(slot_attention, write_pairs)
 
 
 @typed

@@ -22,13 +22,13 @@ class GenerationConfig:
     top_p: Annotated[
         float,
         Range(0, 1, exclusive_min=True),
-        "sample among the likeliest tokens that have this probability together; 1: off",
+        "sample among the likeliest tokens that together have this probability; 1: off",
     ] = 1.0
     min_p: Annotated[
         float, Range(0, 1, exclusive_max=True), "drop tokens less likely than this times the likeliest; 0: off"
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Above(0), "make tokens that the prompt or the answer already has less likely; 1: off"
+        float, Above(0), "make the tokens of the prompt and the answer so far less likely; 1: off"
     ] = 1.0
     stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): no stop ids
     stop_strings: tuple[str, ...] = ()  # need a tokenizer

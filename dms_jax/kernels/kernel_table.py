@@ -74,6 +74,12 @@ def load(function: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+ATTEND_SLOTS_TPU = PallasKernel(
+    "dms_jax.kernels.slot_attention_tpu:attend_slots",
+    SlotBlocks(512, 1024),
+    halved_in_fp32=("rows", "keys"),
+    alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
+)
 # GPU: four blocks of 16 KiB of bf16 keys, and as many of values, are in flight. TPU: blocks fill about 10 MiB of VMEM.
 # `parts` is not tuned, because the best number depends on how many rows and heads there are.
 KERNELS = {
@@ -102,12 +108,7 @@ KERNELS = {
             per_head_dim=("keys",),
             alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 4, 6)},),
         ),
-        tpu=PallasKernel(
-            "dms_jax.kernels.slot_attention_tpu:attend_slots",
-            SlotBlocks(512, 1024),
-            halved_in_fp32=("rows", "keys"),
-            alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
-        ),
+        tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
     "chunk_attention": Kernel(
@@ -119,16 +120,11 @@ KERNELS = {
             per_head_dim=("keys",),
             alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 3)},),
         ),
-        tpu=PallasKernel(
-            "dms_jax.kernels.slot_attention_tpu:attend_slots",
-            SlotBlocks(512, 1024),
-            halved_in_fp32=("rows", "keys"),
-            alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
-        ),
+        tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
     "compaction": Kernel(
-        "surviving pairs of a prefill chunk into free slots",
+        "the write of the live pairs of a prefill chunk into free slots",
         xla="dms_jax.core.compact_cache:write_pairs",
         gpu=PallasKernel(
             "dms_jax.kernels.compaction_gpu:write_pairs", PlaceBlocks(32), alternatives=({"pairs": (64, 128)},)

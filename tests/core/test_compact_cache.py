@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dms_jax.config import DMSConfig
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, Expiries, LayerCache, empty_layer
-from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer, slot_attention
+from dms_jax.core.slot_attention import CacheOps, Chunk, extend_layer, slot_attention
 from dms_jax.errors import ConfigError
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
@@ -28,7 +28,7 @@ def extend(layer, q, k, v, logits, seen, count, policy, block=5):
     """Do what an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])
     expiries = policy.mark(logits, position, count, 0.0)
-    ops = XLA_OPS._replace(attend=partial(slot_attention, block=block))
+    ops = CacheOps(partial(slot_attention, block=block), compact_cache.write_pairs)
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 

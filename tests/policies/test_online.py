@@ -10,7 +10,7 @@ from cases import tiny_model, tokens
 
 import dms_jax
 from dms_jax.core import compact_cache
-from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer
+from dms_jax.core.slot_attention import CacheOps, Chunk, extend_layer, slot_attention
 from dms_jax.engine import decoding
 from dms_jax.policies import (
     H2O,
@@ -50,7 +50,8 @@ def extend(layer, q, k, v, seen, count, policy):
     """Do what an attention layer does with a chunk."""
     position = seen[:, None] + np.arange(q.shape[1])
     expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
-    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, XLA_OPS)
+    ops = CacheOps(slot_attention, compact_cache.write_pairs)
+    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
 def softmax(x):
