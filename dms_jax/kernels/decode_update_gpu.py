@@ -23,19 +23,19 @@ from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.mosaic_gpu import ROW, ROWS, Ops, bind, update_in_place
 from dms_jax.kernels.operands import Pairs, Token
 
-LANES = 64  # the numbers of a head's slots form a matrix with rows of this length, in tiles of as many rows
+ROW_LENGTH = 64  # the numbers of a head's slots form a matrix with rows of this length, in tiles of as many rows
 BUFFERS = 2  # tiles in flight
 LOWEST = float(np.finfo(np.float32).min)  # below any score
 
 
 class Plan(NamedTuple):
-    """Static facts of a call. The numbers of a head's slots are [slot_rows, lanes]."""
+    """Static facts of a call. The numbers of a head's slots are [slot_rows, row_length]."""
 
     ops: Ops
     group: int  # query heads per KV head
     head_dim: int
     capacity: int
-    lanes: int
+    row_length: int
     dtype: Any  # of the token
     k_dtype: Any  # of the cache
     v_dtype: Any
@@ -44,12 +44,12 @@ class Plan(NamedTuple):
 
     @property
     def slot_rows(self) -> int:
-        return self.capacity // self.lanes
+        return self.capacity // self.row_length
 
     @property
     def tile(self) -> int:
         """Rows per tile."""
-        return min(LANES, self.slot_rows)
+        return min(ROW_LENGTH, self.slot_rows)
 
 
 class Refs(NamedTuple):
@@ -57,9 +57,9 @@ class Refs(NamedTuple):
 
     k_cache: Any  # [B K C H]
     v_cache: Any  # [B K C H]
-    position: Any  # [B K slot_rows lanes]
-    expiry: Any  # [B K slot_rows lanes]
-    score: Any  # [B K slot_rows lanes]
+    position: Any  # [B K slot_rows row_length]
+    expiry: Any  # [B K slot_rows row_length]
+    score: Any  # [B K slot_rows row_length]
     q: Any  # [B N H]
     k: Any  # [B K H]
     v: Any  # [B K H]
@@ -113,14 +113,14 @@ def decode_update(
     unchanged. If `decision_shift` is None, no pair is ever marked.
     """
     b, heads, capacity, h = slots.k.shape
-    lanes = math.gcd(capacity, LANES)
+    row_length = math.gcd(capacity, ROW_LENGTH)
     group = token.q.shape[1] // heads
     plan = Plan(
         Ops(interpret),
         group,
         h,
         capacity,
-        lanes,
+        row_length,
         token.q.dtype,
         slots.k.dtype,
         slots.v.dtype,
@@ -128,7 +128,7 @@ def decode_update(
         decision_shift,
     )
     inputs = [*token, seen, count, threshold.reshape(1)]
-    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)
+    as_rows = lambda x: x.reshape(b, heads, capacity // row_length, row_length)
     k_cache, v_cache, position, expiry, score, q, forced = update_in_place(
         bind(update, plan, Refs),
         [slots.k, slots.v, *map(as_rows, slots[2:])],
@@ -143,7 +143,7 @@ def decode_update(
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     h, half = plan.head_dim, plan.head_dim // 2
-    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, plan.lanes), dtype)
+    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, ROW_LENGTH, plan.row_length), dtype)
     return {
         "q_s": plgpu.SMEM((plan.group, h), plan.dtype),
         "k_s": plgpu.SMEM((h,), plan.dtype),
@@ -198,7 +198,7 @@ def update(plan: Plan, refs: Refs) -> None:
     def _append():
         plgpu.copy_smem_to_gmem(refs.k_out_s, refs.k_cache.at[batch, head, slot])
         plgpu.copy_smem_to_gmem(refs.v_out_s, refs.v_cache.at[batch, head, slot])
-        at = batch, head, lax.div(slot, jnp.int32(plan.lanes)), lax.rem(slot, jnp.int32(plan.lanes))
+        at = batch, head, lax.div(slot, jnp.int32(plan.row_length)), lax.rem(slot, jnp.int32(plan.row_length))
         refs.position[at] = seen
         refs.expiry[at] = decided if shift == 0 else jnp.int32(NEVER)
         refs.score[at] = logit if shift == 0 else jnp.float32(0)
@@ -207,7 +207,7 @@ def update(plan: Plan, refs: Refs) -> None:
 
         @pl.when(real & (pending < capacity) & (pending != slot))
         def _apply_pending():
-            at = batch, head, lax.div(pending, jnp.int32(plan.lanes)), lax.rem(pending, jnp.int32(plan.lanes))
+            at = batch, head, lax.div(pending, jnp.int32(plan.row_length)), lax.rem(pending, jnp.int32(plan.row_length))
             refs.expiry[at] = decided
             refs.score[at] = logit
 
@@ -220,7 +220,7 @@ def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_s
     The last tile may overlap the one before it. If a tile is larger than all slots together, its entries beyond the
     slots have an `index` of `capacity` or more and arbitrary other values.
     """
-    ops, tile, lanes = plan.ops, plan.tile, plan.lanes
+    ops, tile, row_length = plan.ops, plan.tile, plan.row_length
     tiles = -(-plan.slot_rows // tile)
     first_row = lambda i: jnp.minimum(i * tile, plan.slot_rows - tile)
 
@@ -239,8 +239,8 @@ def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_s
         buffer = lax.rem(i, jnp.int32(BUFFERS))
         plgpu.barrier_wait(refs.slots_here.at[buffer])
         position, expiry = (ops.load(x.at[buffer], ROWS, optimized=False) for x in (refs.position_s, refs.expiry_s))
-        row, lane = ops.iota((LANES, lanes), 0), ops.iota((LANES, lanes), 1)
-        index = (first_row(i) + row) * lanes + lane
+        row, column = ops.iota((ROW_LENGTH, row_length), 0), ops.iota((ROW_LENGTH, row_length), 1)
+        index = (first_row(i) + row) * row_length + column
         pending = position == step.seen - 1
         if plan.shift == 1:
             expiry = jnp.where(pending, step.decided, expiry)
