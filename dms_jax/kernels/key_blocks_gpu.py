@@ -38,7 +38,7 @@ def is_live(log_keep: Float[Array, "B K T"], block: int) -> Array:
 
 
 def live_blocks(log_keep: Float[Array, "B K T"], block: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
-    """Return the live blocks in ascending order, followed by the others; and the number of live blocks before each."""
+    """Order the n = T/block blocks: the live ones first, both groups ascending; and count the live ones before each."""
     live = is_live(log_keep, block)
     before = jnp.cumsum(live, -1, dtype=jnp.int32) - live
     return jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32), before.astype(jnp.int32)
