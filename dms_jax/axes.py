@@ -5,12 +5,14 @@
     D model width   F MLP width                        H head_dim, `half` = H / 2 rotary channel pairs
     R = G T         queries of one KV head as the rows of one matrix
     P               parts of a softmax (`core.slot_attention`), or pages of a cache (`policies.quest`)
+    M               new tokens, rounded up (`engine.decode_loop`), or query heads after padding (`kernels.head_split`)
+    features        numbers that a policy stores for each pair (`CachePolicy.features`)
 
-`*A` stands for any leading axes. W is the eviction window (`window_size`), in text only: no array has an axis of its
-length.
+A and `*A` are any leading axes, and n is a number that the docstring explains. W is the eviction window
+(`window_size`); no array has an axis of this length, so W appears in text only.
 
-Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a function is traced: a wrong shape is
-an error that names the argument, and the check costs nothing once the function is compiled.
+Shapes are written in signatures (`Float[Array, "B T N H"]`) and checked while a function is traced. A wrong shape is an
+error that names the argument, and the check costs nothing once the function is compiled.
 """
 
 import jax

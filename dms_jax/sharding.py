@@ -27,7 +27,8 @@ LOGICAL_TO_MESH = {
     "length": ("context",),
     # Sequence-parallel activations between matmuls: T uses those of these mesh axes that no other array axis uses.
     "sequence": ("context", "model"),
-    # `fold_length` makes each device's part of a row a row of its own; "rows" leaves the model axis to the vocabulary.
+    # `fold_length` turns each device's part of a row into a separate row. "rows" leaves the model axis to the
+    # vocabulary.
     "row_parts": ("data", "context", "model"),
     "rows": ("data", "context"),
     "head_dim": (),
@@ -38,8 +39,8 @@ LOGICAL_TO_MESH = {
 def target_device() -> tuple[str, str]:
     """Return the platform ("cpu", "gpu", "tpu") and the kind of the devices that the program being traced will run on.
 
-    These are the devices of the mesh under `jax.set_mesh`, which may be hardware that is not here, or else this
-    process's own.
+    Under `jax.set_mesh`, these are the devices of that mesh, which need not be attached to this machine. Otherwise,
+    they are the devices of this process.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
@@ -48,7 +49,7 @@ def target_device() -> tuple[str, str]:
 
 
 def mesh_of(x: Array) -> contextlib.AbstractContextManager:
-    """Return a context that sets the mesh of a sharded `x`, unless a mesh is already set or `x` lies on one device."""
+    """Return a context that sets the mesh of `x`, unless a mesh is already set or `x` is on a single device."""
     mesh = getattr(getattr(x, "sharding", None), "mesh", None)
     if isinstance(mesh, Mesh) and mesh.size > 1 and jax.sharding.get_abstract_mesh().empty:
         return jax.set_mesh(mesh)
@@ -71,7 +72,7 @@ def parse_mesh(text: str) -> tuple[int, ...]:
 def make_mesh(*sizes: int) -> Mesh:
     """Make the mesh data x model (x context) over all devices of all processes.
 
-    Raises ConfigError unless the product of `sizes` is their number.
+    Raises ConfigError unless the product of `sizes` equals the number of devices.
     """
     devices = jax.devices()
     if math.prod(sizes) != len(devices):
@@ -79,14 +80,14 @@ def make_mesh(*sizes: int) -> Mesh:
             f"mesh {'x'.join(map(str, sizes))} needs {math.prod(sizes)} devices, this job has {len(devices)} "
             f"({devices[0].device_kind}); use --mesh {len(devices)}x1"
         )
-    # On a TPU, devices along the last axes are neighbors in its network. Elsewhere devices keep their order, with
-    # hosts along the first axis.
+    # On a TPU, devices along the last axes are neighbors in its network. On other platforms, devices keep their order,
+    # with hosts along the first axis.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(np.asarray(grid), MESH_AXES[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
-    """Return the partition of an array of `shape` whose logical axes are `axes` (None: not split).
+    """Return the partition of an array of `shape` whose logical axes are `axes`; an axis of None is not split.
 
     An axis is split over those of its mesh axes that divide it evenly; if none does, it is replicated (3 KV heads on a
     model axis of 2), and `replicated_axes` tells the user. A misspelled axis is a KeyError.
@@ -105,12 +106,12 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:
 
 
 def _mesh_axes_of(axis: str | None, mesh) -> tuple[str, ...]:
-    """Return the mesh axes that split the logical `axis`, without those that this mesh does not have."""
+    """Return those mesh axes for the logical `axis` that exist in `mesh`."""
     return () if axis is None else tuple(name for name in LOGICAL_TO_MESH[axis] if name in mesh.shape)
 
 
 def num_shards(axis: str, mesh=None) -> int:
-    """Return how many shards a logical axis that divides evenly has, on `mesh` or on that of `jax.set_mesh`."""
+    """Return the number of shards of a logical axis that divides evenly. By default, `mesh` is the one that is set."""
     mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
     return math.prod(mesh.shape[name] for name in _mesh_axes_of(axis, mesh))
 
@@ -121,7 +122,7 @@ def named_sharding(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: M
 
 
 def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
-    """Return a sentence for each of `sizes` (logical axis -> size) that does not divide over all its devices."""
+    """Return a sentence for each of `sizes` (logical axis -> size) that its mesh axes do not divide evenly."""
     found = []
     for axis, size in sizes.items():
         names = _mesh_axes_of(axis, mesh)
@@ -134,7 +135,7 @@ def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Fix the sharding of an intermediate array by its logical axes; without `jax.set_mesh`, return it as it is."""
+    """Fix the sharding of an intermediate array by its logical axes; return it unchanged if no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -145,8 +146,8 @@ def constrain(x: Array, *axes: str | None) -> Array:
 def reshard(x: Array, axes: tuple[str | None, ...], back: tuple[str | None, ...]) -> Array:
     """Constrain a value to `axes` and its gradient to `back`.
 
-    `constrain` alone would give the gradient the sharding of the value: for a weight that was gathered, every device
-    would sum the whole gradient before it keeps its own part.
+    `constrain` alone would give the gradient the sharding of the value. For a gathered weight, every device would then
+    sum the whole gradient and keep only its own part.
     """
     return constrain(x, *axes)
 
@@ -162,8 +163,8 @@ def gather_for_matmul(x: Array, axis: str, size: int) -> Array:
     T is all-gathered over the devices that hold those shards. If `size` does not divide evenly, the weights are
     replicated, so `x` stays as it is and each device multiplies its own part of T.
     """
-    size = size if num_shards(axis) > 1 else 0
-    if not size or size % num_shards(axis):
+    shards = num_shards(axis)
+    if shards == 1 or size % shards:
         return x
     return reshard(x, ("batch", "length", None), ("batch", "sequence", None))
 
@@ -171,7 +172,7 @@ def gather_for_matmul(x: Array, axis: str, size: int) -> Array:
 def fold_length(x: Array) -> Array:
     """Reshape [B T ...] to [B*n T/n ...], whose first axis is "row_parts".
 
-    The part of a row on each of n devices becomes a row of its own, so that a loop over the length runs on all devices.
+    Each device's part of a row, one of n, becomes a separate row, so that a loop over the length runs on all devices.
     """
     mesh = jax.sharding.get_abstract_mesh()
     split = spec(("batch", "sequence"), x.shape[:2], mesh)[1] if not mesh.empty else None

@@ -41,7 +41,7 @@ def gated_attention(
     """Compute causal grouped-query attention under eviction gates; equals `reference_attention`.
 
     `log_keep` is log(1 - evict probability) of each pair (0 keeps, MASKED evicts), fp32. Gradients reach q, k, v and
-    `log_keep`. `block` is the number of queries and of keys in a block; by default that of the platform.
+    `log_keep`. `block` is the number of queries and of keys in a block; the default depends on the platform.
     """
     block = block or block_size(q.shape[1])
     return with_heads_folded(
@@ -58,7 +58,7 @@ def with_heads_folded(
     log_keep: Float[Array, "B K T"],
     segment_ids: Int[Array, "B T"] | None,
 ) -> Float[Array, "B T N H"]:
-    """Call `attend(q, k, v, log_keep, segments)` in its own layout and return the result in the model's.
+    """Call `attend(q, k, v, log_keep, segments)` in the kernel layout and return the result in the model's layout.
 
     `attend` takes q [B K G T H], k and v [B K T H], log_keep [B K T] in fp32 and segments [B T] or None, with T padded
     to a multiple of `multiple`, and returns [B K G T H].
@@ -84,7 +84,7 @@ def _block(x: Array, index: Array, size: int, axis: int) -> Array:
 def _block_scores(q, k, log_keep, segments, i, j, window_size, block):
     """Return the scores [B K G bq bk] of query block i against key block j, and where the gate acts [bq bk].
 
-    q [B K G bq H], k [B K bk H] and log_keep [B K bk] are blocks; segments [B T] is whole.
+    q [B K G bq H], k [B K bk H] and log_keep [B K bk] are blocks; segments [B T] covers whole rows.
     """
     b, heads, group, _, h = q.shape
     s = jnp.einsum("bkrh,bksh->bkrs", q.reshape(b, heads, group * block, h), k, preferred_element_type=jnp.float32)
@@ -153,7 +153,7 @@ def attend_in_blocks(q, k, v, log_keep, segments, window_size, block):
 
 
 def name_residuals(out: Array, logsumexp: Array) -> tuple[Array, Array]:
-    """Name output and log-sum-exp, so that a rematerialization policy can save both and skip the forward pass."""
+    """Name output and log-sum-exp, so that a rematerialization policy can save both and not repeat the forward pass."""
     return checkpoint_name(out, "attention"), checkpoint_name(logsumexp, "attention")
 
 

@@ -2,11 +2,11 @@
 
 Slots are unordered: `position` and `expiry` say what each one holds.
 
-A slot is live at query t iff its expiry >= t. The number of live slots after token t is thus that of the mask, namely
-of pairs j <= t that are unmarked or have t - j <= window, and it never falls while tokens are appended. A new pair
-therefore takes the lowest free slot, the live slots of a head remain 0..n-1, and nothing is ever shifted
-(arXiv:2506.05345; Model-Optimizer `cache_paged.py`). The functions here do not know why a pair leaves: a policy tells
-them in its `Expiries` and `Selection`.
+A slot is live at query t iff its expiry >= t. The number of live slots after token t is thus the number of visible
+pairs in the mask, those pairs j <= t that are unmarked or have t - j <= window. It never falls while tokens are
+appended. If each new pair takes the lowest free slot, the live slots of a head are therefore always 0..n-1, and nothing
+is ever shifted (arXiv:2506.05345; Model-Optimizer `cache_paged.py`). The functions of this module do not know why a
+pair leaves: a policy tells them in its `Expiries` and `Selection`.
 
 Each chunk goes through three stages in `slot_attention.extend_layer`. For example, with a window of 2, token 5 arrives:
 
@@ -42,7 +42,7 @@ class Expiries(NamedTuple):
 
     expiry: Int[Array, "B K T"]  # the last query position that sees each pair
     score: Float[Array, "B K T"]  # how dispensable each pair is; a full buffer pushes out the highest
-    last_expiry: Int[Array, "B K"] | None  # of the pair before the chunk; None: it was not pending
+    last_expiry: Int[Array, "B K"] | None  # expiry of the pair before the chunk; None if it was not pending
     last_score: Float[Array, "B K"] | None
 
 
@@ -66,7 +66,7 @@ class LayerCache:
 
 
 class Selection(NamedTuple):
-    """The choice of a policy that ranks pairs, after a chunk, among the slots and the chunk's pairs, in this order."""
+    """The pairs that a ranking policy keeps after a chunk: first the slots, then the chunk's own pairs."""
 
     kept: Bool[Array, "B K C+T"]
     statistic: Float[Array, "B K C+T features"] | None
@@ -75,23 +75,26 @@ class Selection(NamedTuple):
 class HostBounds(NamedTuple):
     """Upper bounds that the host keeps without reading the device."""
 
-    seen: int  # tokens of any row
-    live: tuple[int, ...]  # for each layer, live pairs of any row and head
+    seen: int  # tokens seen by any row
+    live: tuple[int, ...]  # live pairs of any row and head, for each layer
 
 
 @dataclass(frozen=True)
 class CompactCache:
-    """The caches of all layers, and the tokens that each row has seen. An immutable pytree: updates return a new one."""
+    """The caches of all layers, and the tokens that each row has seen. It is an immutable pytree."""
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
     seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
     policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
     overflow: Overflow = "evict"
-    bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None: not known
+    bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None if unknown
 
     def with_bounds(self, bounds: HostBounds) -> "CompactCache":
-        """Return the same cache with bounds that the host knows. They are not part of the pytree, and `replace` drops them, so they
-        never outlive the arrays that they describe."""
+        """Return this cache with the given bounds.
+
+        Bounds are not part of the pytree, and `replace` drops them, so they never outlive the arrays that they
+        describe.
+        """
         known = replace(self)
         object.__setattr__(known, "bounds", bounds)
         return known
@@ -143,10 +146,10 @@ def empty_layer(
 
 
 def apply_pending(layer: LayerCache, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"]) -> LayerCache:
-    """Write the decision of the chunk's first token about the pair before it. A row without tokens makes none."""
+    """Apply the first token's decision about the pair before the chunk. A row without tokens decides nothing."""
     if expiries.last_expiry is None:
         return layer
-    assert expiries.last_score is not None  # the two come together
+    assert expiries.last_score is not None  # set together with `last_expiry`
     pending = (layer.position == seen[:, None, None] - 1) & (count > 0)[:, None, None]
     expiry = jnp.where(pending, expiries.last_expiry[..., None], layer.expiry)
     return replace(layer, expiry=expiry, score=jnp.where(pending, expiries.last_score[..., None], layer.score))
@@ -164,8 +167,8 @@ def write_pairs(
 ) -> LayerCache:
     """Write pairs into free slots, by stream compaction.
 
-    In each head, the r-th pair of `new` goes into the r-th lowest slot that is not in `keep`. There must be enough of
-    these slots.
+    In each head, the r-th pair of `new` goes into the r-th lowest slot that is not in `keep`. There must be enough such
+    slots.
     """
     slot = slots_of(keep, new)
     return replace(
@@ -179,7 +182,7 @@ def write_pairs(
 
 
 def slots_of(keep: Bool[Array, "B K C"], new: Bool[Array, "B K T"]) -> Int[Array, "B K T"]:
-    """Return the slot that `write_pairs` writes each pair to; C, which is no slot, for a pair that is not in `new`."""
+    """Return the slot that `write_pairs` writes each pair to; C, past the last slot, for a pair not in `new`."""
     capacity, length = keep.shape[-1], new.shape[-1]
     free = _lowest(~keep, min(length, capacity))
     rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, free.shape[-1] - 1)
@@ -202,11 +205,11 @@ def append(
     selection: Selection | None = None,
     write_pairs: Callable[..., LayerCache] = write_pairs,
 ) -> LayerCache:
-    """Write the first `count` pairs of a chunk into free slots, except those that have expired by the chunk's last
-    query or that the `selection` of a ranking policy leaves out.
+    """Write the first `count` pairs of a chunk into free slots.
 
-    If a head then holds more pairs than its capacity, `victim` names one after the other to leave until the rest fits.
-    Those are counted in `forced_evictions`.
+    Pairs that have expired by the chunk's last query, and pairs that the `selection` of a ranking policy leaves out,
+    are not written. If a head would then hold more pairs than its capacity, pairs are evicted one by one, as `victim`
+    chooses them, until the rest fit; `forced_evictions` counts them.
     """
     capacity, length = layer.capacity, k.shape[2]
     now = seen + count - 1  # position of each row's last query
@@ -225,7 +228,7 @@ def append(
     )
     statistic = layer.statistic
     if selection is not None and selection.statistic is not None:
-        assert statistic is not None  # a policy that remembers something was given room for it by `empty_layer`
+        assert statistic is not None  # allocated by `empty_layer`, because the policy has `features`
         slot = slots_of(kept[..., :capacity], kept[..., capacity:])
         statistic = _write(statistic, selection.statistic[:, :, capacity:], slot)
     return replace(moved, forced_evictions=layer.forced_evictions + forced, statistic=statistic)
@@ -247,7 +250,7 @@ def victim(
     now: Int[Array, "B"],
     window_size: int,
 ) -> Int[Array, "B K"]:
-    """Return which of S pairs leaves a head that overflows: THE overflow rule.
+    """Return which of S pairs an overflowing head evicts: THE overflow rule.
 
     It is the pair outside the window with the highest score, and the oldest among equals. If all pairs are inside the
     window, it is the oldest of all.
@@ -259,7 +262,7 @@ def victim(
 
 
 def _push_out(wanted, layer, position, score, now, window_size):
-    """Return which of the `wanted` slots and chunk pairs [B K C+T] stay, so that no head has more than its capacity."""
+    """Return which of the `wanted` slots and chunk pairs [B K C+T] stay, so that no head exceeds its capacity."""
     positions = jnp.concatenate([layer.position, position], axis=-1)
     scores = jnp.concatenate([layer.score, score], axis=-1)
 
@@ -272,7 +275,7 @@ def _push_out(wanted, layer, position, score, now, window_size):
         )
         return alive & ~(leaves & too_many(alive))
 
-    if score.shape[-1] == 1 and platform_defaults().loop_free_decode:  # at most one pair is too many
+    if score.shape[-1] == 1 and platform_defaults().loop_free_decode:  # one token adds at most one pair too many
         return one_less(wanted)
     return lax.while_loop(lambda alive: jnp.any(too_many(alive)), one_less, wanted)
 
@@ -297,7 +300,7 @@ def grown(layer: LayerCache, capacity: int) -> LayerCache:
 
 
 def fork(cache: CompactCache, chains: int) -> CompactCache:
-    """Repeat every row `chains` times, copies of a row next to each other, to continue one prompt in many ways."""
+    """Repeat every row `chains` times, with the copies of a row next to each other, to sample several continuations."""
     if chains < 1:
         raise ConfigError(f"the number of chains must be at least 1, got {chains}")
     return jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache)

@@ -1,5 +1,7 @@
-"""Schedules of a retrofit: step -> target compression ratio -> target evicted fraction. Model-Optimizer
-`engine.py:222-246`."""
+"""Schedules of a retrofit: step -> target compression ratio -> target evicted fraction.
+
+Source: Model-Optimizer `engine.py:222-246`.
+"""
 
 from typing import overload
 
@@ -19,7 +21,7 @@ def evict_fraction(cr):
 
 
 def realised_cr(nominal_cr: float, length: int, window_size: int) -> float:
-    """Return the realised compression ratio after `length` tokens at a nominal one.
+    """Return the realised compression ratio after `length` tokens, given the nominal one.
 
     The last window_size + 1 pairs are always live; decisions are assumed not to depend on the position.
     """
@@ -35,10 +37,9 @@ def target_cr(step: int | Int[Array, ""], initial_cr: float, final_cr: float, fi
 
 @typed
 def borrowed_channel_scale(step: int | Int[Array, ""], ramp_steps: int) -> Float[Array, ""]:
-    """Return the factor of the borrowed query channel while it is being freed: 1 at step 0, falling linearly to 0 at
-    `ramp_steps`.
+    """Return the factor of the borrowed query channel at a step of the ramp that frees it.
 
-    The factor applies in the forward pass. Applied to the weight, it would compound from step to step (Megatron-LM
-    `dmc.py`).
+    The factor falls linearly from 1 at step 0 to 0 at `ramp_steps`. It is applied in the forward pass, because a factor
+    on the weight would compound from step to step (Megatron-LM `dmc.py`).
     """
     return jnp.clip(1.0 - jnp.asarray(step, jnp.float32) / max(ramp_steps, 1), 0.0, 1.0)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int, Shaped
 from dms_jax.axes import EXACT, Array, typed
 from dms_jax.sharding import constrain, fold_length, num_shards, unfold_length
 
-CHUNK = 256  # tokens of a row (under a mesh: of each device's part of it) whose logits exist at a time
+CHUNK = 256  # tokens of a row, or of each device's part of a row, whose logits exist at a time
 
 
 def _logsumexp(logits: Array) -> Array:
@@ -44,7 +44,7 @@ def _softmax(logits: Array) -> _Softmax:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Return sum(a * b) over the last axis, which is kept. XLA on a CPU is five times faster at it as a product."""
+    """Return sum(a * b) over the last axis, which is kept. As an einsum, XLA on a CPU computes it five times faster."""
     return jnp.einsum("...v,...v->...", a, b, precision=EXACT)[..., None]
 
 
@@ -87,13 +87,14 @@ def compression_loss(
     scope: str = "global",
     counted: Shaped[Array, "*#B T"] | None = None,
 ) -> Float[Array, ""]:
-    """Return max(0, target - mean evict), averaged over examples. It is one-sided: evicting more than the target costs
-    nothing.
+    """Return max(0, target - mean evict), averaged over examples. Evicting more than the target costs nothing.
 
-    Args: evict: each token's decision, 0 or 1. target_fraction: the fraction of decisions that should evict. scope:
-      what the mean is taken over: "global" (layers, heads and tokens of an example, as in the reference), "layer" or
-      "head" (each layer or head must reach the target by itself). counted: the tokens that enter the mean; None counts
-      all. Leave out padding, and tokens that are not `decidable`.
+    Args:
+      evict: each token's decision, 0 or 1.
+      target_fraction: the fraction of decisions that should evict.
+      scope: "global" takes the mean over layers, heads and tokens of an example, as in the reference. With "layer" or
+        "head", each layer or head must reach the target by itself.
+      counted: the tokens that enter the mean; None counts all. Leave out padding and tokens that are not `decidable`.
     """
     weight = (
         jnp.ones((1, evict.shape[-1]), evict.dtype) if counted is None else jnp.atleast_2d(counted).astype(evict.dtype)
@@ -150,8 +151,8 @@ def distill_sum(
 
 
 def _distill(student, teacher, student_embedding, teacher_embedding, weight, order, chunk, grad_hidden, grad_embedding):
-    """Return `distill_sum` and its gradients for `student` and `student_embedding`, each None if not asked for."""
-    # Each device's part of a row becomes a row of its own, and the embeddings are gathered once.
+    """Return `distill_sum` and its gradients for `student` and `student_embedding`, each None unless asked for."""
+    # Each device's part of a row becomes a separate row, and the embeddings are gathered once.
     rows = len(student)
     student, teacher, weight = (fold_length(x) for x in (student, teacher, weight))
     student_embedding, teacher_embedding = _gathered(student_embedding), _gathered(teacher_embedding)
@@ -225,7 +226,7 @@ distill_sum.defvjp(_distill_fwd, _distill_bwd, symbolic_zeros=True)
 
 
 class TokenMetrics(NamedTuple):
-    """Metrics of each token [B T]: KLs and negative log-likelihoods of the next token in nats, and argmax agreement."""
+    """Metrics of each token [B T]: KLs and negative log-likelihoods in nats, and whether the argmax tokens agree."""
 
     kl_teacher_student: Array
     kl_student_teacher: Array

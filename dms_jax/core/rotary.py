@@ -1,5 +1,7 @@
-"""Rotary position embedding in Hugging Face's rotate-half order: channels i and i + H/2 are a pair. Su et al.,
-arXiv:2104.09864."""
+"""Rotary position embedding in Hugging Face's rotate-half order: channels i and i + H/2 are a pair.
+
+Source: Su et al., arXiv:2104.09864.
+"""
 
 import jax.numpy as jnp
 from jax import lax

@@ -74,7 +74,7 @@ def sample(
     """Return the next token of each row; greedy takes the best after the repetition penalty and ignores `keys`."""
     logits = logits.astype(jnp.float32)
     if mode.penalizes:
-        assert used is not None  # a caller that asks for the penalty tracks them
+        assert used is not None  # a caller that asks for the penalty tracks the used tokens
         logits = penalize(logits, used, numbers.repetition_penalty)
     if mode.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -85,5 +85,5 @@ def sample(
 
 @typed
 def token_logprobs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Float[Array, "B"]:
-    """Return log p of each row's token under the model itself: temperature 1, all tokens allowed."""
+    """Return log p of each row's token under the model itself: at temperature 1, with all tokens allowed."""
     return jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), tokens[:, None], axis=-1)[:, 0]

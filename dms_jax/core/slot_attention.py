@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending, write_pairs
+from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending
 from dms_jax.core.visibility import MASKED, is_visible
 from dms_jax.platform_defaults import platform_defaults
 
@@ -23,7 +23,7 @@ from dms_jax.platform_defaults import platform_defaults
 class SoftmaxPart(NamedTuple):
     """Unnormalized softmax over a part of the pairs, fp32.
 
-    For scores s: `row_max` = max s, `row_sum` = sum exp(s - row_max), `acc` = sum exp(s - row_max) v. A part in which
+    For scores s, `row_max` = max s, `row_sum` = sum exp(s - row_max), `acc` = sum exp(s - row_max) v. A part in which
     a query sees no pair has a `row_max` of MASKED and zeros.
     """
 
@@ -62,7 +62,8 @@ class CacheOps(NamedTuple):
 
     attend: Callable[..., Array]  # arguments of `slot_attention` up to `read`
     write: Callable[..., LayerCache]  # arguments of `compact_cache.write_pairs`
-    # A decode step up to attention as one kernel: (q, k, v, evict logits, layer, chunk, frequency) -> (rotated q, layer)
+    # A decode step up to attention, in one kernel: (q, k, v, evict logits, layer, chunk, frequency) -> (rotated q,
+    # layer).
     fused_step: Callable[..., tuple[Array, LayerCache]] | None = None
 
 
@@ -79,7 +80,7 @@ def unfold_queries(rows: Float[Array, "B K R H"], length: int) -> Float[Array, "
 
 
 def slots_in_use(slots: LayerCache, position: Int[Array, "B T"]) -> Int[Array, "B K"]:
-    """Return 1 + the highest slot that a query at or after the first `position` may see; 0 if there is none."""
+    """Return 1 + the highest slot that a query at or after the first `position` may see; 0 if no slot is visible."""
     return jnp.max(
         jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1
     )
@@ -112,17 +113,18 @@ def extend_layer(
     visible_slots = policy.read(q, layer, position) if policy.reads_subset else None
     selection = policy.select(q, k, expiries, layer, position, count) if policy.ranks_pairs else None
     if q.shape[1] == 1 and visible_slots is None and selection is None:
-        # A single token is written before it attends. XLA then reads the buffers in place; read first, keys and values
-        # would be copied whole at every step. Both orders see the same pairs, because a single pair cannot expire
-        # before its own query, except that a pair which a full buffer pushes out is then no longer seen.
+        # A single token is written before it attends, so that XLA updates the buffers in place. If attention read them
+        # first, XLA would copy all keys and values at every step. Both orders see the same pairs, because a single pair
+        # cannot expire before its own query. The one exception is a pair that a full buffer pushes out: in this order,
+        # the token no longer sees it.
         with jax.named_scope("append"):
             layer = append(layer, k, v, expiries, seen, count, policy.window_size, write_pairs=ops.write)
         with jax.named_scope("attention"):
             return ops.attend(q, layer, position, None), layer
-    # 2. Queries attend to the slots and to the chunk's own pairs, which are in no slot yet.
+    # 2. Queries attend to the slots and to the chunk's own pairs, which have no slots yet.
     with jax.named_scope("attention"):
         out = ops.attend(q, layer, position, (k, v, expiries.expiry), read=visible_slots)
-    # 3. Those pairs of the chunk that are still live move into free slots.
+    # 3. The pairs of the chunk that are still live move into free slots.
     with jax.named_scope("append"):
         return out, append(layer, k, v, expiries, seen, count, policy.window_size, selection, ops.write)
 
@@ -136,16 +138,15 @@ def slot_attention(
     block: int | None = None,
     read: Bool[Array, "B K T C"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Return softmax(q k / sqrt(H)) v over the pairs that each query sees: slots and chunk, `position <= query <=
-    expiry`.
+    """Return softmax(q k / sqrt(H)) v over the slots and chunk pairs that each query sees.
 
     Args:
       position: absolute positions of the queries and of the chunk's pairs.
-      chunk: keys, values and expiries of the pairs that are not in a slot yet; None if all are.
-      block: keys per block; by default that of the platform.
-      read: slots that the policy reads now; the others stay in the cache unread. None reads all.
+      chunk: keys, values and expiries of the pairs that are not in a slot yet; None if all pairs are in slots.
+      block: keys per block; the default depends on the platform.
+      read: slots that each query reads; the others stay in the cache unread. None reads all.
 
-    The contents of a dead slot, NaN included, have no effect. A query that sees no pair gets 0.
+    The contents of a dead slot have no effect, even if they are NaN. A query that sees no pair gets 0.
     """
     t, h, heads, defaults = q.shape[1], q.shape[3], slots.k.shape[1], platform_defaults()
     if block is None:
@@ -190,9 +191,6 @@ def slot_attention(
     return unfold_queries(carry.normalized().astype(q.dtype), t)
 
 
-XLA_OPS = CacheOps(slot_attention, write_pairs)
-
-
 @typed
 def attention_weights(
     q: Float[Array, "B T N H"],
@@ -201,10 +199,10 @@ def attention_weights(
     k_position: Int[Array, "B K S"],
     expiry: Int[Array, "B K S"],
 ) -> Float[Array, "B K T S"]:
-    """Return attention weights, fp32, averaged over the query heads that share a KV head, for policies that rank by
-    attention.
+    """Return fp32 attention weights, averaged over the query heads that share a KV head.
 
-    Memory grows as [B N T S], so pass only the queries that the policy needs. A query that sees no pair gets zeros.
+    Policies that rank by attention use them. Memory grows as [B N T S], so pass only the queries that the policy needs.
+    A query that sees no pair gets zeros.
     """
     b, t, n, h = q.shape
     rows = q.reshape(b, t, k.shape[1], -1, h).transpose(0, 2, 3, 1, 4)

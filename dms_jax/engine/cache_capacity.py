@@ -1,7 +1,7 @@
 """How many slots a cache gets, and what happens when a head needs more of them.
 
-The host keeps upper bounds of what a cache holds (each token adds at most one pair per head) and reads the device only
-when such a bound reaches the capacity. So decoding does not wait for the device after each token, whatever the policy.
+The host keeps upper bounds of the pairs in a cache, because each token adds at most one pair per head. It reads the
+device only when such a bound reaches the capacity, so decoding never waits for the device after each token.
 Errors are `ConfigError`.
 """
 
@@ -25,7 +25,7 @@ def round_up(number: int) -> int:
 
 
 def default_overflow(policy: CachePolicy) -> Overflow:
-    """Choose "evict" for a learned policy, and "raise" where nothing leaves or a budget bounds the pairs."""
+    """Choose "evict" for a learned policy, and "raise" for one that evicts nothing or has a budget."""
     slots = policy.slot_bounds()
     return "evict" if slots.max is None and slots.min < UNBOUNDED else "raise"
 
@@ -41,11 +41,11 @@ def plan_capacity(
     """Decide the slots per row and KV head of a new cache, and what happens when a head needs more.
 
     Args:
-      capacity: what the caller asks for, which is then kept. None: enough for the longest prompt and its new tokens, or
-        less where the policy bounds the pairs or the cache may grow.
-      overflow: what the caller asks for; None: `default_overflow`.
-      more_to_come: turns of unknown length will follow. Unless the caller asks for something else, the cache then holds
-        all tokens of the first turn and may grow later.
+      capacity: the caller's choice, which is returned unchanged. None chooses enough for the longest prompt and its new
+        tokens, or less if the policy bounds the pairs or the cache may grow.
+      overflow: the caller's choice. None means `default_overflow`.
+      more_to_come: turns of unknown length will follow. By default, the cache then holds all tokens of the first turn
+        and may grow later.
     """
     overflow = overflow or ("grow" if more_to_come and capacity is None else default_overflow(policy))
     if capacity is not None:
@@ -64,7 +64,7 @@ def host_bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
 
 
 def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -> None:
-    """Refuse rows that `count` [B] more tokens would bring beyond the model's context."""
+    """Refuse `count` [B] more tokens if they would take a row beyond the model's context."""
     limit, name = config.context_limit()
     if host_bounds(cache).seen + count.max() <= limit:
         return
@@ -77,7 +77,7 @@ def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -
 
 
 def check_min_slots(cache: CompactCache, count: int) -> None:
-    """Refuse a capacity that cannot work: the newest pairs, which no policy evicts, must fit."""
+    """Refuse a capacity that cannot hold the newest pairs, which no policy evicts."""
     slots = cache.policy.slot_bounds()
     needed = min(count, slots.min)
     for layer, capacity in enumerate(cache.capacities):
@@ -89,7 +89,7 @@ def check_min_slots(cache: CompactCache, count: int) -> None:
 
 
 def grow_for(cache: CompactCache, count: int) -> CompactCache:
-    """With overflow "grow", return the cache with larger buffers where `count` more tokens might not fit."""
+    """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit."""
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
     exact, max_slots = host_bounds(cache, exact=True), cache.policy.slot_bounds().max
@@ -101,14 +101,14 @@ def grow_for(cache: CompactCache, count: int) -> CompactCache:
 
 
 def _next_capacity(capacity: int, needed: int) -> int:
-    """Grow by half at least, so that growing to n slots compiles about log(n) programs."""
+    """Grow by at least half, so that growing to n slots compiles about log(n) programs."""
     return round_up(max(needed, capacity + capacity // 2))
 
 
 def check_overflow(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
-    """Return the cache after `count` tokens with new bounds on the host, given those from `before` them.
+    """Return the cache after `count` tokens with new bounds, given the bounds from `before` these tokens.
 
-    With overflow "raise", a pair that was pushed out is an error.
+    If the overflow is "raise" and a pair was pushed out, raise ConfigError.
     """
     if cache.overflow != "raise" or not _may_overflow(cache, before, count):
         return _advance(cache, before, count)

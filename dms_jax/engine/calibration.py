@@ -15,7 +15,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 
 MAX_THRESHOLD = 1e6  # beyond any logit
-Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits of rows that run with it
+Scores = Callable[[float], Float[np.ndarray, "L B K T"]]  # threshold -> evict logits when rows run with it
 
 
 def calibrate(
@@ -24,13 +24,13 @@ def calibrate(
     """Return the threshold at which the rows `tokens` reach `target_cr` (tokens / mean live pairs at their end).
 
     Runs the hard path until the ratio is within the relative `tolerance`, at most `most_runs` times, and returns the
-    best threshold seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, so
-    there is a highest ratio that these rows can reach; a target above it is a ConfigError that names it.
+    best threshold seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, which
+    limits the ratio that these rows can reach; a target above that limit raises a ConfigError that states it.
     """
     dms, tokens = model.config.dms, np.asarray(tokens)
     if dms is None:
         raise ConfigError(
-            "calibrate needs a model with an eviction policy, and this one has none; load it with dms=DMSConfig(...)"
+            "calibrate needs a model with an eviction policy, but this one has none; load it with dms=DMSConfig(...)"
         )
     if tokens.ndim != 2 or not tokens.size:
         raise ConfigError(f"tokens must have the shape [rows, length], got {list(tokens.shape)}")
@@ -47,9 +47,9 @@ def calibrate(
 def threshold_for(
     scores: Scores, dms: DMSConfig, target_cr: float, tolerance: float = 0.01, most_runs: int = 12
 ) -> float:
-    """Do the search of `calibrate` on rows that `scores` runs.
+    """Search for the threshold of `calibrate`; `scores` runs the rows.
 
-    Evictions in one layer change the logits of the layers above, so each candidate must be run. The next candidate is
+    Evictions in one layer change the logits of the layers above, so every candidate must be run. The next candidate is
     the threshold that would be right if the logits did not change. If it lies outside the interval between the
     thresholds known to be too low and too high, the middle of that interval is tried instead.
     """
@@ -58,22 +58,22 @@ def threshold_for(
     low, high, threshold = -MAX_THRESHOLD, MAX_THRESHOLD, 0.0
     tried: dict[float, float] = {}  # threshold -> realised ratio
     for _ in range(most_runs):
-        seen = scores(threshold)
-        length = seen.shape[-1]
-        pool = np.sort(seen[..., decidable(length, dms.window_size, dms.decision_shift)], axis=None)[::-1]
-        pairs = seen.size
-        wanted = round(pairs * (1 - 1 / target_cr))
-        if wanted > pool.size * (1 + tolerance):
+        logits = scores(threshold)
+        length = logits.shape[-1]
+        pool = np.sort(logits[..., decidable(length, dms.window_size, dms.decision_shift)], axis=None)[::-1]
+        pairs = logits.size
+        num_evicted = round(pairs * (1 - 1 / target_cr))
+        if num_evicted > pool.size * (1 + tolerance):
             highest = realised_cr(math.inf, length, dms.window_size)
             raise ConfigError(
-                f"target_cr must be at most {highest:.4g} for rows of {length} tokens "
-                f"and a window of {dms.window_size}, got {target_cr:.4g}; use longer rows, or target_cr <= {highest:.4g}"
+                f"target_cr must be at most {highest:.4g} for rows of {length} tokens and a window of "
+                f"{dms.window_size}, got {target_cr:.4g}; use longer rows, or target_cr <= {highest:.4g}"
             )
         tried[threshold] = pairs / (pairs - int(np.sum(pool > threshold)))
         if abs(tried[threshold] / target_cr - 1) <= tolerance:
             break
         low, high = (threshold, high) if tried[threshold] > target_cr else (low, threshold)
-        threshold = _between(pool, wanted)
+        threshold = _between(pool, num_evicted)
         if not low < threshold < high:
             threshold = (low + high) / 2
     return float(min(tried, key=lambda candidate: (abs(tried[candidate] / target_cr - 1), abs(candidate))))

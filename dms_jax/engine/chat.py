@@ -1,4 +1,4 @@
-"""A conversation in one compact cache: each turn is prefilled after the answer before it, so nothing is read twice."""
+"""A conversation in one compact cache: each turn is prefilled after the previous answer, so no token is read twice."""
 
 import json
 import signal
@@ -14,12 +14,12 @@ from dms_jax.engine.session import Cancelled, Session
 from dms_jax.errors import ConfigError
 
 COMMANDS = {"/reset": "forget the conversation", "/stats": "speed, compression and memory so far", "/help": "this list"}
-FIRST_CAPACITY = 1024  # slots that a conversation starts with; the cache grows by half, and each growth compiles anew
-NOT_ENDED = -1  # an id that no token has: the last answer was cut off, so its end is still to be given
+FIRST_CAPACITY = 1024  # slots that a conversation starts with; the cache grows by half, and each time it compiles again
+NOT_ENDED = -1  # not a token id: the last answer was cut off, so the next turn must supply its end
 
 
 class Conversation:
-    """A cache and its settings, and how the last answer in it ended."""
+    """A cache, its settings, and the id that ended the last answer in it."""
 
     def __init__(self, session: Session):
         self.session = session
@@ -34,7 +34,7 @@ class Conversation:
         self.cache, self.ended_by = None, None
 
     def say(self, line: str) -> None:
-        """Answer one line on stdout. Raises ConfigError and Cancelled, and has then not changed."""
+        """Answer one line on stdout. If this raises ConfigError or Cancelled, the conversation is unchanged."""
         session = self.session
         check_text(Prompt(line, "this line"))
         message = [{"role": "user", "content": line}]
@@ -45,7 +45,8 @@ class Conversation:
         free = session.free_context(self.cache) - len(ids)
         if free < 1:
             raise ConfigError(
-                f"this model's context has no room for {len(ids)} more tokens; /reset starts a new conversation"
+                f"a line must fit into this model's context, which has no room for {len(ids)} more tokens; "
+                "shorten it, or type /reset to start a new conversation"
             )
         config = replace(self.config, max_new_tokens=min(free, self.config.max_new_tokens))
         stream = session.stream()
@@ -115,10 +116,7 @@ def _run_command(conversation: Conversation, line: str) -> None:
 
 @contextmanager
 def ctrl_c_asks_to_stop() -> Iterator[Callable[[], bool]]:
-    """Make the first Ctrl-C set a flag, which the yielded function returns, instead of interrupting the running step.
-
-    A second one interrupts the program.
-    """
+    """Make the first Ctrl-C set a flag, which the yielded function returns; the second one interrupts the program."""
     pressed = []
 
     def remember(*_):

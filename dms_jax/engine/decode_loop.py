@@ -1,8 +1,8 @@
 """The decode loop: one jitted program that samples and appends until every row has stopped, run in segments.
 
-A segment ends where the host has to look: at the text for stop strings, at the room in a cache that grows, or to report
-progress. A segment that ran past a stop string is run again from the cache before it, with the limit known, so that the
-cache holds exactly the tokens that are returned.
+A segment ends when the host has work to do: to search the text for stop strings, to grow the cache, or to report
+progress. A segment that ran past a stop string is run again from the cache before the segment, now with the right
+number of tokens, so that the cache holds exactly the tokens that are returned.
 """
 
 from collections.abc import Iterator
@@ -25,22 +25,22 @@ from dms_jax.engine.text_stream import find_stop
 from dms_jax.hf.hf_tokenizer import Tokenizer
 from dms_jax.sharding import mesh_of
 
-SEGMENT = 16  # tokens between two looks of the host, when it has to look
-WATCHED_SEGMENT = 4  # tokens between two calls of `watch`: text appears smoothly, and the loop is rarely left
+SEGMENT = 16  # tokens in a segment if the host has to search for stop strings or grow the cache
+WATCHED_SEGMENT = 4  # tokens between two calls of `watch`: few enough for smooth text, many enough to be cheap
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries from token to token."""
+    """The state that the loop carries from token to token."""
 
     cache: CompactCache
     logits: Float[Array, "B V"]  # after the last token
-    seen_tokens: Bool[Array, "B V"] | None  # ids in prompt or answer, for the repetition penalty; None: it is off
+    seen_tokens: Bool[Array, "B V"] | None  # ids in prompt or answer; None without a repetition penalty
     num_generated: Int[Array, "B"]
     tokens: Int[Array, "B M"]
     logprobs: Float[Array, "B M"]
-    stopped: Bool[Array, "B"]  # at a stop id
+    stopped: Bool[Array, "B"]  # whether the row has ended at a stop id
     keys: Array  # [B]
     pairs_read: Float[Array, "B"]  # summed over the generated tokens, mean over layers and heads
 
@@ -68,9 +68,9 @@ def generate_segments(
     tokenizer: Tokenizer | None,
     watched: bool,
 ) -> Iterator[tuple[DecodeState, np.ndarray]]:
-    """Generate segment by segment. Yields the state after each, and which rows [B] a stop string has ended.
+    """Generate segment by segment. Yield the state after each, and which rows [B] a stop string has ended.
 
-    A yielded state may be given to the next segment, so only the last one stays usable.
+    The next segment may reuse the memory of a yielded state, so only the last one stays valid.
     """
     limit, until = np.full(len(state.num_generated), config.max_new_tokens, np.int32), 0
     stopped_by_text = np.zeros(len(limit), bool)
@@ -96,7 +96,7 @@ def _active(state: DecodeState, limit: np.ndarray) -> np.ndarray:
 
 
 def _segment_length(cache: CompactCache, config: GenerationConfig, until: int, watched: bool) -> int:
-    """Choose how many tokens the loop may run for: all that are left, unless the host has to look before."""
+    """Choose the number of tokens in the next segment: all that are left, unless the host has work to do earlier."""
     length = config.max_new_tokens - until
     if config.stop_strings:
         length = min(length, SEGMENT)
@@ -178,4 +178,4 @@ _loop_donated = jax.jit(_loop_body, static_argnames="mode", donate_argnames="sta
 
 def num_loop_compilations() -> int:
     """Count the programs that the loop has compiled so far."""
-    return _loop._cache_size() + _loop_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
+    return _loop._cache_size() + _loop_donated._cache_size()  # pyrefly: ignore[missing-attribute]

@@ -1,6 +1,6 @@
 """Prefill and decoding against a compact cache: one jitted function, `extend_rows`, for chunks of any length.
 
-A chunk attends to the slots and to itself under the rule of `core/visibility.py`; the pairs that stay then move into
+A chunk attends to the slots and to itself under the rule of `core/visibility.py`. Then the pairs that stay move into
 free slots, so a dense cache never exists. Lengths are rounded up to a few sizes, so that few programs are compiled.
 Errors are `ConfigError`.
 """
@@ -35,7 +35,7 @@ MIN_CHUNK = 16  # tokens; shorter chunks are padded to it
 
 
 def select_policy(config: ModelConfig, policy: CachePolicy | str | None, dense: bool) -> CachePolicy:
-    """Return the policy that the two arguments of `init_cache` ask for."""
+    """Resolve the arguments `policy` and `dense` of `init_cache`."""
     if dense and policy is not None:
         raise ConfigError("dense and policy exclude each other; give either dense=True or a policy")
     return policy_of(config, "dense" if dense else policy)
@@ -54,17 +54,18 @@ def init_cache(
     """Make an empty cache.
 
     Args:
-      capacity: slots per row and KV head, one number or one per layer. A head needs at most as many as there will be
-        tokens, and about 1/CR of that on average; heads differ, so leave a margin.
-      policy: decides which pairs leave the cache. None: the model's own policy, or to keep everything for a plain
-        model. A name of `dms_jax.policies.POLICIES` with its budget in pairs, or an object: "tova:256" or `TOVA(256)`.
-        "prompt:tova:256" ranks the pairs once, when `compress_prompt` is called after the prefill.
+      capacity: slots per row and KV head, one number or one per layer. A head needs at most one slot per token, and on
+        average about 1/CR of that; heads differ, so leave a margin.
+      policy: decides which pairs leave the cache: an object such as `TOVA(256)`, or a name of
+        `dms_jax.policies.POLICIES` with its budget in pairs, such as "tova:256". "prompt:tova:256" ranks the pairs
+        once, when `compress_prompt` is called after the prefill. None means the model's own policy, and keeps
+        everything for a model without an evict head.
       overflow: what happens when a head needs more slots than it has. "evict" pushes out the pair with the highest
         evict logit outside the window, the oldest among equals, and counts it in `forced_evictions`; it is the default
-        of a learned policy. "raise" is an error; it is the default where nothing leaves or a budget bounds the pairs.
-        "grow" makes larger buffers and compiles again.
-      dense: the same as policy="dense": keep everything, whatever the model has learned.
-      dtype: of keys and values; by default that of the model's weights.
+        of a learned policy. "raise" raises ConfigError; it is the default of policies that evict nothing or have a
+        budget. "grow" makes larger buffers and compiles again.
+      dense: keep everything, whatever the model has learned; equivalent to policy="dense".
+      dtype: the dtype of keys and values; by default the dtype of the model's weights.
     """
     config = model.config
     capacities = tuple(capacity) if isinstance(capacity, tuple | list) else (capacity,) * config.num_layers
@@ -102,24 +103,22 @@ def prefill(
     donate: bool = False,
     watch: Callable[[int], object] | None = None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
-    """Append tokens to every row: a prompt, or the next turn. Returns logits [B T V], fp32, and the new cache.
+    """Append tokens to every row: a prompt, or the next turn. Return logits [B T V], fp32, and the new cache.
 
     Args:
-      lengths: number of real tokens in each row, 0 to T; the others are padding, on the `padding` side ("right" or
-        "left").
+      lengths: number of real tokens in each row, 0 to T; the rest of the row is padding, on the side `padding` ("right"
+        or "left").
       mask: True where a token is real, instead of `lengths`; the real tokens of a row must be next to each other.
-      chunk_size: tokens per chunk; by default that of `platform_defaults`. Memory grows with its square. Logits do not
-        depend on it unless pairs are forced out of a full cache or the policy ranks them, which it does after each
-        chunk.
+      chunk_size: tokens per chunk; the default comes from `platform_defaults`. Memory grows with its square. Logits do
+        not depend on it unless pairs are forced out of a full cache, or the policy ranks pairs, after each chunk.
       threshold: a token evicts iff its logit exceeds it; a new value compiles nothing.
-      last_only: return only the logits [B V] of each row's last real token (zeros for a row without any).
+      last_only: return only the logits [B V] of each row's last real token (zeros for a row without real tokens).
       donate: give the old cache's memory to the new one. The old cache must not be used afterwards.
-      watch: called with the number of columns done after each chunk, once the device has finished it. An exception from
-        it ends the call.
+      watch: called after each chunk, once the device has finished it, with the number of columns done. If it raises,
+        the call ends with that exception.
 
     Logits of padding are 0, and a row that is all padding keeps its state. Raises ConfigError for token ids outside the
-    vocabulary, gaps in the mask, rows beyond the model's context, and an overflow of a cache made with overflow
-    "raise".
+    vocabulary, gaps in the mask, rows beyond the model's context, and too many pairs for a cache with overflow "raise".
     """
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be >= 1, got {chunk_size}")
@@ -154,8 +153,8 @@ def prefill_rows(
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
     """Do the work of `prefill` for a caller that has checked ids and sizes.
 
-    The first `count` tokens of each row are real.
-    The T of the logits is the number of columns computed: `count.max()`, with the last chunk rounded up.
+    The first `count` tokens of each row are real. The T of the logits is the number of columns that were computed:
+    `count.max()`, with the last chunk rounded up.
     """
     runner, size = unrolled(model), chunk_size or platform_defaults().prefill_chunk
     last, parts = jnp.zeros((cache.batch_size, model.config.vocab_size), jnp.float32), []
@@ -165,9 +164,8 @@ def prefill_rows(
         counts = np.clip(count - start, 0, part.shape[1]).astype(np.int32)
         cache = grow_for(cache, int(counts.max()))
         before = host_bounds(cache)
-        step = (
-            _extend_donated if donate or start > 0 else _extend
-        )  # from the second chunk on, nobody else has the cache
+        # From the second chunk on, the cache was made here, so nobody else uses it.
+        step = _extend_donated if donate or start > 0 else _extend
         with mesh_of(runner.embed):
             logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
         last = logits if last_only else last
@@ -190,9 +188,9 @@ def decode_step(
 ) -> tuple[Float[Array, "B V"], CompactCache]:
     """Append one token to every row that is `active` (all by default); the others stay as they are and get logits of 0.
 
-    Returns logits [B V], fp32, and the new cache. `threshold` and `donate` are those of `prefill`. Raises ConfigError
-    for wrong shapes, rows beyond the model's context and token ids outside the vocabulary. Ids that are on the device
-    are not checked, because reading them would wait for it: there, ids outside the vocabulary are clipped.
+    Return logits [B V], fp32, and the new cache. `threshold` and `donate` are as in `prefill`. Raises ConfigError for
+    wrong shapes, rows beyond the model's context and token ids outside the vocabulary. Ids in a `jax.Array` are not
+    checked, because reading them would wait for the device; there, ids outside the vocabulary are clipped.
     """
     if np.shape(tokens) != (cache.batch_size,):
         raise ConfigError(f"tokens must be one for each row, shape ({cache.batch_size},), got shape {np.shape(tokens)}")
@@ -222,8 +220,8 @@ def extend_rows(
 ) -> tuple[Array, CompactCache]:
     """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
 
-    Returns the logits of all tokens [B T V], 0 for padding. Given `last`, the logits [B V] so far, it returns those
-    after the chunk instead: a row without tokens in this chunk keeps the ones it has.
+    Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits
+    of each row's last token so far; return them after this chunk. A row without tokens in the chunk keeps its logits.
     """
     hidden, cache = model.extend(cache, tokens, count, threshold)
     if last is None:
@@ -238,8 +236,8 @@ _extend_donated = jax.jit(extend_rows, donate_argnums=1)
 
 
 def num_compilations() -> int:
-    """Count the programs that `prefill` and `decode_step` have compiled: constant once each size has been seen."""
-    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
+    """Count the programs that `prefill` and `decode_step` have compiled so far: one for each size."""
+    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]
 
 
 @jax.jit
@@ -250,12 +248,12 @@ def _shift_rows(logits: Float[Array, "B T V"], first: Int[Array, "B"]) -> Float[
 
 
 def _bucket(length: int, max_length: int) -> int:
-    """Round `length` up to a power of two, so that few sizes are ever compiled."""
+    """Round `length` up to a power of two, at most `max_length`, so that few sizes are compiled."""
     return min(max_length, max(MIN_CHUNK, 1 << (length - 1).bit_length()))
 
 
 def _left_aligned(tokens, lengths, padding, mask, batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return rows [B T] with their real tokens on the left, the column where each began, and how many are real."""
+    """Return rows [B T] with their real tokens moved to the left, each row's first real column, and its real length."""
     tokens = np.asarray(tokens)
     if tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] < 1:
         raise ConfigError(f"tokens must have the shape [{batch} rows, at least 1], got {list(tokens.shape)}")
@@ -291,7 +289,7 @@ def _left_aligned(tokens, lengths, padding, mask, batch) -> tuple[np.ndarray, np
 
 
 def check_ids(tokens: np.ndarray, vocab_size: int, where: str = "tokens") -> np.ndarray:
-    """Return token ids as int32. `where` begins the message about one that is not in the vocabulary."""
+    """Return token ids as int32. `where` begins the message about an id that is not in the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):
         values = tokens.ravel()
         if np.issubdtype(tokens.dtype, np.floating):  # blame a value that is not whole, if there is one

@@ -20,30 +20,29 @@ from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
-from dms_jax.policies import PromptCompression
 from dms_jax.policies.prompt_compression import compress_prompt
 
-STOP_ID_MULTIPLE = 8  # stop ids are padded to a multiple of it, so that another number of them compiles nothing
+STOP_ID_MULTIPLE = 8  # stop ids are padded to a multiple of this, so that another number of ids compiles nothing
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The results of one call, row by row. `cache` has seen prompt and `tokens`: prefill the next turn into it."""
+    """The results of one call, row by row. `cache` holds prompt and `tokens`, so the next turn can continue it."""
 
-    tokens: list[np.ndarray]  # int32; a stop id, if one came, is the last
-    texts: list[str] | None  # for prompts that were strings: without stop id and stop string
+    tokens: list[np.ndarray]  # int32, including the stop id that ended the row, if any
+    texts: list[str] | None  # without stop id and stop string; None for prompts of token ids
     finish_reasons: list[str]  # "stop_id", "stop_string", "length", or "cancelled" by `watch`
-    logprobs: list[np.ndarray] | None  # log p of each token
+    logprobs: list[np.ndarray] | None  # log p of each token, if the config asks for it
     live_pairs: np.ndarray  # [B] mean over layers and heads
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
-    pairs_read: np.ndarray  # [B] by the attention of the generated tokens, summed over them, mean over layers and heads
+    pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
     cache: CompactCache
     logits: Float[Array, "B V"]  # after the last token
 
 
 class Progress(NamedTuple):
-    """How far a call has come. The device has finished all that is reported."""
+    """The progress of a call. The device has finished everything that is reported."""
 
     prefilled: int  # tokens of the longest prompt that the cache holds
     tokens: list[np.ndarray] | None  # generated so far, row by row; None during the prefill
@@ -64,10 +63,11 @@ def generate(
       prompts: strings or token ids, of any lengths; none may be empty.
       config: the settings; greedy by default.
       tokenizer: for strings; by default the one in the model's folder.
-      cache: of an earlier turn, with a row for each prompt, to append to. It stays usable. None makes a new one.
-      watch: called after each chunk of the prefill and every few tokens. Returning True while tokens are generated ends
-        the call there, with a cache of exactly the tokens returned. An exception from it passes through and leaves a
-        given `cache` untouched.
+      cache: the cache of an earlier turn to append to, with a row for each prompt. It stays usable. None makes a new
+        cache.
+      watch: called after each chunk of the prefill and every few tokens. If it returns True while tokens are generated,
+        the call ends there, and the cache holds exactly the tokens that are returned. If it raises, the exception
+        passes through, and a given `cache` stays usable.
 
     Raises ConfigError for arguments that cannot work, and, with overflow "raise", when a head needs more slots.
     """
@@ -76,20 +76,20 @@ def generate(
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
     stop_ids = _stop_ids(model, config)
     lengths = np.array([len(row) for row in rows])
-    # 2. Make the cache, and refuse before the work what could not work at its end.
+    # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
     if cache is None:
         policy = select_policy(model.config, config.policy, config.dense)
         capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
         cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
     _check_sizes(model, cache, lengths, config)
-    # 3. Prefill, keeping the logits of each prompt's last token only; compress the prompts if the policy says so.
+    # 3. Prefill, keep only the logits of each prompt's last token, and compress the prompts if the policy does so.
     padded = _padded(rows)
     on_chunk = None if watch is None else lambda done: watch(Progress(done, None))
     logits, cache = prefill_rows(
         model, cache, padded, lengths, config.chunk_size, config.threshold, last_only=True, donate=own, watch=on_chunk
     )
-    if isinstance(cache.policy, PromptCompression):
+    if cache.policy.compresses_prompt:
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
@@ -106,10 +106,10 @@ def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokeni
     """Return the checked ids of each prompt, the tokenizer if one is needed, and whether prompts were strings."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
-        raise ConfigError("there are no prompts; give at least one")
+        raise ConfigError("there must be at least one prompt, got no prompts")
     as_text = isinstance(prompts[0], str)
     if any(isinstance(prompt, str) != as_text for prompt in prompts):
-        raise ConfigError("prompts must be all strings or all token ids, got some of each")
+        raise ConfigError("prompts must be all strings or all token ids, got both")
     if tokenizer is None and (as_text or config.stop_strings):
         source = getattr(model, "source", None)
         if source is None:
@@ -131,7 +131,7 @@ def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokeni
 
 
 def _stop_ids(model, config) -> np.ndarray:
-    """Return the ids that end a row, padded with -1, which no token has."""
+    """Return the ids that end a row, padded with -1, which is not a token id."""
     ids = sorted(set(model.config.eos_token_ids if config.stop_ids is None else config.stop_ids))
     check_ids(np.array(ids, np.int64), model.config.vocab_size, "stop_ids")
     size = -(-max(len(ids), 1) // STOP_ID_MULTIPLE) * STOP_ID_MULTIPLE
@@ -163,7 +163,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
 
 
 def _first_state(cache: CompactCache, logits: Array, rows: list[np.ndarray], config: GenerationConfig) -> DecodeState:
-    """Return the state after the prefill. The room for new tokens is rounded up, so that few sizes are compiled."""
+    """Return the state after the prefill. The space for new tokens is rounded up, so that few sizes are compiled."""
     num_rows, columns = len(rows), round_up(config.max_new_tokens)
     seen_tokens = None
     if config.repetition_penalty != 1:

@@ -1,4 +1,4 @@
-"""The settings of `generate`, checked as soon as they are written down, before any model is loaded. Imports no JAX."""
+"""The settings of `generate`, which are checked on construction, before a model is loaded. Imports no JAX."""
 
 import math
 from dataclasses import dataclass
@@ -20,23 +20,25 @@ class GenerationConfig:
     temperature: Annotated[float, AtLeast(0), "0 is greedy"] = 0.0
     top_k: Annotated[int, AtLeast(0), "sample among the k likeliest tokens; 0: off"] = 0
     top_p: Annotated[
-        float, Range(0, 1, exclusive_min=True), "sample among the likeliest tokens that hold this probability; 1: off"
+        float,
+        Range(0, 1, exclusive_min=True),
+        "sample among the likeliest tokens that together have this probability; 1: off",
     ] = 1.0
     min_p: Annotated[
         float, Range(0, 1, exclusive_max=True), "drop tokens less likely than this times the likeliest; 0: off"
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Above(0), "make tokens that prompt or answer already hold less likely; 1: off"
+        float, Above(0), "make the tokens of the prompt and the answer so far less likely; 1: off"
     ] = 1.0
-    stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): none
+    stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): no stop ids
     stop_strings: tuple[str, ...] = ()  # need a tokenizer
-    seed: int | tuple[int, ...] = 0  # one for all, from which each row derives its own by its index; or one per row
-    logprobs: bool = False  # also return log p of each token under the model itself: temperature 1, nothing cut
+    seed: int | tuple[int, ...] = 0  # one for all rows, combined with the row's index; or one per row
+    logprobs: bool = False  # also return each token's log p under the model itself, at temperature 1
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
     overflow: Overflow | None = None  # what a full buffer does; None: see `init_cache`
     chunk_size: Annotated[int, AtLeast(1), "tokens per chunk of the prefill"] | None = None
     threshold: float = 0.0  # a token evicts iff its logit exceeds it; see `calibrate`
-    dense: bool = False  # the same as policy="dense"
+    dense: bool = False  # equivalent to policy="dense"
     policy: Any = None  # a CachePolicy or its name ("tova:256", "prompt:tova:256"); None: the model's own
 
     def __post_init__(self):

@@ -1,5 +1,4 @@
-"""What the prompts of one `generate` command cost: tokens per second without compiling, and memory next to that of a
-dense cache."""
+"""Costs of one `generate` command: tokens per second without compilation, and memory compared to a dense cache."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from dms_jax.engine.stopwatch import Clock
 class Report:
     """Sums over all prompts or turns of a command."""
 
-    nominal_cr: float | None  # None: the model has no policy, or it is not used
+    nominal_cr: float | None  # None if the model has no evict head or the command does not use it
     clock: Clock
     prompts: int = 0
     prefill_tokens: int = 0
@@ -23,15 +22,17 @@ class Report:
     def add(
         self, prompt_tokens: int, new_tokens: int, cache: CompactCache, rows: int, same_cache: bool = False
     ) -> None:
-        """Count a batch, of which the first `rows` rows of `cache` are prompts. `same_cache`: it replaces the last
-        cache that was counted, as the next turn of a conversation does."""
+        """Count a batch; the first `rows` rows of `cache` are its prompts, and the others are padding.
+
+        With `same_cache`, the cache replaces the last one that was counted, as in the next turn of a conversation.
+        """
         self.prompts += rows
         self.prefill_tokens += prompt_tokens
         self.decode_tokens += new_tokens
         self.caches = [*([] if same_cache else self.caches), cache_numbers(cache, rows)]
 
     def numbers(self) -> dict:
-        """Return everything in the table, for `--json`."""
+        """Return all figures of the table, for `--json`."""
         seconds = self.clock.seconds
         sums = {key: sum(cache[key] for cache in self.caches) for key in ("seen", "rows", "live", "forced_evictions")}
         largest = {
@@ -54,7 +55,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """Return the lines that end a command."""
+        """Return the table that the command prints at its end."""
         n = self.numbers()
         lines = [f"{'':<10}{'tokens':>9}{'seconds':>10}{'tokens/s':>10}"]
         for phase in ("prefill", "decode"):
@@ -83,9 +84,11 @@ def _mebibytes(size: int) -> str:
 
 
 def cache_numbers(cache: CompactCache, rows: int) -> dict:
-    """Sum the tokens and the live pairs of the first `rows` rows, the latter as a mean over layers and heads; and give
-    the bytes of keys and values that are live, that a dense cache would hold, and that are allocated with all
-    bookkeeping."""
+    """Return sums over the first `rows` rows: tokens seen, live pairs (mean over layers and heads), and bytes.
+
+    `live_bytes` and `dense_bytes` are keys and values only, `dense_bytes` those of a dense cache. `cache_bytes` is the
+    memory that is allocated, including the bookkeeping.
+    """
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
     layer = cache.layers[0]
     pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize

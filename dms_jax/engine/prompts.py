@@ -1,5 +1,7 @@
-"""Prompts: read from files, and encoded as token ids. Imports no JAX until a prompt is encoded. Errors are
-`ConfigError`."""
+"""Read prompts from files, and encode them as token ids. Imports no JAX until a prompt is encoded.
+
+Errors are `ConfigError`.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +15,23 @@ from dms_jax.files import read_jsonl, read_text
 if TYPE_CHECKING:  # it loads JAX
     from dms_jax.hf.hf_tokenizer import Tokenizer
 
-REPLY = "\ue000reply\ue000"  # stands for an answer whose tokens the cache already holds
+REPLY = "\ue000reply\ue000"  # placeholder for an answer whose tokens are already in the cache
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt, and where it came from for messages about it."""
+    """One prompt, and where it came from, for messages about it."""
 
     content: str | list[dict]  # text, or chat messages
     where: str
-    record: object = None  # the line it came from, to be written next to the result
+    record: object = None  # the input line, which is written next to the result
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Read a file of prompts: a .txt file has one on each line, a .jsonl file an object with "prompt" or "messages" on
-    each line. Blank lines are skipped."""
+    """Read a file of prompts, skipping blank lines.
+
+    A .txt file has one prompt per line; a .jsonl file has one object per line, with "prompt" or "messages".
+    """
     kind = Path(path).suffix.lower()
     if kind not in (".txt", ".jsonl"):
         raise ConfigError(
@@ -65,7 +69,7 @@ def _is_message(message: object) -> bool:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns prompts into token ids, for a new cache or one that `continues`."""
+    """Turns prompts into token ids, for a new cache, or for a cache with an earlier turn if `continues` is set."""
 
     tokenizer: "Tokenizer"
     system: str | None = None  # the system message of a chat
@@ -94,9 +98,10 @@ class Encoder:
 def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int | None = None) -> np.ndarray:
     """Return the ids that bring a cache from the end of one answer to the beginning of the next.
 
-    The chat template is applied to a conversation with a stand-in for the answer; the ids are those of the text after
-    the stand-in. So the answer stays in the cache as the model gave it. `ended_by` is the id that ended the answer and
-    is therefore in the cache already; None means a loaded cache, whose last answer is taken to be complete.
+    The chat template is applied to a conversation with a placeholder for the answer, and the text after the placeholder
+    is encoded. The answer thus stays in the cache exactly as the model generated it. `ended_by` is the id that ended
+    the answer and that is therefore already in the cache; None means a loaded cache, whose last answer ended at the
+    end-of-text id.
     """
     text = tokenizer.chat_text(
         [*with_system(system, [{"role": "user", "content": "x"}]), {"role": "assistant", "content": REPLY}, *messages],
@@ -105,8 +110,8 @@ def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int
     _, found, rest = text.rpartition(REPLY)
     if not found:
         raise ConfigError(
-            f"the chat template of {tokenizer.where} does not repeat earlier answers, so this conversation cannot be "
-            "continued; start a new one"
+            f"the chat template of {tokenizer.where} must repeat earlier answers to continue a conversation, but it "
+            "does not; start a new conversation"
         )
     ids = tokenizer.encode(rest)
     ended_by = tokenizer.eos_id if ended_by is None else ended_by
@@ -118,8 +123,10 @@ def with_system(system: str | None, messages: list[dict]) -> list[dict]:
 
 
 def check_text(prompt: Prompt) -> None:
-    """Refuse text that no tokenizer can take: a shell passes bytes that are not UTF-8 as lone surrogates, and JSON can
-    spell them."""
+    """Refuse lone surrogates, which no tokenizer can encode.
+
+    A shell passes bytes that are not UTF-8 as lone surrogates, and JSON can spell them.
+    """
     for text in [prompt.content] if isinstance(prompt.content, str) else [m["content"] for m in prompt.content]:
         try:
             text.encode()

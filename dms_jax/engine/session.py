@@ -1,5 +1,4 @@
-"""What the three modes of the `generate` command share: the model, its settings, the costs so far, and one call of
-`dms_jax.generate`."""
+"""The session of one `generate` command, which its three modes share: model, settings, and the costs so far."""
 
 import argparse
 import sys
@@ -29,18 +28,18 @@ from dms_jax.policies import KeepAll
 
 
 class Cancelled(Exception):
-    """The prefill was stopped by the user; no cache has changed."""
+    """The user has stopped the prefill; no cache has changed."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """The model of one command and how to generate with it. Only `report` changes: it sums the costs of all calls."""
+    """A model and the settings to generate with. Only `report` changes: it sums the costs of all calls."""
 
     options: argparse.Namespace
     config: GenerationConfig
     model: Decoder
     tokenizer: Tokenizer
-    loaded: CompactCache | None  # of --load-cache
+    loaded: CompactCache | None  # the cache that --load-cache names
     report: Report
 
     def encoder(self) -> Encoder:
@@ -54,7 +53,7 @@ class Session:
         return tokens[:-1] if tokens.size and int(tokens[-1]) in (self.config.stop_ids or ()) else tokens
 
     def free_context(self, cache: CompactCache | None) -> int:
-        """Return how many more tokens the model's context takes."""
+        """Return how many more tokens fit into the model's context after those in `cache`."""
         return self.model.config.context_limit()[0] - (0 if cache is None else int(np.max(cache.seen)))
 
     def start_from_loaded(self, rows: int) -> CompactCache | None:
@@ -64,7 +63,7 @@ class Session:
     def config_for(
         self, prompt_lengths: Sequence[int], new_tokens: int | None = None, more_to_come: bool = False
     ) -> GenerationConfig:
-        """Return the settings with the capacity of a cache for any of these prompts, see `plan_capacity`."""
+        """Return the settings, with the capacity that `plan_capacity` chooses for these prompts."""
         config = self.config
         policy = select_policy(self.model.config, config.policy, config.dense)
         new_tokens = config.max_new_tokens if new_tokens is None else new_tokens
@@ -74,7 +73,7 @@ class Session:
         return replace(config, capacity=capacity, overflow=overflow)
 
     def check_lengths(self, rows: Sequence[np.ndarray], where: Sequence[str]) -> None:
-        """Name the first prompt that is too long, before any prompt runs."""
+        """Refuse a prompt that is too long for the context, before any prompt runs."""
         limit = self.free_context(self.loaded) - self.config.max_new_tokens
         for row, name in zip(rows, where, strict=True):
             if len(row) > limit:
@@ -93,10 +92,10 @@ class Session:
         show: Callable[[list[np.ndarray]], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> Generation:
-        """Continue `rows`; row i draws with seed + first + i. `show` gets the tokens so far, `cancelled` says when to
-        stop.
+        """Continue `rows`, and count the costs of the prefill and of decoding.
 
-        Raises ConfigError; and Cancelled, when the user stops it before the first token.
+        Row i draws with seed + first + i. `show` is called with the tokens so far, and `cancelled` is asked whether to
+        stop. Raises ConfigError, and Cancelled if the user stops the call before the first token.
         """
         seeds = tuple((self.options.seed + first + i) % 2**32 for i in range(len(rows)))
         total, terminal, clock = max(map(len, rows)), sys.stderr.isatty(), self.report.clock
@@ -118,7 +117,7 @@ class Session:
         return generate(self.model, rows, config, tokenizer=self.tokenizer, cache=cache, watch=watch)
 
     def record(self, result: Generation, index: int, ids: np.ndarray) -> dict:
-        """Return what `--json` and `--prompts` write about one row."""
+        """Return the record of one row that `--json` and `--prompts` write."""
         tokens = result.tokens[index]
         return {
             "text": trim_at_stop(self.tokenizer.decode(self.without_end(tokens)), self.options.stop),
@@ -132,14 +131,14 @@ class Session:
         }
 
     def save(self, cache: CompactCache | None) -> None:
-        """Write the cache where --save-cache says, if it is given and there is one."""
+        """Write the cache to the file of --save-cache, if the option is given and a cache exists."""
         if self.options.save_cache and cache is not None:
             dms_jax.save_cache(self.model, cache, self.options.save_cache, overwrite=self.options.overwrite)
 
 
 def open_session(options: argparse.Namespace) -> Session:
     """Load the model, the tokenizer and the cache that the options of the command name."""
-    config = settings(options)  # wrong numbers are refused before the weights are read
+    config = settings(options)  # refuses wrong numbers before the weights are read
     dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
     tokenizer = dms_jax.load_tokenizer(options.model)
     model = dms_jax.load(options.model, dtype=dtype, implementation=options.implementation)
@@ -154,14 +153,14 @@ def open_session(options: argparse.Namespace) -> Session:
     config = replace(config, stop_ids=() if options.ignore_eos else model.config.eos_token_ids)
     loaded = _load_cache(model, options)
     dense = options.dense if loaded is None else loaded.policy == KeepAll()
-    jax.block_until_ready(unrolled(model))  # lays out the weights: part of loading, not of the first prefill
+    jax.block_until_ready(unrolled(model))  # lay out the weights now, so that the first prefill does not count it
     return Session(
         options, config, model, tokenizer, loaded, Report(None if dms is None or dense else dms.target_cr, Clock())
     )
 
 
 def settings(options: argparse.Namespace) -> GenerationConfig:
-    """Return the settings in the options of the command: those of the same name, and three that are not."""
+    """Return the settings that the options of the command give; three of them need a conversion."""
     given = {field.name: getattr(options, field.name) for field in fields(GenerationConfig) if field.name in options}
     return GenerationConfig(
         **given
@@ -203,6 +202,6 @@ def _load_cache(model: Decoder, options: argparse.Namespace) -> CompactCache | N
 
 
 def _show_prefill(done: int, total: int) -> None:
-    """Overwrite one line of the terminal; clear it at the end."""
+    """Show the progress on one line of the terminal, and clear the line at the end."""
     line = f"\rreading {done} of {total} tokens" if done < total else "\r\033[K"
     print(line, end="", file=sys.stderr, flush=True)

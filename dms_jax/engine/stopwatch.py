@@ -1,4 +1,4 @@
-"""Seconds of prefill and decoding, with the time that went into compiling counted apart."""
+"""Seconds of prefill and decoding, with the time for compilation counted separately."""
 
 import time
 
@@ -6,10 +6,10 @@ import jax
 
 
 class Clock:
-    """Seconds of each phase; tracing and compiling are their own phase, "compile".
+    """Seconds of each phase; tracing and compilation form a separate phase, "compile".
 
-    The device must be idle when a lap ends, as it is when `generate` calls its `watch`. Otherwise work of one lap is
-    counted in the next.
+    The device must be idle when a lap ends, as it is when `generate` calls its `watch`. Otherwise, some of the work of
+    one lap is counted in the next.
     """
 
     def __init__(self):
@@ -24,7 +24,7 @@ class Clock:
             self.compiled.append((now - duration_secs, now))
 
     def start(self) -> None:
-        """Begin a lap now; the time since the last one counts nowhere."""
+        """Begin a lap now; the time since the end of the last lap is not counted."""
         self.since, self.compiled = time.perf_counter(), []
 
     def lap(self, phase: str) -> None:
@@ -40,8 +40,10 @@ class Clock:
 
 
 def covered(intervals: list[tuple[float, float]], since: float) -> float:
-    """Return the length of the union of intervals from `since` on. They overlap: tracing a function traces the
-    functions inside it, and JAX reports both."""
+    """Return the length of the union of intervals, from `since` on.
+
+    Intervals overlap, because tracing a function traces the functions inside it, and JAX reports both.
+    """
     total, until = 0.0, since
     for begin, end in sorted(intervals):
         total += max(0.0, end - max(begin, until))

@@ -1,8 +1,8 @@
-"""Text of tokens that come a few at a time, and the strings at which it stops."""
+"""Text of tokens that arrive a few at a time, and stop strings."""
 
 from collections.abc import Sequence
 
-REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not a whole character, or not yet
+REPLACEMENT = "\ufffd"  # a decoder shows this for bytes that do not form a character, or do not form one yet
 
 
 def find_stop(text: str, stops: Sequence[str]) -> int | None:
@@ -16,20 +16,20 @@ def trim_at_stop(text: str, stops: Sequence[str]) -> str:
 
 
 class TextStream:
-    """Turns the growing tokens of a row into pieces of text which, joined, are the text of all tokens.
+    """Turns the growing tokens of a row into pieces of text, which together are the text of all tokens.
 
-    A piece ends with a whole character: the bytes of an incomplete one wait for the rest. With stop strings, text that
-    may turn out to be the beginning of one waits too, and nothing from the first stop string on is ever returned.
+    A piece ends with a complete character; the bytes of an incomplete one are held back. Text that may be the beginning
+    of a stop string is held back, too. Nothing from the first stop string on is returned.
     """
 
     def __init__(self, decode, stops: Sequence[str] = ()):
         self.decode, self.stops = decode, tuple(stops)
-        self.num_read = 0  # tokens that are text already
+        self.num_read = 0  # tokens whose text has been read
         self.context = 0  # where the previous piece began; decoded again, because a tokenizer may drop a leading space
         self.waiting, self.stopped = "", False
 
     def push(self, tokens, last: bool = False) -> str:
-        """Return the new text, given all `tokens` of the row so far; `last` also returns what still waits."""
+        """Return the new text, given all `tokens` of the row so far; `last` also returns the text held back."""
         if self.stopped:
             return ""
         before, now = self.decode(tokens[self.context : self.num_read]), self.decode(tokens[self.context :])
@@ -46,6 +46,6 @@ class TextStream:
 
 
 def _partial_stop(text: str, stops: Sequence[str]) -> int:
-    """Return the length of the longest end of `text` with which a stop string begins."""
+    """Return the length of the longest suffix of `text` that begins a stop string."""
     longest = min(max(map(len, stops), default=1) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in stops)), 0)

@@ -1,7 +1,7 @@
 """The kernels as the model calls them: one function each, with the same result from every implementation.
 
-These functions adapt layouts, split the work over devices and merge partial results; `dispatch` decides which implementation runs.
-Under a mesh each device runs the kernel on its own rows and KV heads, so no kernel communicates.
+These functions adapt layouts, split the work over devices and merge partial results; `dispatch` decides which
+implementation runs. Under a mesh each device runs the kernel on its own rows and KV heads, so no kernel communicates.
 """
 
 import functools
@@ -56,11 +56,11 @@ def gated_attention(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Causal grouped-query attention under eviction gates, as `core.chunked_attention` defines it, differentiable in q, k, v and
-    `log_keep`.
+    """Compute causal grouped-query attention under eviction gates, as `core.chunked_attention` defines it.
 
-    `interpret` runs a Pallas kernel on a CPU, slowly, and `blocks` replaces the tuned block sizes; the other functions of this module
-    have both, too. All raise ConfigError if the named implementation cannot run.
+    It is differentiable in q, k, v and `log_keep`. As in the other functions of this module, `interpret` runs a Pallas
+    kernel on a CPU, slowly, `blocks` replaces the tuned block sizes, and a named implementation that cannot run raises
+    ConfigError.
     """
     query = KernelQuery(q.shape[-1], q.dtype)
     name, blocks = select_implementation("train_attention", query, implementation, interpret, blocks)
@@ -101,7 +101,7 @@ def extend_layer(
         part = chunk._replace(position=position, count=count)
         return slot_attention.extend_layer(layer, q, k, v, expiries, part, policy, ops)
 
-    # These hold the axes of each array in its place.
+    # These records hold the axes of each array in place of the array.
     cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
     cache = cache_axes(*PAIRS, "batch kv_heads", None if layer.statistic is None else VECTORS)
     last = None if expiries.last_expiry is None else "batch kv_heads"
@@ -125,8 +125,10 @@ def attend_to_slots(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Attention of a chunk over the slots of a cache and over itself, as `core.slot_attention` defines it. A decode step is a chunk of
-    one token, which is already in its slot (`chunk` None)."""
+    """Attend from a chunk to the slots of a cache and to the chunk itself, as `core.slot_attention` defines it.
+
+    A decode step is a chunk of one token, whose pair is already in its slot, so `chunk` is None.
+    """
     xla_only_because = None if read is None else "cannot skip the slots that a policy does not read"
     query = KernelQuery(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, xla_only_because)
     kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
@@ -161,21 +163,21 @@ def write_pairs(
     position: Int[Array, "B K T"],
     expiry: Int[Array, "B K T"],
     score: Float[Array, "B K T"],
-    stays: Bool[Array, "B K C"],
-    comes: Bool[Array, "B K T"],
+    keep: Bool[Array, "B K C"],
+    new: Bool[Array, "B K T"],
     implementation: str = AUTO,
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> LayerCache:
-    """Write the pairs of a chunk that `comes` marks into the lowest slots that `stays` leaves free: `core.compact_cache.write_pairs`."""
+    """Write the pairs in `new` into the lowest slots that are not in `keep`: `core.compact_cache.write_pairs`."""
     query = KernelQuery(k.shape[-1], k.dtype, layer.k.dtype, layer.capacity)
     name, blocks = select_implementation("compaction", query, implementation, interpret, blocks)
     if name == XLA or k.shape[2] == 1:  # a single pair is not worth a kernel
-        return compact_cache.write_pairs(layer, k, v, position, expiry, score, stays, comes)
+        return compact_cache.write_pairs(layer, k, v, position, expiry, score, keep, new)
     kernel = partial(_kernel("compaction", name), blocks=blocks, interpret=interpret)
     run = _per_device(kernel, k.shape[:2], [PAIRS, PAIRS, SLOTS, SLOTS], PAIRS)
-    new = Pairs(k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score)
-    return run(Pairs.of_layer(layer), new, stays, comes).put_into(layer)
+    pairs = Pairs(k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score)
+    return run(Pairs.of_layer(layer), pairs, keep, new).put_into(layer)
 
 
 @typed
@@ -197,11 +199,14 @@ def decode_update(
     interpret: bool = False,
     blocks: Blocks | None = None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
-    """One decode step's update: rotate the queries, decide about eviction, and write one pair per row into the lowest free slot.
+    """Update the cache in a decode step: rotate, decide about eviction, and write one pair per row and KV head.
 
-    `q`, `k` and `v` are before RoPE, and `logit` is the decision score of the new token: if it exceeds `threshold`, it marks pair
-    seen - 1 (`decision_shift` 1) or its own pair (0) for eviction; with `decision_shift` None no pair is ever marked. Returns the rotated
-    queries and the updated cache. A row of `count` 0 has no new token, and its cache stays as it is.
+    The pair goes into the lowest free slot. `q`, `k` and `v` are before RoPE, and `logit` is the decision score of the
+    new token. If it exceeds `threshold`, the token marks pair seen - 1 (`decision_shift` 1) or its own pair
+    (`decision_shift` 0) for eviction. If `decision_shift` is None, no pair is ever marked. A row of `count` 0 has no
+    new token, and its cache is unchanged.
+
+    Return the rotated queries and the updated cache.
     """
     query = KernelQuery(q.shape[-1], q.dtype, layer.k.dtype, layer.capacity)
     name, _ = select_implementation("decode_update", query, implementation, interpret, blocks)
@@ -221,14 +226,17 @@ def decode_update(
 
 
 def _kernel(kernel: str, implementation: str) -> Any:
-    """The function of the record in `KERNELS`, jitted."""
+    """Return the jitted function that `KERNELS` names."""
     return _jitted(KERNELS[kernel].written_for(implementation).function)
 
 
 @functools.cache
 def _jitted(function: str) -> Any:
-    """The function named "module:function", jitted with its keyword arguments static. A model unrolls its layers to decode; because all
-    call the same jitted function, it is lowered and compiled once (which saves minutes for 36 layers)."""
+    """Return the function named "module:function", jitted with its keyword arguments static.
+
+    A model unrolls its layers to decode. Because all layers call the same jitted function, it is lowered and compiled
+    only once, which saves minutes for 36 layers.
+    """
     found = load(function)
     parameters = inspect.signature(found).parameters.values()
     fixed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
@@ -236,14 +244,14 @@ def _jitted(function: str) -> Any:
 
 
 def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: Any) -> Callable:
-    """Run `f` on each device's rows and KV heads, of which there are `sizes`, if a mesh is set.
+    """Run `f` on each device's own rows and KV heads if a mesh is set; `sizes` are the numbers of rows and of KV heads.
 
-    `axes_in` and `axes_out` have the structure of the arguments and the results of `f`, with the axes of an array in its place, as words:
-    "." is never split, and "heads" are KV heads over the model and context axes together. An axis that its mesh axes do not divide is
-    not split.
+    `axes_in` and `axes_out` have the structure of the arguments and the results of `f`. In place of each array, they
+    hold its axes as words: "." is never split, and "heads" are KV heads over the model and context axes together. An
+    axis that its mesh axes do not divide is not split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # manual_axes: each device runs this code by itself already.
+    # With manual axes, each device already runs this code by itself.
     if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
         return f
     size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1]}

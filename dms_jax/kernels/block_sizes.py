@@ -11,17 +11,17 @@ class TrainBlocks(NamedTuple):
     steps: int = 2  # blocks in flight (GPU)
 
     def fit(self, length: int) -> "TrainBlocks":
-        """Cut the blocks down to what rows of `length` tokens need."""
+        """Return blocks that are no larger than rows of `length` tokens need."""
         longest = max(128, 1 << (length - 1).bit_length())
         return self._replace(q=min(self.q, longest), k=min(self.k, longest))
 
 
 class SlotBlocks(NamedTuple):
-    """Attention over slots: query rows and keys per block, and the number of parts that the slots of a head are split into."""
+    """Attention over slots: query rows and keys per block, and the number of parts of a head's slots."""
 
     rows: int
     keys: int
-    parts: int = 1  # (GPU) 0: as many as keep all multiprocessors busy
+    parts: int = 1  # (GPU) 0 chooses a number that keeps the multiprocessors busy
     steps: int = 4  # blocks in flight (GPU)
 
 
@@ -29,7 +29,7 @@ class PlaceBlocks(NamedTuple):
     """Compaction: pairs of the chunk and slots of the cache per block."""
 
     pairs: int
-    slots: int = 512  # (TPU; a GPU touches only the slots that it writes)
+    slots: int = 512  # (TPU) a GPU touches only the slots that it writes
 
 
 Blocks = TrainBlocks | SlotBlocks | PlaceBlocks

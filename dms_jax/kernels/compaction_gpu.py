@@ -1,9 +1,9 @@
-"""Stream compaction on Hopper: the pairs of a chunk that stay go into free slots, in place.
+"""Stream compaction on Hopper: the new pairs of a chunk go into free slots, in place.
 
-XLA computes the slot of each pair, from integers that are a few percent of the bytes. The kernel then only moves rows: grid
-(batch x KV head, tile of the chunk), a CTA fetches its tile of keys and values at once and sends each row that comes to its
-slot, with one copy per row. It is bound by the latency of copies and by the bytes of the chunk; slots that are not written are not
-touched.
+XLA computes the slot of each pair from integers, which are a few percent of the bytes. The kernel then only moves rows.
+Its grid is (batch x KV head, tile of the chunk). A CTA fetches its tile of keys and values at once and sends each new
+row to its slot, with one copy per row. The kernel is bound by the latency of copies and by the bytes of the chunk. It
+does not touch slots that are not written.
 """
 
 from typing import Any, NamedTuple
@@ -20,40 +20,40 @@ from dms_jax.kernels.block_sizes import PlaceBlocks
 from dms_jax.kernels.mosaic_gpu import bind, update_in_place
 from dms_jax.kernels.operands import Pairs, fold_heads, unfold_heads
 
-ROW_BYTES = 128  # copies need their end in shared memory aligned to this
+ROW_BYTES = 128  # alignment that copies need in shared memory
 
 
 def write_pairs(
     slots: Pairs,
-    new: Pairs,
-    stays: Bool[Array, "B K C"],
-    comes: Bool[Array, "B K T"],
+    pairs: Pairs,
+    keep: Bool[Array, "B K C"],
+    new: Bool[Array, "B K T"],
     *,
     blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> Pairs:
-    """`core.compact_cache.write_pairs` on the slots of a layer; in place where the caller donates them."""
-    h, length = slots.k.shape[3], comes.shape[2]
-    pairs = min(blocks.pairs, -(-length // 32) * 32)  # a copy on hardware is a multiple of 128 bytes
-    padding, min_width = -length % pairs, ROW_BYTES // slots.k.dtype.itemsize
+    """Do `core.compact_cache.write_pairs` on the slots of a layer, in place if the caller donates them."""
+    h, length = slots.k.shape[3], new.shape[2]
+    tile_pairs = min(blocks.pairs, -(-length // 32) * 32)  # a copy on hardware is a multiple of 128 bytes
+    padding, min_width = -length % tile_pairs, ROW_BYTES // slots.k.dtype.itemsize
 
     def tile(x, dtype, fill=0):  # [B K T ...] -> [B*K, T', ...], with rows of keys and values of at least ROW_BYTES
         widths = [(0, 0), (0, 0), (0, padding)] + [(0, max(0, min_width - h))] * (x.ndim - 3)
         return fold_heads(jnp.pad(x.astype(dtype), widths, constant_values=fill))
 
-    tiles = [tile(x, old.dtype) for x, old in zip(new, slots, strict=True)]
-    slot = tile(slots_of(stays, comes), jnp.int32, slots.k.shape[2])
-    smem = [plgpu.SMEM((pairs, *x.shape[2:]), x.dtype) for x in (*tiles, slot)]
+    tiles = [tile(x, old.dtype) for x, old in zip(pairs, slots, strict=True)]
+    slot = tile(slots_of(keep, new), jnp.int32, slots.k.shape[2])
+    smem = [plgpu.SMEM((tile_pairs, *x.shape[2:]), x.dtype) for x in (*tiles, slot)]
     names = "k_s", "v_s", "position_s", "expiry_s", "score_s", "slot_s"
     updated = update_in_place(
-        bind(send_rows, Plan(pairs, slots.k.shape[2], h), Refs),
+        bind(send_rows, Plan(tile_pairs, slots.k.shape[2], h), Refs),
         [fold_heads(x) for x in slots],
         [*tiles, slot],
-        grid={"head": slot.shape[0], "tile": slot.shape[1] // pairs},
+        grid={"head": slot.shape[0], "tile": slot.shape[1] // tile_pairs},
         scratch={**dict(zip(names, smem, strict=True)), "arrived": plgpu.Barrier(num_arrivals=len(names))},
         interpret=interpret,
     )
-    return Pairs(*(unfold_heads(x, stays.shape) for x in updated))
+    return Pairs(*(unfold_heads(x, keep.shape) for x in updated))
 
 
 class Plan(NamedTuple):
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """The slots of the layer [B*K C ...], the pairs of the chunk [B*K T' ...], and a tile of these in shared memory."""
+    """The slots of the layer [B*K C ...], the pairs of the chunk [B*K T' ...], and a tile of pairs in shared memory."""
 
     k: Any
     v: Any
@@ -77,7 +77,7 @@ class Refs(NamedTuple):
     new_position: Any
     new_expiry: Any
     new_score: Any
-    slot: Any  # where each pair goes; `capacity` for a pair that does not come
+    slot: Any  # the slot of each pair; `capacity` for a pair that is not new
     k_s: Any
     v_s: Any
     position_s: Any
@@ -88,7 +88,7 @@ class Refs(NamedTuple):
 
 
 def send_rows(plan: Plan, refs: Refs) -> None:
-    """Send each pair of a tile to its slot."""
+    """The kernel: send each new pair of a tile to its slot."""
     head, rows = lax.axis_index("head"), pl.ds(lax.axis_index("tile") * plan.pairs, plan.pairs)
     sources = refs.new_k, refs.new_v, refs.new_position, refs.new_expiry, refs.new_score, refs.slot
     targets = refs.k_s, refs.v_s, refs.position_s, refs.expiry_s, refs.score_s, refs.slot_s

@@ -1,10 +1,12 @@
-"""Stream compaction on a TPU: the pairs of a chunk that stay go into free slots of the cache, in place.
+"""Stream compaction on a TPU: the new pairs of a chunk go into free slots of the cache, in place.
 
-Free slots and pairs are both in order, so a block of slots receives a contiguous range of the pairs that come: of all combinations
-of a block of slots and a block of pairs, only a staircase is not empty. Grid (B K, steps of the staircase); the second axis is
-sequential and as long as the longest head needs. A step owns [slots, H] of keys and values. It is bound by HBM, and blocks that
-receive nothing are not read. Rows of narrow types are packed in sublanes and cannot be copied one by one, so rows are moved by a product
-with a 0/1 matrix, which is exact.
+Free slots and new pairs are both in order, so a block of slots receives a contiguous range of the new pairs. If blocks
+of slots are the rows and blocks of pairs the columns of a table, those that meet form a staircase. The grid is (B K,
+steps of the staircase); its second axis is sequential and as long as the longest head needs. A step owns [slots, H] of
+keys and values.
+
+The kernel is bound by HBM, and blocks that receive nothing are not read. Rows of narrow types are packed in sublanes
+and cannot be copied one by one, so rows are moved by a product with a 0/1 matrix, which is exact.
 """
 
 from functools import partial
@@ -27,29 +29,29 @@ NO_PAIR, NO_SLOT = -1, -2  # ranks that match nothing
 
 def write_pairs(
     slots: Pairs,
-    new: Pairs,
-    stays: Bool[Array, "B K C"],
-    comes: Bool[Array, "B K T"],
+    pairs: Pairs,
+    keep: Bool[Array, "B K C"],
+    new: Bool[Array, "B K T"],
     *,
     blocks: PlaceBlocks,
     interpret: bool = False,
 ) -> Pairs:
-    """`core.compact_cache.write_pairs` on the slots of a layer. Keys and values are updated in place where the caller donates them."""
+    """Do `core.compact_cache.write_pairs` on the slots of a layer; donated keys and values are updated in place."""
     b, heads, capacity, h = slots.k.shape
-    length = new.k.shape[2]
+    length = pairs.k.shape[2]
     block_s, block_t = min(blocks.slots, capacity), min(blocks.pairs, length)
 
-    freed, came = (jnp.cumsum(fold_heads(x), axis=-1, dtype=jnp.int32) for x in (~stays, comes))
-    receives = ~fold_heads(stays) & (freed <= came[:, -1:])
-    slot_rank = jnp.where(receives, freed - 1, NO_PAIR)
-    pair_rank = jnp.where(fold_heads(comes), came - 1, NO_SLOT)
-    slot_block, pair_block, count = _staircase(freed, came, block_s, block_t)
-    pairs = jnp.stack(
+    num_free, num_new = (jnp.cumsum(fold_heads(x), axis=-1, dtype=jnp.int32) for x in (~keep, new))
+    receives = ~fold_heads(keep) & (num_free <= num_new[:, -1:])
+    slot_rank = jnp.where(receives, num_free - 1, NO_PAIR)
+    pair_rank = jnp.where(fold_heads(new), num_new - 1, NO_SLOT)
+    slot_block, pair_block, count = _staircase(num_free, num_new, block_s, block_t)
+    pair_numbers = jnp.stack(
         [
             pair_rank,
-            fold_heads(new.position),
-            fold_heads(new.expiry),
-            lax.bitcast_convert_type(fold_heads(new.score), jnp.int32),
+            fold_heads(pairs.position),
+            fold_heads(pairs.expiry),
+            lax.bitcast_convert_type(fold_heads(pairs.score), jnp.int32),
         ],
         axis=1,
     )  # [B K, 4, T]
@@ -66,7 +68,7 @@ def write_pairs(
 
     numbers_spec = lambda number, size, which: pl.BlockSpec((None, number, size), lambda *at: (at[0], 0, which(*at)))
     in_layout = lambda x: x.swapaxes(-1, -2) if lanes else x
-    new_k, new_v = (in_layout(fold_heads(x.astype(slots.k.dtype))) for x in (new.k, new.v))
+    new_k, new_v = (in_layout(fold_heads(x.astype(slots.k.dtype))) for x in (pairs.k, pairs.v))
     old_k, old_v = (in_hbm(in_layout(fold_heads(x)), interpret) for x in (slots.k, slots.v))
     old_spec = rows_spec(block_s, slots_of)
     moved_k, moved_v, moved = pl.pallas_call(
@@ -95,35 +97,39 @@ def write_pairs(
         ),
         interpret=interpret,
         name="write_pairs",
-    )(slot_block, pair_block, count, slot_rank[:, None], pairs, new_k, new_v, old_k, old_v)
-    receives = receives.reshape(stays.shape)
+    )(slot_block, pair_block, count, slot_rank[:, None], pair_numbers, new_k, new_v, old_k, old_v)
+    receives = receives.reshape(keep.shape)
 
-    def number(i, old):  # where a slot receives nothing, `moved` is not written
-        return jnp.where(receives, lax.bitcast_convert_type(moved[:, i].reshape(stays.shape), old.dtype), old)
+    def number(i, old):  # `moved` is not written for slots that receive nothing
+        return jnp.where(receives, lax.bitcast_convert_type(moved[:, i].reshape(keep.shape), old.dtype), old)
 
     return Pairs(
-        unfold_heads(in_layout(moved_k), stays.shape),
-        unfold_heads(in_layout(moved_v), stays.shape),
+        unfold_heads(in_layout(moved_k), keep.shape),
+        unfold_heads(in_layout(moved_v), keep.shape),
         number(0, slots.position),
         number(1, slots.expiry),
         number(2, slots.score),
     )
 
 
-def _staircase(freed: Int[Array, "A C"], came: Int[Array, "A T"], block_s: int, block_t: int):
-    """The blocks of slots [A N] and of pairs [A N] that meet, step by step, and the number of steps of each head [A].
+def _staircase(num_free: Int[Array, "A C"], num_new: Int[Array, "A T"], block_s: int, block_t: int):
+    """Return the blocks of slots [A N] and of pairs [A N] that meet in each step, and the number of steps per head [A].
 
-    `freed` and `came` are inclusive running counts of free slots and of coming pairs. Entries after the last step repeat it."""
+    `num_free` and `num_new` are inclusive running counts of free slots and of new pairs. Entries
+    after the last step repeat it.
+    """
     ends = lambda x, size: jnp.concatenate([x[:, size - 1 : x.shape[1] - 1 : size], x[:, -1:]], axis=1)
-    came_by = ends(came, block_t)  # [A pair blocks]
-    until = jnp.minimum(ends(freed, block_s), came[:, -1:])  # ranks that the blocks of slots up to each one receive
+    new_until = ends(num_new, block_t)  # [A pair blocks]
+    until = jnp.minimum(
+        ends(num_free, block_s), num_new[:, -1:]
+    )  # pairs that the blocks of slots up to each one receive
     since = jnp.pad(until, ((0, 0), (1, 0)))[:, :-1]
-    block_with = lambda rank: jnp.sum(came_by[:, None] <= rank[..., None], axis=-1, dtype=jnp.int32)
+    block_with = lambda rank: jnp.sum(new_until[:, None] <= rank[..., None], axis=-1, dtype=jnp.int32)
     first = block_with(since)
     steps = jnp.where(until > since, block_with(until - 1) - first + 1, 0)
     end = jnp.cumsum(steps, axis=1, dtype=jnp.int32)
     count = end[:, -1]
-    step = jnp.clip(jnp.arange(until.shape[1] + came_by.shape[1] - 1, dtype=jnp.int32)[None], 0, count[:, None] - 1)
+    step = jnp.clip(jnp.arange(until.shape[1] + new_until.shape[1] - 1, dtype=jnp.int32)[None], 0, count[:, None] - 1)
     slot_block = jnp.sum(end[:, None] <= step[..., None], axis=-1, dtype=jnp.int32)
     mine = slot_block[..., None] == jnp.arange(until.shape[1])[None, None]
     pair_block = step + jnp.sum(jnp.where(mine, (first - (end - steps))[:, None], 0), axis=-1, dtype=jnp.int32)
@@ -143,8 +149,8 @@ class Refs(NamedTuple):
     slot_block: Any  # [B*K, N], scalars: the staircase
     pair_block: Any  # [B*K, N], scalars
     num_steps: Any  # [B*K], scalars
-    slot_rank: Any  # [1, slots]: the rank of the pair that a slot receives, among the pairs that come
-    pairs: Any  # [4, pairs]: rank among the pairs that come, position, expiry, bits of the score
+    slot_rank: Any  # [1, slots]: the rank of the pair that a slot receives, among the new pairs
+    pairs: Any  # [4, pairs]: rank among the new pairs, position, expiry, bits of the score
     new_k: Any  # [pairs, H]
     new_v: Any  # [pairs, H]
     old_k: Any  # [slots, H]
@@ -181,10 +187,10 @@ def _kernel(plan: Plan, *arrays) -> None:
         dtype = jnp.float32 if refs.k.dtype == jnp.float32 else jnp.bfloat16  # bfloat16 holds fp8 exactly
         precision = EXACT if dtype == jnp.float32 else None
         one_hot = jnp.where(match, 1.0, 0.0).astype(dtype)
-        came = (pair_rank if plan.lanes else columns[:, :1]) >= 0
+        is_new = (pair_rank if plan.lanes else columns[:, :1]) >= 0
         hit = (hit if plan.lanes else column(hit)) > 0
         for ref, new_ref in ((refs.k, refs.new_k), (refs.v, refs.new_v)):
-            new = jnp.where(came, new_ref[...].astype(dtype), 0)  # 0 * NaN is NaN
+            new = jnp.where(is_new, new_ref[...].astype(dtype), 0)  # 0 * NaN is NaN
             left, right, axes = (new, one_hot, ((1,), (0,))) if plan.lanes else (one_hot, new, ((0,), (0,)))
             rows = lax.dot_general(
                 left, right, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32

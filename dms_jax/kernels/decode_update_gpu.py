@@ -1,8 +1,8 @@
 """The cache update of one decode step on Hopper, in one kernel: RoPE, apply_pending, find a slot, write.
 
-Grid (batch, KV head). Each CTA rotates the queries of its group and its key, scans the integers of its head for the lowest free slot
-(and, only if there is none, for the pair to push out), and writes one row of keys and one of values, in place. It is bound by the
-latency of the scan, which reads 8 bytes per slot where attention reads 512.
+The grid is (batch, KV head). Each CTA rotates the queries of its group and its key, scans the integers of its head for
+the lowest free slot or, if all slots are taken, for the pair to push out, and writes one row of keys and one of values,
+in place. The kernel is bound by the latency of the scan, which reads 8 bytes per slot; attention reads 512.
 """
 
 import math
@@ -23,19 +23,19 @@ from dms_jax.core.visibility import NEVER
 from dms_jax.kernels.mosaic_gpu import ROW, ROWS, Ops, bind, update_in_place
 from dms_jax.kernels.operands import Pairs, Token
 
-LANES = 64  # the numbers of a head's slots are a matrix with rows of this many, in tiles of as many rows
+ROW_LENGTH = 64  # the numbers of a head's slots form a matrix with rows of this length, in tiles of as many rows
 BUFFERS = 2  # tiles in flight
 LOWEST = float(np.finfo(np.float32).min)  # below any score
 
 
 class Plan(NamedTuple):
-    """Static facts of a call. The numbers of a head's slots are [slot_rows, lanes]."""
+    """Static facts of a call. The numbers of a head's slots are [slot_rows, row_length]."""
 
     ops: Ops
     group: int  # query heads per KV head
     head_dim: int
     capacity: int
-    lanes: int
+    row_length: int
     dtype: Any  # of the token
     k_dtype: Any  # of the cache
     v_dtype: Any
@@ -44,12 +44,12 @@ class Plan(NamedTuple):
 
     @property
     def slot_rows(self) -> int:
-        return self.capacity // self.lanes
+        return self.capacity // self.row_length
 
     @property
     def tile(self) -> int:
         """Rows per tile."""
-        return min(LANES, self.slot_rows)
+        return min(ROW_LENGTH, self.slot_rows)
 
 
 class Refs(NamedTuple):
@@ -57,9 +57,9 @@ class Refs(NamedTuple):
 
     k_cache: Any  # [B K C H]
     v_cache: Any  # [B K C H]
-    position: Any  # [B K slot_rows lanes]
-    expiry: Any  # [B K slot_rows lanes]
-    score: Any  # [B K slot_rows lanes]
+    position: Any  # [B K slot_rows row_length]
+    expiry: Any  # [B K slot_rows row_length]
+    score: Any  # [B K slot_rows row_length]
     q: Any  # [B N H]
     k: Any  # [B K H]
     v: Any  # [B K H]
@@ -93,7 +93,7 @@ class Step(NamedTuple):
     head: Array
     seen: Array
     logit: Array
-    decided: Array  # the expiry that the token's decision gives
+    decided: Array  # the expiry of the pair that the token decides about
 
 
 def decode_update(
@@ -107,20 +107,20 @@ def decode_update(
     decision_shift: int | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Pairs, Int[Array, "B K"]]:
-    """`apply_pending` and `append` of `core.compact_cache` under `LearnedEviction.mark`, for one token per row.
+    """Do `apply_pending` and `append` of `core.compact_cache` under `LearnedEviction.mark`, for one token per row.
 
-    Returns the rotated queries, the slots, and which heads (1) had to push a pair out. Rows of `count` 0 stay as they are. With
-    `decision_shift` None no pair is ever marked.
+    Return the rotated queries, the slots, and 1 for each head that had to push a pair out. Rows of `count` 0 are
+    unchanged. If `decision_shift` is None, no pair is ever marked.
     """
     b, heads, capacity, h = slots.k.shape
-    lanes = math.gcd(capacity, LANES)
+    row_length = math.gcd(capacity, ROW_LENGTH)
     group = token.q.shape[1] // heads
     plan = Plan(
         Ops(interpret),
         group,
         h,
         capacity,
-        lanes,
+        row_length,
         token.q.dtype,
         slots.k.dtype,
         slots.v.dtype,
@@ -128,7 +128,7 @@ def decode_update(
         decision_shift,
     )
     inputs = [*token, seen, count, threshold.reshape(1)]
-    as_rows = lambda x: x.reshape(b, heads, capacity // lanes, lanes)
+    as_rows = lambda x: x.reshape(b, heads, capacity // row_length, row_length)
     k_cache, v_cache, position, expiry, score, q, forced = update_in_place(
         bind(update, plan, Refs),
         [slots.k, slots.v, *map(as_rows, slots[2:])],
@@ -143,7 +143,7 @@ def decode_update(
 
 def _scratch(plan: Plan) -> dict[str, Any]:
     h, half = plan.head_dim, plan.head_dim // 2
-    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, LANES, plan.lanes), dtype)
+    tiles_of = lambda dtype: plgpu.SMEM((BUFFERS, ROW_LENGTH, plan.row_length), dtype)
     return {
         "q_s": plgpu.SMEM((plan.group, h), plan.dtype),
         "k_s": plgpu.SMEM((h,), plan.dtype),
@@ -180,7 +180,7 @@ def update(plan: Plan, refs: Refs) -> None:
     decided = jnp.where(logit > refs.threshold[0], expiry_if_marked, NEVER)
     step = Step(batch, head, seen, logit, decided)
 
-    # Find the slots: the lowest free one, else that of the victim.
+    # Find the slot of the pending pair, and a slot for the new pair: the lowest free one, or that of the victim.
     def free_and_pending(carry, index, position, expiry, _):
         free, pending = carry
         free = jnp.minimum(free, _min(jnp.where(expiry < seen, index, capacity)))
@@ -198,7 +198,7 @@ def update(plan: Plan, refs: Refs) -> None:
     def _append():
         plgpu.copy_smem_to_gmem(refs.k_out_s, refs.k_cache.at[batch, head, slot])
         plgpu.copy_smem_to_gmem(refs.v_out_s, refs.v_cache.at[batch, head, slot])
-        at = batch, head, lax.div(slot, jnp.int32(plan.lanes)), lax.rem(slot, jnp.int32(plan.lanes))
+        at = batch, head, lax.div(slot, jnp.int32(plan.row_length)), lax.rem(slot, jnp.int32(plan.row_length))
         refs.position[at] = seen
         refs.expiry[at] = decided if shift == 0 else jnp.int32(NEVER)
         refs.score[at] = logit if shift == 0 else jnp.float32(0)
@@ -207,7 +207,7 @@ def update(plan: Plan, refs: Refs) -> None:
 
         @pl.when(real & (pending < capacity) & (pending != slot))
         def _apply_pending():
-            at = batch, head, lax.div(pending, jnp.int32(plan.lanes)), lax.rem(pending, jnp.int32(plan.lanes))
+            at = batch, head, lax.div(pending, jnp.int32(plan.row_length)), lax.rem(pending, jnp.int32(plan.row_length))
             refs.expiry[at] = decided
             refs.score[at] = logit
 
@@ -215,12 +215,12 @@ def update(plan: Plan, refs: Refs) -> None:
 
 
 def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_score: bool = False) -> Any:
-    """Fold `fold(carry, index, position, expiry, score)` over the slots, tile by tile, with the pending decision applied.
+    """Fold `fold(carry, index, position, expiry, score)` over the slots, after the pending decision, tile by tile.
 
-    The last tile may overlap the one before it. If a tile is larger than all slots together, `index` is `capacity` or more for what lies
-    beyond them, and the other values are arbitrary there.
+    The last tile may overlap the one before it. If a tile is larger than all slots together, its entries beyond the
+    slots have an `index` of `capacity` or more and arbitrary other values.
     """
-    ops, tile, lanes = plan.ops, plan.tile, plan.lanes
+    ops, tile, row_length = plan.ops, plan.tile, plan.row_length
     tiles = -(-plan.slot_rows // tile)
     first_row = lambda i: jnp.minimum(i * tile, plan.slot_rows - tile)
 
@@ -239,8 +239,8 @@ def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_s
         buffer = lax.rem(i, jnp.int32(BUFFERS))
         plgpu.barrier_wait(refs.slots_here.at[buffer])
         position, expiry = (ops.load(x.at[buffer], ROWS, optimized=False) for x in (refs.position_s, refs.expiry_s))
-        row, lane = ops.iota((LANES, lanes), 0), ops.iota((LANES, lanes), 1)
-        index = (first_row(i) + row) * lanes + lane
+        row, column = ops.iota((ROW_LENGTH, row_length), 0), ops.iota((ROW_LENGTH, row_length), 1)
+        index = (first_row(i) + row) * row_length + column
         pending = position == step.seen - 1
         if plan.shift == 1:
             expiry = jnp.where(pending, step.decided, expiry)
@@ -257,7 +257,7 @@ def _scan(plan: Plan, refs: Refs, step: Step, fold: Callable, start: Any, with_s
 
 
 def _victim(plan: Plan, refs: Refs, step: Step) -> Array:
-    """`core.compact_cache.victim` of slots that are all alive and of the new pair: a slot, or `capacity` for the new pair itself."""
+    """Do `core.compact_cache.victim` on full slots and the new pair. Return a slot, or `capacity` for the new pair."""
     capacity, seen = plan.capacity, step.seen
     outside = lambda index, position: (index < capacity) & (position + plan.window_size < seen)
 
@@ -292,12 +292,13 @@ def _rotate(plan: Plan, refs: Refs) -> None:
         low, high = (load(ref.at[pl.ds(start, half)]).astype(jnp.float32) for start in (0, half))
         return (low * cos - high * sin).astype(plan.dtype), (high * cos + low * sin).astype(plan.dtype)
 
-    def narrowed(x, dtype):  # 8-bit types can be reached from fp32 only
+    def narrowed(x, dtype):  # only fp32 can be converted to 8-bit types
         return x.astype(jnp.float32).astype(dtype) if x.dtype != dtype else x
 
     for start, k_half in zip((0, half), rotated(refs.k_s), strict=True):
         refs.k_out_s.at[pl.ds(start, half)][...] = narrowed(k_half, plan.k_dtype)
-    # Queries one by one: jax 0.11.2 rotates them wrongly as rows of one matrix on an H200, which no interpreter shows.
+    # Rotate queries one by one: on an H200, but not in the interpreter, jax 0.11.2 miscompiles this for a matrix of
+    # rows.
     for query in range(plan.group):
         for start, q_half in zip((0, half), rotated(refs.q_s.at[query]), strict=True):
             refs.q_s.at[query, pl.ds(start, half)][...] = q_half

@@ -1,8 +1,9 @@
 """The cache update of one decode step on a TPU, in one kernel and in place: RoPE, apply_pending, append.
 
-Grid (blocks of rows of the batch, blocks of heads). A step holds [rows, heads, C] of position, expiry and score in VMEM, finds the slot
-of each of its heads, and copies from and to HBM only the tiles of keys, values and numbers that contain it. It is bound by reading the
-numbers, and by the latency of the copies, which overlap for all heads of a step.
+The grid is (blocks of rows of the batch, blocks of heads). A step has [rows, heads, C] of position, expiry and score in
+VMEM, finds the slot of each of its heads, and copies from and to HBM only the tiles of keys, values and numbers that
+contain this slot. The kernel is bound by reading the numbers, and by the latency of the copies, which overlap for all
+heads of a step.
 """
 
 from functools import partial
@@ -38,10 +39,10 @@ def decode_update(
     decision_shift: int | None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Pairs, Int[Array, "B K"]]:
-    """`apply_pending` and `append` of `core.compact_cache` for one token per row; see `attention_api.decode_update`.
+    """Do `apply_pending` and `append` of `core.compact_cache` for one token per row; see `attention_api.decode_update`.
 
-    Returns the rotated queries, the slots, which are updated in place where the caller donates them, and which heads (1) had to push a pair
-    out. Raises NotImplementedError if no tile fits into VMEM.
+    Return the rotated queries, the slots, which are updated in place if the caller donates them, and 1 for each head
+    that had to push a pair out. Raises NotImplementedError if a tile does not fit into VMEM.
     """
     b, heads, capacity, h = slots.k.shape
     lanes, itemsize = slots_in_lanes(h), slots.k.dtype.itemsize
@@ -52,7 +53,8 @@ def decode_update(
     tile = along if capacity % along == 0 else capacity  # all slots of a head, if tiles do not divide them
     if (size := 2 * block_b * block_h * tile * h * itemsize) > VMEM_LIMIT // 2 and not interpret:
         raise NotImplementedError(
-            f"the cache capacity must be a multiple of {along}, got {capacity}, whose tiles would take {size / 2**20:.0f} MiB of VMEM"
+            f"the cache capacity must be a multiple of {along}, got {capacity}, "
+            f"whose tiles would take {size / 2**20:.0f} MiB of VMEM"
         )
 
     seen, count = (jnp.broadcast_to(x[:, None], (b, heads)) for x in (seen, count))
@@ -108,8 +110,11 @@ def decode_update(
 
 
 def _after_decision(numbers, position, expiry, score, window_size, decision_shift):
-    """Apply this token's decision. Returns expiry and score of the slots, the slot that the decision is about (C: none), and expiry and
-    score of the new pair."""
+    """Apply this token's decision.
+
+    Return expiry and score of the slots, the slot that the decision is about (C if it is about no slot), and expiry and
+    score of the new pair.
+    """
     seen, marked = numbers[..., 0:1], numbers[..., 3:4] > 0
     logit = lax.bitcast_convert_type(numbers[..., 2:3], jnp.float32)
     decided = jnp.full(seen.shape, position.shape[2], jnp.int32)
@@ -124,13 +129,13 @@ def _after_decision(numbers, position, expiry, score, window_size, decision_shif
 
 
 def _lowest(slots):
-    """The lowest slot that is true; C if no slot is."""
+    """Return the lowest slot that is true; C if all are false."""
     lane = lax.broadcasted_iota(jnp.int32, slots.shape, 2)
     return jnp.min(jnp.where(slots, lane, slots.shape[2]), axis=2, keepdims=True)
 
 
 def _victim(position, score, seen, window_size):
-    """`compact_cache.victim` of full heads. It never is the new pair, which is inside the window and younger than all others."""
+    """Do `compact_cache.victim` for full heads. The new pair, the youngest one, is never the victim."""
     outside = seen > position + window_size
     worst = jnp.max(jnp.where(outside, score, -jnp.inf), axis=2, keepdims=True)
     some = jnp.max(jnp.where(outside, 1.0, 0.0), axis=2, keepdims=True) > 0
@@ -148,7 +153,7 @@ class Plan(NamedTuple):
 
 
 class Refs(NamedTuple):
-    """Blocks of a step in VMEM, whole arrays in HBM, and scratch memory. "rows" are of the batch, "heads" are KV heads."""
+    """Blocks of a step in VMEM, arrays in HBM, and scratch memory. "rows" are batch rows, "heads" are KV heads."""
 
     numbers: Any  # [rows, heads, 4]: tokens seen, tokens now (0 or 1), bits of the logit, whether it marks
     cos: Any  # [rows, 1, H/2]
@@ -221,13 +226,13 @@ def _kernel(plan: Plan, *arrays) -> None:
         return pl.multiple_of(lax.div(slot, size) * size, size) if size < capacity else 0
 
     def tiles(b, h):
-        """Keys and values: a tile in HBM, and its place in VMEM."""
+        """Return, for keys and for values, a tile in HBM and its place in VMEM."""
         at = pl.ds(start_of(refs.target_smem[b, h, 0], plan.tile), plan.tile)
         at = (first_b + b, first_h + h, slice(None), at) if plan.lanes else (first_b + b, first_h + h, at)
         return (refs.k_hbm.at[at], refs.k_tile.at[b, h]), (refs.v_hbm.at[at], refs.v_tile.at[b, h])
 
     def written(b, h):
-        """The copies from VMEM to HBM for a head, each with whether it is needed: no tile is written twice."""
+        """Return a head's copies from VMEM to HBM, each with whether it is needed: no tile is written twice."""
         size = LANES if capacity % LANES == 0 else capacity
         start, other = (start_of(refs.target_smem[b, h, i], size) for i in range(2))
         copies: list[tuple[Any, Any, Any]] = [(True, here, there) for there, here in tiles(b, h)]

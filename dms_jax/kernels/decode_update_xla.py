@@ -1,4 +1,4 @@
-"""The decode update composed from the functions of `core`: what the kernels are tested against and timed next to."""
+"""The decode update composed from functions of `core`, which the kernels are tested and timed against."""
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ def decode_update(
     window_size: int,
     decision_shift: int | None,
 ) -> tuple[Float[Array, "B N H"], LayerCache]:
-    """See `attention_api.decode_update`."""
+    """Do `attention_api.decode_update` with ordinary operations."""
     q, k = (apply_rope(x, token.cos[:, None], token.sin[:, None]) for x in (token.q, token.k))
     marked, score = (token.logit > threshold)[..., None], token.logit[..., None]
     position, no_score = seen[:, None, None], jnp.zeros_like(score)

@@ -1,8 +1,9 @@
-"""Choose the implementation of a kernel, and say why another one is not taken.
+"""Choose the implementation of a kernel, and give the reasons against the others.
 
-By default, a Pallas kernel runs on the kinds of devices where it has been measured to be correct and faster than XLA: `tuned.json`
-holds the measurements and the block sizes, and `python -m benchmarks.autotune` makes them. `implementation=` asks for one by name;
-if that one cannot run, the result is an error with the reason, never another implementation.
+By default, a Pallas kernel runs on the kinds of devices where it has been measured to be correct and faster than XLA.
+`tuned.json` contains the measurements and the block sizes, which `python -m benchmarks.autotune` writes.
+`implementation=` asks for an implementation by name; if it cannot run, the result is an error with the reason, never
+another implementation.
 """
 
 from collections.abc import Callable
@@ -23,9 +24,9 @@ class KernelQuery(NamedTuple):
 
     head_dim: int
     dtype: Any  # of queries
-    cache_dtype: Any = None  # of cached keys and values; None: the dtype of the queries
+    cache_dtype: Any = None  # of cached keys and values; None means the dtype of the queries
     capacity: int = 128  # slots per head
-    xla_only_because: str | None = None  # why no kernel can do what is asked; None: kernels can
+    xla_only_because: str | None = None  # why only XLA can do what the caller asks for; None if kernels can, too
 
     @property
     def kv_dtype(self) -> str:
@@ -34,7 +35,7 @@ class KernelQuery(NamedTuple):
 
 
 class Implementation(NamedTuple):
-    """The platform that an implementation runs on (None: any), and `refuses(query, device_kind)`: why it cannot take the query."""
+    """An implementation: its platform (None: any), and `refuses(query, device_kind)`, which says why it cannot run."""
 
     platform: str | None
     refuses: Callable[[KernelQuery, str], str | None]
@@ -60,7 +61,7 @@ def _gpu_refuses(query: KernelQuery, device_kind: str) -> str | None:
 
 
 def _cuda_version() -> int | None:
-    """12090 for all of CUDA 12.9; None if the program does not run on a GPU of this process."""
+    """Return the CUDA version, 12090 for all of CUDA 12.9; None if this process has no GPU."""
     if jax.default_backend() != "gpu":
         return None
     try:
@@ -95,7 +96,7 @@ IMPLEMENTATIONS = {
 
 
 def unavailable_because(kernel: str, implementation: str, query: KernelQuery, interpret: bool = False) -> str | None:
-    """Why `implementation` cannot run on the device at hand (or on the mesh that is set); None if it can."""
+    """Say why `implementation` cannot run on this device, or on the mesh that is set; None if it can."""
     if implementation == XLA:
         return None
     if query.xla_only_because is not None or interpret:
@@ -105,20 +106,21 @@ def unavailable_because(kernel: str, implementation: str, query: KernelQuery, in
         return f"takes at most {max_slots} slots per head, got {query.capacity}"
     found, (platform, kind) = IMPLEMENTATIONS[implementation], target_device()
     if found.platform != platform:
-        return f"runs on a {str(found.platform).upper()}, this is a {platform.upper()} ({kind})"
+        return f"runs on a {str(found.platform).upper()} only, but this is a {platform.upper()} ({kind})"
     return found.refuses(query, kind)
 
 
 def not_default_because(kernel: str, implementation: str, query: KernelQuery) -> str | None:
-    """Why `implementation`, which can run, is not the default here; None if it may be."""
+    """Say why an `implementation` that can run is not the default here; None if it may be."""
     if implementation == XLA:
         return None
     kind = target_device()[1]
     entry = tuned_entry(kernel, implementation, kind, query.head_dim, query.kv_dtype)
     if entry is None:
         return (
-            f"not measured on {kind} with head size {query.head_dim} and {query.kv_dtype} yet; run `python -m benchmarks.autotune` "
-            f"(it measures bfloat16 and float8_e4m3fn), or use implementation={implementation} unmeasured"
+            f"not yet measured on {kind} with head size {query.head_dim} and {query.kv_dtype}; run "
+            "`python -m benchmarks.autotune` (it measures bfloat16 and float8_e4m3fn), "
+            f"or use implementation={implementation} without a measurement"
         )
     if entry.speed_to_xla < 1:
         return f"slower than xla on {kind}: {entry.speed_to_xla:.2f}x, measured {entry.date}"
@@ -126,7 +128,7 @@ def not_default_because(kernel: str, implementation: str, query: KernelQuery) ->
 
 
 def reasons(kernel: str, query: KernelQuery) -> dict[str, str | None]:
-    """For each implementation, in order of preference: why it is not the default; None if it may be. The first None is taken."""
+    """Say why each implementation, in order of preference, is not the default; the first None is the default."""
     return {
         name: unavailable_because(kernel, name, query) or not_default_because(kernel, name, query)
         for name in IMPLEMENTATIONS
@@ -136,7 +138,7 @@ def reasons(kernel: str, query: KernelQuery) -> dict[str, str | None]:
 def select_implementation(
     kernel: str, query: KernelQuery, implementation: str = AUTO, interpret: bool = False, blocks: Blocks | None = None
 ) -> Selected:
-    """The implementation to run, with its block sizes: `blocks` if given, else the measured ones, else the defaults.
+    """Choose the implementation to run and its block sizes: `blocks` if given, else measured ones, else the defaults.
 
     Raises ConfigError if a named implementation cannot run.
     """
@@ -155,8 +157,10 @@ def select_implementation(
 
 
 def is_available(kernel: str, query: KernelQuery, implementation: str = AUTO, interpret: bool = False) -> bool:
-    """Whether an *optional* kernel runs. Unlike `select_implementation`, this never refuses an implementation that exists: if the
-    answer is False, the caller composes the step from ordinary operations."""
+    """Return whether an *optional* kernel can run; if not, the caller composes the step from ordinary operations.
+
+    Unlike `select_implementation`, this does not raise if a named implementation cannot run.
+    """
     if check_name(implementation) == AUTO:
         return select_implementation(kernel, query).name != XLA
     return implementation != XLA and unavailable_because(kernel, implementation, query, interpret) is None

@@ -1,8 +1,9 @@
 """Scatter the heads of training attention over devices.
 
-Outside attention the length of a row is split; inside, each device has whole rows of some heads, over the model and context axes
-together. So every kernel runs unchanged, and the causal half of the work is even. If the number of devices does not divide the
-number of KV heads, each KV head is copied and its query heads are shared out among the copies, padded with heads of zeros where needed.
+Outside attention, rows are split along their length. Inside, each device has whole rows of some heads, which are split
+over the model and context axes together. Every kernel thus runs unchanged, and causal work is spread evenly. If the
+number of devices does not divide the number of KV heads, each KV head is copied, and its query heads are distributed
+over the copies, padded with heads of zeros if necessary.
 """
 
 import math
@@ -17,20 +18,20 @@ from dms_jax.sharding import constrain, num_shards
 
 
 class HeadSplit(NamedTuple):
-    """How many copies of each KV head there are, and how many query heads each copy has."""
+    """The number of copies of each KV head, and the number of query heads of each copy."""
 
     copies: int
     group: int
 
 
 def head_split(q_heads: int, kv_heads: int, devices: int) -> HeadSplit:
-    """The smallest number of copies that `devices` can share evenly."""
+    """Return the split with the smallest number of copies that `devices` can share evenly."""
     copies = devices // math.gcd(kv_heads, devices)
     return HeadSplit(copies, -(-(q_heads // kv_heads) // copies))
 
 
 def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
-    """A sentence about what training attention computes more than once on this mesh; an empty list if there is nothing."""
+    """Return a sentence about copied heads in training attention on this mesh; an empty list if no head is copied."""
     devices = num_shards("heads", mesh)
     copies, group = head_split(q_heads, kv_heads, devices)
     if copies == 1:
@@ -49,8 +50,10 @@ def uneven_heads(q_heads: int, kv_heads: int, mesh: Mesh) -> list[str]:
 def scatter_heads(
     q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], log_keep: Float[Array, "B K T"]
 ) -> tuple[Array, Array, Array, Array]:
-    """Copy and pad heads until the devices under `jax.set_mesh` can share them evenly, and move each head to its device. The attention is
-    the same; gradients add up over the copies by themselves."""
+    """Copy and pad heads until the devices of the mesh can share them evenly, and move each head to its device.
+
+    This does not change the attention, and autodiff sums the gradients of the copies.
+    """
     b, t, n, h = q.shape
     heads = k.shape[2]
     copies, group = head_split(n, heads, num_shards("heads"))
@@ -71,7 +74,7 @@ def gather_heads(out: Float[Array, "B T M H"], q_heads: int, kv_heads: int) -> F
 
 
 def _copied(x: Array, axis: int, copies: int) -> Array:
-    """[... K ...] -> [... K*copies ...], with the copies of a head next to each other."""
+    """Repeat an axis, [... K ...] -> [... K*copies ...], with the copies of a head next to each other."""
     shape = list(x.shape)
     x = jnp.broadcast_to(jnp.expand_dims(x, axis + 1), [*shape[: axis + 1], copies, *shape[axis + 1 :]])
     shape[axis] *= copies

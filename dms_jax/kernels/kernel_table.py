@@ -1,7 +1,8 @@
 """The kernels, one record each: dispatch, autotuning, benchmarks, tests and docs/kernels.md read `KERNELS`.
 
-A new kernel takes its own files in this folder, a record here, a function in `attention_api` that calls it, a suite in
-`benchmarks/kernel_cases.py` and a test in `tests/kernels`. This module loads no JAX, because commands read it for `--help`.
+A new kernel needs its own files in this folder, a record here, a function in `attention_api` that calls it, a suite in
+`benchmarks/kernel_cases.py` and a test in `tests/kernels`. This module loads no JAX, because commands read it for
+`--help`.
 """
 
 import importlib
@@ -16,19 +17,19 @@ MIN_BLOCK = 64  # autotuning halves no block below this size
 
 
 class PallasKernel(NamedTuple):
-    """A kernel written for one kind of accelerator, with its default block sizes and what autotuning tries beside them."""
+    """A kernel for one kind of accelerator, with its default block sizes and the alternatives that autotuning tries."""
 
-    function: str  # "module:function", imported when it is first called: a TPU host need not load Mosaic GPU
-    # For heads of 128 in bf16, small enough for the fast memory of every target; None: the kernel has no block sizes.
+    function: str  # "module:function", imported at its first call, so that a TPU host need not load Mosaic GPU
+    # Sizes for heads of 128 in bf16, small enough for the fast memory of every target. None: it has no block sizes.
     blocks: Blocks | None = None
-    per_head_dim: tuple[str, ...] = ()  # sizes that grow as heads shrink, so that a block keeps its bytes
+    per_head_dim: tuple[str, ...] = ()  # sizes that grow for smaller heads, so that a block keeps its bytes
     halved_in_fp32: tuple[str, ...] = ()  # sizes that are halved in fp32, for the same reason
     # Sizes to try: all combinations within a mapping. An int is a size, a float a multiple of the default.
     alternatives: tuple[Mapping[str, tuple[int | float, ...]], ...] = ()
-    max_slots: int | None = None  # the most slots per head that it takes; None: any number
+    max_slots: int | None = None  # maximum number of slots per head; None: any number
 
     def default_blocks(self, head_dim: int, dtype: str) -> Blocks | None:
-        """The block sizes to use where nothing was measured. `dtype` is that of keys and values."""
+        """Return the block sizes for a device without measurements. `dtype` is the dtype of keys and values."""
         if self.blocks is None:
             return None
         sizes = self.blocks._asdict()
@@ -38,7 +39,7 @@ class PallasKernel(NamedTuple):
         return self.blocks._replace(**sizes)
 
     def candidates(self, head_dim: int, dtype: str) -> list[Blocks | None]:
-        """The block sizes that `benchmarks.autotune` times, the default first. Some may not fit, which it finds out."""
+        """Return the block sizes that `benchmarks.autotune` times, the default first. Some may turn out not to fit."""
         default = self.default_blocks(head_dim, dtype)
         if default is None:
             return [None]
@@ -57,22 +58,28 @@ class Kernel(NamedTuple):
     """One kernel and its three implementations, which give the same result."""
 
     summary: str
-    xla: str  # "module:function" of the portable function that the kernel stands for, and is tested against
+    xla: str  # "module:function" of the portable function, which the kernels are tested against
     gpu: PallasKernel
     tpu: PallasKernel
-    blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has none
+    blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has no block sizes
 
     def written_for(self, implementation: str) -> PallasKernel:
-        """The version of `implementation`, which is `GPU` or `TPU`."""
+        """Return the kernel for `implementation`, which is `GPU` or `TPU`."""
         return {GPU: self.gpu, TPU: self.tpu}[implementation]
 
 
 def load(function: str) -> Any:
-    """The function named "module:function"."""
+    """Import the function named "module:function"."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
+ATTEND_SLOTS_TPU = PallasKernel(
+    "dms_jax.kernels.slot_attention_tpu:attend_slots",
+    SlotBlocks(512, 1024),
+    halved_in_fp32=("rows", "keys"),
+    alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
+)
 # GPU: four blocks of 16 KiB of bf16 keys, and as many of values, are in flight. TPU: blocks fill about 10 MiB of VMEM.
 # `parts` is not tuned, because the best number depends on how many rows and heads there are.
 KERNELS = {
@@ -101,12 +108,7 @@ KERNELS = {
             per_head_dim=("keys",),
             alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 4, 6)},),
         ),
-        tpu=PallasKernel(
-            "dms_jax.kernels.slot_attention_tpu:attend_slots",
-            SlotBlocks(512, 1024),
-            halved_in_fp32=("rows", "keys"),
-            alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
-        ),
+        tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
     "chunk_attention": Kernel(
@@ -118,16 +120,11 @@ KERNELS = {
             per_head_dim=("keys",),
             alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 3)},),
         ),
-        tpu=PallasKernel(
-            "dms_jax.kernels.slot_attention_tpu:attend_slots",
-            SlotBlocks(512, 1024),
-            halved_in_fp32=("rows", "keys"),
-            alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
-        ),
+        tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
     "compaction": Kernel(
-        "surviving pairs of a prefill chunk into free slots",
+        "the write of the live pairs of a prefill chunk into free slots",
         xla="dms_jax.core.compact_cache:write_pairs",
         gpu=PallasKernel(
             "dms_jax.kernels.compaction_gpu:write_pairs", PlaceBlocks(32), alternatives=({"pairs": (64, 128)},)

@@ -11,15 +11,16 @@ VMEM_LIMIT = 48 * 2**20  # bytes; a v5p has 64 MiB, a v5e or v6e 128 MiB, and th
 
 
 def slots_in_lanes(head_dim: int) -> bool:
-    """Whether keys and values lie in memory as [B K H S].
+    """Return whether keys and values are in memory as [B K H S].
 
-    The TPU compiler chooses this order if rows of H numbers would leave lanes empty; a kernel that asks for [B K S H] then costs a copy
-    of the cache."""
+    The TPU compiler chooses this order if rows of H numbers would leave lanes empty. A kernel that asks for [B K S H]
+    would then cost a copy of the cache.
+    """
     return head_dim % LANES != 0
 
 
 def in_hbm(x: Array, interpret: bool) -> Array:
-    """Keep the operand `x` in HBM. By itself the compiler moves all of a small cache into VMEM before a kernel runs."""
+    """Keep the operand `x` in HBM. The compiler would move all of a small cache into VMEM before a kernel runs."""
     return x if interpret else pltpu.with_memory_space_constraint(jnp.asarray(x), pltpu.HBM)
 
 

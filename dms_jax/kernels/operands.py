@@ -1,7 +1,7 @@
 """Arguments that the cache kernels share, as named tuples of arrays.
 
-They hold the arrays of a `LayerCache` that the kernels update, and no others: an array that only passes through a kernel's call
-would be one more operand to copy or to alias.
+They contain only those arrays of a `LayerCache` that the kernels update, because any other array would be one more
+operand to copy or to alias.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from dms_jax.core.compact_cache import LayerCache
 
 
 class Pairs(NamedTuple):
-    """Pairs with what the cache knows of each: the slots of a layer (S = C), or the pairs of a chunk (S = T)."""
+    """Pairs with their bookkeeping: the slots of a layer (S = C), or the pairs of a chunk (S = T)."""
 
     k: Float[Array, "B K S H"]
     v: Float[Array, "B K S H"]
@@ -25,11 +25,11 @@ class Pairs(NamedTuple):
 
     @classmethod
     def of_layer(cls, layer: LayerCache) -> "Pairs":
-        """The slots of a layer."""
+        """Return the slots of a layer."""
         return cls(layer.k, layer.v, layer.position, layer.expiry, layer.score)
 
     def put_into(self, layer: LayerCache) -> LayerCache:
-        """The layer with these slots."""
+        """Return the layer with these slots."""
         return replace(layer, **self._asdict())
 
 
@@ -45,10 +45,10 @@ class Token(NamedTuple):
 
 
 def fold_heads(x: Array) -> Array:
-    """[B K ...] -> [B*K ...]"""
+    """Reshape [B K ...] to [B*K ...]."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def unfold_heads(x: Array, shape: Sequence[int]) -> Array:
-    """[B*K ...] -> [B K ...], where `shape` begins with B and K."""
+    """Reshape [B*K ...] to [B K ...]; `shape` begins with B and K."""
     return x.reshape(*shape[:2], *x.shape[1:])

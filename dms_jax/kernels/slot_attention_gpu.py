@@ -1,10 +1,12 @@
 """Attention of query rows over the slots of a compact cache on Hopper: decode and chunked prefill in one kernel.
 
-Grid (batch x KV head, block of rows, part). Each CTA has two compute warpgroups, and a third one that only issues copies and keeps
-`steps` blocks of keys and values in flight. With blocks of 64 rows (decode) both compute warpgroups have the same rows and take the
-blocks of keys in turn, each with a softmax of its own, so the result has two parts; with blocks of 128 rows each has its own 64 rows
-and both meet all blocks. A decode step is bound by the bytes of the slots in use, which are read once for all heads of a group. The
-tensor cores multiply 64 rows where a group has G, which costs nothing here because they wait for memory.
+The grid is (batch x KV head, block of rows, part). Each CTA has two compute warpgroups, and a third one that only
+issues copies and keeps `steps` blocks of keys and values in flight. With blocks of 64 rows (decode), both compute
+warpgroups have the same rows, alternate between the blocks of keys, and compute separate softmaxes, so the result has
+two parts. With blocks of 128 rows, each warpgroup has its own 64 rows, and both read all blocks.
+
+A decode step is bound by the bytes of the slots in use, which are read once for all heads of a group. The tensor cores
+multiply 64 rows although a group has only G, which costs nothing, because they wait for memory.
 """
 
 import math
@@ -21,13 +23,12 @@ from dms_jax.axes import Array
 from dms_jax.core.slot_attention import SoftmaxPart
 from dms_jax.core.visibility import MASKED, NEVER
 from dms_jax.kernels.block_sizes import SlotBlocks
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.mosaic_gpu import COLUMN, COMPUTE, ROW, ROWS, Ops, bind, copy_blocks, interpreter
 from dms_jax.kernels.operands import fold_heads
 
 GROUP = 64  # rows of one warpgroup, as a Hopper matrix instruction takes them
 MULTIPROCESSORS = 132  # of an H100 or H200
-PADDING_POSITION = -1  # of padding rows: before any pair
-COMPUTE = 2  # warpgroups that compute; the next one copies
+PADDING_POSITION = -1  # position of padding rows: before any pair, so they see nothing
 
 
 def attend_slots(
@@ -42,27 +43,27 @@ def attend_slots(
     blocks: SlotBlocks,
     interpret: bool = False,
 ) -> SoftmaxPart:
-    """Softmax parts [P B K R] of each row over the slots with `k_position <= q_position <= expiry`, for `core.slot_attention.merge_parts`.
+    """Return softmax parts [P B K R] of each row over the slots that it sees, for `core.slot_attention.merge_parts`.
 
-    P is 2 `blocks.parts` for blocks of 64 rows, and `blocks.parts` for blocks of 128. Only slots below `used`, rounded up to a block, are
-    read. The query positions of a batch row must be consecutive: then a slot that no row sees lies before or after all rows, and what it
-    holds has no effect.
+    P is 2 `blocks.parts` for blocks of 64 rows, and `blocks.parts` for blocks of 128. Only slots below `used`, rounded
+    up to a block, are read. The query positions of a batch row must be consecutive: then a slot that no row sees lies
+    before or after all rows, and its contents have no effect.
     """
     b, heads, r, h = rows.shape
     alternate = blocks.rows == GROUP
     assert blocks.rows in (GROUP, 2 * GROUP), blocks
-    # Each of two warpgroups in turn counts only the rounds that it waits for, so it must meet the same buffers in every round.
+    # Warpgroups that alternate count only their own blocks, so each must get the same buffers in every round.
     assert not alternate or blocks.steps % 2 == 0, blocks
     padded = -(-r // 8) * 8 if alternate and r <= GROUP else -(-r // blocks.rows) * blocks.rows
     groups = -(-padded // GROUP)
-    keys, values, k_position, expiry, block = _divisible(keys, values, k_position, expiry, blocks.keys)
+    keys, values, k_position, expiry, block = _with_whole_blocks(keys, values, k_position, expiry, blocks.keys)
     blocks = blocks._replace(keys=block, parts=blocks.parts or _enough_parts(b * heads, keys.shape[2]))
     q_position = jnp.pad(q_position, ((0, 0), (0, groups * GROUP - r)), constant_values=PADDING_POSITION)
     if keys.dtype.itemsize == 1 and rows.dtype == jnp.bfloat16:
         # A float16 holds both 8-bit types exactly, and converting takes one instruction instead of three.
         rows = rows.astype(jnp.float16)
     plan = Plan(Ops(interpret), blocks, heads, h, padded, groups, rows.dtype, keys.dtype)
-    high, total, acc = _run(
+    row_max, row_sum, acc = _run(
         plan,
         fold_heads(jnp.pad(rows, ((0, 0), (0, 0), (0, padded - r), (0, 0)))),
         q_position,
@@ -70,12 +71,14 @@ def attend_slots(
         *(fold_heads(x) for x in (keys, values, k_position, expiry, used)),
     )
     split = lambda x: x.reshape(x.shape[0], b, heads, *x.shape[2:])[:, :, :, :r]
-    return SoftmaxPart(split(high), split(total), split(acc))
+    return SoftmaxPart(split(row_max), split(row_sum), split(acc))
 
 
 def _enough_parts(heads: int, slots: int) -> int:
-    """The number of parts per head: the smallest one that keeps 95% of the multiprocessors busy with one CTA each, else the one that
-    keeps most of them busy. A part has at least 512 slots."""
+    """Return the smallest number of parts per head that keeps 95% of the multiprocessors busy with one CTA each.
+
+    If no number does, return the one that keeps most of them busy. A part has at least 512 slots.
+    """
 
     def busy(parts: int) -> float:
         ctas = heads * parts
@@ -84,8 +87,8 @@ def _enough_parts(heads: int, slots: int) -> int:
     return max(range(1, max(2, min(17, slots // 512 + 1))), key=lambda parts: (min(busy(parts), 0.95), -parts))
 
 
-def _divisible(keys, values, k_position, expiry, block):
-    """A block size that divides the number of slots. A number of slots that is not a multiple of 64 is padded with empty slots."""
+def _with_whole_blocks(keys, values, k_position, expiry, block):
+    """Return the arrays and a block size that divides their number of slots, padded with empty slots if necessary."""
     slots = keys.shape[2]
     block = block if slots % block == 0 else min(block, GROUP)
     pad = lambda x, fill: jnp.pad(
@@ -102,11 +105,11 @@ def _divisible(keys, values, k_position, expiry, block):
 
 
 def _bounds(q_position: Int[Array, "B R"]) -> Int[Array, "B groups+1 2"]:
-    """First and last query position of each group of rows; the last entry is for all rows of a batch row."""
+    """Return the first and last query position of each group of rows, and in the last entry those of all groups."""
     groups = q_position.reshape(q_position.shape[0], -1, GROUP)
     groups = jnp.stack([jnp.where(groups == PADDING_POSITION, NEVER, groups).min(-1), groups.max(-1)], axis=-1)
-    everybody = jnp.stack([groups[..., 0].min(-1), groups[..., 1].max(-1)], axis=-1)
-    return jnp.concatenate([groups, everybody[:, None]], axis=1).astype(jnp.int32)
+    all_rows = jnp.stack([groups[..., 0].min(-1), groups[..., 1].max(-1)], axis=-1)
+    return jnp.concatenate([groups, all_rows[:, None]], axis=1).astype(jnp.int32)
 
 
 class Plan(NamedTuple):
@@ -118,12 +121,12 @@ class Plan(NamedTuple):
     head_dim: int
     padded: int  # rows per head, with padding
     groups: int  # groups of GROUP rows per head
-    dtype: Any  # of rows, and of what is multiplied
+    dtype: Any  # of rows, and of the operands of products
     cache_dtype: Any  # of keys and values
 
     @property
     def alternate(self) -> bool:
-        """Whether both compute warpgroups have the same rows and take blocks in turn."""
+        """Whether both compute warpgroups have the same rows and alternate between blocks."""
         return self.blocks.rows == GROUP
 
     @property
@@ -132,8 +135,8 @@ class Plan(NamedTuple):
         return self.cache_dtype != self.dtype
 
     @property
-    def piece(self) -> int:
-        """Rows of a group that are in memory."""
+    def stored_rows(self) -> int:
+        """Rows of a group that exist in global memory."""
         return min(GROUP, self.padded)
 
     @property
@@ -153,8 +156,8 @@ class Refs(NamedTuple):
     k_position: Any  # [B*K S]
     expiry: Any  # [B*K S]
     used: Any  # [B*K]
-    high: Any  # [P B*K groups*GROUP]
-    total: Any  # [P B*K groups*GROUP]
+    row_max: Any  # [P B*K groups*GROUP]
+    row_sum: Any  # [P B*K groups*GROUP]
     acc: Any  # [P B*K padded H]
     rows_s: Any
     q_position_s: Any
@@ -162,19 +165,19 @@ class Refs(NamedTuple):
     v_s: Any
     k_position_s: Any
     expiry_s: Any
-    high_s: Any
-    total_s: Any
+    row_max_s: Any
+    row_sum_s: Any
     acc_s: Any
     rows_full: Any
     full: Any  # a buffer holds its block
     empty: Any  # a buffer may be filled again
-    k_wide_s: Any  # only where keys and values are narrow: a block of each, converted
+    k_wide_s: Any  # only if keys and values are narrow: a converted block for each warpgroup
     v_wide_s: Any
-    buried: Any  # only where both warpgroups read the same values: dead values are zero now
+    dead_zeroed: Any  # only if both warpgroups read the same values: dead values have been set to 0
 
 
 class Share(NamedTuple):
-    """The share of a CTA: its head, its rows, and the `number` blocks of slots from block `first` on."""
+    """The work of a CTA: its head, its rows, and the `number` blocks of slots from block `first` on."""
 
     head: Any
     batch: Any
@@ -184,26 +187,26 @@ class Share(NamedTuple):
     number: Any
 
     def group(self, plan: Plan, thread: Any) -> Any:
-        """The group of rows that warpgroup `thread` has."""
+        """Return the group of rows of warpgroup `thread`."""
         return self.row_block if plan.alternate else 2 * self.row_block + thread
 
     def rows(self, plan: Plan, thread: Any, size: int) -> Any:
-        """The first `size` rows of that group."""
+        """Return the slice of the first `size` rows of the group of warpgroup `thread`."""
         return pl.ds(self.group(plan, thread) * GROUP, size)
 
 
 class Queries(NamedTuple):
-    """Positions of the rows of a warpgroup, and the ranges that decide what a block needs."""
+    """Positions of the rows of a warpgroup, and the ranges that decide which blocks they see."""
 
     position: Array  # [GROUP], COLUMN
-    low: Array  # first position of these rows
-    high: Array  # last position of these rows
-    first: Array  # first position of all rows
-    last: Array  # last position of all rows
+    own_first: Array  # first and last position of the rows of this warpgroup
+    own_last: Array
+    first: Array  # first and last position of all rows
+    last: Array
 
 
 def _run(plan: Plan, rows, q_position, bounds, keys, *other_inputs) -> list[Array]:
-    """high, total [P B*K groups*GROUP] and acc [P B*K padded H]."""
+    """Return row_max and row_sum [P B*K groups*GROUP], and acc [P B*K padded H]."""
     scratch, absent = _scratch(plan)
     results = 2 * plan.blocks.parts if plan.alternate else plan.blocks.parts
     flat_heads = rows.shape[0]
@@ -224,7 +227,7 @@ def _run(plan: Plan, rows, q_position, bounds, keys, *other_inputs) -> list[Arra
 
 
 def _scratch(plan: Plan) -> tuple[dict[str, Any], list[str]]:
-    """Shared memory and barriers, and the names of those that this plan does without."""
+    """Return shared memory and barriers by name, and the names of those that this plan does not need."""
     block, steps = plan.blocks.keys, plan.blocks.steps
     matrix = lambda shape, dtype: plan.ops.matrix((*shape, plan.head_dim), dtype)
     ints, floats = lambda *shape: plgpu.SMEM(shape, jnp.int32), lambda *shape: plgpu.SMEM(shape, jnp.float32)
@@ -235,8 +238,8 @@ def _scratch(plan: Plan) -> tuple[dict[str, Any], list[str]]:
         "v_s": matrix((steps, block), plan.cache_dtype),
         "k_position_s": ints(steps, block),
         "expiry_s": ints(steps, block),
-        "high_s": floats(2, GROUP),
-        "total_s": floats(2, GROUP),
+        "row_max_s": floats(2, GROUP),
+        "row_sum_s": floats(2, GROUP),
         "acc_s": matrix((2, GROUP), jnp.float32),
         "rows_full": plgpu.Barrier(num_arrivals=2 * plan.own_groups),
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=steps),
@@ -245,8 +248,8 @@ def _scratch(plan: Plan) -> tuple[dict[str, Any], list[str]]:
     if plan.narrow:
         scratch["k_wide_s"] = scratch["v_wide_s"] = matrix((2, block), plan.dtype)
     elif not plan.alternate:
-        scratch["buried"] = plgpu.Barrier(num_barriers=steps)
-    return scratch, [name for name in ("k_wide_s", "v_wide_s", "buried") if name not in scratch]
+        scratch["dead_zeroed"] = plgpu.Barrier(num_barriers=steps)
+    return scratch, [name for name in ("k_wide_s", "v_wide_s", "dead_zeroed") if name not in scratch]
 
 
 def slot_attention(plan: Plan, refs: Refs) -> None:
@@ -254,10 +257,10 @@ def slot_attention(plan: Plan, refs: Refs) -> None:
     head, row_block, part, thread = (lax.axis_index(name) for name in ("head", "rows", "part", "thread"))
     batch = lax.div(head, jnp.int32(plan.heads))
     block, parts = plan.blocks.keys, plan.blocks.parts
-    in_use = lax.div(refs.used[head] + jnp.int32(block - 1), jnp.int32(block))  # blocks
-    share = lax.div(in_use + jnp.int32(parts - 1), jnp.int32(parts))
+    used_blocks = lax.div(refs.used[head] + jnp.int32(block - 1), jnp.int32(block))
+    share = lax.div(used_blocks + jnp.int32(parts - 1), jnp.int32(parts))
     first = part * share
-    share = Share(head, batch, row_block, part, first, jnp.clip(in_use - first, 0, share))
+    share = Share(head, batch, row_block, part, first, jnp.clip(used_blocks - first, 0, share))
     pl.when(thread < COMPUTE)(lambda: _compute(plan, refs, share, thread))
     pl.when(thread == COMPUTE)(lambda: _copy(plan, refs, share))
 
@@ -266,70 +269,72 @@ def _compute(plan: Plan, refs: Refs, share: Share, thread: Array) -> None:
     """A compute warpgroup: the online softmax of its rows over the blocks of this part."""
     plgpu.set_max_registers(232, action="increase")
     ops = plan.ops
-    low, high = (refs.bounds[share.batch, share.group(plan, thread), i] for i in range(2))
+    own_first, own_last = (refs.bounds[share.batch, share.group(plan, thread), i] for i in range(2))
     first, last = (refs.bounds[share.batch, plan.groups, i] for i in range(2))
     plgpu.barrier_wait(refs.rows_full)
     own = 0 if plan.alternate else thread
-    queries = Queries(ops.load(refs.q_position_s.at[own], COLUMN, optimized=False), low, high, first, last)
+    queries = Queries(ops.load(refs.q_position_s.at[own], COLUMN, optimized=False), own_first, own_last, first, last)
     nothing = (
         ops.full((GROUP,), MASKED, COLUMN),
         ops.full((GROUP,), 0.0, COLUMN),
         ops.full((GROUP, plan.head_dim), 0.0, ROWS),
     )
     number = lax.div(share.number + 1 - thread, jnp.int32(2)) if plan.alternate else share.number
-    high, total, acc = lax.fori_loop(
-        0, number, lambda i, carry: _meet_block(plan, refs, queries, thread, i, carry), nothing
+    row_max, row_sum, acc = lax.fori_loop(
+        0, number, lambda i, carry: _attend_to_block(plan, refs, queries, thread, i, carry), nothing
     )
-    refs.high_s.at[thread][...] = jnp.where(high <= MASKED / 2, MASKED, high * plan.head_dim**-0.5)
-    refs.total_s.at[thread][...] = total
+    refs.row_max_s.at[thread][...] = jnp.where(row_max <= MASKED / 2, MASKED, row_max * plan.head_dim**-0.5)
+    refs.row_sum_s.at[thread][...] = row_sum
     refs.acc_s.at[thread][...] = acc
     plgpu.commit_smem()
     to = 2 * share.part + thread if plan.alternate else share.part
-    for source, target in ((refs.high_s, refs.high), (refs.total_s, refs.total)):
+    for source, target in ((refs.row_max_s, refs.row_max), (refs.row_sum_s, refs.row_sum)):
         plgpu.copy_smem_to_gmem(source.at[thread], target.at[to, share.head, share.rows(plan, thread, GROUP)])
-    rows = share.rows(plan, thread, plan.piece)
-    plgpu.copy_smem_to_gmem(refs.acc_s.at[thread, pl.ds(0, plan.piece)], refs.acc.at[to, share.head, rows])
+    rows = share.rows(plan, thread, plan.stored_rows)
+    plgpu.copy_smem_to_gmem(refs.acc_s.at[thread, pl.ds(0, plan.stored_rows)], refs.acc.at[to, share.head, rows])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _meet_block(plan: Plan, refs: Refs, queries: Queries, thread: Array, i: Array, carry: Any) -> Any:
-    """Wait for the block of round `i`, and attend to it if any of the rows sees any of its slots."""
+def _attend_to_block(plan: Plan, refs: Refs, queries: Queries, thread: Array, i: Array, carry: Any) -> Any:
+    """Wait for the block of round `i`, and attend to it if one of the rows sees one of its slots."""
     ops = plan.ops
     stage = lax.rem(2 * i + thread if plan.alternate else i, jnp.int32(plan.blocks.steps))
     plgpu.barrier_wait(refs.full.at[stage])
     position, expiry = (ops.load(x.at[stage], ROW, optimized=False) for x in (refs.k_position_s, refs.expiry_s))
     oldest, newest, soonest, latest = jnp.min(position), jnp.max(position), jnp.min(expiry), jnp.max(expiry)
     some_dead = (newest > queries.last) | (soonest < queries.first)
-    all_visible = (newest <= queries.low) & (soonest >= queries.high)
-    some_visible = (oldest <= queries.high) & (latest >= queries.low)
+    all_visible = (newest <= queries.own_first) & (soonest >= queries.own_last)
+    some_visible = (oldest <= queries.own_last) & (latest >= queries.own_first)
 
-    def bury(v):  # set dead values to zero: a dead slot may hold anything, and 0 * NaN is NaN
+    def zero_dead(v):  # a dead slot may hold anything, and 0 * NaN is NaN
         position, expiry = (ops.load(x.at[stage], COLUMN, optimized=False) for x in (refs.k_position_s, refs.expiry_s))
         alive = (position <= queries.last) & (expiry >= queries.first)
         return jnp.where(lax.broadcast_in_dim(alive, v.shape, [0]), v, jnp.zeros_like(v))
 
-    def bury_in_place():
-        refs.v_s.at[stage][...] = bury(ops.load(refs.v_s.at[stage], ROWS))
+    def zero_dead_in_place():
+        refs.v_s.at[stage][...] = zero_dead(ops.load(refs.v_s.at[stage], ROWS))
         plgpu.commit_smem()
 
     if not plan.narrow and plan.alternate:
-        pl.when(some_dead & some_visible)(bury_in_place)
-    elif not plan.narrow:  # both warpgroups read these values: the first writes, whether it sees them or not
+        pl.when(some_dead & some_visible)(zero_dead_in_place)
+    elif not plan.narrow:  # both warpgroups read these values, so the first one zeroes them, even if it sees none
 
         @pl.when(some_dead & (thread == 0))
         def _():
-            bury_in_place()
-            plgpu.barrier_arrive(refs.buried.at[stage])
+            zero_dead_in_place()
+            plgpu.barrier_arrive(refs.dead_zeroed.at[stage])
 
         @pl.when(some_dead & (thread == 1))
         def _():
-            plgpu.barrier_wait(refs.buried.at[stage])
+            plgpu.barrier_wait(refs.dead_zeroed.at[stage])
 
     def keys_and_values():
         k, v = refs.k_s.at[stage], refs.v_s.at[stage]
         if plan.narrow:
             refs.k_wide_s.at[thread][...] = ops.load(k, ROWS).astype(plan.dtype)
-            refs.v_wide_s.at[thread][...] = lax.cond(some_dead, bury, lambda v: v, ops.load(v, ROWS).astype(plan.dtype))
+            refs.v_wide_s.at[thread][...] = lax.cond(
+                some_dead, zero_dead, lambda v: v, ops.load(v, ROWS).astype(plan.dtype)
+            )
             plgpu.commit_smem()
             k, v = refs.k_wide_s.at[thread], refs.v_wide_s.at[thread]
         return k, v
@@ -344,10 +349,13 @@ def _meet_block(plan: Plan, refs: Refs, queries: Queries, thread: Array, i: Arra
 
 
 def _softmax_step(plan: Plan, rows, k, v, q_position, k_position, expiry, all_visible, carry) -> tuple:
-    """Add a block of keys and values, in shared memory, to the online softmax `carry` of the rows. Scores are kept unscaled."""
+    """Add a block of keys and values, in shared memory, to the online softmax `carry` of the rows.
+
+    Maxima in `carry` are those of unscaled scores.
+    """
     ops, wide = plan.ops, lambda x, shape, axis: lax.broadcast_in_dim(x, shape, [axis])
     to_exponent = plan.head_dim**-0.5 * math.log2(math.e)  # the hardware has exp2
-    high, total, acc = carry
+    row_max, row_sum, acc = carry
     s = ops.dot(rows, k, (GROUP, plan.blocks.keys), transpose_b=True)
 
     def masked(s):
@@ -355,28 +363,27 @@ def _softmax_step(plan: Plan, rows, k, v, q_position, k_position, expiry, all_vi
         return jnp.where((begin <= row) & (row <= end), s, MASKED)
 
     s = lax.cond(all_visible, lambda s: s, masked, s)
-    new_high = jnp.maximum(high, s.max(axis=1))
+    new_max = jnp.maximum(row_max, s.max(axis=1))
     # A row that has seen nothing yet subtracts 0, so that exp2(MASKED) is 0.
-    shift = jnp.where(new_high <= MASKED / 2, 0.0, new_high) * to_exponent
+    shift = jnp.where(new_max <= MASKED / 2, 0.0, new_max) * to_exponent
     p = jnp.exp2(s * to_exponent - wide(shift, s.shape, 0))
-    rescale = jnp.exp2((high - new_high) * to_exponent)
+    rescale = jnp.exp2((row_max - new_max) * to_exponent)
     acc = ops.add_dot(acc * wide(rescale, acc.shape, 0), p.astype(plan.dtype), v)
-    return new_high, total * rescale + p.sum(axis=1), acc
+    return new_max, row_sum * rescale + p.sum(axis=1), acc
 
 
 def _copy(plan: Plan, refs: Refs, share: Share) -> None:
     """The copying warpgroup: the rows once, then block after block of slots into buffers that are free."""
     plgpu.set_max_registers(40, action="decrease")
-    piece, block, steps = plan.piece, plan.blocks.keys, plan.blocks.steps
+    stored, block = plan.stored_rows, plan.blocks.keys
     for i in range(plan.own_groups):
-        source = refs.rows.at[share.head, share.rows(plan, i, piece)]
-        plgpu.copy_gmem_to_smem(source, refs.rows_s.at[i, pl.ds(0, piece)], refs.rows_full)
+        source = refs.rows.at[share.head, share.rows(plan, i, stored)]
+        plgpu.copy_gmem_to_smem(source, refs.rows_s.at[i, pl.ds(0, stored)], refs.rows_full)
         source = refs.q_position.at[share.batch, share.rows(plan, i, GROUP)]
         plgpu.copy_gmem_to_smem(source, refs.q_position_s.at[i], refs.rows_full)
 
-    def one_block(j, _):
-        stage, slots = lax.rem(j, jnp.int32(steps)), pl.ds((share.first + j) * block, block)
-        pl.when(j >= steps)(lambda: plgpu.barrier_wait(refs.empty.at[stage]))
+    def copy_block(j, stage):
+        slots = pl.ds((share.first + j) * block, block)
         arrays = (
             (refs.k_position, refs.k_position_s),
             (refs.expiry, refs.expiry_s),
@@ -386,6 +393,4 @@ def _copy(plan: Plan, refs: Refs, share: Share) -> None:
         for source, target in arrays:
             plgpu.copy_gmem_to_smem(source.at[share.head, slots], target.at[stage], refs.full.at[stage])
 
-    lax.fori_loop(0, share.number, one_block, None)
-    drain = lambda j, _: plgpu.barrier_wait(refs.empty.at[lax.rem(j, jnp.int32(steps))])
-    lax.fori_loop(jnp.maximum(share.number - steps, 0), share.number, drain, None)
+    copy_blocks(share.number, plan.blocks.steps, [(refs.empty, copy_block)])

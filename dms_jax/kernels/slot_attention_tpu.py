@@ -1,7 +1,8 @@
-"""Attention of query rows over the slots of a compact cache on a TPU: one pass over the slots in use, for decode and for chunks.
+"""Attention of query rows over the slots of a compact cache on a TPU, for decode and for chunks.
 
-Grid (cores, B K / cores, blocks of rows, blocks of slots); the last axis is only as long as the longest head needs. A step has [keys, H]
-of keys and values, and the accumulators of its rows stay in VMEM. Decode is bound by HBM, long chunks by the MXU.
+One pass goes over the slots in use. The grid is (cores, B K / cores, blocks of rows, blocks of slots); its last axis is
+only as long as the longest head needs. A step has [keys, H] of keys and values, and the accumulators of its rows stay
+in VMEM. Decode is bound by HBM, long chunks by the MXU.
 """
 
 from functools import partial
@@ -37,16 +38,16 @@ def attend_slots(
     blocks: SlotBlocks,
     interpret: bool = False,
 ) -> SoftmaxPart:
-    """The softmax of each row over the slots that it sees, as one part [1 B K R]; see `core.slot_attention`.
+    """Return the softmax of each row over the slots that it sees, as one part [1 B K R]; see `core.slot_attention`.
 
-    Slots from `used` on are not read, except for the rest of a block.
+    Slots from `used` on are not read, except for the rest of the last block.
     """
     b, heads, num_rows, h = rows.shape
     slots = keys.shape[2]
     block_r, block_s = min(blocks.rows, num_rows), min(blocks.keys, slots)
     row_blocks, pad = pl.cdiv(num_rows, block_r), -num_rows % block_r
     rows = fold_heads(jnp.pad(rows, ((0, 0), (0, 0), (0, pad), (0, 0))))
-    # Rows of padding get a position before all others: they see nothing, and do not widen the range of positions of their block.
+    # Padding rows get a position before all others, so they see nothing and do not widen the range of their block.
     low, high = (
         limit(
             jnp.pad(q_position, ((0, 0), (0, pad)), constant_values=fill).reshape(b, row_blocks, block_r), axis=-1
@@ -62,13 +63,13 @@ def attend_slots(
         return core * heads_per_core + head, i, 0
 
     def slots_of(core, head, i, j, used, low, high):
-        # Steps after the last block in use name the first block that is needed next, so that it is fetched meanwhile.
+        # Steps after the last block in use name the block that is needed next, so that it is fetched early.
         head = core * heads_per_core + head
         here, more_rows = j * block_s < used[head], i + 1 < row_blocks
         following = jnp.where(more_rows, head, jnp.minimum(head + 1, b * heads - 1))
         return jnp.where(here, head, following), jnp.where(here, j, 0)
 
-    # Rows of numbers are copied in whole lanes. Only these small arrays are padded, and only if blocks do not divide the slots.
+    # Copies of numbers take full rows of lanes, so these small arrays are padded if blocks do not divide the slots.
     block_n = block_s if block_s < slots else pl.cdiv(slots, LANES) * LANES
     k_position, expiry = (jnp.pad(x, ((0, 0), (0, 0), (0, -slots % block_n))) for x in (k_position, expiry))
     lanes = slots_in_lanes(h)
@@ -142,7 +143,7 @@ class Refs(NamedTuple):
     high: Any  # [B*blocks of rows]: last position
     q_position: Any  # [1, rows]
     rows: Any  # [rows, H]
-    keys: Any  # [keys, H]; dead slots may hold anything
+    keys: Any  # [keys, H]; dead slots may hold anything, even NaN
     values: Any  # [keys, H]
     k_position_hbm: Any  # [B, K, S]
     expiry_hbm: Any  # [B, K, S]
@@ -151,7 +152,7 @@ class Refs(NamedTuple):
     column: Any  # [rows, 128], all lanes equal: position of each row
     max: Any  # [rows, 128], all lanes equal: online softmax
     sum: Any
-    slots: Any  # [2, 2, 1, whole lanes of keys]: position and expiry, of this step and of the next
+    slots: Any  # [2, 2, 1, keys padded to full lanes]: position and expiry, for this step and the next
     ready: Any
 
 
@@ -165,7 +166,7 @@ def _kernel(plan: Plan, *arrays) -> None:
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     used, start = refs.used[head], j * block_s
 
-    # Position and expiry of a block are one row each, which is no tile, so they are copied by hand, one step ahead.
+    # Position and expiry of a block are one row each, less than a tile, so they are copied explicitly, one step ahead.
     parity = lax.rem((local * row_blocks + i) * steps + j, 2)
 
     def copied(head, j, parity, do):

@@ -1,8 +1,9 @@
 """Attention with the DMS gate on Hopper GPUs, value and gradient: the kernels for `core.chunked_attention`.
 
-This file holds the forward pass. A CTA owns a block of queries of one query head, half of it in each of two warpgroups, and loops over the
-blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The gate is a row that is added to the scores of
-blocks outside the window, and a mask is made only for blocks on the diagonal. It is bound by the tensor cores, and its memory is O(T).
+This file contains the forward pass. A CTA owns a block of queries of one query head, half of it in each of two
+warpgroups, and loops over the blocks of keys, which a third warpgroup copies (FlashAttention-3, arXiv:2407.08608). The
+gate is a row that is added to the scores of blocks outside the window, and only blocks on the diagonal need a mask. The
+kernel is bound by the tensor cores, and its memory is O(T).
 """
 
 from functools import partial
@@ -20,7 +21,6 @@ from dms_jax.core.chunked_attention import name_residuals, softmax_delta
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.key_blocks_gpu import (
-    COMPUTE,
     KeySections,
     QueryPlan,
     Tile,
@@ -30,7 +30,7 @@ from dms_jax.kernels.key_blocks_gpu import (
     live_blocks,
     raw_gate,
 )
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.mosaic_gpu import COLUMN, COMPUTE, ROWS, Ops, bind, interpreter
 from dms_jax.kernels.train_attention_gpu_dkv import dkv_blocks, gradients_of_keys
 from dms_jax.kernels.train_attention_gpu_dq import gradient_of_queries
 
@@ -46,12 +46,12 @@ class Refs(NamedTuple):
     before: Any  # [B K blocks]
     segments: Any  # [B T], or None
     out: Any  # [B K G T H]
-    log_total: Any  # [B K G T]
+    logsumexp: Any  # [B K G T], in base 2
     q_s: Any
     k_s: Any
     v_s: Any
     keep_s: Any
-    total_s: Any
+    logsumexp_s: Any
     q_ready: Any
     k_ready: Any
     v_ready: Any
@@ -65,7 +65,7 @@ class Refs(NamedTuple):
 def _forward(
     q, k, v, log_keep, segments, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> tuple[Array, Array]:
-    """The output [B K G T H], and the log-sum-exp of each row in base 2 [B K G T]."""
+    """Return the output [B K G T H], and the log-sum-exp of each row in base 2 [B K G T]."""
     b, heads, group, length, h = q.shape
     has_segments = segments is not None
     plan = QueryPlan(Ops(interpret), blocks, window_size, length, h, q.dtype, has_segments)
@@ -93,7 +93,7 @@ def _scratch(plan: QueryPlan) -> dict[str, Any]:
         "k_s": operand(steps, block),
         "v_s": operand(steps, block),
         "keep_s": plgpu.SMEM((steps, block), jnp.float32),
-        "total_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
+        "logsumexp_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=1 + plan.has_segments, num_barriers=COMPUTE),
         "k_ready": plgpu.Barrier(num_arrivals=2 + plan.has_segments, num_barriers=steps),
         "v_ready": plgpu.Barrier(num_barriers=steps),
@@ -131,7 +131,7 @@ def _compute(plan: QueryPlan, refs: Refs, at: tuple, wg, first, sections: KeySec
         plgpu.barrier_wait(refs.turn)
 
     def step(n, carry, gate, causal):
-        high, total, acc = carry
+        row_max, row_sum, acc = carry
         slot = lax.rem(n, jnp.int32(plan.blocks.steps))
         plgpu.barrier_wait(refs.k_ready.at[slot])
         s = ops.dot(q_w, refs.k_s.at[slot], (rows, block), transpose_b=True, meanwhile=change_turns)
@@ -139,35 +139,36 @@ def _compute(plan: QueryPlan, refs: Refs, at: tuple, wg, first, sections: KeySec
         k_segments = refs.k_seg_s.at[slot] if plan.has_segments else None
         s = gated_scores(ops, s, tile, refs.keep_s.at[slot], k_segments, gate, causal)
         plgpu.barrier_arrive(refs.k_free.at[slot])
-        new_high = jnp.maximum(high, s.max(axis=1) * factor)
-        p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_high, s.shape, [0]))
-        rescale = jnp.exp2(high - new_high)
-        total = total * rescale + p.sum(axis=1)
+        new_max = jnp.maximum(row_max, s.max(axis=1) * factor)
+        p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_max, s.shape, [0]))
+        rescale = jnp.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + p.sum(axis=1)
         acc = acc * lax.broadcast_in_dim(rescale, acc.shape, [0])
-        new_high, total, acc, p = lax.optimization_barrier((new_high, total, acc, p.astype(plan.dtype)))
+        new_max, row_sum, acc, p = lax.optimization_barrier((new_max, row_sum, acc, p.astype(plan.dtype)))
         plgpu.barrier_arrive(refs.turn)
         plgpu.barrier_wait(refs.v_ready.at[slot])
         plgpu.barrier_wait(refs.turn)
         acc = ops.add_dot(acc, p, refs.v_s.at[slot])
         plgpu.barrier_arrive(refs.v_free.at[slot])
-        return new_high, total, acc
+        return new_max, row_sum, acc
 
     # The second warpgroup is half a step behind, so that one computes exponentials while the other multiplies matrices.
     pl.when(wg == 1)(change_turns)
-    # The first maximum is higher than any masked score, so a row that has met only masked scores holds zeros. (If the maximum were
-    # MASKED itself, the fused multiply-add would pass the rounding error of the product, about 1e21, to the exponential.)
+    # The initial maximum is higher than any masked score, so the sums of a row that has met only masked scores stay 0.
+    # (If the maximum were MASKED itself, the fused multiply-add would pass the rounding error of the product, about
+    # 1e21, to the exponential.)
     start = (
         ops.full((rows,), MASKED * factor / 2, COLUMN),
         ops.full((rows,), 0.0, COLUMN),
         ops.full((rows, h), 0.0, ROWS),
     )
-    high, total, acc = sections.fold(step, num_live, block, plan.blocks.q, plan.window_size, start)
+    row_max, row_sum, acc = sections.fold(step, num_live, block, plan.blocks.q, plan.window_size, start)
     pl.when(wg == 0)(change_turns)
-    q_w[...] = (acc / lax.broadcast_in_dim(total, acc.shape, [0])).astype(plan.dtype)
-    refs.total_s.at[wg][...] = high + jnp.log2(total)
+    q_w[...] = (acc / lax.broadcast_in_dim(row_sum, acc.shape, [0])).astype(plan.dtype)
+    refs.logsumexp_s.at[wg][...] = row_max + jnp.log2(row_sum)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(q_w, refs.out.at[(*at, pl.ds(own, rows))])
-    plgpu.copy_smem_to_gmem(refs.total_s.at[wg], refs.log_total.at[(*at, pl.ds(own, rows))])
+    plgpu.copy_smem_to_gmem(refs.logsumexp_s.at[wg], refs.logsumexp.at[(*at, pl.ds(own, rows))])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -203,13 +204,17 @@ def attend(
     blocks: TrainBlocks,
     interpret: bool = False,
 ) -> Float[Array, "B K G T H"]:
-    """See `core.chunked_attention.with_heads_folded`; differentiable in q, k, v and log_keep. T must be a multiple of both block sizes."""
+    """Compute attention in the layout of `core.chunked_attention.with_heads_folded`.
+
+    It is differentiable in q, k, v and log_keep. T must be a multiple of both block sizes.
+    """
     length = q.shape[3]
     assert length % blocks.q == 0 and length % blocks.k == 0, (length, blocks)
     assert interpret or (
         blocks.q % 128 == 0 and blocks.k % 64 == 0 and q.shape[-1] % 64 == 0 and q.dtype == jnp.bfloat16
     ), (blocks, q)
-    # Position differences are at most T - 1, so a window of T is as good as a longer one, and sums with it stay within int32.
+    # Position differences are at most T - 1, so a window of T equals any longer one, and sums with it stay within
+    # int32.
     return _attend(q, k, v, log_keep, segments, min(window_size, length), blocks, interpret)
 
 
@@ -219,14 +224,14 @@ def _attend(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 def _attend_fwd(q, k, v, log_keep, segments, window_size, blocks, interpret):
-    out, log_total = name_residuals(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
-    return out, (q, k, v, log_keep, segments, out, log_total)
+    out, logsumexp = name_residuals(*_forward(q, k, v, log_keep, segments, window_size, blocks, interpret))
+    return out, (q, k, v, log_keep, segments, out, logsumexp)
 
 
 def _attend_bwd(window_size, blocks, interpret, saved, d_out):
-    q, k, v, log_keep, segments, out, log_total = saved
+    q, k, v, log_keep, segments, out, logsumexp = saved
     delta = softmax_delta(d_out, out)
-    args = q, k, v, log_keep, segments, log_total, delta, d_out, window_size
+    args = q, k, v, log_keep, segments, logsumexp, delta, d_out, window_size
     dk, dv, dkeep = gradients_of_keys(*args, dkv_blocks(blocks), interpret)
     return gradient_of_queries(*args, blocks, interpret), dk, dv, dkeep, None
 

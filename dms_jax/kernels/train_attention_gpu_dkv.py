@@ -1,8 +1,9 @@
 """The gradients of keys, values and gate in attention with the DMS gate on Hopper GPUs.
 
-A CTA owns a block of keys of one KV head and loops over the queries of all heads of its group. It recomputes the scores from the saved
-log-sum-exp of each row. Keys are the rows of the scores, so the gate's gradient is the sum of a row, which is accumulated in registers and
-written once. No CTA adds to memory that another one writes, so every run gives the same result.
+A CTA owns a block of keys of one KV head and loops over the queries of all heads of its group. It recomputes the scores
+from the saved log-sum-exp of each row. Keys are the rows of the scores, so the gate's gradient is the sum of a row,
+which is accumulated in registers and written once. Each CTA alone writes its part of the results, so every run gives
+the same result.
 """
 
 from typing import Any, NamedTuple
@@ -16,13 +17,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dms_jax.axes import Array
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
-from dms_jax.kernels.key_blocks_gpu import COMPUTE, exponent, is_live, raw_gate
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROW, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.key_blocks_gpu import exponent, is_live, raw_gate
+from dms_jax.kernels.mosaic_gpu import COLUMN, COMPUTE, ROW, ROWS, Ops, bind, copy_blocks, interpreter
 
 
 def dkv_blocks(blocks: TrainBlocks) -> TrainBlocks:
-    """Block sizes for `gradients_of_keys`. A CTA owns as many keys as a CTA of the forward pass owns queries; steps are short, because two
-    gradients fill the registers."""
+    """Return block sizes for `gradients_of_keys`, given those of the forward pass.
+
+    A CTA owns as many keys as a CTA of the forward pass owns queries. Steps are short, because two gradients fill the
+    registers.
+    """
     return TrainBlocks(q=min(blocks.k, 64), k=blocks.q, steps=blocks.steps)
 
 
@@ -52,7 +56,7 @@ class KeysRefs(NamedTuple):
     v: Any  # [B K T H]
     keep: Any  # [B K T]
     live: Any  # [B K T/blocks.k]
-    log_total: Any  # [B K G T]
+    logsumexp: Any  # [B K G T], in base 2
     delta: Any  # [B K G T]
     d_out: Any  # [B K G T H]
     segments: Any  # [B T], or None
@@ -65,7 +69,7 @@ class KeysRefs(NamedTuple):
     dkeep_s: Any
     q_s: Any
     do_s: Any
-    total_s: Any
+    logsumexp_s: Any
     delta_s: Any
     k_ready: Any
     ready: Any
@@ -75,8 +79,12 @@ class KeysRefs(NamedTuple):
 
 
 class QuerySections(NamedTuple):
-    """Blocks of queries by what their scores need. [start, past) hold the diagonal, [past, inside) lie within the window of all keys,
-    [inside, outside) straddle its edge, and [outside, end) lie beyond it; the last are skipped if all keys are evicted."""
+    """Ranges of blocks of queries, by the mask and gate that their scores need.
+
+    Blocks in [start, past) contain the diagonal, and blocks in [past, inside) lie within the window of all keys. Blocks
+    in [inside, outside) straddle the edge of the window, and blocks in [outside, end) lie beyond it. The last range is
+    empty if all keys are evicted.
+    """
 
     start: Array
     past: Array
@@ -86,7 +94,7 @@ class QuerySections(NamedTuple):
 
     @classmethod
     def of_keys(cls, plan: KeysPlan, first: Array, live: Any, at: tuple) -> "QuerySections":
-        """The sections for the keys of a CTA, which begin at `first`; `live[at]` says whether any of them is not evicted."""
+        """Return the sections for the keys of a CTA from `first` on; `live[at]` is 0 if all of them are evicted."""
         block, window_size = plan.blocks.q, plan.window_size
         blocks = plan.length // block
         count = lambda queries: jnp.minimum(lax.div(queries + block - 1, jnp.int32(block)), blocks)
@@ -110,9 +118,12 @@ class QuerySections(NamedTuple):
 
 
 def gradients_of_keys(
-    q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
+    q, k, v, log_keep, segments, logsumexp, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> tuple[Array, Array, Array]:
-    """The gradients of keys and values [B K T H] and of the gate [B K T]. A CTA owns `blocks.k` keys; a step takes `blocks.q` queries."""
+    """Return the gradients of keys and values [B K T H] and of the gate [B K T].
+
+    A CTA owns `blocks.k` keys, and a step takes `blocks.q` queries.
+    """
     b, heads, group, length, h = q.shape
     has_segments = segments is not None
     plan = KeysPlan(Ops(interpret), blocks, window_size, length, group, h, q.dtype, has_segments)
@@ -133,7 +144,7 @@ def gradients_of_keys(
     )
     live = is_live(log_keep, blocks.k).astype(jnp.int32)
     optional = [segments] if has_segments else []
-    return tuple(run(q, k, v, raw_gate(log_keep, h), live, log_total, delta, d_out, *optional))
+    return tuple(run(q, k, v, raw_gate(log_keep, h), live, logsumexp, delta, d_out, *optional))
 
 
 def _scratch(plan: KeysPlan) -> dict[str, Any]:
@@ -147,7 +158,7 @@ def _scratch(plan: KeysPlan) -> dict[str, Any]:
         "dkeep_s": row(COMPUTE, rows),
         "q_s": operand(steps, block),
         "do_s": operand(steps, block),
-        "total_s": row(steps, block),
+        "logsumexp_s": row(steps, block),
         "delta_s": row(steps, block),
         "k_ready": plgpu.Barrier(num_arrivals=3 + plan.has_segments, num_barriers=COMPUTE),
         "ready": plgpu.Barrier(num_arrivals=4 + plan.has_segments, num_barriers=steps),
@@ -186,7 +197,7 @@ def _compute_keys(plan: KeysPlan, refs: KeysRefs, at: tuple, first, sections: Qu
     def head_of_group(g, carry):
         def step(i, carry, gate, causal):
             slot = lax.rem(g * (sections.end - sections.start) + (i - sections.start), jnp.int32(plan.blocks.steps))
-            return _meet_queries(plan, refs, wg, slot, own, i, keep, k_segments, carry, gate, causal)
+            return _add_query_block(plan, refs, wg, slot, own, i, keep, k_segments, carry, gate, causal)
 
         return sections.fold(step, plan, carry)
 
@@ -202,8 +213,8 @@ def _compute_keys(plan: KeysPlan, refs: KeysRefs, at: tuple, first, sections: Qu
     plgpu.wait_smem_to_gmem(0)
 
 
-def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, own, i, keep, k_segments, carry, gate, causal) -> tuple:
-    """Add the gradients that query block `i` gives to (dk, dv, dkeep) of the keys from `own` on."""
+def _add_query_block(plan: KeysPlan, refs: KeysRefs, wg, slot, own, i, keep, k_segments, carry, gate, causal) -> tuple:
+    """Add what query block `i` contributes to `carry`, the gradients (dk, dv, dkeep) of the keys from `own` on."""
     ops, shape = plan.ops, (plan.rows, plan.blocks.q)
     over_queries = lambda x: lax.broadcast_in_dim(x, shape, [0])
     over_keys = lambda x: lax.broadcast_in_dim(x, shape, [1])
@@ -224,7 +235,7 @@ def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, own, i, keep, k_segm
         s = jnp.where(later_than(0), s, MASKED)
     if plan.has_segments:
         s = jnp.where(over_queries(k_segments) == over_keys(ops.load(refs.q_seg_s.at[slot], ROW)), s, MASKED)
-    p = jnp.exp2(s * exponent(plan.head_dim) - over_keys(ops.load(refs.total_s.at[slot], ROW)))
+    p = jnp.exp2(s * exponent(plan.head_dim) - over_keys(ops.load(refs.logsumexp_s.at[slot], ROW)))
     ds = p * (dp - over_keys(ops.load(refs.delta_s.at[slot], ROW)))
     if gate is not None:
         dkeep = dkeep + (ds if gated is None else jnp.where(gated, ds, 0.0)).sum(axis=1)
@@ -240,18 +251,15 @@ def _meet_queries(plan: KeysPlan, refs: KeysRefs, wg, slot, own, i, keep, k_segm
 def _copy_queries(plan: KeysPlan, refs: KeysRefs, at: tuple, sections: QuerySections) -> None:
     """The copying warpgroup: the queries of all heads of the group, block after block."""
     plgpu.set_max_registers(24, action="decrease")
-    block, steps = plan.blocks.q, plan.blocks.steps
-    per_head = sections.end - sections.start
-    total = plan.group * per_head
+    block, per_head = plan.blocks.q, sections.end - sections.start
 
-    def copy_block(n, _):
-        g, slot = lax.div(n, per_head), lax.rem(n, jnp.int32(steps))
+    def copy_block(n, slot):
+        g = lax.div(n, per_head)
         queries = pl.ds((sections.start + n - g * per_head) * block, block)
-        pl.when(n >= steps)(lambda: plgpu.barrier_wait(refs.free.at[slot]))
         arrays = (
             (refs.q, refs.q_s),
             (refs.d_out, refs.do_s),
-            (refs.log_total, refs.total_s),
+            (refs.logsumexp, refs.logsumexp_s),
             (refs.delta, refs.delta_s),
         )
         for ref, buffer in arrays:
@@ -259,8 +267,4 @@ def _copy_queries(plan: KeysPlan, refs: KeysRefs, at: tuple, sections: QuerySect
         if plan.has_segments:
             plgpu.copy_gmem_to_smem(refs.segments.at[at[0], queries], refs.q_seg_s.at[slot], refs.ready.at[slot])
 
-    def drain(n, _):
-        plgpu.barrier_wait(refs.free.at[lax.rem(n, jnp.int32(steps))])
-
-    lax.fori_loop(0, total, copy_block, None)
-    lax.fori_loop(jnp.maximum(total - steps, 0), total, drain, None)
+    copy_blocks(plan.group * per_head, plan.blocks.steps, [(refs.free, copy_block)])

@@ -1,6 +1,7 @@
 """The gradient of the queries in attention with the DMS gate on Hopper GPUs.
 
-The kernel loops over blocks of keys as the forward pass does, and recomputes the scores from the saved log-sum-exp of each row.
+The kernel loops over blocks of keys as the forward pass does, and recomputes the scores from the saved log-sum-exp of
+each row.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dms_jax.axes import Array
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.key_blocks_gpu import (
-    COMPUTE,
     KeySections,
     QueryPlan,
     Tile,
@@ -24,7 +24,7 @@ from dms_jax.kernels.key_blocks_gpu import (
     live_blocks,
     raw_gate,
 )
-from dms_jax.kernels.mosaic_gpu import COLUMN, ROWS, Ops, bind, interpreter
+from dms_jax.kernels.mosaic_gpu import COLUMN, COMPUTE, ROWS, Ops, bind, interpreter
 
 
 class Refs(NamedTuple):
@@ -36,7 +36,7 @@ class Refs(NamedTuple):
     keep: Any  # [B K T]
     live: Any  # [B K blocks]
     before: Any  # [B K blocks]
-    log_total: Any  # [B K G T]
+    logsumexp: Any  # [B K G T], in base 2
     delta: Any  # [B K G T]
     d_out: Any  # [B K G T H]
     segments: Any  # [B T], or None
@@ -46,7 +46,7 @@ class Refs(NamedTuple):
     k_s: Any
     v_s: Any
     keep_s: Any
-    total_s: Any
+    logsumexp_s: Any
     delta_s: Any
     q_ready: Any
     ready: Any
@@ -56,9 +56,12 @@ class Refs(NamedTuple):
 
 
 def gradient_of_queries(
-    q, k, v, log_keep, segments, log_total, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
+    q, k, v, log_keep, segments, logsumexp, delta, d_out, window_size: int, blocks: TrainBlocks, interpret: bool
 ) -> Array:
-    """The gradient of the queries [B K G T H]. `log_total` comes from the forward pass, and `delta` is rowsum(dO * O), both [B K G T]."""
+    """Return the gradient of the queries [B K G T H].
+
+    `logsumexp` comes from the forward pass, and `delta` is rowsum(dO * O); both are [B K G T].
+    """
     b, heads, group, length, h = q.shape
     has_segments = segments is not None
     plan = QueryPlan(Ops(interpret), blocks, window_size, length, h, q.dtype, has_segments)
@@ -74,7 +77,7 @@ def gradient_of_queries(
         interpret=interpreter() if interpret else None,
     )
     optional = [segments] if has_segments else []
-    return run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, blocks.k), log_total, delta, d_out, *optional)
+    return run(q, k, v, raw_gate(log_keep, h), *live_blocks(log_keep, blocks.k), logsumexp, delta, d_out, *optional)
 
 
 def _scratch(plan: QueryPlan) -> dict[str, Any]:
@@ -86,7 +89,7 @@ def _scratch(plan: QueryPlan) -> dict[str, Any]:
         "k_s": operand(steps, block),
         "v_s": operand(steps, block),
         "keep_s": plgpu.SMEM((steps, block), jnp.float32),
-        "total_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
+        "logsumexp_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
         "delta_s": plgpu.SMEM((COMPUTE, rows), jnp.float32),
         "q_ready": plgpu.Barrier(num_arrivals=4 + plan.has_segments, num_barriers=COMPUTE),
         "ready": plgpu.Barrier(num_arrivals=3 + plan.has_segments, num_barriers=steps),
@@ -110,14 +113,14 @@ def _compute(plan: QueryPlan, refs: Refs, at: tuple, wg, first, sections: KeySec
     ops, rows, block = plan.ops, plan.rows, plan.blocks.k
     own = first + wg * rows
     mine = (*at, pl.ds(own, rows))
-    arrays = (refs.q, refs.q_s), (refs.d_out, refs.do_s), (refs.log_total, refs.total_s), (refs.delta, refs.delta_s)
+    arrays = (refs.q, refs.q_s), (refs.d_out, refs.do_s), (refs.logsumexp, refs.logsumexp_s), (refs.delta, refs.delta_s)
     for ref, buffer in arrays:
         plgpu.copy_gmem_to_smem(ref.at[mine], buffer.at[wg], refs.q_ready.at[wg])
     if plan.has_segments:
         source = refs.segments.at[at[0], pl.ds(own, rows)]
         plgpu.copy_gmem_to_smem(source, refs.q_seg_s.at[wg], refs.q_ready.at[wg])
     plgpu.barrier_wait(refs.q_ready.at[wg])
-    log_total, delta = ops.load(refs.total_s.at[wg], COLUMN), ops.load(refs.delta_s.at[wg], COLUMN)
+    logsumexp, delta = ops.load(refs.logsumexp_s.at[wg], COLUMN), ops.load(refs.delta_s.at[wg], COLUMN)
     q_segments = ops.load(refs.q_seg_s.at[wg], COLUMN) if plan.has_segments else None
     over_keys = lambda x: lax.broadcast_in_dim(x, (rows, block), [0])
 
@@ -132,7 +135,7 @@ def _compute(plan: QueryPlan, refs: Refs, at: tuple, wg, first, sections: KeySec
         tile = Tile(own, sections.block_of(n) * block, (rows, block), plan.window_size, q_segments)
         k_segments = refs.k_seg_s.at[slot] if plan.has_segments else None
         s = gated_scores(ops, s, tile, refs.keep_s.at[slot], k_segments, gate, causal)
-        ds = jnp.exp2(s * exponent(plan.head_dim) - over_keys(log_total)) * (dp - over_keys(delta))
+        ds = jnp.exp2(s * exponent(plan.head_dim) - over_keys(logsumexp)) * (dp - over_keys(delta))
         dq = ops.add_dot(dq, ds.astype(plan.dtype), refs.k_s.at[slot])
         plgpu.barrier_arrive(refs.free.at[slot])
         return dq

@@ -1,12 +1,14 @@
 """Attention with the DMS gate on a TPU, value and gradient, in O(T) memory: the kernels for `core.chunked_attention`.
 
-There are three kernels over blocks of scores (FlashAttention, arXiv:2205.14135). The forward pass and dq hold a block of queries and
-loop over blocks of keys; the third kernel computes dk, dv and the gate's gradient, and holds a block of keys while it loops over the
-queries of all heads of the group. Per query row, the backward pass needs only the log-sum-exp of the scores and delta = rowsum(dO * O).
-Both are stored as rows of length T; a kernel that holds queries turns them into columns, once per block that it holds.
+There are three kernels over blocks of scores (FlashAttention, arXiv:2205.14135). The forward pass and dq hold a block
+of queries and loop over blocks of keys. The third kernel computes dk, dv and the gate's gradient; it holds a block of
+keys and loops over the queries of all heads of the group. For each query row, the backward pass needs only the
+log-sum-exp of the scores and delta = rowsum(dO * O). Both are stored as rows of length T; a kernel that holds queries
+turns them into columns, once per block that it holds.
 
-A grid step whose block is not needed computes nothing: blocks of the future, and blocks outside the window in which every key is
-evicted. The index map of such a step names a block that is in VMEM already or will be needed next, so the step fetches nothing either.
+Some blocks are not needed: blocks in the future, and blocks outside the window in which every key is evicted. Their
+grid steps compute nothing. The index map of such a step names a block that is already in VMEM or that will be needed
+next, so the step fetches nothing, either.
 """
 
 import math
@@ -27,9 +29,9 @@ from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import TrainBlocks
 from dms_jax.kernels.mosaic_tpu import LANES
 
-LOG2_E = math.log2(math.e)  # inside the kernels scores are exponents of 2, because the hardware has exp2
-# Where a block of scores lies: inside the window (no gate), outside it (the gate applies everywhere), or across an edge of the window
-# or the diagonal.
+LOG2_E = math.log2(math.e)  # inside the kernels, scores are exponents of 2, because the hardware has exp2
+# The place of a block of scores: inside the window (no gate), outside it (the gate applies everywhere), or across an
+# edge of the window or the diagonal.
 INSIDE, OUTSIDE, MIXED = range(3)
 
 
@@ -44,7 +46,10 @@ def attend(
     blocks: TrainBlocks,
     interpret: bool = False,
 ) -> Float[Array, "B K G T H"]:
-    """See `core.chunked_attention.with_heads_folded`. T must be a multiple of both block sizes, and block sizes of 128 on hardware."""
+    """Compute attention in the layout of `core.chunked_attention.with_heads_folded`.
+
+    T must be a multiple of both block sizes, which must be multiples of 128 on hardware.
+    """
     assert q.shape[3] % blocks.q == 0 and q.shape[3] % blocks.k == 0, (q.shape, blocks)
     return _attend(q, k, v, log_keep, segments, window_size, blocks, interpret)
 
@@ -55,10 +60,10 @@ def _attend(q, k, v, log_keep, segments, window_size, blocks, interpret):
 
 
 class BlockPlan(NamedTuple):
-    """Which blocks of scores are needed.
+    """The blocks of scores that are needed, and their places.
 
-    All fields are static. In the methods, `i` is a block of queries, `j` a block of keys, and `next_alive` the first block from `j` on with
-    a key that is not evicted.
+    All fields are static. In the methods, `i` is a block of queries, `j` is a block of keys, and `next_alive` is the
+    first block from `j` on with a key that is not evicted.
     """
 
     window: int
@@ -68,33 +73,33 @@ class BlockPlan(NamedTuple):
     num_k: int
 
     def key_block(self, i, j, next_alive):
-        """`j` if queries `i` need it, else the next block that they need, or their last one."""
+        """Return `j` if queries `i` need it, else the next block that they need, or their last one."""
         first_near = lax.div(jnp.maximum(i * self.q - self.window, 0), self.k)
         last = lax.div((i + 1) * self.q - 1, self.k)
         return jnp.minimum(jnp.minimum(next_alive, jnp.maximum(j, first_near)), last)
 
     def query_block(self, i, j, next_alive):
-        """`i` if it needs keys `j`, else the first or the last block that does."""
+        """Return `i` if it needs keys `j`, else the first or the last block that does."""
         first = lax.div(j * self.k, self.q)
         last_near = jnp.minimum(lax.div(self.window + (j + 1) * self.k - 1, self.q), self.num_q - 1)
         return jnp.clip(i, first, jnp.where(next_alive == j, self.num_q - 1, last_near))
 
     def cases(self, i, j, needed):
-        """Pairs of a condition and a place. Exactly one condition holds if the block is `needed`; most blocks need no mask."""
+        """Return a condition for each place. If the block is `needed`, exactly one holds. Most blocks need no mask."""
         past = (j + 1) * self.k - 1 <= i * self.q
         inside = past & ((i + 1) * self.q - 1 - j * self.k <= self.window)
         outside = i * self.q - (j + 1) * self.k + 1 > self.window  # this implies `past`
         return (needed & inside, INSIDE), (needed & outside, OUTSIDE), (needed & ~inside & ~outside, MIXED)
 
     def distance(self, i, j, query_axis):
-        """q_pos - k_pos for each score of the block."""
+        """Return q_pos - k_pos for each score of the block."""
         shape = (self.q, self.k) if query_axis == 0 else (self.k, self.q)
         query = lax.broadcasted_iota(jnp.int32, shape, query_axis)
         return query - lax.broadcasted_iota(jnp.int32, shape, 1 - query_axis) + (i * self.q - j * self.k)
 
 
 class Inputs(NamedTuple):
-    """The inputs of the kernels: arrays outside a kernel, blocks inside. `Layout.inputs` holds the block specs in the same form."""
+    """The inputs of the kernels: arrays outside a kernel, blocks inside it, and block specs in `Layout.inputs`."""
 
     next_alive: Any  # [B * K * num_k], in scalar memory
     q: Any  # [q, H]
@@ -109,7 +114,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def of_arrays(cls, plan, q, k, v, log_keep, segments, d_out=None, row_numbers=(None, None)):
-        """Rows of numbers get a second-to-last axis of length 1, so that they can be cut into blocks along the last axis."""
+        """Make the inputs. Rows of numbers get a second-to-last axis of length 1, so they can be cut into blocks."""
         row = None if segments is None else segments[:, None]
         logsumexp, delta = (None if x is None else x[..., None, :] for x in row_numbers)
         alive = _next_alive(log_keep, plan)
@@ -122,7 +127,7 @@ def _plan(q, window_size, blocks):
 
 
 def _next_alive(log_keep, plan):
-    """`next_alive` of every block of every head. It is flat, because scalar memory would pad its rows."""
+    """Return `next_alive` of every block of every head, flat, because scalar memory would pad its rows."""
     alive = log_keep.reshape(*log_keep.shape[:2], plan.num_k, plan.k).max(-1) > MASKED / 2
     block = lax.broadcasted_iota(jnp.int32, alive.shape, 2)
     return lax.cummin(jnp.where(alive, block, plan.num_k), axis=2, reverse=True).reshape(-1)
@@ -133,7 +138,7 @@ def _lookup(next_alive_ref, b, h, j, heads, plan):
 
 
 def _dot(a, b, contract):
-    """The fp32 product over axis 1 of `a` and axis `contract` of `b`. Operands in fp32 are not rounded to bf16."""
+    """Return the fp32 product over axis 1 of `a` and axis `contract` of `b`. fp32 operands are not rounded to bf16."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
@@ -141,23 +146,26 @@ def _dot(a, b, contract):
 
 
 def _column(row):
-    """[1, n] -> [n, LANES]: a column is stored with its values repeated over all lanes."""
+    """Turn a row [1, n] into a column [n, LANES], whose values are repeated over all lanes."""
     return jnp.broadcast_to(row, (LANES, row.shape[1])).T
 
 
 def _row(column):
-    """[n, LANES] -> [1, n]"""
+    """Turn a column [n, LANES] into a row [1, n]."""
     return column.T[:1]
 
 
 def _spread(column, width):
-    """[n, LANES] -> [n, width]"""
+    """Repeat a column [n, LANES] over `width` lanes, [n, width]."""
     return column[:, :width] if width <= LANES else jnp.concatenate([column] * (width // LANES), axis=1)
 
 
 def _block_scores(plan, i, j, place, query_axis, held, other, keep, held_segment, other_segment):
-    """Scores of the rows of `held` [n H] with the rows of `other` [m H], gated and masked, as exponents of 2; also q_pos - k_pos of a
-    MIXED block. The gate `keep` broadcasts against [n m]; `held_segment` is a column of references, and `other_segment` a row."""
+    """Return the gated and masked scores [n m] of `held` [n H] and `other` [m H], and q_pos - k_pos of a MIXED block.
+
+    Scores are exponents of 2. The gate `keep` broadcasts against [n m]. `held_segment` is a reference to a column, and
+    `other_segment` is a reference to a row.
+    """
     same_segment = None
     if held_segment is not None:
         same_segment = _spread(held_segment[...], other.shape[0]) == other_segment[...]
@@ -170,20 +178,21 @@ def _block_scores(plan, i, j, place, query_axis, held, other, keep, held_segment
     return s if same_segment is None else jnp.where(same_segment, s, MASKED), distance
 
 
-def _if_needed(plan, i, j, needed, meet):
-    """Run `meet(place)` if the block is needed."""
+def _if_needed(plan, i, j, needed, compute):
+    """Run `compute(place)` if the block is needed."""
     for condition, place in plan.cases(i, j, needed):
-        pl.when(condition)(partial(meet, place))
+        pl.when(condition)(partial(compute, place))
 
 
-def _for_needed_keys(plan, x, meet):
-    """Run `meet(i, j, place)` in a grid (B, K, G, num_q, num_k), if queries `i` need keys `j`."""
+def _for_needed_keys(plan, x, compute):
+    """Run `compute(i, j, place)` in a grid (B, K, G, num_q, num_k), if queries `i` need keys `j`."""
     b, h, i, j = (pl.program_id(axis) for axis in (0, 1, 3, 4))
     needed = plan.key_block(i, j, _lookup(x.next_alive, b, h, j, pl.num_programs(1), plan)) == j
-    _if_needed(plan, i, j, needed, partial(meet, i, j))
+    _if_needed(plan, i, j, needed, partial(compute, i, j))
 
 
-# Grid (B, K, G, num_q, num_k): the loop over keys is sequential and accumulates in scratch memory. Bound by the MXU and by exp2.
+# The grid is (B, K, G, num_q, num_k). Its loop over keys is sequential and accumulates in scratch memory. The kernel is
+# bound by the MXU and by exp2.
 def _forward_kernel(plan: BlockPlan, *refs):
     x, (out_ref, logsumexp_ref, max_ref, sum_ref, acc_ref, segment_ref) = Inputs(*refs[:10]), refs[10:]
 
@@ -195,10 +204,10 @@ def _forward_kernel(plan: BlockPlan, *refs):
         if segment_ref is not None:
             segment_ref[...] = _column(x.q_segment[...])
 
-    def meet(i, j, place):
+    def compute(i, j, place):
         s, _ = _block_scores(plan, i, j, place, 0, x.q, x.k, x.keep[...] * LOG2_E, segment_ref, x.k_segment)
-        # A row that has met only MASKED scores holds finite garbage. Its first real score (that of its own key, at the latest)
-        # multiplies the garbage by 2 ** (MASKED - score) = 0.
+        # A row that has met only MASKED scores holds finite garbage. Its first real score (that of its own key, at the
+        # latest) multiplies the garbage by 2 ** (MASKED - score) = 0.
         old_max = max_ref[...]
         new_max = jnp.maximum(old_max, s.max(1, keepdims=True))
         p = jnp.exp2(s - _spread(new_max, plan.k))
@@ -207,7 +216,7 @@ def _forward_kernel(plan: BlockPlan, *refs):
         sum_ref[...] = sum_ref[...] * rescale + p.sum(1, keepdims=True)
         acc_ref[...] = acc_ref[...] * _spread(rescale, acc_ref.shape[1]) + _dot(p.astype(x.v.dtype), x.v[...], 0)
 
-    _for_needed_keys(plan, x, meet)
+    _for_needed_keys(plan, x, compute)
 
     @pl.when(pl.program_id(4) == plan.num_k - 1)
     def _finish():
@@ -215,7 +224,7 @@ def _forward_kernel(plan: BlockPlan, *refs):
         logsumexp_ref[...] = _row(max_ref[...] / LOG2_E + jnp.log(sum_ref[...]))
 
 
-# The same grid as the forward kernel.
+# The grid is that of the forward kernel.
 def _dq_kernel(plan: BlockPlan, *refs):
     x, (dq_ref, acc_ref, logsumexp_ref, delta_ref, segment_ref) = Inputs(*refs[:10]), refs[10:]
 
@@ -227,21 +236,22 @@ def _dq_kernel(plan: BlockPlan, *refs):
         if segment_ref is not None:
             segment_ref[...] = _column(x.q_segment[...])
 
-    def meet(i, j, place):
+    def compute(i, j, place):
         s, _ = _block_scores(plan, i, j, place, 0, x.q, x.k, x.keep[...] * LOG2_E, segment_ref, x.k_segment)
         p = jnp.exp2(s - _spread(logsumexp_ref[...], plan.k))
         ds = p * (_dot(x.d_out[...], x.v[...], 1) - _spread(delta_ref[...], plan.k))
         acc_ref[...] += _dot(ds.astype(x.k.dtype), x.k[...], 0)
 
-    _for_needed_keys(plan, x, meet)
+    _for_needed_keys(plan, x, compute)
 
     @pl.when(pl.program_id(4) == plan.num_k - 1)
     def _finish():
         dq_ref[...] = (acc_ref[...] * x.q.shape[1] ** -0.5).astype(dq_ref.dtype)
 
 
-# Grid (B, K, num_k, G, num_q): the loops over the heads of the group and over queries are sequential. Scores are transposed, [k, q]:
-# then the numbers that belong to queries are rows, as they lie in memory, and no product has to transpose a block of scores.
+# The grid is (B, K, num_k, G, num_q). Its loops over the heads of the group and over queries are sequential. Scores are
+# transposed, [k, q], so the numbers of queries are rows, as in memory, and no product has to transpose a block of
+# scores.
 def _dkv_kernel(plan: BlockPlan, *refs):
     x, (dk_ref, dv_ref, dkeep_ref, dk_acc_ref, dv_acc_ref, dkeep_acc_ref, keep_ref, segment_ref) = (
         Inputs(*refs[:10]),
@@ -258,7 +268,7 @@ def _dkv_kernel(plan: BlockPlan, *refs):
         if segment_ref is not None:
             segment_ref[...] = _column(x.k_segment[...])
 
-    def meet(place):
+    def compute(place):
         keep = None if place == INSIDE else _spread(keep_ref[...], plan.q)
         s, distance = _block_scores(plan, i, j, place, 1, x.k, x.q, keep, segment_ref, x.q_segment)
         p = jnp.exp2(s - x.logsumexp[...] * LOG2_E)
@@ -271,7 +281,7 @@ def _dkv_kernel(plan: BlockPlan, *refs):
             dkeep_acc_ref[...] += sum(gated[:, start : start + lanes] for start in range(0, plan.q, lanes))
 
     needed = plan.query_block(i, j, _lookup(x.next_alive, b, h, j, pl.num_programs(1), plan)) == i
-    _if_needed(plan, i, j, needed, meet)
+    _if_needed(plan, i, j, needed, compute)
 
     @pl.when((g == pl.num_programs(3) - 1) & (i == plan.num_q - 1))
     def _finish():
@@ -289,8 +299,10 @@ class Layout(NamedTuple):
 
 
 def _layout(plan, q, grid, sequential: int, indices: Callable) -> Layout:
-    """A layout whose last `sequential` grid axes are sequential. `indices` maps the grid's indices and the table of `next_alive` to (b,
-    head, g, i, j)."""
+    """Make a layout whose last `sequential` grid axes are sequential.
+
+    `indices` maps the grid's indices and the table of `next_alive` to (b, head, g, i, j).
+    """
     h = q.shape[4]
 
     def spec(shape, choose):
@@ -308,7 +320,7 @@ def _layout(plan, q, grid, sequential: int, indices: Callable) -> Layout:
 
 
 def _holding_queries(plan, q) -> Layout:
-    """The layout of the kernels that hold a block of queries."""
+    """Return the layout of the kernels that hold a block of queries."""
     b, heads, group = q.shape[:3]
     needed_keys = lambda b, head, i, j, table: plan.key_block(i, j, _lookup(table, b, head, j, heads, plan))
     indices = lambda b, head, g, i, j, table: (b, head, g, i, needed_keys(b, head, i, j, table))
@@ -316,7 +328,7 @@ def _holding_queries(plan, q) -> Layout:
 
 
 def _holding_keys(plan, q) -> Layout:
-    """The layout of the kernel that holds a block of keys."""
+    """Return the layout of the kernel that holds a block of keys."""
     b, heads, group = q.shape[:3]
     needing = lambda b, head, i, j, table: plan.query_block(i, j, _lookup(table, b, head, j, heads, plan))
     indices = lambda b, head, j, g, i, table: (b, head, g, needing(b, head, i, j, table), j)
@@ -324,8 +336,10 @@ def _holding_keys(plan, q) -> Layout:
 
 
 def _call(kernel, plan, layout, inputs: Inputs, outputs, scratch, interpret):
-    """Run `kernel` with the table of `next_alive` in scalar memory. `outputs` are pairs of a spec and a shape; `scratch` ends with the
-    column of segments."""
+    """Run `kernel` with the table of `next_alive` in scalar memory.
+
+    `outputs` are pairs of a spec and a shape. `scratch` ends with the column of segments.
+    """
     in_specs = [None if x is None else spec for x, spec in zip(inputs, layout.inputs, strict=True)][1:]
     out_specs, out_shape = zip(*outputs, strict=True)
     return pl.pallas_call(

@@ -1,4 +1,4 @@
-"""Measurements of kernels on accelerators, with the block sizes that were fastest: `tuned.json`, written by `benchmarks.autotune`."""
+"""Measured block sizes: `benchmarks.autotune` writes the fastest ones of each accelerator to `tuned.json`."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.kernel_table import KERNELS
 
 TUNED = Path(__file__).parent / "tuned.json"
-# Measurements on the first device hold for the second until that one is measured: its multiprocessors are the same, its memory differs.
+# Measurements on the first device are used for the second until that one is measured. They differ in memory only.
 ALIKE = (("H200", "H100"), ("H100", "H200"), ("H200", "GH200"))
 
 
@@ -34,7 +34,7 @@ NUMBERS = {"head_dim": int, "speed_to_xla": float, "max_error": float}
 
 
 def tuned_entry(kernel: str, implementation: str, device: str, head_dim: int, dtype: str) -> TunedEntry | None:
-    """The measurement of a kernel on a kind of device, or on one that is `ALIKE`; None if there is no measurement."""
+    """Return the measurement of a kernel on a kind of device, or on one that is `ALIKE`; None if there is none."""
     found = {
         entry.device: entry
         for entry in _tuned(TUNED)
@@ -51,12 +51,13 @@ def _tuned(path: Path) -> tuple[TunedEntry, ...]:
 
 
 def read_tuned(path: Path) -> tuple[TunedEntry, ...]:
-    """The entries of a file that `write_tuned` wrote. Raises ConfigError for any other file."""
+    """Read the entries of a file that `write_tuned` wrote. Raises ConfigError for any other file."""
     try:
         return tuple(_entry(fields) for fields in parse_json(read_text(path), "its text"))
     except (ValueError, TypeError, KeyError, AttributeError) as why:
         raise ConfigError(
-            f"{path} must be a table of tuned block sizes ({' '.join(str(why).split())}); delete it, or run `python -m benchmarks.autotune`"
+            f"{path} must be a table of tuned block sizes ({' '.join(str(why).split())}); "
+            "delete it, or run `python -m benchmarks.autotune`"
         ) from why
 
 

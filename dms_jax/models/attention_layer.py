@@ -1,8 +1,8 @@
 """Attention with an evict head: the file to open first to see where DMS enters a decoder.
 
-`AttentionLayer.__call__` is training and the full-sequence paths: whole rows, soft or hard gates, no cache.
-`AttentionLayer.extend` is inference: a chunk of tokens, one of them when decoding, continues the rows of a cache under
-a policy.
+`AttentionLayer.__call__` serves training and the full-sequence paths: whole rows, soft or hard gates, no cache.
+`AttentionLayer.extend` serves inference: a chunk of tokens, or one token when decoding, continues the rows of a cache
+under a policy.
 """
 
 from collections.abc import Callable
@@ -26,12 +26,13 @@ from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy, FusedRule
 from dms_jax.sharding import constrain, gather_for_matmul, num_shards, reshard
 
-# Evict logits [B K T] -> (what attention adds to each *pair's* scores outside the window, each *token's* decision).
+# Evict logits [B K T] -> (the log_keep that attention adds to each *pair's* scores outside the window, each *token's*
+# decision).
 Gate = Callable[[Float[Array, "B K T"]], tuple[Float[Array, "B K T"], Array]]
 
 
 class ChannelScale(NamedTuple):
-    """Factors of the borrowed query channel at three points. RoPE mixes it with another channel, hence the third."""
+    """Factors of the borrowed query channel at three points; RoPE mixes it with another channel, hence `after_rope`."""
 
     before_norm: float | Float[Array, ""]
     before_rope: float | Float[Array, ""]
@@ -43,7 +44,7 @@ CHANNEL_SCALES = {"none": UNTOUCHED, "pre": ChannelScale(1.0, 0.0, 1.0), "pre+po
 
 
 def channel_scale(config: ModelConfig) -> ChannelScale:
-    """Return how a trained model scales its borrowed channel; a model without one leaves its queries as they are."""
+    """Return how a trained model scales its borrowed channel; a model without one leaves its queries unchanged."""
     dms = config.dms
     return CHANNEL_SCALES[dms.zero_borrowed] if dms is not None and dms.variant == "borrowed" else UNTOUCHED
 
@@ -72,7 +73,7 @@ def _fused_step(
     chunk: Chunk,
     frequency: Float[Array, "half"],
 ) -> tuple[Float[Array, "B 1 N H"], LayerCache]:
-    """Rotate, decide and write one token a row in one kernel. Return the rotated queries and the updated cache."""
+    """Rotate, decide and write one token per row in one kernel. Return the rotated queries and the updated cache."""
     logits, seen = eviction.share_heads(logits, rule.granularity), chunk.position[:, 0]
     q, cache = decode_update(
         q[:, 0],
@@ -134,8 +135,8 @@ class AttentionLayer(nnx.Module):
         q, k = self._rotated(q, k, channel, position, frequency)
         q = constrain(q, "batch", "sequence", "q_heads", "head_dim")
         k, v = (constrain(a, "batch", "sequence", "kv_heads", "head_dim") for a in (k, v))
-        # The gate shifts decisions by one token, so each device gets whole rows of logits: of its own heads, as in
-        # attention, or of all heads if they do not divide evenly.
+        # The gate shifts decisions by one token, so each device needs whole rows of logits. It gets those of its own
+        # heads, as in attention, or of all heads if they do not divide evenly.
         heads = "heads" if logits.shape[1] % num_shards("heads") == 0 else None
         log_keep, decision = gate(constrain(logits, "batch", heads, None))
         with jax.named_scope("attention"):
@@ -160,7 +161,7 @@ class AttentionLayer(nnx.Module):
         channel: ChannelScale,
         frequency: Float[Array, "half"],
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Attend from a chunk of tokens to the cache and to the chunk itself. Return the output and the updated cache."""
+        """Attend from a chunk to the cache and to the chunk itself. Return the output and the updated cache."""
         ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
         q, k, v = self.project(normed, channel)
         logits = self.evict_logits(x, q)
@@ -170,7 +171,7 @@ class AttentionLayer(nnx.Module):
             k, v = (constrain(a, "batch", None, "kv_heads", "head_dim").swapaxes(1, 2) for a in (k, v))
             expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
             out, cache = extend_layer(cache, q, k, v, expiries, chunk, policy, ops)
-        else:  # the same stages; one kernel does all of them but attention
+        else:  # one kernel does all stages except attention
             with jax.named_scope("append"):
                 q = self._scale_borrowed(q, channel.before_rope)
                 q, cache = ops.fused_step(q, k, v, logits, cache, chunk, frequency)
@@ -190,7 +191,7 @@ class AttentionLayer(nnx.Module):
     def project_for_training(
         self, normed: Float[Array, "B T D"], channel: ChannelScale
     ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-        """Return `project(normed, channel)` of `normed` that is sharded along T, gathered for the devices' heads."""
+        """Return `project(normed, channel)` for `normed` sharded along T, gathered for each device's own heads."""
         for_q = gather_for_matmul(normed, "q_heads", self.q[...].shape[1])
         for_kv = gather_for_matmul(normed, "kv_heads", self.k[...].shape[1])
         return self._project(for_q, for_kv, channel)
@@ -223,8 +224,11 @@ class AttentionLayer(nnx.Module):
         return self._scaled_logits(self._biased(unit_rms(x, self.config.rms_norm_eps) @ self._evict_weights()))
 
     def evict_logits_for_training(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
-        """Return `evict_logits(x, q)` for `x` sharded along T: each device computes all heads of its own tokens,
-        because logits are smaller than the stream that they are read from."""
+        """Return `evict_logits(x, q)` for `x` sharded along T.
+
+        Each device computes the logits of all heads for its own tokens, because logits are smaller than the residual
+        stream that would have to be gathered.
+        """
         dms = self.config.dms
         if dms is None or dms.variant == "borrowed":
             return self.evict_logits(x, q)
@@ -236,7 +240,7 @@ class AttentionLayer(nnx.Module):
             return self._scaled_logits(self._biased(raw))
 
     def _evict_weights(self) -> Float[Array, "D K"]:
-        # The norm's weight multiplies the projection and not every token: the same product with a cheaper gradient.
+        # Multiply the projection by the norm's weight, instead of every token: equal, but with a cheaper gradient.
         return self.evict_norm[...][:, None] * self.evict_proj[...]
 
     def _biased(self, raw: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
@@ -258,7 +262,7 @@ class AttentionLayer(nnx.Module):
     @jax.named_scope("output")
     def output(self, heads: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
         """Project the heads back to the residual stream."""
-        # One product over n*h: for an einsum over both axes, XLA would transpose, and so copy, the weights each time.
+        # One product over n*h, because XLA would transpose, and thus copy, the weights for an einsum over both axes.
         out = heads.reshape(*heads.shape[:2], -1) @ self.o[...].reshape(-1, self.config.hidden_size)
         return out + self.o_bias[None, None] if self.config.o_bias else out
 

@@ -4,9 +4,9 @@ Layers are stacked [L, ...] and scanned. The model holds parameters and no state
 arrays. `dense`, `relaxed` and `hard` are three functions of the same weights, so a frozen base is its own teacher.
 
 The layers are split into structure and arrays before the scan, and merged inside it. `jax.lax.scan` and
-`jax.checkpoint` thus see plain arrays, and the body gets a `Block` of one layer, whose arrays are gathered over the mesh
-for that layer alone. Merging happens while tracing, so it costs nothing at run time. `engine.decode_layout` merges layers
-likewise.
+`jax.checkpoint` thus see plain arrays, and the body gets a `Block` of one layer, whose arrays are gathered over the
+mesh for that layer alone. Merging happens while tracing, so it costs nothing at run time. `engine.decode_layout` merges
+layers in the same way.
 """
 
 from collections.abc import Callable, Hashable
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
     of logits; training multiplies them by `output_embedding` in chunks.
     """
 
-    source: Hashable  # a `dms_jax.hf.folder.Source`: where a loaded model came from; other models have none
+    source: Hashable  # the `dms_jax.hf.folder.Source` of a loaded model; a model made in memory lacks the attribute
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         param = ParamFactory(config, rngs, dtype)
@@ -102,7 +102,7 @@ class Decoder(nnx.Module):
     def relaxed(
         self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
-        """Training path: return logits under soft gates, and each token's straight-through decision, 0 or 1.
+        """Return logits under soft gates, and each token's straight-through decision, 0 or 1: the training path.
 
         `noise` is logistic, as `core.eviction.logistic_noise` draws it.
         """
@@ -115,9 +115,9 @@ class Decoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         threshold: float | Float[Array, ""] = 0.0,
     ) -> tuple[Float[Array, "B T V"], Bool[Array, "L B K T"]]:
-        """Full-sequence oracle of inference: return logits under hard decisions, and the decisions.
+        """Return logits under hard decisions, and the decisions: the full-sequence oracle of inference.
 
-        These are each token's own, unshifted decisions: a token evicts iff its logit exceeds `threshold`.
+        Decisions are unshifted: entry t is the decision of token t, which evicts iff its logit exceeds `threshold`.
         """
         hidden, evict = self.hard_hidden(tokens, segment_ids, threshold)
         return self.logits(hidden), evict
@@ -233,17 +233,18 @@ class Decoder(nnx.Module):
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:
             raise ValueError(
-                f"rows of {tokens.shape[1]} tokens exceed this model's own sliding_window of {limit}; use length <= {limit}"
+                f"rows must have at most {limit} tokens, this model's sliding_window, got {tokens.shape[1]}; "
+                f"use length <= {limit}"
             )
         if segment_ids is not None:
-            # Attention and positions need whole rows of segment ids, which are a few bytes a token.
+            # Attention and positions need whole rows of segment ids, which take only a few bytes per token.
             segment_ids = constrain(segment_ids, "batch", None)
         frequency, position = rope_frequencies(self.config), positions(tokens.shape[1], segment_ids)
         graph, weights = nnx.split(self.layers)
 
         def block(x, layer):
             layer_weights, layer_input = layer
-            merged = nnx.merge(graph, _gathered(layer_weights))  # why here: the docstring of this module
+            merged = nnx.merge(graph, _gathered(layer_weights))  # this module's docstring says why
             return merged(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
 
         if remat != "none":
@@ -270,9 +271,9 @@ def _hard_log_keep(marked: Bool[Array, "*A"]) -> Float[Array, "*A"]:
 
 
 def free_borrowed_channel(model: Decoder) -> None:
-    """Set the borrowed rows of the query projection to 0, in place.
+    """Set the borrowed channels of the query projection to 0, in place.
 
-    After the ramp this changes no output, and phase two starts from logits of exactly -bias.
+    After the ramp, this changes no output, and the second phase of training starts from logits of exactly -bias.
     """
     group = model.config.group_size
     attention = model.layers.attention

@@ -19,7 +19,7 @@ class EvictParam(nnx.Param):
 
 @dataclass
 class ParamFactory:
-    """Makes parameters from logical axes, which give the shape by the config and, later, the sharding on a mesh."""
+    """Factory of parameters. Their logical axes determine the shape, through `config`, and the sharding on a mesh."""
 
     config: ModelConfig
     rngs: nnx.Rngs
@@ -52,7 +52,7 @@ class ParamFactory:
 
 def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
     """Return x / rms(x), fp32."""
-    # As products, whose gradients are products too, because XLA on a CPU is slow at fused reductions.
+    # Written as products, whose gradients are products too, because XLA on a CPU is slow at fused reductions.
     x32 = x.astype(jnp.float32)
     mean_square = jnp.einsum("...d,...d->...", x32, x32, precision=EXACT) / x.shape[-1]
     return jnp.einsum("...d,...->...d", x32, jax.lax.rsqrt(mean_square + eps), precision=EXACT)
@@ -87,8 +87,8 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
 def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[Array, "#B {length}"]:
     """Return the rotary positions of a row, counted from the start of each segment.
 
-    A packed document thus gets the same logits as alone: with a zeroed borrowed channel, attention depends on absolute
-    positions and not on distances only.
+    A packed document thus gets the same logits as it would alone. This matters because, with a zeroed borrowed channel,
+    attention depends on absolute positions and not only on distances.
     """
     index = jnp.arange(length)[None]
     if segment_ids is None:
@@ -100,7 +100,7 @@ def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x)), weights stacked over layers."""
+    """SwiGLU, down(silu(gate(x)) * up(x)), with weights stacked over layers."""
 
     def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
         self.gate, self.up = param("layers", "embed", "mlp"), param("layers", "embed", "mlp")
@@ -111,11 +111,11 @@ class MLP(nnx.Module):
         self.biased = config.mlp_bias
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Run the MLP for inference: T is not sharded."""
+        """Run the MLP for inference, where T is not sharded."""
         return self._down(*self._gate_and_up(x))
 
     def for_training(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Run the MLP for training: T is sharded along "sequence" before and after."""
+        """Run the MLP for training, where T is sharded along "sequence" before and after."""
         gate, up = self._gate_and_up(gather_for_matmul(x, "mlp", self.gate[...].shape[1]))
         # Unconstrained, the gradient of silu(gate) * up would be sharded along T and exchanged before and after.
         return self._down(constrain(gate, "batch", "sequence", "mlp"), constrain(up, "batch", "sequence", "mlp"))

@@ -1,4 +1,4 @@
-"""The border to Flax NNX: a model as plain arrays by name, which optimizers and checkpoints understand, and back.
+"""The border to Flax NNX: from models to plain arrays by name, for optimizers and checkpoints, and back.
 
 Begin with `flatten` and `ModelStructure`. Names are dotted paths: "layers.attention.evict_proj" is an array [L D K].
 """
@@ -25,7 +25,7 @@ def flatten(model: Decoder, only: Any = nnx.Param) -> Params:
 
 
 class ModelStructure:
-    """A model without its numbers: what `build` needs to make a model from arrays, also inside jit."""
+    """The structure of a model without its arrays, from which `build` makes models, also inside jit."""
 
     def __init__(self, model: Decoder):
         self.graph, state = nnx.split(model)
@@ -40,7 +40,7 @@ class ModelStructure:
         return nnx.merge(self.graph, nnx.from_flat_state(leaves))
 
     def shardings(self, names: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
-        """Return where each named parameter lies on the mesh, by its logical axes."""
+        """Return the sharding of each named parameter, which follows from its logical axes."""
         found = {}
         for name in names:
             variable = self.variables[name]
@@ -49,12 +49,12 @@ class ModelStructure:
 
 
 def abstract_model(config: ModelConfig, dtype: jnp.dtype) -> Decoder:
-    """Make a model of shapes without numbers, for example to compile for hardware that is not here."""
+    """Make a model of shapes without arrays, for example to compile for hardware that this machine lacks."""
     return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def with_shardings(shapes: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Any:
-    """Return shapes that also say where on a mesh they lie."""
+    """Attach a sharding to each named shape."""
     return {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=shardings[name]) for name, a in shapes.items()}
 
 

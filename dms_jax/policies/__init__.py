@@ -1,4 +1,4 @@
-"""Which pairs leave the cache and which are read: one file for each method, with its paper on top.
+"""Which pairs leave the cache and which are read: one file per method, which names its paper.
 
 Begin with `cache_policy`, which says what a policy is; `POLICIES` lists all of them by name.
 """
@@ -36,17 +36,17 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "random": RandomEviction,
     "quest": Quest,
 }
-PROMPT = "prompt"  # prefix of a name, as in "prompt:tova:256": the same method under the prompt-compression protocol
+PROMPT = "prompt"  # prefix of a name, as in "prompt:tova:256": ranks the prompt once (`prompt_compression`)
 
 
 def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> CachePolicy:
-    """Return the policy that a caller means for a model of `config`.
+    """Resolve a policy, or the name of one, for a model of `config`.
 
     Args:
       config: the model's configuration.
-      policy: a `CachePolicy`, which is returned as it is; None for the model's own policy, which keeps everything if
-        the model is plain; or a name of `POLICIES` with its budget, if it has one, in pairs per KV head: "dense",
-        "dms", "tova:256", "prompt:snapkv:256".
+      policy: a `CachePolicy`, which is returned unchanged; None for the model's own policy, which keeps everything if
+        the model has no evict head; or a name of `POLICIES`, followed by the budget in pairs per KV head if the method
+        has one: "dense", "dms", "tova:256", "prompt:snapkv:256".
 
     Raises ConfigError.
     """
@@ -62,13 +62,16 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
         raise ConfigError(f"unknown policy {name!r}; {suggestion(name, POLICIES)}")
     with naming(f"policy {policy!r}"):
         method = POLICIES[name].from_text(budget, config)
-        return method if text == policy else PromptCompression(method)  # pyrefly: ignore[bad-argument-type]  # it checks
+        if text == policy:
+            return method
+        return PromptCompression(method)  # pyrefly: ignore[bad-argument-type]  # it checks the type
 
 
 def describe(policy: CachePolicy) -> dict:
-    """Return plain values from which `restored` makes the policy again, but for what a retrofitted model learned.
+    """Return plain values from which `restored` makes the policy again.
 
-    Raises ConfigError for a policy that is not in `POLICIES`.
+    They do not include the `DMSConfig` of a learned policy, which `restored` takes from the model. Raises ConfigError
+    for a policy that is not in `POLICIES`.
     """
     if isinstance(policy, PromptCompression):
         return {"name": PROMPT, "method": describe(policy.method)}
@@ -80,9 +83,9 @@ def describe(policy: CachePolicy) -> dict:
 
 
 def restored(described: dict, config: ModelConfig) -> CachePolicy:
-    """Make the policy that `describe` described. Raises ConfigError, KeyError or TypeError for any other dict."""
+    """Make a policy from the output of `describe`. Raises ConfigError, KeyError or TypeError for any other dict."""
     fields = dict(described)
     name = fields.pop("name")
     if name == PROMPT:
-        return PromptCompression(restored(fields["method"], config))  # pyrefly: ignore[bad-argument-type]  # it checks
+        return PromptCompression(restored(fields["method"], config))  # pyrefly: ignore[bad-argument-type]
     return POLICIES[name](**fields) if fields else policy_of(config, name)

@@ -1,14 +1,14 @@
-"""What the training-free methods share: a budget of live pairs per row and KV head, and a score that ranks pairs.
+"""Base of the training-free methods: a budget of live pairs per row and KV head, and a score that ranks pairs.
 
 One score serves two protocols:
 - **online** (`BudgetPolicy` itself): after each chunk of a prefill and after each decoded token, the pairs with the
-  lowest scores leave until the budget is met. A query sees the pairs that stayed before its chunk, and the chunk up to
-  itself. The result of a prefill therefore depends on its chunk size, and a head holds at most `budget` pairs whenever
+  lowest scores leave until the budget is met. A query sees the pairs that were kept before its chunk, and the chunk up
+  to itself. The result of a prefill therefore depends on its chunk size, and a head has at most `budget` pairs whenever
   a call returns.
 - **prompt compression** (`prompt_compression.py`): the whole prompt is prefilled and ranked once, and the best `budget`
   pairs stay.
 
-A method declares how many numbers it remembers for each pair (`features`) and forms its score from them
+A method declares how many numbers the cache stores for each pair (`features`) and computes its score from them
 (`keep_scores`).
 """
 
@@ -28,7 +28,7 @@ from dms_jax.policies.keep_all import unmarked
 
 
 class Pairs(NamedTuple):
-    """The candidates of one layer: its slots, then the chunk's pairs. Dead ones may hold anything, NaN included."""
+    """The candidates of one layer: its slots, then the chunk's pairs. Dead ones may hold anything, even NaN."""
 
     k: Float[Array, "B K S H"]  # after RoPE
     position: Int[Array, "B K S"]
@@ -50,7 +50,7 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class BudgetPolicy(CachePolicy):
-    """Base of the methods. A subclass defines `keep_scores`; `num_observed` and `observe` if it ranks by attention."""
+    """Base of the methods. A subclass defines `keep_scores`, or also `num_observed` and `observe`."""
 
     has_budget: ClassVar[bool] = True
     ranks_pairs: ClassVar[bool] = True
@@ -69,7 +69,7 @@ class BudgetPolicy(CachePolicy):
 
     @property
     def num_observed(self) -> int:
-        """How many of a chunk's last queries `observe` is given the attention weights of."""
+        """The number of last queries of a chunk whose attention weights are passed to `observe`."""
         return 0
 
     @property
@@ -88,7 +88,7 @@ class BudgetPolicy(CachePolicy):
         """Score the pairs; the `budget` highest stay, the newest among equals. Scores of dead pairs are ignored."""
 
     def first_statistic(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T features"] | None:
-        """Return what is remembered for new pairs with keys `k`; None for a method without `features`."""
+        """Return the initial statistic of new pairs with keys `k`; None for a method without `features`."""
         return jnp.zeros((*k.shape[:3], self.features), jnp.float32) if self.features else None
 
     def observe(
@@ -98,8 +98,11 @@ class BudgetPolicy(CachePolicy):
         real: Bool[Array, "B n"],
         alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S features"]:
-        """Update what is remembered with the attention `weights` of the last n queries, averaged over the query heads
-        of each KV head. Only the `real` queries exist; they are the last ones of the n."""
+        """Update the statistic with the attention `weights` of the last n queries.
+
+        Weights are averaged over the query heads of each KV head. A row may have fewer than n queries; the `real` ones
+        come last.
+        """
         return statistic
 
     def mark(
@@ -125,7 +128,7 @@ class BudgetPolicy(CachePolicy):
         return Selection(kept, pairs.statistic)
 
     def pairs_after(self, q, k, expiries, slots, position, count) -> Pairs:
-        """Return all pairs after a chunk, with its attention observed; arguments as in `select`."""
+        """Return all pairs after a chunk, whose attention has updated the statistic; arguments as in `select`."""
         now, length = position[:, 0] + count - 1, k.shape[2]
         chunk_position = jnp.broadcast_to(position[:, None], expiries.expiry.shape)
         both = lambda slot, new: jnp.concatenate([slot, new.astype(slot.dtype)], axis=2)
@@ -155,7 +158,7 @@ def best(
 ) -> Bool[Array, "B K S"]:
     """Return the `budget` alive pairs with the highest scores, the newest among equals.
 
-    The caller vouches that at most `max_leaving` alive pairs exceed the budget; None: any number may.
+    The caller guarantees that at most `max_leaving` alive pairs exceed the budget; None makes no such promise.
     """
     scores = jnp.where(alive, scores, -jnp.inf)
     if max_leaving == 1:  # a decoded token: one minimum instead of a sort

@@ -1,13 +1,13 @@
-"""What tells cache policies apart, and all that the rest of the package may ask of one.
+"""The interface of cache policies. The rest of the package asks a policy four questions and nothing else.
 
-1. `mark`, when pairs arrive: until when is each one visible? Enough for any rule that follows from the tokens alone.
+1. `mark`, when pairs arrive: until when is each one visible? A rule that depends on the tokens alone needs no more.
 2. `read`, before attention, only if `reads_subset`: which slots are worth reading now?
 3. `select`, after attention, only if `ranks_pairs`: which pairs stay? Methods with a budget rank here.
 4. `slot_bounds`, before anything runs: how many pairs must a head be able to hold?
 
-Class flags say what a policy can do, so that no caller compares types or names. To add a policy, write its file, its
-line in `dms_jax.policies.POLICIES` and its test. `keep_all` is the smallest policy, `knorm` the smallest with a
-budget.
+Class flags say what a policy can do, so no caller compares types or names. To add a policy, write its file, its
+line in `dms_jax.policies.POLICIES` and its test. `keep_all` is the smallest policy, and `knorm` is the
+smallest one with a budget.
 """
 
 import re
@@ -21,22 +21,22 @@ from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import Expiries, LayerCache, Selection
 from dms_jax.errors import ConfigError, shown
 
-UNBOUNDED = 2**30  # more pairs, or queries, than any row has; position + UNBOUNDED is still an int32
+UNBOUNDED = 2**30  # more pairs or queries than any row has; position + UNBOUNDED still fits into an int32
 
 
 class SlotBounds(NamedTuple):
     """Pairs per row and KV head that a policy needs room for."""
 
-    min: int  # a head holds this many as soon as so many tokens have been seen
-    max: int | None  # a head never holds more than this; None: it depends on the tokens
-    reason: str  # for messages: what the bounds come from
+    min: int  # a head holds at least this many pairs once the row has that many tokens
+    max: int | None  # a head never holds more than this; None if the number depends on the tokens
+    reason: str  # for messages: where the bounds come from
 
 
 class FusedRule(NamedTuple):
-    """The eviction rules that the one-kernel decode step implements: marked pairs leave after a window."""
+    """The parameters of the rule that the one-kernel decode step implements: marked pairs leave after a window."""
 
     window_size: int
-    decision_shift: Literal[0, 1] | None  # as in `DMSConfig`; None: no pair is ever marked
+    decision_shift: Literal[0, 1] | None  # as in `DMSConfig`; None if no pair is ever marked
     granularity: Literal["head", "layer"] = "head"
 
 
@@ -47,10 +47,11 @@ class CachePolicy(ABC):
     has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"
     ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # `read` is asked before attention
+    compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
 
     @classmethod
     def from_text(cls, budget: str, config: ModelConfig) -> Self:
-        """Make the policy that "NAME" or "NAME:BUDGET" means for a model of `config`. Raises ConfigError."""
+        """Make the policy named "NAME" or "NAME:BUDGET" for a model of `config`. Raises ConfigError."""
         if cls.has_budget:
             if not re.fullmatch("[0-9]{1,9}", budget):
                 raise ConfigError(f"the budget must be a number of pairs per KV head, e.g. 256, got {shown(budget)}")
@@ -62,11 +63,11 @@ class CachePolicy(ABC):
     @property
     @abstractmethod
     def window_size(self) -> int:
-        """The age up to which a full buffer does not push out a pair while it can push out another."""
+        """A full buffer pushes out a pair of at most this age only if all of its pairs are that young."""
 
     @property
     def features(self) -> int:
-        """How many numbers the cache remembers for each pair on behalf of this policy."""
+        """How many numbers the cache stores for each pair on behalf of this policy."""
         return 0
 
     @abstractmethod
@@ -97,7 +98,7 @@ class CachePolicy(ABC):
         return None
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
-        """Return how many of `live` pairs the decoding of one token reads, which is what it costs."""
+        """Return how many of `live` pairs one decoded token reads. This number determines the cost of its attention."""
         return live
 
     def select(
@@ -109,5 +110,5 @@ class CachePolicy(ABC):
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
     ) -> Selection | None:
-        """Return which slots and chunk pairs stay, and what to remember of them; None keeps all that are live."""
+        """Return which slots and chunk pairs stay, and their new statistic; None keeps all that are live."""
         return None

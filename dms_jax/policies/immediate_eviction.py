@@ -11,8 +11,8 @@ class ImmediateEviction(LearnedEviction):
     """Evict a marked pair at once: the learned policy with window 0.
 
     With `decision_shift` 1, the next token decides about a pair, and a pair that it marks is already invisible to it.
-    Deviation: the paper trains a model for this policy; here the evict head was trained with a window. `calibrate` a
-    separate threshold to compare both policies at equal numbers of live pairs.
+    Deviation: the paper trains a model for this policy; here the evict head was trained with a window. To compare both
+    policies at equal numbers of live pairs, `calibrate` a separate threshold for this one.
     """
 
     @property

@@ -18,7 +18,7 @@ def unmarked(logits: Float[Array, "B K T"]) -> Expiries:
 
 @dataclass(frozen=True)
 class KeepAll(CachePolicy):
-    """Keep every pair; a buffer that is full all the same pushes out the oldest one."""
+    """Keep every pair. If a buffer overflows nevertheless, the oldest pair leaves."""
 
     @property
     def window_size(self) -> int:

@@ -14,8 +14,9 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 class KeyDiff(BudgetPolicy):
     """Keep the pairs whose keys have the lowest cosine similarity to the anchor, the mean of all normalized keys.
 
-    As in the paper, the anchor is taken over the pairs now in the cache and in the chunk, and computed anew after each
+    As in the paper, the anchor covers the pairs that are in the cache and in the chunk, and is recomputed after each
     step.
+
     Deviation: no window of recent pairs is protected, as it is in the paper's "sliding window" variant.
     """
 

@@ -1,5 +1,7 @@
-"""Keep the pairs whose keys have small norms, because they attract attention. Devoto et al., "A Simple and Effective
-L2 Norm-Based Strategy", arXiv:2406.11430."""
+"""Keep the pairs whose keys have small norms, because they attract attention.
+
+Source: Devoto et al., "A Simple and Effective L2 Norm-Based Strategy", arXiv:2406.11430.
+"""
 
 from dataclasses import dataclass
 

@@ -27,9 +27,7 @@ class LearnedEviction(CachePolicy):
         if budget:
             raise ConfigError(f"a learned policy has a threshold and no budget, got {budget!r}; leave it out")
         if config.dms is None:
-            raise ConfigError(
-                "the policy needs a retrofitted model, and this one is plain; load it with its evict head"
-            )
+            raise ConfigError("the policy needs a retrofitted model, but this one has no evict head; load it with one")
         return cls(config.dms)
 
     @property

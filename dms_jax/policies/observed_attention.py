@@ -12,8 +12,9 @@ from dms_jax.policies.cache_policy import UNBOUNDED
 
 @dataclass(frozen=True)
 class ObservedAttention(BudgetPolicy):
-    """Keep the pairs that received the most attention per query that could see them. No pair is protected, not even
-    the newest.
+    """Keep the pairs that received the most attention per query that could see them.
+
+    No pair is protected, not even the newest one.
 
     Cost: a prefill holds the attention weights of a whole chunk [B N T C+T], so chunks should be short.
     """

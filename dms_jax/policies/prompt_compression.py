@@ -21,9 +21,10 @@ from dms_jax.policies.keep_all import KeepAll
 
 @dataclass(frozen=True)
 class PromptCompression(KeepAll):
-    """Keep every pair, and remember what `method` needs for its ranking, until `compress_prompt` is called."""
+    """Keep every pair until `compress_prompt` is called, and store what `method` needs for its ranking."""
 
     ranks_pairs: ClassVar[bool] = True
+    compresses_prompt: ClassVar[bool] = True
     method: BudgetPolicy
 
     def __post_init__(self):
@@ -50,8 +51,8 @@ def prompt_pairs(layer: LayerCache, seen: Int[Array, "B"]) -> Pairs:
 def compress_prompt(cache: CompactCache, capacity: int | None = None) -> CompactCache:
     """Keep the best `budget` pairs of each layer, row and KV head, after a prefill under `PromptCompression`.
 
-    The buffers of the new cache have `capacity` slots, by default as many as before. The cache keeps everything from
-    then on. Raises ConfigError for a cache with another policy, and for a capacity below the budget.
+    The buffers of the new cache have `capacity` slots, by default as many as before. From then on, the cache keeps
+    every pair. Raises ConfigError for a cache with another policy, and for a capacity below the budget.
     """
     policy = cache.policy
     if not isinstance(policy, PromptCompression):
@@ -69,9 +70,9 @@ def compress_prompt(cache: CompactCache, capacity: int | None = None) -> Compact
 def _compressed(layer: LayerCache, seen: Int[Array, "B"], method: BudgetPolicy, capacity: int) -> LayerCache:
     pairs = prompt_pairs(layer, seen)
     kept = best(method.keep_scores(pairs), pairs.alive, pairs.position, method.budget)
-    # Kept pairs move to the first slots in their order, so that reading costs only what is live.
+    # Kept pairs move to the first slots, in order, so that attention reads live pairs only.
     slot = jnp.argsort(~kept, axis=-1, stable=True)[..., : min(capacity, layer.capacity)]
-    there = jnp.take_along_axis(kept, slot, axis=-1)
+    filled = jnp.take_along_axis(kept, slot, axis=-1)
     take = lambda x: jnp.take_along_axis(x, slot if x.ndim == 3 else slot[..., None], axis=2)
     wider = lambda x, fill: jnp.pad(
         x, [(0, capacity - slot.shape[-1] if axis == 2 else 0) for axis in range(x.ndim)], constant_values=fill
@@ -79,8 +80,8 @@ def _compressed(layer: LayerCache, seen: Int[Array, "B"], method: BudgetPolicy, 
     return LayerCache(
         k=wider(take(layer.k), 0),
         v=wider(take(layer.v), 0),
-        position=wider(jnp.where(there, take(layer.position), EMPTY), EMPTY),
-        expiry=wider(jnp.where(there, take(layer.expiry), NEVER_VISIBLE), NEVER_VISIBLE),
+        position=wider(jnp.where(filled, take(layer.position), EMPTY), EMPTY),
+        expiry=wider(jnp.where(filled, take(layer.expiry), NEVER_VISIBLE), NEVER_VISIBLE),
         score=wider(take(layer.score), 0),
         forced_evictions=layer.forced_evictions,
     )

@@ -18,15 +18,16 @@ from dms_jax.policies.keep_all import KeepAll
 class Quest(KeepAll):
     """Evict nothing, and let each decoded token read `budget // page_size` pages per KV head.
 
-    These are the token's own page, and the pages whose keys allow the largest product with the query, judged by the
-    minimum and maximum of each channel. `budget` bounds the pairs that are read, not those that are held. As in the
-    paper, a prefill reads everything and only decoding chooses. To measure Quest on given text, chunks of up to a page
-    count as decoding: each query chooses for itself, and also reads the pairs before it in the chunk.
+    The token reads its own page and the pages with the largest upper bounds on a product of query and key. The bounds
+    follow from the minimum and maximum of each key channel in a page. `budget` limits the pairs that are read, not the
+    pairs in the cache. As in the paper, a prefill reads everything and only decoding selects pages. To measure Quest on
+    given text, chunks of up to one page count as decoding: each query selects its own pages, and also reads the pairs
+    before it in the chunk.
 
-    Deviations: pages are chosen per KV head, by the largest bound among the query heads that share it (the paper has
-    one query head each). Every layer chooses (the paper leaves the first two dense). Bounds are computed anew from the
-    keys at each step and pages are hidden by a mask, so this implementation measures the quality of Quest and not its
-    speed.
+    Deviations: pages are selected per KV head, by the largest bound among the query heads that share it (in the paper,
+    each KV head has one query head). Every layer selects pages (the paper leaves the first two dense). Bounds are
+    recomputed from the keys at each step, and pages are hidden by a mask, so this implementation measures the quality
+    of Quest and not its speed.
     """
 
     has_budget: ClassVar[bool] = True
@@ -37,7 +38,7 @@ class Quest(KeepAll):
     def __post_init__(self):
         if self.page_size < 1 or self.budget < 2 * self.page_size:
             raise ConfigError(
-                "Quest needs a page_size >= 1 and a budget of at least two pages, "
+                "Quest must have a page_size >= 1 and a budget of at least two pages, "
                 f"got pages of {self.page_size} and a budget of {self.budget}"
             )
 
@@ -52,8 +53,8 @@ class Quest(KeepAll):
     ) -> Bool[Array, "B K T C"] | None:
         if q.shape[1] > self.page_size:
             return None
-        there = slots.position < position[:, :1, None]
-        page_of = jnp.where(there, slots.position // self.page_size, -1)  # -1: an empty slot
+        occupied = slots.position < position[:, :1, None]
+        page_of = jnp.where(occupied, slots.position // self.page_size, -1)  # -1: an empty slot
         pages = -(-slots.capacity // self.page_size)  # no pair leaves, so the slot of a pair is its position
         pad = pages * self.page_size - slots.capacity
         low, high = (self._bound(slots.k, page_of >= 0, pad, extreme) for extreme in (jnp.min, jnp.max))
@@ -67,15 +68,15 @@ class Quest(KeepAll):
         own = jnp.arange(pages)[None, None] == position[..., None] // self.page_size
         bound = jnp.where(own[:, None], jnp.inf, jnp.where(filled[:, None], bound, -jnp.inf))
         rank = jnp.argsort(jnp.argsort(-bound, axis=-1), axis=-1)
-        chosen = jnp.repeat(rank < self.budget // self.page_size, self.page_size, axis=-1)
-        return chosen[..., : slots.capacity] & (page_of >= 0)[:, :, None]
+        selected = jnp.repeat(rank < self.budget // self.page_size, self.page_size, axis=-1)
+        return selected[..., : slots.capacity] & (page_of >= 0)[:, :, None]
 
     def _bound(
-        self, k: Float[Array, "B K C H"], there: Bool[Array, "B K C"], pad: int, extreme
+        self, k: Float[Array, "B K C H"], occupied: Bool[Array, "B K C"], pad: int, extreme
     ) -> Float[Array, "B K P H"]:
         """Return the smallest or largest value (`extreme`) of each channel in each page; 0 for an empty page."""
         fill = jnp.inf if extreme is jnp.min else -jnp.inf
-        keys = jnp.where(there[..., None], k.astype(jnp.float32), fill)
+        keys = jnp.where(occupied[..., None], k.astype(jnp.float32), fill)
         keys = jnp.pad(keys, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=fill)
         bound = extreme(keys.reshape(*k.shape[:2], -1, self.page_size, k.shape[3]), axis=3)
         return jnp.where(jnp.abs(bound) == jnp.inf, 0.0, bound)

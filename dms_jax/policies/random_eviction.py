@@ -12,7 +12,7 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 @dataclass(frozen=True)
 class RandomEviction(BudgetPolicy):
-    """Keep the pairs with the highest of random scores that depend on (seed, KV head, position).
+    """Keep the pairs with the highest random scores, which depend on (seed, KV head, position) only.
 
     The pairs in the cache are thus always a uniform sample of all pairs so far. Scores are the same in each layer and
     row, so the result of a row does not depend on its neighbors.

@@ -1,4 +1,7 @@
-"""Keep what the last queries attend to, smoothed over neighboring pairs. Li et al., "SnapKV", arXiv:2404.14469."""
+"""Keep the pairs that the last queries attend to, smoothed over neighboring pairs.
+
+Source: Li et al., "SnapKV", arXiv:2404.14469.
+"""
 
 from dataclasses import dataclass
 
@@ -12,8 +15,10 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 
 @dataclass(frozen=True)
 class SnapKV(BudgetPolicy):
-    """Keep the last `observation_window` pairs, and of the others those to which the last `observation_window` queries
-    attend most, averaged over `kernel_size` neighbors.
+    """Keep the last `observation_window` pairs, and fill the rest of the budget with the most attended older pairs.
+
+    The score of an older pair is the attention that it got from the last `observation_window` queries, averaged over
+    `kernel_size` neighbors.
 
     Deviations: neighbors are pooled by their mean, as in kvpress, instead of the paper's maximum. Neighbors are
     adjacent in position among the pairs that are still in the cache. The paper does not define an online version; here
@@ -26,7 +31,7 @@ class SnapKV(BudgetPolicy):
     def __post_init__(self):
         if self.observation_window < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConfigError(
-                "SnapKV needs an observation_window >= 1 and an odd kernel_size >= 1, "
+                "SnapKV must have an observation_window >= 1 and an odd kernel_size >= 1, "
                 f"got {self.observation_window} and {self.kernel_size}"
             )
         super().__post_init__()
@@ -41,7 +46,7 @@ class SnapKV(BudgetPolicy):
 
     @property
     def features(self) -> int:
-        return self.observation_window  # attention of each of the last queries, the latest last
+        return self.observation_window  # attention of each of the last queries, from oldest to newest
 
     def observe(
         self,
@@ -51,7 +56,9 @@ class SnapKV(BudgetPolicy):
         alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S features"]:
         size, number = self.observation_window, weights.shape[2]
-        both = jnp.concatenate([statistic, weights.swapaxes(2, 3)], axis=-1)  # oldest first, padding in the middle
+        both = jnp.concatenate(
+            [statistic, weights.swapaxes(2, 3)], axis=-1
+        )  # oldest first, with the padding in the middle
         new = jnp.sum(real, axis=-1)[:, None]
         back = jnp.arange(size)[None, ::-1]  # queries ago
         source = jnp.where(back < new, size + number - 1 - back, size - 1 - (back - new))

@@ -1,5 +1,7 @@
-"""A sliding window with attention sinks: the training-free baseline that a retrofit has to beat. Xiao et al.,
-arXiv:2309.17453."""
+"""A sliding window with attention sinks: the training-free baseline that a retrofit has to beat.
+
+Source: Xiao et al., arXiv:2309.17453.
+"""
 
 from dataclasses import dataclass
 
@@ -17,8 +19,9 @@ from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 class StreamingLLM(BudgetPolicy):
     """Keep the first `num_sinks` pairs and the most recent ones, `budget` pairs in all.
 
-    In terms of the one rule, every pair but the sinks is marked and leaves after `window_size` steps. The choice does
-    not depend on attention, so no ranking is needed online, and the mask path, chunks and decoding are equal.
+    In terms of `core.visibility`, every pair except the sinks is marked and leaves after `window_size` steps. This does
+    not depend on attention, so no ranking is needed online, and the mask path, chunks and decoding give equal results.
+
     Deviation: rotary positions are not renumbered.
     """
 
@@ -27,7 +30,7 @@ class StreamingLLM(BudgetPolicy):
     def __post_init__(self):
         if self.budget <= self.num_sinks:
             raise ConfigError(
-                f"a sliding window of {self.budget} pairs has no room beside {self.num_sinks} sinks; use a budget > {self.num_sinks}"
+                f"the budget of StreamingLLM must be larger than its {self.num_sinks} sinks, got {self.budget}"
             )
         super().__post_init__()
 

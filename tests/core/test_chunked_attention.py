@@ -1,4 +1,4 @@
-"""Chunked attention: values and gradients against the dense reference, and its memory, read off the traced program."""
+"""Chunked attention against the dense reference, values and gradients, and the arrays in its traced program."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The compact cache against the NumPy oracle of visibility: attention, live slots, and which pairs leave a full buffer."""
+"""The compact cache against the NumPy oracle of visibility: attention, live slots, and overflow."""
 
 import dataclasses
 from functools import partial
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dms_jax.config import DMSConfig
 from dms_jax.core import compact_cache
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, Expiries, LayerCache, empty_layer
-from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer, slot_attention
+from dms_jax.core.slot_attention import CacheOps, Chunk, extend_layer, slot_attention
 from dms_jax.errors import ConfigError
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.learned_eviction import LearnedEviction
@@ -28,7 +28,7 @@ def extend(layer, q, k, v, logits, seen, count, policy, block=5):
     """Do what an attention layer does with a chunk. A block of 5 divides neither the capacity nor a chunk of 6."""
     position = seen[:, None] + jnp.arange(q.shape[1])[None]
     expiries = policy.mark(logits, position, count, 0.0)
-    ops = XLA_OPS._replace(attend=partial(slot_attention, block=block))
+    ops = CacheOps(partial(slot_attention, block=block), compact_cache.write_pairs)
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
@@ -70,7 +70,7 @@ def run(seed: int, window: int, shift: int, fraction: float, schedule: list[int]
         for b in range(B):
             for h in range(K):
                 n = decode(evict[b, h, : seen[b]], window, shift)[1][-1] if seen[b] else 0
-                assert live[b, h].sum() == n and live[b, h, :n].all(), "live slots are 0..n-1"
+                assert live[b, h].sum() == n and live[b, h, :n].all(), "live slots must be 0..n-1"
                 assert len(set(np.asarray(layer.position)[b, h, :n].tolist())) == n
     assert not np.asarray(layer.forced_evictions).any()
 
@@ -97,7 +97,7 @@ def test_slots_equal_the_mask_in_many_cases(seed, window, shift, fraction, sched
 
 
 def test_final_slots_equal_the_golden_case():
-    """Check the final token of each slot in case G1 of the specification."""
+    """Check the final token of each slot in the golden case G1 of `test_visibility`."""
     evict = jnp.asarray([0, 1, 1, 0, 1, 0, 1, 1])
     layer, policy = empty_layer(1, 1, 8, H, jnp.float32), LearnedEviction(DMSConfig(window_size=2))
     one = jnp.zeros((1, 1, 1, H))
@@ -125,7 +125,7 @@ def test_victim_has_the_highest_score_outside_the_window(rng):
 
 
 def test_overflowing_head_loses_pairs_one_by_one_and_its_neighbor_none(rng):
-    """Check against a list of live pairs, token by token and in chunks. Head 0 marks no pair, head 1 marks every pair."""
+    """Compare with a list of live pairs, token by token and in chunks. Head 0 marks no pair, head 1 every pair."""
     window, capacity, length = 3, 6, 40
     policy = LearnedEviction(DMSConfig(window_size=window))
     logits = -1 - rng.random((1, 2, length)).astype(np.float32)
@@ -152,11 +152,11 @@ def test_overflowing_head_loses_pairs_one_by_one_and_its_neighbor_none(rng):
                 live = np.flatnonzero(np.asarray(layer.expiry)[0, head] >= now)
                 np.testing.assert_array_equal(np.asarray(layer.k)[0, head, live], k[0, head, held[0, head, live]])
                 np.testing.assert_array_equal(np.asarray(layer.v)[0, head, live], v[0, head, held[0, head, live]])
-            assert len(live) == min(window + 1, now + 1), "the head that evicts holds its window"
+            assert len(live) == min(window + 1, now + 1), "the head that evicts must hold its window"
         assert np.asarray(layer.forced_evictions).tolist() == [[forced, 0]] and forced == length - capacity
 
 
-def test_grown_buffer_holds_the_same_pairs(rng):
+def test_grown_buffer_keeps_its_pairs(rng):
     layer = empty_layer(1, 1, 4, H, jnp.float32)
     policy = LearnedEviction(DMSConfig(window_size=2))
     x = jnp.asarray(rng.normal(size=(1, 1, 3, H)), jnp.float32)
@@ -178,7 +178,7 @@ def test_grown_buffer_holds_the_same_pairs(rng):
     )
 
 
-def test_row_without_tokens_decides_about_no_pending_pair():
+def test_row_without_tokens_leaves_the_pending_pair_undecided():
     layer = dataclasses.replace(empty_layer(1, 1, 2, H, jnp.float32), position=jnp.asarray([[[0, EMPTY]]], jnp.int32))
     gone = Expiries(
         jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1, 1)), jnp.full((1, 1), 5, jnp.int32), jnp.zeros((1, 1))

@@ -1,4 +1,4 @@
-"""Schedules against the arithmetic of the released checkpoints."""
+"""Schedules against those of the released checkpoints."""
 
 import numpy as np
 

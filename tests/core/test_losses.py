@@ -40,7 +40,7 @@ def test_kl_averages_over_the_mask_and_is_zero_for_an_empty_one():
     "order, dense", [("student_teacher", kl_student_teacher), ("teacher_student", kl_teacher_student)]
 )
 @pytest.mark.parametrize("chunk", [1, 8, 37, 64])
-def test_chunked_distillation_equals_the_dense_one(rng, order, dense, chunk):
+def test_chunked_distillation_equals_dense_distillation(rng, order, dense, chunk):
     student, teacher, embedding, teacher_embedding, weight = problem(rng)
 
     def reference(student, embedding):
@@ -61,7 +61,7 @@ def test_chunked_distillation_equals_the_dense_one(rng, order, dense, chunk):
     np.testing.assert_array_equal(only_hidden, ours_gradients[0])
 
 
-def test_tied_embedding_gets_the_students_gradient_only(rng):
+def test_tied_embedding_gets_only_the_gradient_of_the_student(rng):
     student, teacher, embedding, _, weight = problem(rng)
     tied = jax.grad(lambda e: distill_sum(student, teacher, e, jax.lax.stop_gradient(e), weight))(embedding)
     separate = jax.grad(lambda e: distill_sum(student, teacher, e, embedding, weight))(embedding)

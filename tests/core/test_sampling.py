@@ -72,7 +72,7 @@ def test_greedy_takes_the_best_after_the_penalty():
     )
 
 
-def test_logprobs_are_those_of_the_model(rng):
+def test_logprobs_are_the_log_softmax_of_the_logits(rng):
     logits = jnp.asarray(rng.normal(size=(2, 9)), jnp.float32)
     want = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""The rule against the oracle and the golden cases of the specification."""
+"""The rule of visibility against the NumPy oracle and golden cases."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""A cache run at the calibrated threshold reaches the target ratio."""
+"""Calibration: its threshold makes a cache reach the target ratio, and impossible targets are refused."""
 
 import numpy as np
 import pytest

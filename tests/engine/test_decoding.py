@@ -1,4 +1,4 @@
-"""The project's central test: mask path = one-shot prefill = prefill in chunks = decoding = any interleaving of them."""
+"""The project's central test: the mask path equals any interleaving of prefill, prefill in chunks and decoding."""
 
 import dataclasses
 import functools
@@ -103,7 +103,7 @@ def check(name: str, seed: int, operations: list[str], any_width: bool):
     model, hard = build(name)
     ids, threshold = tokens(rng, ROWS, LENGTH), float(rng.choice([0.0, -5.0, 5.0]))
     (want, evict), (_, other) = hard(ids, threshold - 1e-3), hard(ids, threshold + 1e-3)
-    assume(np.array_equal(evict, other))  # a decision within rounding of the threshold has no right answer
+    assume(np.array_equal(evict, other))  # decisions within rounding errors of the threshold may differ
     want, evict = np.asarray(want), np.asarray(evict)
     lengths, seen = rng.integers(1, LENGTH + 1, ROWS), np.zeros(ROWS, np.int64)
     cache = dms_jax.init_cache(model, ROWS, (LENGTH, LENGTH + 9), dense=name == "policy ignored")
@@ -117,7 +117,7 @@ def check(name: str, seed: int, operations: list[str], any_width: bool):
         elif operation == "poison":
             cache = poisoned_jit(cache)
         elif operation == "fork":
-            cache = reordered(dms_jax.fork(cache, 2), np.arange(1, 2 * ROWS, 2))  # of each pair, the copy
+            cache = reordered(dms_jax.fork(cache, 2), np.arange(1, 2 * ROWS, 2))  # keep the second copy of each row
         elif operation == "save":
             with tempfile.TemporaryDirectory() as folder:
                 dms_jax.save_cache(model, cache, f"{folder}/cache.safetensors")
@@ -208,7 +208,7 @@ def test_prefill_and_decode_match_the_golden_vectors(name, chunk_size):
         logits, cache = dms_jax.decode_step(model, cache, ids[:, GOLDEN_PROMPT + step])
         np.testing.assert_allclose(logits, want["decode_logits"][:, step], atol=1e-4)
         np.testing.assert_array_equal(np.asarray(cache.live_counts).reshape(lengths.shape), lengths)
-    # The reference inverts a mean in fp32, so its last bit is not ours: the same ratio of whole numbers is what is compared.
+    # The reference inverts a mean in fp32, so its last bit differs. Compare the exact ratio first.
     assert dms_jax.compression_ratio(cache) == ids.shape[1] / want["decode_cache_lengths"][-1].mean(dtype=np.float64)
     np.testing.assert_allclose(dms_jax.compression_ratio(cache), want["final_cr"][0], rtol=2e-7)
 
@@ -229,7 +229,7 @@ def test_cache_without_eviction_equals_the_dense_model(rng, dense):
     assert dms_jax.compression_ratio(cache) == 1.0
 
 
-def test_forks_are_independent(rng):
+def test_forked_rows_are_independent(rng):
     model, ids = build("w1")[0], tokens(rng, 1, 12)
     _, prompt = dms_jax.prefill(model, dms_jax.init_cache(model, 1, 40), ids)
     chains, tails = dms_jax.fork(prompt, ROWS), tokens(rng, ROWS, 5)
@@ -283,10 +283,10 @@ def test_programs_are_reused_for_any_length_and_threshold(rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dms", "tova:40"])
 def test_memory_and_programs_stay_constant_over_ten_thousand_steps(rng, kind):
-    """Generate a thousand tokens ten times: live arrays, their bytes and the number of programs stay constant."""
+    """Generate a thousand tokens ten times; live arrays, their bytes and compiled programs must not increase."""
     model = tiny_model(policy(8), 3, num_layers=2, max_position_embeddings=20_000)
     config = dms_jax.GenerationConfig(max_new_tokens=1000, stop_ids=(), temperature=1.0)
-    # Random decisions keep about half of all pairs for good, so the buffer is full after 500 steps and the rest are forced out.
+    # Random decisions keep about half of all pairs, so the buffer is full after 500 steps; then pairs are forced out.
     cache = dms_jax.init_cache(model, 1, 256, policy=kind)
     sizes = []
     for turn in range(10):
@@ -294,7 +294,7 @@ def test_memory_and_programs_stay_constant_over_ten_thousand_steps(rng, kind):
         cache = out.cache
         del out
         gc.collect()
-        arrays = [x.nbytes for x in jax.live_arrays()]  # not the arrays themselves: they would live on
+        arrays = [x.nbytes for x in jax.live_arrays()]  # a list of the arrays would keep them alive
         sizes.append(
             (len(arrays), sum(arrays), cache.bytes, decode_loop.num_loop_compilations(), decoding.num_compilations())
         )

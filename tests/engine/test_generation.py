@@ -49,7 +49,7 @@ def settings(**fields):
     return GenerationConfig(**{"max_new_tokens": 12, "stop_ids": ()} | fields)
 
 
-def test_greedy_takes_the_best_token_of_the_mask_path(prompts):
+def test_greedy_tokens_are_the_best_of_the_mask_path(prompts):
     out = dms_jax.generate(model(), prompts, settings(logprobs=True))
     assert out.finish_reasons == ["length"] * 3 and out.texts is None
     for row, prompt in enumerate(prompts):
@@ -87,7 +87,7 @@ def test_seeds_decide_the_samples(prompts):
     assert draw(seed=1) == draw(seed=1) != draw(seed=2)
     same = [prompts[0]] * 3
     chains = dms_jax.generate(model(), same, settings(temperature=1.0)).tokens
-    assert len({tuple(t.tolist()) for t in chains}) == 3, "rows with one seed for all must draw differently"
+    assert len({tuple(t.tolist()) for t in chains}) == 3, "rows that share a seed must draw differently"
 
 
 def test_stop_ids_end_a_row_and_freeze_it(prompts):
@@ -196,7 +196,7 @@ def test_overflow_grow_equals_a_large_enough_cache(prompts):
     assert min(got.cache.capacities) >= 97 and not got.forced_evictions.any()
 
 
-def test_overflow_raise_names_the_capacity_to_type(prompts):
+def test_overflow_raise_states_the_capacity_to_use(prompts):
     with pytest.raises(ConfigError, match=r"layer \d, row \d, KV head \d: capacity 8 .* \d+; use capacity >= 64"):
         dms_jax.generate(keeps_everything(), prompts, settings(capacity=8, overflow="raise"))
     cache = dms_jax.init_cache(keeps_everything(), 1, 8, overflow="raise")
@@ -244,7 +244,7 @@ def test_settings_out_of_range_are_refused(fields, message):
 @pytest.mark.parametrize(
     "prompts, fields, message",
     [
-        ([], {}, "no prompts"),
+        ([], {}, "at least one prompt"),
         ([[]], {}, "prompt 0 .* empty"),
         ([[1], []], {}, "prompt 1 .* empty"),
         ([[[1]]], {}, r"prompt 0 .* \[1, 1\]"),
@@ -357,7 +357,7 @@ def test_settings_and_text_streams_import_no_jax():
     assert done.stdout == "False\n", done.stderr
 
 
-def test_bounds_on_the_host_do_not_outlive_a_change_of_the_cache():
+def test_host_bounds_are_dropped_when_the_cache_changes():
     cache = dms_jax.init_cache(model(), 2, 16)
     assert cache.bounds == (0, (0, 0))
     for changed in (replace(cache, overflow="grow"), jax.tree.map(lambda x: x, cache), dms_jax.fork(cache, 2)):

@@ -1,4 +1,4 @@
-"""Prefill and decoding on a mesh equal those on one device; each device decides about its own rows and heads."""
+"""Prefill and decoding on a mesh give the results of one device; each device decides about its own rows and heads."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
 )
 def test_mesh_does_not_change_results(rng, data, model_axis, kv_heads, dms):
     model = tiny_model(dms, 3, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
-    # No row has a token twice: in the first layer both would have the same score, and rounding would decide which is forced out.
+    # No row repeats a token. In the first layer, both would have the same score, and rounding errors would decide which
+    # of them is forced out.
     ids = np.stack([rng.permutation(model.config.vocab_size)[:34] for _ in range(8)]).astype(np.int32)
     lengths = np.array([30, 5, 20, 21, 13, 30, 1, 27])
     if dms is None:  # nothing leaves the 16 slots
@@ -61,12 +62,12 @@ def test_mesh_does_not_change_results(rng, data, model_axis, kv_heads, dms):
 
 
 @pytest.mark.parametrize("length", [1, 16])
-def test_sharded_attention_needs_no_communication(length):
+def test_sharded_layers_communicate_by_two_all_reduces_only(length):
     config = tiny_model(DMSConfig(window_size=4)).config
     mesh = mesh_of(1, 4)
     cache = abstract_cache(config, 2, 32, mesh, dtype=jnp.float32)
     program = lower_extend(config, cache, mesh, length, jnp.float32).compile()
     text = program.as_text()
-    # One all-reduce after attention and one after the MLP of each layer. The vocabulary of 97 is not split, so it needs none.
+    # Each layer has one all-reduce after attention and one after the MLP. The vocabulary of 97 is not split.
     assert text.count(" all-reduce(") + text.count(" all-reduce-start(") == 2 * config.num_layers
     assert not any(f" {kind}(" in text for kind in ("all-gather", "collective-permute", "all-to-all", "reduce-scatter"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands.test_generate_command import DENSE, DMS, model_folder
+from golden_folders import DENSE, DMS, model_folder
 
 import dms_jax
 from dms_jax.commands.evaluate import main

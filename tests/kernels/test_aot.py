@@ -1,6 +1,7 @@
-"""The compile gate: the real compilers for absent hardware compile every kernel and the whole retrofit, decode and prefill steps.
+"""The compile gate: compile every kernel and the retrofit, decode and prefill steps for hardware that is absent.
 
-Tests are skipped without the plugins: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for GPUs (about 5 GB).
+Tests are skipped without the compiler plugins: pip install "dms-jax[tpu]" for TPUs (about 1 GB), "dms-jax[cuda]" for
+GPUs (about 5 GB).
 """
 
 import functools
@@ -88,7 +89,8 @@ def test_training_attention_compiles_and_its_memory_is_linear(target, head_dim, 
             shape(1, length, dtype=jnp.int32) if segments else None,
         )
         temporary[length] = compiled(mesh, step, *args).memory_analysis().temp_size_in_bytes / bytes_of(args)
-    # Arguments are linear in T; a quadratic program would need hundreds of times as much. (0 means that all of it is in VMEM.)
+    # Arguments are linear in T; a quadratic program would need hundreds of times as much. (0 means that everything is
+    # in VMEM.)
     assert max(temporary.values()) < 8, temporary
 
 
@@ -124,7 +126,7 @@ def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, que
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
-def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, dtype):
+def test_compaction_and_decode_update_compile_and_work_in_place(target, head_dim, dtype):
     mesh, batch, kv_heads, group = mesh_of(target), 4, 8, 4
     for capacity, pairs in ((1024, 256), (32768, 1024)):
         layer = layer_shapes(batch, kv_heads, capacity, head_dim, dtype)
@@ -134,9 +136,9 @@ def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, d
         program = compiled(
             mesh, write_pairs, layer, pair, pair, whole, whole, shape(*whole.shape, dtype=jnp.float32), *flags, donate=0
         )
-        in_place(program, layer)
+        assert_in_place(program, layer)
         heads, row = shape(batch, kv_heads, head_dim), shape(batch, dtype=jnp.int32)
-        turn = shape(batch, head_dim // 2, dtype=jnp.float32)
+        angles = shape(batch, head_dim // 2, dtype=jnp.float32)
         update = functools.partial(
             attention_api.decode_update, window_size=256, decision_shift=1, implementation=kernel_of(target)
         )
@@ -146,8 +148,8 @@ def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, d
             shape(batch, kv_heads * group, head_dim),
             heads,
             heads,
-            turn,
-            turn,
+            angles,
+            angles,
             shape(batch, kv_heads, dtype=jnp.float32),
             layer,
             row,
@@ -155,11 +157,11 @@ def test_compaction_and_the_update_compile_and_work_in_place(target, head_dim, d
             shape(dtype=jnp.float32),
             donate=6,
         )
-        in_place(program, layer)
+        assert_in_place(program, layer)
 
 
-def in_place(program, layer):
-    """Assert that keys and values are returned in the memory that they came in, and are not copied in between."""
+def assert_in_place(program, layer):
+    """Assert that keys and values are updated in place: returned in their own memory, and not copied in between."""
     memory, large = program.memory_analysis(), bytes_of((layer.k, layer.v))
     assert memory.alias_size_in_bytes >= large, memory
     assert memory.temp_size_in_bytes < max(large // 4, 2**23), memory
@@ -191,7 +193,8 @@ def test_decode_step_gathers_nothing_and_holds_the_cache_once(target, kernels):
     config_bytes = config.num_layers * 8 * config.num_kv_heads * 4096 * (2 * 2 * config.head_dim + 12)
     assert abs(cache.bytes - config_bytes) < 2**16
     program = lower_extend(config, cache, mesh).compile()
-    # One all-reduce each for the attention and the MLP of a layer, and one for the embedding, whose vocabulary is split.
+    # One all-reduce each for the attention and the MLP of a layer, and one for the embedding, whose vocabulary is
+    # split.
     assert collectives(program) == {
         "all-gather": 0,
         "all-reduce": 2 * config.num_layers + 1,
@@ -228,8 +231,8 @@ def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
     run = RetrofitConfig(length=length, steps=100, cr_steps=80, remat="full")
     math, trainable, frozen = take_apart(abstract_model(config, BF16), None, run, mesh, BF16)
     program = step_functions(math, trainable).lower(frozen, 4).compile()
-    # A row a device: about 40 KiB for each of its tokens, of any length. Scores of a single layer, [T, T] for each of 8 local heads in
-    # fp32, would be 512 KiB for each token of such a row.
+    # With one row per device, a step needs about 40 KiB per token at any length. The scores of a single layer, [T, T]
+    # in fp32 for each of 8 local heads, would need 512 KiB per token.
     assert program.memory_analysis().temp_size_in_bytes < length * 2**16, program.memory_analysis()
 
 

@@ -1,4 +1,4 @@
-"""The fused decode update for Hopper, in interpret mode, against RoPE, a policy's `mark`, `apply_pending` and `append`."""
+"""The fused decode update for Hopper, in interpret mode, against `core.rotary` and `core.compact_cache`."""
 
 from dataclasses import replace
 from functools import partial
@@ -23,8 +23,11 @@ RUN = jax.jit(partial(decode_update, interpret=True), static_argnames=("window_s
 
 
 def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8, dtype=jnp.float32):
-    """Rows of `seen` tokens. A fraction `filled` of the slots holds distinct positions in any order, among them the last token's; a fraction
-    `marked` of these leaves after the window. There are few different scores, so that some are equal."""
+    """Draw a layer whose rows have seen `seen` tokens.
+
+    A fraction `filled` of the slots has distinct positions in random order, including that of the last token. A
+    fraction `marked` of these leaves after the window. There are few different scores, so that some are equal.
+    """
     shape = (len(seen), heads, capacity)
     position, expiry = np.full(shape, EMPTY, np.int64), np.full(shape, NEVER_VISIBLE, np.int64)
     for row, tokens in enumerate(seen):
@@ -45,7 +48,7 @@ def random_layer(rng, heads, capacity, seen, window, filled, marked, head_dim=8,
 
 
 def layer_of(position, expiry, score):
-    """A layer with one head, whose slots are given."""
+    """Make a layer with one head and the given slots."""
     layer = random_layer(np.random.default_rng(0), 1, len(position), [1], 0, 0.0, 0.0)
     given = (jnp.asarray(x)[None, None] for x in (position, expiry, score))
     return replace(
@@ -69,11 +72,11 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
 
     threshold = jnp.float32(threshold)
     expiries = policy.mark(logit[..., None], seen[:, None], count, threshold)
-    turn = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]
+    rotate = lambda x: rope(x[:, None], seen[:, None], frequency)[:, 0]
     expected = apply_pending(layer, expiries, seen, count)
-    expected = append(expected, turn(k)[:, :, None], v[:, :, None], expiries, seen, count, policy.window_size)
+    expected = append(expected, rotate(k)[:, :, None], v[:, :, None], expiries, seen, count, policy.window_size)
 
-    turned, updated, forced = RUN(
+    rotated, updated, forced = RUN(
         Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
         Pairs.of_layer(layer),
         seen,
@@ -84,7 +87,7 @@ def check(seed, layer, seen, count, group, window, shift, threshold=0.25, dtype=
     )
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == jnp.float32 else {"rtol": 2e-2, "atol": 2e-2}
     as_float = lambda x: np.asarray(x, np.float32)
-    np.testing.assert_allclose(as_float(turned), as_float(turn(q)), **tolerance)
+    np.testing.assert_allclose(as_float(rotated), as_float(rotate(q)), **tolerance)
     np.testing.assert_array_equal(forced, expected.forced_evictions)
     for got, name in zip(updated, Pairs._fields, strict=True):
         np.testing.assert_allclose(
@@ -119,14 +122,14 @@ def test_overflow_inside_the_window_evicts_the_oldest(window, shift):
 
 
 def test_overflow_outside_the_window_evicts_the_highest_score():
-    """Of two pairs with the highest score the older one goes. The pair before them is still inside the window, by one position."""
+    """Of two pairs with the highest score, the older one leaves. A pair with a higher score is still in the window."""
     layer = layer_of([36, 39, 20, 10, 12, 5, 6, 7], [NEVER] * 8, [9, 0, 1, 1, 0, 0, 0, 0])
     forced, position = check(7, layer, [40], [1], 1, 4, 1, threshold=10.0)
     assert forced.all() and position[0, 0, 3] == 40
 
 
 def test_overflow_uses_the_score_that_was_just_decided():
-    """Without a window the pair before this token can go at once, because of the score that the token gives it."""
+    """Without a window, the pair before this token can leave at once, because of the score that the token gives it."""
     layer = layer_of([36, 39, 20, 10], [NEVER] * 4, [2, 0, 1, 1])
     forced, position = check(7, layer, [40], [1], 1, 0, 1, threshold=10.0, logit=[[5.0]])
     assert forced.all() and position[0, 0, 1] == 40
@@ -156,7 +159,7 @@ def test_row_without_a_token_stays_and_empty_row_starts():
 
 
 def test_slots_in_overlapping_tiles_equal_core():
-    """130 slots are 65 rows of 2. The only free slot and the pending one are in the last row, then in the first one."""
+    """Use 130 slots, 65 rows of 2, with the free and the pending slot in the last row, then in the first one."""
     seen = [300]
     layer = random_layer(np.random.default_rng(4), 1, 130, seen, 4, 1.0, marked=0.0)
     for free, pending in ((129, 128), (0, 1)):

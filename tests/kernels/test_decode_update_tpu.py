@@ -1,4 +1,4 @@
-"""The fused decode update for TPUs, in interpret mode, step by step against `apply_pending` and `append` of core.
+"""The fused decode update for TPUs, in interpret mode, step by step against `core.compact_cache`.
 
 Rows are ragged, some heads are full, and dead slots hold NaN.
 """
@@ -57,8 +57,10 @@ def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, wi
 
 
 def start(rng, heads, capacity, head_dim, window, cache_dtype) -> tuple[LayerCache, np.ndarray]:
-    """A layer after many tokens: pairs in random slots, the last token's among them, some expired (NaN). One head is full of pairs that stay,
-    and one is empty."""
+    """Draw a layer after many tokens, with pairs in random slots, including that of the last token.
+
+    Some pairs have expired and hold NaN. One head is full of pairs that stay, and one head is empty.
+    """
     seen = rng.integers(capacity + 1, 2 * capacity + 1, B).astype(np.int32)
     position = np.array([[rng.permutation(n - 1)[:capacity] for _ in range(heads)] for n in seen], np.int32)
     for b in range(B):
@@ -119,10 +121,9 @@ def test_full_heads_push_out_the_pair_that_core_pushes_out(shift):
     assert (np.asarray(layer.forced_evictions)[:, 0] > 0).all()
 
 
-@pytest.mark.parametrize(
-    "head_dim, capacity", [(8, 256), (128, 64), (128, 20)]
-)  # tiles of slots in lanes, tiles of rows, no tiles
-def test_writing_a_tile_leaves_the_others(head_dim, capacity):
+# Tiles of slots in lanes, tiles of rows, and no tiles.
+@pytest.mark.parametrize("head_dim, capacity", [(8, 256), (128, 64), (128, 20)])
+def test_write_to_a_tile_changes_no_other_tile(head_dim, capacity):
     check(1, 9, 2, capacity, head_dim, steps=6)
 
 

@@ -1,4 +1,4 @@
-"""Dispatch: order, reasons and refusals; the records of kernels; and measured block sizes as data."""
+"""Dispatch: order, reasons and refusals; the records of kernels; and the file of measured block sizes."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ QUERY = KernelQuery(128, jnp.bfloat16)
 
 @pytest.fixture
 def on(monkeypatch, tmp_path):
-    """Pretend to be another device, with a table of measurements of its own."""
+    """Pretend to be another device, with a separate table of measurements."""
     monkeypatch.setattr(tuned, "TUNED", tmp_path / "tuned.json")
 
     def pretend(platform, kind):
@@ -58,7 +58,7 @@ def refusal(implementation, query, kernel="decode_attention"):
     return str(caught.value)
 
 
-def test_kernel_becomes_the_default_where_it_was_measured_to_be_faster(on):
+def test_kernel_is_the_default_only_where_it_was_measured_to_be_faster(on):
     path = on("gpu", H100)
     assert select_implementation("decode_attention", QUERY).name == "xla"
     assert "benchmarks.autotune" in reasons("decode_attention", QUERY)["mosaic_gpu"]
@@ -94,13 +94,13 @@ def test_named_implementation_runs_with_its_block_sizes(on):
         (("tpu", "TPU v5 lite"), "pallas_tpu", {"capacity": 192}, ["128", "192"]),
     ],
 )
-def test_named_implementation_that_cannot_run_is_refused_with_the_values(on, device, implementation, changes, named):
+def test_named_implementation_that_cannot_run_is_refused(on, device, implementation, changes, named):
     on(*device)
     message = refusal(implementation, QUERY._replace(**changes))
     assert all(part in message for part in named), message
 
 
-def test_cuda_that_miscompiles_masks_is_refused(on, monkeypatch):
+def test_cuda_version_that_miscompiles_masks_is_refused(on, monkeypatch):
     on("gpu", H100)
     monkeypatch.setattr(dispatch, "_cuda_version", lambda: 12090)
     assert "12.9.0" in refusal("mosaic_gpu", QUERY)
@@ -154,7 +154,7 @@ def test_documented_kernels_are_those_of_the_table():
             assert f"`{path}`" in rows[kernel], (kernel, path)
 
 
-def test_measurements_survive_the_file(tmp_path):
+def test_measurements_survive_a_round_trip_through_a_file(tmp_path):
     path = tmp_path / "tuned.json"
     entries = entry(), entry(kernel="decode_update", blocks=None)
     write_tuned(path, entries)
@@ -171,14 +171,14 @@ def test_measurements_survive_the_file(tmp_path):
         '[{"blocks": {"keys": 3}, "kernel": "decode_update"}]',
     ],
 )
-def test_damaged_measurements_are_refused_by_file_name(tmp_path, damaged):
+def test_damaged_measurements_are_refused_with_the_file_name(tmp_path, damaged):
     path = tmp_path / "tuned.json"
     path.write_text(damaged)
     with pytest.raises(ConfigError, match="tuned.json"):
         read_tuned(path)
 
 
-def test_shipped_measurements_are_of_kernels_and_implementations_that_exist():
+def test_shipped_measurements_name_existing_kernels_and_implementations():
     for line in json.loads(tuned.TUNED.read_text(encoding="utf-8")):
         assert line["kernel"] in KERNELS and line["implementation"] in dispatch.IMPLEMENTATIONS
     assert read_tuned(tuned.TUNED)

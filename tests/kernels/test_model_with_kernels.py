@@ -1,4 +1,4 @@
-"""Whole models with kernels, in interpret mode: training, prefill in chunks and decoding give the results of the XLA path."""
+"""Models with kernels, in interpret mode: training, chunked prefill and decoding give the results of the XLA path."""
 
 import functools
 
@@ -28,12 +28,12 @@ BLOCKS = {
         "compaction": PlaceBlocks(32),
     },
 }
-NO_BLOCKS = SlotBlocks(0, 0)  # for a kernel without block sizes
+NO_BLOCKS = SlotBlocks(0, 0)  # ignored by a kernel without block sizes
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Make models of an implementation run its kernels on the CPU. The result is the set of kernels that have run."""
+    """Run the kernels of an implementation on the CPU, and return the set that records which of them have run."""
     ran = set()
 
     def use(implementation):
@@ -63,7 +63,7 @@ DMS = DMSConfig(window_size=3, evict_logit_bias=0.0)
 
 
 def cached(model, ids, capacity=16):
-    """Logits and cache after a ragged prompt in two chunks and three more tokens."""
+    """Return logits and cache after a ragged prompt in two chunks and three more tokens."""
     cache = dms_jax.init_cache(model, len(ids), capacity)
     lengths = np.array([len(ids[0]) - 3, 7])[: len(ids)]
     first, cache = dms_jax.prefill(model, cache, ids[:, :-3], lengths, chunk_size=16)
@@ -79,7 +79,7 @@ def test_prefill_and_decode_equal_the_xla_path(rng, interpreted, implementation,
     fields = {"num_layers": 1, "num_kv_heads": 2, "num_q_heads": 4}
     rows, length = (2, 24) if implementation == TPU else (1, 20)
     ids = tokens(rng, rows, length)
-    capacity = 12 if dms else 64  # with a policy too few for a head that keeps all pairs, so some are forced out
+    capacity = 12 if dms else 64  # 12 slots are too few for a head that keeps all pairs, so some are forced out
     wanted, cache = cached(tiny_model(dms, 3, **fields), ids, capacity)
     ran = interpreted(implementation)
     actual, other = cached(tiny_model(dms, 3, implementation=implementation, **fields), ids, capacity)

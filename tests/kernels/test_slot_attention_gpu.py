@@ -20,8 +20,11 @@ RUN = jax.jit(partial(attend_slots, interpret=True), static_argnames="blocks")
 
 
 def random_slots(seed, heads, slots, head_dim, seen, length, share_used, dtype=jnp.float32):
-    """One batch row, with NaN and infinity in the slots that no query sees. Its first blocks of 8 slots are: one that all queries see, one
-    whose pairs expire during the chunk, one of the chunk itself, and one with pairs of the future; the others are random."""
+    """Draw one batch row, with NaN and infinity in the slots that no query sees.
+
+    Of its first blocks of 8 slots, all queries see one, the pairs of one expire during the chunk, one has the chunk's
+    own pairs, and one has pairs of the future. The other blocks are random.
+    """
     rng = np.random.default_rng(seed)
     position = rng.integers(0, seen + length + 4, (1, heads, slots))
     expiry = np.where(rng.random(position.shape) < 0.4, position + rng.integers(0, 12, position.shape), NEVER)
@@ -66,7 +69,7 @@ def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32)
 
 
 def test_ragged_cache_is_decoded_in_parts():
-    """One head uses all 44 slots, which are not a multiple of a block of 8; the other head uses none."""
+    """One head uses all 44 slots, which are not a multiple of a block of 8. The other head is empty."""
     layer = random_slots(0, 2, 44, 16, seen=30, length=1, share_used=[1.0, 0.0])
     parts = check(layer, 3, 30, 1, SlotBlocks(64, 8, 2, 2))
     of_empty_head = jax.tree.map(lambda x: x[:, 0, 1], parts)
@@ -75,12 +78,15 @@ def test_ragged_cache_is_decoded_in_parts():
         and not of_empty_head.row_sum.any()
         and not of_empty_head.acc.any()
     )
-    # The second one met only the expired block.
+    # The second part had only the expired block.
     np.testing.assert_array_equal(parts.row_sum[:, 0, 0, 0] > 0, [True, False, True, True])
 
 
 def test_row_that_sees_nothing_stays_empty_among_rows_that_do():
-    """The first of two rows is older than all pairs. With 16 channels, rounding of MASKED / sqrt(H) would show in exp(s - high)."""
+    """The first of two rows is older than all pairs.
+
+    With 16 channels, a rounding error of MASKED / sqrt(H) would show in exp(s - row_max).
+    """
     layer = random_slots(0, 1, 8, 16, 20, 1, [1.0])
     layer = replace(layer, position=jnp.full_like(layer.position, 21))
     parts = merge_parts(check(layer, 1, 20, 2, SlotBlocks(64, 8, 1, 2)))
@@ -97,7 +103,7 @@ def test_decode_equals_core(seed, seen, used):
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True, phases=[hypothesis.Phase.generate])
 @hypothesis.given(seed=st.integers(0, 1000), used=st.sampled_from([0.6, 1.0]))
 def test_chunk_over_both_warpgroups_equals_core(seed, used):
-    """There are 72 rows, so the second warpgroup has a few real ones, at other positions than the first."""
+    """Use 72 rows, so that the second warpgroup has a few real rows, at other positions than the first."""
     check(random_slots(seed, 1, 40, 8, 20, 24, [used]), 3, 20, 24, SlotBlocks(128, 8, 1, 2))
 
 

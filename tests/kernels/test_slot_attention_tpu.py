@@ -23,7 +23,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.float32, live: float = 0.7) -> LayerCache:
-    """Pairs at random positions up to the last query. Each head has its own number of written slots; the last head has none."""
+    """Draw pairs at random positions up to the last query, in a different number of slots for each head."""
     written = np.arange(capacity) < rng.integers(0, capacity + 1, (B, K))[..., None]
     written[0, 0], written[-1, -1] = True, False
     position = np.where(written, rng.integers(0, now + length, (B, K, capacity)), EMPTY).astype(np.int32)
@@ -35,7 +35,7 @@ def slots(rng, now: int, length: int, capacity: int, head_dim: int, dtype=jnp.fl
 
 
 def poisoned(layer: LayerCache, position) -> tuple[jax.Array, jax.Array]:
-    """Keys with infinity, and values with NaN, in every slot that no query sees."""
+    """Write infinity into the keys, and NaN into the values, of every slot that no query sees."""
     q = np.asarray(position)[:, None, :, None]
     seen = ((layer.position[:, :, None] <= q) & (q <= layer.expiry[:, :, None])).any(2)[..., None]
     return jnp.where(seen, layer.k, jnp.asarray(jnp.inf, layer.k.dtype)), jnp.where(
@@ -82,8 +82,8 @@ def check(seed, length, group, capacity, head_dim, blocks, dtype=jnp.float32, ca
     blocks=st.sampled_from([(4, 8), (64, 16), (64, 64)]),
     live=st.sampled_from([0.0, 0.7, 1.0]),
 )
-def test_kernel_is_attention_over_slots(seed, sizes, blocks, live):
-    """Sizes: queries, query heads of a group, slots."""
+def test_kernel_equals_core(seed, sizes, blocks, live):
+    """Sizes are the numbers of queries, of query heads per group, and of slots."""
     check(seed, *sizes, 8, SlotBlocks(*blocks, 1), live=live)
 
 
@@ -96,7 +96,7 @@ def test_kernel_is_attention_over_slots(seed, sizes, blocks, live):
         (1, "bfloat16", "float8_e5m2"),
     ],
 )
-def test_head_size_of_all_lanes_and_small_types_equal_core(length, dtype, cache_dtype):
+def test_rows_of_full_lanes_and_small_types_equal_core(length, dtype, cache_dtype):
     check(3, length, 2, 40, 128, SlotBlocks(8, 16, 1), jnp.dtype(dtype), jnp.dtype(cache_dtype))
 
 
@@ -118,15 +118,15 @@ def test_max_and_sum_equal_their_definition(rng):
     _, part = by_kernel(q, position, *poisoned(layer, position), layer, K, SlotBlocks(8, 8, 1))
     s = np.einsum("bkrh,bksh->bkrs", fold_queries(q, K), layer.k) * 8**-0.5
     visible = np.asarray((layer.position <= 9) & (layer.expiry >= 9))[:, :, None]
-    high = np.where(visible, s, MASKED).max(-1)
-    np.testing.assert_allclose(part.row_max[0], high, rtol=1e-5)
+    row_max = np.where(visible, s, MASKED).max(-1)
+    np.testing.assert_allclose(part.row_max[0], row_max, rtol=1e-5)
     np.testing.assert_allclose(
-        part.row_sum[0], np.exp(np.where(visible, s - high[..., None], -np.inf)).sum(-1), rtol=1e-5
+        part.row_sum[0], np.exp(np.where(visible, s - row_max[..., None], -np.inf)).sum(-1), rtol=1e-5
     )
 
 
 def test_slots_from_used_on_are_not_read(rng):
-    """The slots would be visible, so a caller that says fewer slots are used gets attention over fewer slots."""
+    """All slots are visible, so a caller that passes a smaller `used` gets attention over fewer slots."""
     layer = slots(rng, 9, 1, 24, 8, live=1.0)
     q, position = jnp.asarray(rng.normal(size=(B, 1, K, 8)), jnp.float32), jnp.full((B, 1), 50, jnp.int32)
     used = jnp.asarray([[11, 0], [24, 5]])

@@ -26,7 +26,7 @@ def inputs(seed, length, kv_heads, group, head_dim, gate, segments, dtype=jnp.fl
     log_keep = -np.logaddexp(0, rng.normal(size=shape) * 5)
     if gate == "hard":
         log_keep = np.where(rng.random(shape) < 0.5, MASKED, 0.0)
-    if gate == "gone":  # all but the last quarter, so that whole blocks are evicted
+    if gate == "gone":  # evict all but the last quarter, so that whole blocks are evicted
         log_keep[:, :, : length * 3 // 4] = MASKED
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (1, length)), axis=1), jnp.int32) if segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
@@ -103,24 +103,25 @@ def test_evicted_blocks_outside_the_window_are_never_read():
         assert np.all(np.isnan(ours[:, :, 34:40]))
 
 
-def programs_of(jaxpr):
-    """Yield every equation, also those inside loops and kernels."""
+def equations_of(jaxpr):
+    """Yield every equation of a program, also those inside loops and kernels."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
             for inner in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from programs_of(inner)
+                    yield from equations_of(inner)
 
 
-def equations(length, gradient_of):
-    loss = lambda *args: gradient_of(partial(attend, segments=None, window_size=256, blocks=TrainBlocks(128, 128)))(
+def equations(length, transform):
+    """Return the equations of the gradient of `transform(attend)` for rows of `length` tokens."""
+    loss = lambda *args: transform(partial(attend, segments=None, window_size=256, blocks=TrainBlocks(128, 128)))(
         *args
     ).sum()
     shapes = (1, 2, 4, length, 64), (1, 2, length, 64), (1, 2, length, 64), (1, 2, length)
     args = [jax.ShapeDtypeStruct(s, jnp.bfloat16 if len(s) > 3 else jnp.float32) for s in shapes]
-    return list(programs_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args).jaxpr))
+    return list(equations_of(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args).jaxpr))
 
 
 def test_no_array_is_quadratic_in_the_length():
@@ -139,6 +140,6 @@ def test_no_array_is_quadratic_in_the_length():
 
 @pytest.mark.parametrize("names, forward_passes", [(["attention"], 1), ([], 2)])
 def test_checkpoint_policy_by_name_saves_what_the_gradient_needs(names, forward_passes):
-    kept = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
-    kernels = [str(e.params.get("name") or e.params.get("name_and_src_info", "")) for e in equations(1024, kept)]
+    checkpoint = partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*names))
+    kernels = [str(e.params.get("name") or e.params.get("name_and_src_info", "")) for e in equations(1024, checkpoint)]
     assert sum("train_attention_forward" in name for name in kernels) == forward_passes, set(kernels)

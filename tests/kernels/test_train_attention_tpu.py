@@ -1,4 +1,4 @@
-"""The TPU kernels of training attention, in interpret mode, against the portable path: value, gradients, and which blocks are needed."""
+"""The TPU kernels of training attention, in interpret mode, against the portable path."""
 
 from functools import cache
 from typing import NamedTuple
@@ -19,7 +19,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 class Case(NamedTuple):
-    """Shapes and options to compile for. Each case is compiled once, and runs on many arrays."""
+    """Shapes and options of a compiled program, which runs on many arrays."""
 
     batch: int
     kv_heads: int
@@ -38,9 +38,8 @@ SMALL = (
     Case(2, 1, 1, 32, 8, 100, TrainBlocks(8, 8), segments=True),
 )
 REAL = (
-    Case(
-        1, 1, 1, 512, 64, 100, TrainBlocks(256, 128), segments=True
-    ),  # blocks wider than a register: columns are spread, lanes summed
+    # Blocks wider than a register, so that columns are spread and lanes are summed.
+    Case(1, 1, 1, 512, 64, 100, TrainBlocks(256, 128), segments=True),
     Case(1, 1, 2, 512, 128, 64, TrainBlocks(128, 256), "bfloat16"),
     Case(1, 1, 4, 128, 64, 20, TrainBlocks(128, 128), "bfloat16", segments=True),  # the length is one block
 )
@@ -58,7 +57,7 @@ def inputs(case, seed, gates):
         "hard": np.where(rng.random(shape) < 0.7, MASKED, 0.0),
         "gone": np.where(
             np.repeat(rng.random((batch, heads, length // 8)) < 0.7, 8, axis=2), MASKED, -2 - rng.random(shape)
-        ),  # a closed gate (-2) is not an evicted key
+        ),  # keys with a nearly closed gate (-2) are not evicted
     }[gates]
     ids = jnp.asarray(np.sort(rng.integers(0, 3, (batch, length)), axis=1), jnp.int32) if case.segments else None
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
@@ -99,8 +98,8 @@ def test_kernels_equal_the_portable_path_at_hardware_sizes(case):
 
 
 @pytest.mark.parametrize("case", SMALL[1:])
-def test_rows_that_meet_masked_scores_first_keep_nothing_of_them(case):
-    """Earlier blocks hold other segments and evicted keys, with large values; no row may keep anything of them."""
+def test_masked_scores_before_a_real_one_leave_no_trace(case):
+    """Earlier blocks have other segments and evicted keys with large values, which must not affect any row."""
     q, k, v, log_keep, _ = inputs(case, 2, "soft")
     half = case.length // 2
     log_keep = log_keep.at[..., : half + 8].set(MASKED).at[..., ::16].set(-0.5)
@@ -128,8 +127,11 @@ def test_block_of_evicted_keys_outside_the_window_is_not_read():
 @pytest.mark.parametrize("window", [0, 1, 7, 8, 20, 64])
 @pytest.mark.parametrize(("q", "k"), [(8, 8), (8, 16), (16, 8), (4, 16)])
 def test_needed_blocks_and_their_places_equal_the_definition(window, q, k):
-    """The definition goes pair by pair: a block is needed if one of its pairs is inside the window, or outside it with a key that is not
-    evicted. A step that is not needed must name a block that is."""
+    """Compare with the definition, pair by pair.
+
+    A block is needed if one of its pairs is inside the window, or outside it with a key that is not evicted. A step
+    that is not needed must name a block that is needed.
+    """
     length, gone = 64, np.random.default_rng(window + q).random(64 // k) < 0.6
     plan = BlockPlan(window, q, k, length // q, length // k)
     next_alive = np.minimum.accumulate(np.where(gone, plan.num_k, np.arange(plan.num_k))[::-1])[::-1]
@@ -144,5 +146,5 @@ def test_needed_blocks_and_their_places_equal_the_definition(window, q, k):
     np.testing.assert_array_equal(query_block == i, needed)
 
     inside, outside = ((distance >= 0) & (distance <= window)).all((2, 3)), (distance > window).all((2, 3))
-    for (condition, _), lies in zip(plan.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
-        np.testing.assert_array_equal(condition, needed & lies)
+    for (condition, _), is_here in zip(plan.cases(i, j, needed), (inside, outside, ~inside & ~outside), strict=True):
+        np.testing.assert_array_equal(condition, needed & is_here)

@@ -29,7 +29,7 @@ def zeros(model, batch, length):
 
 @pytest.mark.parametrize("dms", POLICIES, ids=str)
 def test_hard_path_is_attention_under_the_oracles_mask(rng, dms, monkeypatch):
-    """Replace every attention call of the hard path by dense attention under the oracle's mask, and expect the same logits."""
+    """Replace each attention call of the hard path by dense attention under the oracle's mask."""
     model, ids = tiny_model(dms, 3), tokens(rng, 2, 30)
     logits, evict = model.hard(ids)
     decisions, calls = np.asarray(evict), iter(range(TINY.num_layers))
@@ -88,7 +88,7 @@ def test_past_logits_do_not_depend_on_future_tokens(rng):
 
 
 @pytest.mark.parametrize("dms", POLICIES, ids=str)
-def test_packed_documents_equal_the_same_documents_alone(rng, dms):
+def test_packed_documents_get_the_logits_that_they_get_alone(rng, dms):
     model, ids = tiny_model(dms, 3), tokens(rng, 1, 30)
     segments = jnp.asarray([[1] * 11 + [2] * 19], jnp.int32)
     together, evict = model.hard(ids, segments)
@@ -115,11 +115,11 @@ def test_rematerialization_changes_no_gradient(rng):
 
 
 def test_gradient_reaches_only_decisions_that_matter(rng):
-    """The gradient of token t's logit is 0 for token 0 and for the last window_size + 1 - shift tokens (invariant 7)."""
+    """The gradient of a token's logit is 0 for token 0 and for the last window_size + 1 - decision_shift tokens."""
     window, length = 4, 20
     model, ids = tiny_model(DMSConfig(window_size=window, evict_logit_bias=0.0, tau=1.0), 3), tokens(rng, 1, length)
 
-    def loss(noise):  # noise enters exactly like the logit
+    def loss(noise):  # the gradient for the noise is that for the logit, because they are added
         return jnp.sum(jnp.sin(model.relaxed_hidden(ids, noise)[0]))
 
     gradient = np.abs(np.asarray(jax.grad(loss)(zeros(model, 1, length)))).sum(axis=(0, 1, 2))
@@ -164,7 +164,7 @@ def test_rows_beyond_the_models_own_window_are_refused(rng):
         model.dense(tokens(rng, 1, 17))
 
 
-def test_marked_hidden_is_the_sliding_window(rng):
+def test_marked_hidden_is_a_sliding_window_with_sinks(rng):
     """Compare `marked_hidden` with the visibility oracle and with the dense path."""
     model, ids = tiny_model(None, 3), tokens(rng, 1, 25)
     hidden = model.marked_hidden(ids, jnp.arange(25) >= 2, 5)
@@ -172,6 +172,6 @@ def test_marked_hidden_is_the_sliding_window(rng):
     seen = visible(np.r_[[0, 0, 0], np.ones(22, int)], 5, 1)  # with shift 1, token t decides about pair t - 1
     assert seen[20].sum() == 2 + 6 and keep.shape == (1, 4, 25)
     other = ids.copy()
-    other[0, 10] = (other[0, 10] + 1) % 97  # invisible to the last query, which later tokens tell about it
+    other[0, 10] = (other[0, 10] + 1) % 97  # the last query cannot see it, but depends on it through other tokens
     assert not np.array_equal(model.marked_hidden(other, jnp.arange(25) >= 2, 5), hidden)
     np.testing.assert_array_equal(model.marked_hidden(ids, jnp.arange(25) >= 2, 30), model.dense_hidden(ids))

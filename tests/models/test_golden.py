@@ -13,7 +13,7 @@ PLAIN = ["llama3_rope_scaled", "llama_untied", "qwen2_qkv_bias", "qwen3_qk_norm"
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_dense_logits_are_those_of_transformers(name):
+def test_dense_logits_equal_transformers(name):
     model, want = golden_reference(name)
     np.testing.assert_allclose(model.dense(want["input_ids"]), want["logits"], atol=1e-4)
 
@@ -25,11 +25,11 @@ def test_hard_mask_equals_the_reference_prefill_and_decode(name):
     np.testing.assert_allclose(
         logits, np.concatenate([want["prefill_logits"], want["decode_logits"]], axis=1), atol=1e-4
     )
-    assert 0.05 < evict.mean() < 0.95, "a policy that keeps or evicts everything would test nothing"
+    assert 0.05 < evict.mean() < 0.95, "the model must keep some pairs and evict some"
 
 
 @pytest.mark.parametrize("name", GOLDEN_DMS)
-def test_live_pairs_are_those_of_the_reference_cache(name):
+def test_live_pairs_equal_the_reference_cache(name):
     """A pair is live at step q unless it is marked and older than the window."""
     model, want = golden_reference(f"qwen3_dms_{name}")
     evict = np.asarray(model.hard(want["input_ids"])[1])
@@ -39,7 +39,7 @@ def test_live_pairs_are_those_of_the_reference_cache(name):
         now = GOLDEN_PROMPT + step
         pair = np.arange(now + 1)
         gone = marked[..., : now + 1] & (now - pair > window)
-        # The reference leaves an expired pair in its slot until a new pair takes it; slots are only ever added.
+        # The reference leaves an expired pair in its slot until a new pair takes the slot, so slots are never removed.
         assert (gone.shape[-1] - gone.sum(-1) <= lengths.reshape(gone.shape[:-1])).all()
         ever = [
             now_ + 1 - (marked[..., : now_ + 1] & (now_ - np.arange(now_ + 1) > window)).sum(-1)
@@ -49,7 +49,7 @@ def test_live_pairs_are_those_of_the_reference_cache(name):
 
 
 @pytest.mark.parametrize("name", GOLDEN_DMS)
-def test_relaxed_logits_are_those_of_the_noisy_student(name):
+def test_relaxed_logits_equal_the_noisy_student(name):
     model, want = golden_reference(f"qwen3_dms_{name}")
     prompt = want["input_ids"][:, :GOLDEN_PROMPT]
     logits, evict = model.relaxed(prompt, jnp.asarray(want["noise"]))
@@ -60,12 +60,12 @@ def test_relaxed_logits_are_those_of_the_noisy_student(name):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", GOLDEN_DMS)
-def test_losses_and_gradients_are_those_of_the_reference(name, dtype):
+def test_losses_and_gradients_equal_the_reference(name, dtype):
     """Compare KL(student || teacher), the compression loss for a target of 0.5, and every stored gradient of their sum.
 
-    z is 1000 times the raw score, so fp32 rounding of hidden states shows in the gradient. Depending on the order in which
-    one product is summed, our fp32 gradient differs by up to 1.4e-4 or 2.5e-4 of a tensor's norm. The same code in fp64
-    shows that the equations agree to 1e-4.
+    z is 1000 times the raw score, so fp32 rounding of hidden states shows in the gradient. Depending on the order in
+    which one product is summed, our fp32 gradient differs by up to 1.4e-4 or 2.5e-4 of a tensor's norm. The same code
+    in fp64 shows that the equations agree to 1e-4.
     """
     model, want = golden_reference(f"qwen3_dms_{name}")
     with jax.enable_x64(dtype == "float64"):

@@ -1,4 +1,4 @@
-"""The border to Flax NNX: models as arrays by name, and back."""
+"""The border to Flax NNX: from models to arrays by name, and back."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from dms_jax.models.parameters import ModelStructure, abstract_model, flatten, j
 DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
 
 
-def test_model_built_from_its_own_arrays_is_the_same(rng):
+def test_model_built_from_its_own_arrays_gives_equal_logits(rng):
     model, ids = tiny_model(DMS, num_layers=1), tokens(rng, 1, 12)
     params, head = flatten(model), flatten(model, EvictParam)
     assert set(head) == {"layers.attention.evict_norm", "layers.attention.evict_proj"} < set(params)

@@ -1,4 +1,4 @@
-"""Policies online, chunk by chunk and token by token, against a simulation with lists of pairs; their names and flags."""
+"""Policies online, chunk by chunk and token by token, against a simulation; their names and flags."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ from cases import tiny_model, tokens
 
 import dms_jax
 from dms_jax.core import compact_cache
-from dms_jax.core.slot_attention import XLA_OPS, Chunk, extend_layer
+from dms_jax.core.slot_attention import CacheOps, Chunk, extend_layer, slot_attention
 from dms_jax.engine import decoding
 from dms_jax.policies import (
     H2O,
@@ -50,7 +50,8 @@ def extend(layer, q, k, v, seen, count, policy):
     """Do what an attention layer does with a chunk."""
     position = seen[:, None] + np.arange(q.shape[1])[None]
     expiries = policy.mark(np.zeros(k.shape[:3], np.float32), position, count, 0.0)
-    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, XLA_OPS)
+    ops = CacheOps(slot_attention, compact_cache.write_pairs)
+    return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
 def softmax(x):
@@ -61,7 +62,7 @@ def softmax(x):
 def simulate(name, q, k, row, held, new):
     """Return the pairs that each head of a row holds after the tokens `new`.
 
-    `held` is one dict per head, from the position of a pair to the attention that it got from each query since it was added.
+    `held` is one dict per head. It maps a pair's position to the attention that the pair got from each query so far.
     """
     for h in range(K):
         for t in new:
@@ -136,7 +137,7 @@ def test_kept_pairs_and_attention_equal_the_simulation(rng, name, schedule):
             assert sorted(np.asarray(layer.position)[b, h][live[b, h]].tolist()) == sorted(held[b][h]), (b, h, seen)
             assert live[b, h].sum() <= BUDGET
     assert not np.asarray(layer.forced_evictions).any()
-    assert seen.min() > BUDGET + 4, "otherwise no pair had to leave"
+    assert seen.min() > BUDGET + 4, "the schedule must make pairs leave"
 
 
 @pytest.mark.parametrize("last", [1, 2])
@@ -166,7 +167,7 @@ def test_quest_reads_the_pages_with_the_largest_bounds(rng, last):
 
 
 @pytest.mark.parametrize("name", ["tova:9", "snapkv:9", "h2o:9", "keydiff:9"])
-def test_rows_of_a_model_are_independent_and_nothing_compiles_again(rng, name):
+def test_rows_are_independent_and_decoding_compiles_once(rng, name):
     model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, 2, 40)
 
     def run(rows):
@@ -189,12 +190,13 @@ def test_rows_of_a_model_are_independent_and_nothing_compiles_again(rng, name):
     assert out.live_pairs[0] == 9
 
 
-def test_flags_say_which_questions_a_policy_answers():
+def test_class_flags_match_the_methods_of_each_policy():
     for kind in (*POLICIES.values(), PromptCompression):
         assert kind.ranks_pairs == (kind.select is not CachePolicy.select), kind
         assert kind.reads_subset == (kind.read is not CachePolicy.read), kind
         assert kind.has_budget == ("budget" in kind.__dataclass_fields__), kind
         assert kind.is_learned == ("dms" in kind.__dataclass_fields__), kind
+        assert kind.compresses_prompt == (kind is PromptCompression), kind
 
 
 def test_policy_names_are_parsed_or_refused():

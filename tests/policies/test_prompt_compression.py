@@ -1,4 +1,4 @@
-"""Prompt compression against kvpress itself (tests/golden/README.md), and for several rows, which kvpress cannot do."""
+"""Prompt compression against kvpress (tests/golden/README.md), and for several rows, which kvpress does not support."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def kept_positions(cache, layer, row, head) -> set[int]:
 
 
 @pytest.mark.parametrize("folder", ["llama3_rope_scaled", "qwen3_qk_norm"])
-def test_scores_kept_pairs_and_logits_are_those_of_kvpress(folder):
+def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
     model, want = dms_jax.load(GOLDEN / folder), load_file(GOLDEN / "kvpress" / f"{folder}.safetensors")
     ids = want["input_ids"]
     for name, method in METHODS.items():
@@ -52,7 +52,7 @@ def test_scores_kept_pairs_and_logits_are_those_of_kvpress(folder):
         np.testing.assert_allclose(scores, want[f"{name}.scores"], atol=1e-5, err_msg=name)
         if name == "knorm":
             # In layer 0, equal tokens have keys of equal norm at any position, and two such pairs tie at the cut. Which
-            # one torch.topk picks is arbitrary, so we add 1e-5 to its picks, which decides between equals only.
+            # one torch.topk picks is arbitrary, so we add 1e-5 to its picks, which only breaks such ties.
             picked = np.pad(want["knorm.keep"], ((0, 0), (0, 0), (0, 64 - PROMPT)))[:, None, :, :, None] * 1e-5
             layers = [
                 dataclasses.replace(layer, statistic=layer.statistic + extra)
@@ -72,7 +72,7 @@ def test_scores_kept_pairs_and_logits_are_those_of_kvpress(folder):
         assert (np.asarray(cache.live_counts) == BUDGET + len(logits := want[f"{name}.decode_logits"])).all()
 
 
-def test_rows_are_compressed_as_if_alone(rng):
+def test_rows_are_compressed_independently(rng):
     """Compress ragged rows, prefilled in chunks, into a smaller buffer."""
     model, ids, lengths = tiny_model(None, 3, num_layers=2), tokens(rng, 2, 40), [40, 23]
     for method in [*METHODS.values(), H2O(10), RandomEviction(10)]:
@@ -104,7 +104,7 @@ def test_prompt_below_the_budget_stays_dense(rng):
     np.testing.assert_allclose(logits, model.dense(ids)[:, -1], atol=1e-5)
 
 
-def test_other_caches_and_small_capacities_are_refused():
+def test_caches_of_other_policies_and_small_capacities_are_refused():
     model = tiny_model(None, 3, num_layers=1)
     with pytest.raises(
         ConfigError,
