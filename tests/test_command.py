@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dms_jax import __version__
+from dms_jax.__main__ import SUMMARIES
 from dms_jax.command import DOORS, Parser, one_line, run_command, start_devices, typed_as
 from dms_jax.errors import ConfigError
 
@@ -20,6 +21,10 @@ def test_console_script_lists_its_commands():
         done = dms_jax(*arguments)
         assert done.returncode == 0 and all(name in done.stdout for name in DOORS) and not done.stderr
     assert dms_jax("--version").stdout == f"dms-jax {__version__}\n"
+
+
+def test_every_command_has_a_summary():
+    assert list(SUMMARIES) == list(DOORS)
 
 
 def test_unknown_command_exits_with_2_and_one_line():

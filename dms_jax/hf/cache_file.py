@@ -25,7 +25,7 @@ FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a cache to a file that names the model it belongs to: the hashes of base and evict head, and the policy.
 
-    The base weights are read once for their hash. The file appears whole or not at all.
+    The base weights are read once to compute their hash. The file appears whole or not at all.
 
     Raises:
       ConfigError: the file exists and `overwrite` is false, it cannot be written, or the cache is another model's.
@@ -33,7 +33,7 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(
-            f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it belongs to another model"
+            f"this cache belongs to another model: it has {len(cache.layers)} layers, the model {model.config.num_layers}"
         )
     tensors = {
         f"layers.{i}.{name}": np.asarray(getattr(layer, name))
@@ -100,7 +100,7 @@ def _fields(policy: CachePolicy) -> tuple[str, ...]:
 def identity(model: Decoder) -> dict[str, str]:
     """The header entries that must match for stored keys, values and decisions to be valid.
 
-    target_cr and tau are left out, because they only matter in training.
+    target_cr and tau are left out, because they matter only in training.
     """
     head, dms = hashlib.sha256(), model.config.dms
     for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):

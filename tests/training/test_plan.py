@@ -92,7 +92,7 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
         "all-gather": 2 * (3 * (matmul_parameters(config) - output) + output) * 7 / 8
     }
     text = run(capsys, "--model", QWEN, "--hardware", "h100x8", "--length", "32768", "--batch", "8")
-    assert "\nit fits\n" in text and "analytic" in text and "is not here" in text
+    assert "\nIt fits.\n" in text and "analytic" in text and "is not here" in text
     assert all(
         name in text
         for name in found["source"]

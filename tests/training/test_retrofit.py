@@ -122,7 +122,7 @@ def test_run_resumed_on_another_mesh_gives_the_same_numbers(settings, tmp_path):
         np.testing.assert_allclose(moved[step], whole[step], rtol=1e-5, atol=1e-6)
 
 
-def test_sigterm_saves_and_names_the_option_to_go_on(settings):
+def test_sigterm_saves_and_names_the_option_to_resume(settings):
     settings |= {"steps": 400, "save_every": 1000}
     process = subprocess.Popen(
         command(settings), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -301,7 +301,7 @@ def test_log_that_cannot_be_written_does_not_stop_the_run(settings, monkeypatch,
 
     monkeypatch.setattr(MetricsFile, "append", full_disk)
     assert main(arguments(settings)) == 0
-    assert capsys.readouterr().err.count("goes on without its log") == 1 and sorted(trace(output)) == [0, 1, 4, 5]
+    assert capsys.readouterr().err.count("without its log") == 1 and sorted(trace(output)) == [0, 1, 4, 5]
 
 
 def test_nothing_is_compiled_after_the_first_step(settings, monkeypatch):
