@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
@@ -47,60 +47,43 @@ RANGES = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
+
+    def number(group: Any, name: str, default: float, meaning: str, default_meaning: str = "%(default)s") -> None:
+        help = f"{meaning} ({RANGES[name]}; default: {default_meaning})"
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=help)
+
     add = parser.add_argument
     models = "model folder, config.json, .gguf file or hub id; only its configuration is read"
     add("--model", required=True, metavar="FOLDER_OR_CONFIG", help=models)
-    forms = (
-        "e.g. h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu or cpux8; the number of a TPU slice counts chips"
-    )
-    add("--hardware", required=True, metavar="NAME", help=forms)
-    add(
-        "--mesh",
-        metavar="AxB[xC]",
-        help="devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)",
-    )
-    add("--length", type=int, default=4096, help="tokens per row (default %(default)s)")
-    add(
-        "--batch",
-        type=int,
-        default=0,
-        help="rows per optimizer step (default: one per data-parallel device and micro-batch)",
-    )
-    modes = "train only the evict head, all weights, or all weights with a borrowed channel (default %(default)s)"
+    kinds = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8, ...; the numbers of a TPU slice count chips"
+    add("--hardware", required=True, metavar="NAME", help=kinds)
+    axes = "devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)"
+    add("--mesh", metavar="AxB[xC]", help=axes)
+    number(parser, "length", 4096, "tokens per row")
+    number(parser, "batch", 0, "rows per optimizer step", "0, which is one per data-parallel device and micro-batch")
+    modes = "train only the evict head, all weights, or all weights with a borrowed channel (default: %(default)s)"
     add("--mode", choices=get_args(Mode), default="adapter", help=modes)
-    add("--accumulate", type=int, default=1, help="micro-batches per step (default %(default)s)")
-    remat = ("auto", "full", "matmuls", "none")
-    add("--remat", choices=remat, default="auto", help="what the backward pass recomputes (default %(default)s)")
-    choices = get_args(ImplementationName)
-    add(
-        "--implementation",
-        choices=choices,
-        default="auto",
-        help="implementation of training attention (default %(default)s)",
+    number(parser, "accumulate", 1, "micro-batches per optimizer step")
+    recomputed = (
+        "what the backward pass recomputes; auto: matmuls on a CPU, full on accelerators (default: %(default)s)"
     )
-    add(
-        "--window",
-        type=int,
-        default=512,
-        help="eviction window, for a model without one of its own (default %(default)s)",
-    )
-    steps = "optimizer steps that raise the compression ratio by 1 (default: as in Model-Optimizer's recipe)"
-    add("--steps-per-cr", type=float, default=0.0, help=steps)
+    add("--remat", choices=("auto", "full", "matmuls", "none"), default="auto", help=recomputed)
+    attention = "implementation of training attention (default: %(default)s)"
+    add("--implementation", choices=get_args(ImplementationName), default="auto", help=attention)
+    number(parser, "window", 512, "eviction window of a model that has no DMS policy yet")
+    recipe = "0, which is Model-Optimizer's recipe"
+    number(parser, "steps_per_cr", 0.0, "optimizer steps that raise the compression ratio by 1", recipe)
     add("--analytic", action="store_true", help="estimate instead of compiling")
     add("--json", action="store_true", help="print the plan as one JSON object")
 
-    add = parser.add_argument_group("plan a server instead of a retrofit").add_argument
-    add(
-        "--inference",
-        action="store_true",
-        help="plan a server; --length, --batch, --mode and other options of training are ignored",
-    )
-    memory = "memory for weights and caches on all devices together (default: that of the hardware)"
-    add("--memory", default="", metavar="80GiB", help=memory)
-    add("--users", type=int, default=1, help="number of rows that are decoded together (default %(default)s)")
-    add("--context", type=int, default=32768, help="tokens per row (default %(default)s)")
-    headroom = "slots per mean live pair; above 1, because heads differ (default %(default)s)"
-    add("--headroom", type=float, default=1.5, help=headroom)
+    server = parser.add_argument_group("plan a server instead of a retrofit")
+    inference = "plan a server; of the options above, only --model, --hardware, --mesh, --window and --json count"
+    server.add_argument("--inference", action="store_true", help=inference)
+    memory = "memory for weights and caches on all devices together, e.g. 80GiB (default: that of the hardware)"
+    server.add_argument("--memory", default="", metavar="SIZE", help=memory)
+    number(server, "users", 1, "rows that are decoded together")
+    number(server, "context", 32768, "tokens per row")
+    number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
     return parser.parse_args(argv)
 
 

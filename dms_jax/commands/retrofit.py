@@ -26,7 +26,7 @@ NAME = "retrofit"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = f"keys of --config and --set (key = default, range or choices, and meaning):\n{keys_help(RetrofitConfig())}"
     parser = Parser(NAME, __doc__, epilog=keys)
-    parser.add_argument("--config", metavar="F.yaml", help="YAML file with keys of those below")
+    parser.add_argument("--config", metavar="F.yaml", help="YAML file with any of the keys below")
     parser.add_argument(
         "--mesh",
         metavar="AxB[xC]",

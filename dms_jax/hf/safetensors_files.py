@@ -37,7 +37,7 @@ class SafetensorsFiles:
     def __init__(self, where: str, paths: list[str]):
         self.where = where
         self.handles = {path: _open(path) for path in paths}
-        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118
+        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118  # not a dict
 
     def names(self) -> Iterable[str]:
         return self.handle_of.keys()

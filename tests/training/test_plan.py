@@ -1,4 +1,4 @@
-"""Tests of train.plan: closed forms, the numbers of compiled programs, and what a plan says about settings that do not fit."""
+"""Tests of train.plan: closed forms, the numbers of compiled programs, and advice about settings that do not fit."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
         found["hours_to_cr8"] == pytest.approx(7 * 34 * found["seconds_per_step"] / 3600)
         and found["hours_to_cr2"] < found["hours_to_cr4"]
     )
-    # Five times cheaper than the reference's 4 hours on as many H100s, if the assumptions hold.
+    # If the assumptions hold, this is five times cheaper than the reference, which takes 4 hours on the same H100s.
     assert found["hours_to_cr8"] < 4 / 5
     numbers = {key for key, value in found.items() if isinstance(value, float | bool)}
     numbers |= {f"bytes_per_device.{kind}" for kind in found["bytes_per_device"]}
@@ -185,7 +185,7 @@ def test_plan_names_the_nearest_setting_that_fits(capsys, monkeypatch):
     near = tight["nearest"]
     assert not tight["fits"] and near["accumulate"] > 1 and near["change"] == f"accumulate={near['accumulate']}"
     assert near["total_bytes_per_device"] <= tight["memory_per_device"] and near["change"] in run(capsys, *arguments)
-    # It is the nearest setting: half as many micro-batches do not fit.
+    # It is the nearest setting, because half the number of micro-batches does not fit.
     assert (
         not planned(capsys, *arguments, "--accumulate", str(near["accumulate"] // 2))["fits"] or near["accumulate"] == 2
     )
@@ -260,7 +260,7 @@ def test_serving_advice_says_where_compression_does_not_help():
     assert "will not make this faster" in told(1, 2048)
     assert "Only DMS fits" in told(80, 32768)
     assert "times" not in told(8, 32768) and "x as fast as dense" in told(8, 32768)
-    # So many short rows that the products are the bottleneck, which do not depend on the cache.
+    # With this many short rows, the matrix products are the bottleneck, and they do not depend on the cache.
     full = serving_json(serving_plan(config, hardware_of("h200x1"), (1, 1), 10**14, 10**6, 128, 1.5, (8,)))["arms"]
     rate = 0.74 * 989e12 / (2 * matmul_parameters(config) + 4 * 36 * 32 * 128 * 128)
     assert full[0]["tokens_per_second"] == pytest.approx(rate, rel=0.01)

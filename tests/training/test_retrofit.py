@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -12,7 +11,18 @@ import jax
 import numpy as np
 import pytest
 from cases import tokens
-from train_runs import GOLDEN, ROOT, arguments, command, main, remove, run_settings, trace, wait_for_step
+from train_runs import (
+    GOLDEN,
+    ROOT,
+    arguments,
+    command,
+    main,
+    remove,
+    run_settings,
+    start_two_processes,
+    trace,
+    wait_for_step,
+)
 
 import dms_jax
 from dms_jax.errors import ConfigError
@@ -137,19 +147,7 @@ def test_sigterm_saves_and_names_the_option_to_resume(settings):
 
 def test_two_processes_equal_one(settings, tmp_path):
     assert main(arguments(settings, output=tmp_path / "one")) == 0
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    both = [
-        subprocess.Popen(
-            command(settings, "--distributed", f"localhost:{port},2,{i}"),
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
+    both = start_two_processes(settings, subprocess.PIPE)
     outputs = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
     one, two = trace(tmp_path / "one"), trace(settings["output"])

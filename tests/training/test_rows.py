@@ -126,7 +126,7 @@ def test_too_few_tokens_make_no_row_or_one_padded_row():
     )
 
 
-def test_dtypes_are_what_the_step_is_compiled_for():
+def test_batch_has_the_dtypes_that_the_step_is_compiled_for():
     # Examples beyond int32 wrap around, but stay distinct within a batch.
     batch = make_rows([20], 5, "packed")[0].batch(2**28, 8, seed=-1)
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool_, np.int32]
