@@ -169,7 +169,10 @@ class Checkpoints:
 
 
 def fingerprint(state: Any) -> dict[str, int]:
-    """Hash every array of a pytree, by its path. The hash covers all bits and their positions and is the same on any mesh."""
+    """Hash every array of a pytree, by its path.
+
+    The hash covers all bits and their positions and is the same on any mesh.
+    """
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return {name: int(x) for name, x in jax.device_get(_fingerprint(named)).items()}
 
@@ -189,7 +192,10 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(x: jax.Array) -> jax.Array:
-    """Apply the finalizer of MurmurHash3, which makes each bit depend on all others, so that changes do not cancel in a sum."""
+    """Apply the finalizer of MurmurHash3.
+
+    It makes each bit depend on all others, so that changes do not cancel in a sum.
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)

@@ -26,7 +26,10 @@ DOORS = {
 
 
 def typed_as(name: str) -> str:
-    """Return how the user types the command `name`: `dms-jax NAME` if this process was started that way, else `python -m DOOR`."""
+    """Return the command `name` as the user types it.
+
+    That is `dms-jax NAME` if this process was started that way, else `python -m DOOR`.
+    """
     started = Path(sys.argv[0])
     if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
         return f"dms-jax {name}"
@@ -64,7 +67,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, main: Callable[[], int | None]) -> None:
-    """Run the `main` of the command `name` and exit with its code. A ConfigError becomes one line on stderr and code 2."""
+    """Run the `main` of the command `name` and exit with its code.
+
+    A ConfigError becomes one line on stderr and code 2.
+    """
     name = typed_as(name).removeprefix("python -m ")
     try:
         code = main() or 0

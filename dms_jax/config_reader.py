@@ -1,6 +1,6 @@
 """Turn plain values (YAML, JSON, `--set a.b=c`) into frozen configuration dataclasses, strictly.
 
-A field states its range and its meaning in its type: `steps: Annotated[int, AtLeast(1), "number of optimizer steps"] = 55`.
+A field states its range and its meaning in its type: `steps: Annotated[int, AtLeast(1), "number of steps"] = 55`.
 `check_ranges`, called from `__post_init__`, checks the ranges of every instance, however it was made. `keys_help`
 prints ranges and meanings for `--help`. Begin with `build`.
 """
@@ -116,7 +116,10 @@ _KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a ma
 
 
 def build(cls: type, raw: dict, path: str = "") -> Any:
-    """Build the dataclass `cls` from nested plain values. Unknown keys and wrong types raise errors that name the key."""
+    """Build the dataclass `cls` from nested plain values.
+
+    Unknown keys and wrong types raise errors that name the key.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"`{path.rstrip('.') or 'config'}` must be a mapping of keys, got {shown(raw)}")
     known = typing.get_type_hints(cls)

@@ -18,7 +18,7 @@ class PlatformDefaults:
     prefill_chunk: int
     # Keys per block of training attention. On a CPU, the scores of a block must fit into the cache of a core.
     attention_block: int
-    # Cache slots per block of decode attention. On a CPU, the keys and values of a block must fit into the cache of a core.
+    # Cache slots per block of decode attention. On a CPU, the pairs of a block must fit into the cache of a core.
     slot_block: int
     # Decode without a loop over slots, because XLA on a GPU asks the host before each iteration of a loop.
     loop_free_decode: bool

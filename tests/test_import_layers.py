@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# The folders and flat modules of dms_jax, one level per line. A module may import from the lines above its own and from its own
-# folder. On the first line, the modules may also import each other.
+# The folders and flat modules of dms_jax, one level per line. A module may import from the lines above its own and from
+# its own folder. On the first line, the modules may also import each other.
 LEVELS = [
     "axes errors files config_reader config sharding platform_defaults command provenance",
     "core",
@@ -27,7 +27,10 @@ MAX_FUNCTION_LINES = 60  # outside kernels
 
 
 def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports, also inside functions. A name imported from a package counts as its module."""
+    """Return the modules that a file imports, also inside functions.
+
+    A name imported from a package counts as its module.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -62,7 +65,10 @@ def test_every_module_has_a_level():
 
 
 def may_import(name: str, module: str) -> bool:
-    """Decide whether the module `name` may import `module`. Other packages and the public names of dms_jax are always allowed."""
+    """Decide whether the module `name` may import `module`.
+
+    Other packages and the public names of dms_jax are always allowed.
+    """
     here, there = home(name), home(module)
     if module.split(".")[0] in ("train", "infer", "tests", "benchmarks"):
         return False

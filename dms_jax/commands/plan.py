@@ -5,11 +5,11 @@ fast it decodes. Neither the weights nor the hardware are needed.
     python -m train.plan --model FOLDER --hardware v5e-8 --mesh 4x2 --length 4096 --batch 8 --mode full --json
     python -m train.plan --model FOLDER --hardware h200x1 --inference --users 8 --context 32768
 
-If the compiler for the hardware is installed (pip install "dms-jax[cuda]" or "dms-jax[tpu]"), the real step is compiled,
-and memory and communication are those of the compiled program. Otherwise, and with --analytic, they are estimates. Times
-follow from a roofline with the rates that programs achieve on such hardware; on a CPU they are measured. Each figure
-states its source: compiled, analytic, measured or assumed. If the setting does not fit, the plan names a nearby setting
-that does; the exit code is 0 in both cases.
+If the compiler for the hardware is installed (pip install "dms-jax[cuda]" or "dms-jax[tpu]"), the real step is
+compiled, and memory and communication are those of the compiled program. Otherwise, and with --analytic, they are
+estimates. Times follow from a roofline with the rates that programs achieve on such hardware; on a CPU they are
+measured. Each figure states its source: compiled, analytic, measured or assumed. If the setting does not fit, the plan
+names a nearby setting that does; the exit code is 0 in both cases.
 """
 
 import argparse
@@ -121,7 +121,10 @@ def hardware_and_mesh(options: argparse.Namespace) -> "tuple[Hardware, tuple[int
 
 
 def read_config(path: str, window: int, mode: str) -> ModelConfig:
-    """Read the configuration of a folder, a config file, a .gguf file or a hub id, and add the DMSConfig that `mode` trains."""
+    """Read the configuration of a model, and add the DMSConfig that `mode` trains.
+
+    `path`: a folder, a config file, a .gguf file or a hub id. `window`: for a model without a DMSConfig.
+    """
     from dms_jax.hf.folder import read_config as read
 
     config = read(path)

@@ -26,7 +26,10 @@ def positive_number(raw: dict, key: str, default: float) -> float:
 
 
 def flag(raw: dict, key: str) -> bool:
-    """Return the bool under a key; False if it is missing. The string "false" is refused, because Python takes it as true."""
+    """Return the bool under a key; False if it is missing.
+
+    The string "false" is refused, because Python takes it as true.
+    """
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"`{key}` must be true or false, got {shown(value)}")

@@ -1,4 +1,4 @@
-"""Translate DMSConfig to the `dms_*` keys of `config.json`, the names that NVIDIA released, and back. Also read FastDMS.
+"""Translate DMSConfig to the `dms_*` keys that NVIDIA released and back, and read the metadata of FastDMS.
 
 Begin with `dms_config` and `dms_keys`, which are inverses of each other.
 """

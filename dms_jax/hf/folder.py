@@ -83,8 +83,8 @@ def load(
     path = resolve(path)
     tensors, config, raw = open_source(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
-    # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights may
-    # be the master weights of a computation in bf16.
+    # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights
+    # may be the master weights of a computation in bf16.
     select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
     model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)
@@ -146,14 +146,14 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
 
 
 def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a Hugging Face folder. `load` and Model-Optimizer read it with its policy; transformers reads the dense base.
+    """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for transformers.
 
     Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
     written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
     `overwrite` replaces an existing folder, but only if it is a model folder.
 
-    The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder; `save`
-    warns about it.
+    The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
+    `save` warns about it.
     """
     path = os.path.abspath(os.fspath(path))
     _refuse_existing(path, overwrite)
@@ -176,7 +176,10 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
 
 
 def folder_writes(model) -> list[Write]:
-    """List the tensors to write in the dtypes of the source, with the bits of the source if only loading has changed them."""
+    """List the tensors to write, in the dtypes of the source.
+
+    A tensor that only loading has rounded gets the bits of the source.
+    """
     source = getattr(model, "source", None)
     if source is None or not os.path.exists(source.path):
         return model_writes(model)

@@ -1,9 +1,9 @@
 """Translate `config.json` to ModelConfig and back.
 
-Every key is read (HANDLED), must have one particular value (FIXED), or is known not to change the logits (HARMLESS, with
-the reason). Any other key is refused, because ignoring an unknown key is how a port goes silently wrong. The spellings
-of transformers 4 and 5 are both read. `families` holds what differs between model families, and `dms_keys` reads the
-`dms_*` keys. Begin with `model_config`.
+Every key is read (HANDLED), must have one particular value (FIXED), or is known not to change the logits (HARMLESS,
+with the reason). Any other key is refused, because ignoring an unknown key is how a port goes silently wrong. The
+spellings of transformers 4 and 5 are both read. `families` holds what differs between model families, and `dms_keys`
+reads the `dms_*` keys. Begin with `model_config`.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ HANDLED = {
     "eos_token_id",
     "pad_token_id",
 }
-# The only supported value of each key; a null value or a missing key is fine, too. The decoder lacks what others switch on.
+# The only supported value of each key, which may also be null or missing. Other values need features of the decoder
+# that do not exist.
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
@@ -223,8 +224,8 @@ def _refuse_unknown(raw: dict) -> None:
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Return theta and the scaling of rotary frequencies.
 
-    transformers 5 keeps both in `rope_parameters`. Earlier, `rope_theta` was a key of its own, and `rope_scaling` was an
-    object with `rope_type`, or with `type` in the oldest files.
+    transformers 5 keeps both in `rope_parameters`. Earlier, `rope_theta` was a key of its own, and `rope_scaling` was
+    an object with `rope_type`, or with `type` in the oldest files.
     """
     given = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
     if not all(isinstance(part, dict) for part in given):

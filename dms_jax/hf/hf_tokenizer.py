@@ -22,7 +22,7 @@ class Tokenizer:
         self.inner, self.where = tokenizer, where
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids [T] of a text, without `bos_id`; `add_bos` tells whether the model expects it before a document."""
+        """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`."""
         return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:

@@ -4,7 +4,7 @@ from dms_jax.config import ModelConfig
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Count the weights that every token is multiplied by: projections, MLP and output embedding, but no input embedding."""
+    """Count the weights that every token is multiplied by: all matrices except the input embedding."""
     heads = (2 * config.num_q_heads + 2 * config.num_kv_heads) * config.head_dim
     layer = config.hidden_size * heads + 3 * config.hidden_size * config.intermediate_size
     return config.num_layers * layer + config.vocab_size * config.hidden_size
@@ -19,7 +19,7 @@ def attention_flops(config: ModelConfig, length: int) -> float:
 
 
 def step_flops(config: ModelConfig, length: int, mode: str) -> float:
-    """FLOPs per token of a retrofit step: the forward passes of student and teacher, and the backward pass of the student.
+    """FLOPs per token of a retrofit step: two forward passes (student, teacher) and the backward pass of the student.
 
     The backward pass computes the gradients of activations and, unless `mode` is "adapter", of weights. Attention takes
     two matrix products in the forward pass and five in the backward pass.

@@ -130,7 +130,10 @@ def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) ->
 
 
 def _operands(rest: str) -> list[str]:
-    """Return the names of the operands, which end at the closing parenthesis of the call. Tilings in shapes nest parentheses."""
+    """Return the names of the operands, which end at the closing parenthesis of the call.
+
+    Tilings in shapes nest parentheses.
+    """
     depth = itertools.accumulate(({"(": 1, ")": -1}.get(letter, 0) for letter in rest), initial=1)
     inside = rest[: next((end for end, open_ in enumerate(depth) if not open_), len(rest)) - 1]
     return re.findall(r"%([\w.\-]+)", inside) or re.findall(r"[\w.\-]+", inside)

@@ -1,8 +1,8 @@
 """Estimate the bytes per device of a retrofit step without compiling it, and read those of a compiled program.
 
-Weights and optimizer state are exact, because their shards are counted. The other parts are fitted to what XLA allocates
-for H100, v5e and v5p; the total is within 15% of the compiler's (docs/scale.md, `pytest -m aot`). Memory peaks either in
-the loss or in the backward pass of a layer. Begin with `estimated_memory`.
+Weights and optimizer state are exact, because their shards are counted. The other parts are fitted to what XLA
+allocates for H100, v5e and v5p; the total is within 15% of the compiler's (docs/scale.md, `pytest -m aot`). Memory
+peaks either in the loss or in the backward pass of a layer. Begin with `estimated_memory`.
 """
 
 from typing import Any, NamedTuple
@@ -139,7 +139,7 @@ def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:
 
 
 def _widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Count the channels of the residual stream, of the MLP, and of queries, keys, values and attention output together."""
+    """Count the channels of the residual stream, of the MLP, and of all heads (queries, keys, values and output)."""
     heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
     return config.hidden_size, config.intermediate_size, heads
 

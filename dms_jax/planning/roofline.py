@@ -99,8 +99,8 @@ def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat:
         3 if mode == "adapter" else 4
     )
     attention = attention_flops(config, length) * (2 + again + 2.5)
-    # Elements per token that the forward pass of a layer reads and writes: norms and residual stream, heads with RoPE, MLP.
-    # The backward pass moves twice as many elements.
+    # Elements per token that the forward pass of a layer reads and writes: norms and residual stream, heads with RoPE,
+    # MLP. The backward pass moves twice as many elements.
     heads = (6 * config.num_q_heads + 6 * config.num_kv_heads) * config.head_dim
     elements = 17 * config.hidden_size + heads + 6 * config.intermediate_size
     logits = 4.0 * config.vocab_size * 8  # fp32 logits of both models, in about eight passes
@@ -125,7 +125,10 @@ TOTAL_FORMULA = "products + attention + memory + max(0, communication - products
 
 
 def step_time(work: StepWork, devices: int, weight_bytes: float, sent_bytes: float, rates: Rates) -> StepTime:
-    """Predict the time of a step in which each device does its part of `work`, reads `weight_bytes` and sends `sent_bytes`."""
+    """Predict the time of a step.
+
+    Each device does its part of `work`, reads `weight_bytes` in addition, and sends `sent_bytes`.
+    """
     return StepTime(
         products=work.products / devices / rates.products,
         attention=work.attention / devices / rates.attention,
@@ -135,7 +138,10 @@ def step_time(work: StepWork, devices: int, weight_bytes: float, sent_bytes: flo
 
 
 def sent_bytes(collectives: Iterable) -> dict[str, float]:
-    """Sum up the bytes that each device sends in a step, by kind of collective. The collectives are from `hlo_collectives`."""
+    """Sum up the bytes that each device sends in a step, by kind of collective.
+
+    The collectives are from `hlo_collectives`.
+    """
     total: dict[str, float] = {}
     for collective in collectives:
         total[collective.kind] = total.get(collective.kind, 0.0) + collective.sent * collective.executions
@@ -143,7 +149,7 @@ def sent_bytes(collectives: Iterable) -> dict[str, float]:
 
 
 def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> float:
-    """Bytes of bf16 weights that each device reads per micro-batch: its tensor-parallel part of the model, once per pass."""
+    """Bytes of bf16 weights that each device reads per micro-batch: its shard over the model axis, once per pass."""
     passes = 2 + (remat == "full") + (1 if mode == "adapter" else 2)
     return 2.0 * matmul_parameters(config) / model * passes
 
@@ -159,7 +165,10 @@ EXCHANGED = (
 def exchanged_bytes(
     config: ModelConfig, mesh: MeshSizes, tokens: float, accumulate: int, mode: str
 ) -> dict[str, float]:
-    """Estimate the bytes that each device sends in a step of `tokens` tokens, by kind of collective. EXCHANGED explains how."""
+    """Estimate the bytes that each device sends in a step of `tokens` tokens, by kind of collective.
+
+    EXCHANGED explains how.
+    """
     n, m, c = mesh.shards, mesh.model, mesh.context
     output = config.vocab_size * config.hidden_size / m
     layers = matmul_parameters(config) / m - output

@@ -77,9 +77,9 @@ def serving_plan(
 ) -> ServingPlan:
     """Plan the arm `dense` and one arm for each nominal compression ratio in `ratios`.
 
-    `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands for
-    the memory of the hardware. `headroom` is capacity / mean live pairs. Raises ConfigError if the context exceeds the
-    model's limit or the weights do not fit into the memory.
+    `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands
+    for the memory of the hardware. `headroom` is capacity / mean live pairs. Raises ConfigError if the context exceeds
+    the model's limit or the weights do not fit into the memory.
     """
     limit, name = config.context_limit()
     if context > limit:
@@ -215,7 +215,10 @@ def copy_bandwidth(elements: int = 1 << 25) -> float:
 
 
 def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) -> list[str]:
-    """Say in sentences whether DMS helps here. The first of `arms` is dense, the last has the highest compression ratio."""
+    """Say in sentences whether DMS helps here.
+
+    The first of `arms` is dense, the last has the highest compression ratio.
+    """
     dense, best = arms[0], arms[-1]
     if context <= window + 1:
         return [

@@ -85,8 +85,8 @@ def read_steps(path: Path) -> list[dict]:
 def read_records(path: Path) -> list[dict]:
     """Return the objects of all intact lines of a metrics file, in order.
 
-    Unlike `files.read_jsonl`, this skips damaged lines anywhere, because a damaged log must not prevent a run from being
-    resumed.
+    Unlike `files.read_jsonl`, this skips damaged lines anywhere, because a damaged log must not prevent a run from
+    being resumed.
     """
     return [record for line in path.read_bytes().split(b"\n") if (record := _record(line)) is not None]
 

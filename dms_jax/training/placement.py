@@ -11,7 +11,7 @@ from dms_jax.training.data.rows import Batch
 
 
 def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array of rows [B ...]: rows are split over the data axis, all other axes are replicated."""
+    """Return the sharding of an array of rows [B ...]: B is split over the data axis, other axes are replicated."""
     return named_sharding(("batch",) + (None,) * (len(shape) - 1), shape, mesh)
 
 
@@ -24,7 +24,10 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def place(host: Batch, mesh: Mesh, batch_size: int | None = None, first: int = 0) -> Batch:
-    """Make a global batch on the mesh. `host` holds its rows from row `first` on: all of them, or at least `local_rows`."""
+    """Make a global batch on the mesh.
+
+    `host` holds its rows from row `first` on: all of them, or at least `local_rows`.
+    """
 
     def globally(rows: Any) -> Any:
         shape = (batch_size or len(rows), *rows.shape[1:])

@@ -1,7 +1,7 @@
 """The configuration of a retrofit: every key with its default, its range and its meaning.
 
-Importing this module does not load JAX, so that `--help`, which prints the keys, is instant. The defaults are the recipe
-for the embedded default model (docs/experiments.md); configs/train/ holds recipes for larger models.
+Importing this module does not load JAX, so that `--help`, which prints the keys, is instant. The defaults are the
+recipe for the embedded default model (docs/experiments.md); configs/train/ holds recipes for larger models.
 """
 
 import contextlib
@@ -42,7 +42,10 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of optax.adamw. Betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`)."""
+    """Settings of optax.adamw.
+
+    Betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`).
+    """
 
     learning_rate: Annotated[float, Above(0), "peak learning rate"] = 1e-4
     warmup_steps: Annotated[int, AtLeast(0), "steps of linear warm-up"] = 0
@@ -160,9 +163,9 @@ class RetrofitConfig:
         return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
 
 
-# The run of the embedded default is so short that it learns only with decision_shift 0, where a token decides about itself.
-# Every head needs the attention sink, and the sink's own hidden state is easy to recognize. With decision_shift 1, the
-# next token would have to recognize it (docs/experiments.md). Other models get 1, NVIDIA's convention, by default.
+# The run of the embedded default is so short that it learns only with decision_shift 0, where a token decides about
+# itself. Every head needs the attention sink, and the sink's own hidden state is easy to recognize. If decision_shift
+# is 1, the next token would have to recognize it (docs/experiments.md). Other models get 1 by default, as NVIDIA's do.
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
 # Keys that may differ when a run is resumed, because they do not affect the trained weights.

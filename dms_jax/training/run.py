@@ -20,8 +20,8 @@ from dms_jax.training.stop_signal import stop_signals
 def retrofit(config: RetrofitConfig, *, resume: bool = False, accept_changes: bool = False) -> int:
     """Run a retrofit up to the exported model. JAX must have been started for `config.mesh`.
 
-    `resume`: continue from the newest checkpoint. `accept_changes`: do so even if settings differ from the checkpoint's.
-    Returns the number of the signal that stopped the run early, or 0.
+    `resume`: continue from the newest checkpoint. `accept_changes`: do so even if settings differ from the
+    checkpoint's. Returns the number of the signal that stopped the run early, or 0.
     """
     make_folder(Path(config.output))  # before anything slow, so that a read-only folder is reported at once
     run = prepare(config)
@@ -57,7 +57,10 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def closing_checkpoints(run: PreparedRun) -> Iterator[None]:
-    """Complete the checkpoints at the end. Turn a full disk or device memory into a ConfigError that says what was saved."""
+    """Complete the checkpoints at the end.
+
+    Turn a full disk or device memory into a ConfigError that says what was saved.
+    """
     try:
         yield
         run.checkpoints.close()

@@ -36,7 +36,10 @@ def target_advice(length: int, dms: DMSConfig) -> str | None:
 
 
 class RunMonitor:
-    """Check the metrics of each step. Earlier alarms are read from the log, so that a resumed run does not repeat them."""
+    """Check the metrics of each step.
+
+    Earlier alarms are read from the log, so that a resumed run does not repeat them.
+    """
 
     def __init__(self, metrics: Path | None = None):
         """Read the earlier alarms from `metrics`, the log of the run so far."""

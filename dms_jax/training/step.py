@@ -1,9 +1,9 @@
 """The retrofit step as pure functions of (state, frozen, batch): loss, gradients, update and held-out rows.
 
-The loss is the distillation from the dense teacher plus a one-sided compression loss. The gradients of the micro-batches
-add up to exactly that of the whole batch. Mode `adapter` trains only the evict head, so the teacher is the same frozen
-base; `full` and `borrowed` train all weights against a separate frozen teacher. Begin with `RetrofitStep.losses`;
-`step_functions` compiles these functions for a mesh.
+The loss is the distillation from the dense teacher plus a one-sided compression loss. The gradients of the
+micro-batches add up to exactly that of the whole batch. Mode `adapter` trains only the evict head, so the teacher is
+the same frozen base; `full` and `borrowed` train all weights against a separate frozen teacher. Begin with
+`RetrofitStep.losses`; `step_functions` compiles these functions for a mesh.
 """
 
 from dataclasses import dataclass
@@ -94,7 +94,8 @@ class RetrofitStep:
         student, teacher = self.student_model(trainable, frozen), self.teacher_model(trainable, frozen)
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
 
-        # Hidden states and decisions of the student. In the first steps of `borrowed`, the channel is freed and nothing is evicted.
+        # Hidden states and decisions of the student. In the first steps of `borrowed`, the channel is freed and nothing
+        # is evicted.
         ramping = step < c.first_gated_step
 
         def free():
@@ -245,8 +246,8 @@ def take_apart(
 ) -> tuple[RetrofitStep, Params, Params]:
     """Split the models into (mathematics, parameters that train, frozen parameters).
 
-    `teacher` is the separate dense model of `full` and `borrowed`; None for `adapter`. Models that consist of shapes only
-    (`abstract_model`), on a mesh of hardware that need not be at hand, give shapes in place of parameters.
+    `teacher` is the separate dense model of `full` and `borrowed`; None for `adapter`. Models that consist of shapes
+    only (`abstract_model`), on a mesh of hardware that need not be at hand, give shapes in place of parameters.
     """
     student, params = ModelStructure(model), flatten(model)
     evict_head = frozenset(flatten(model, EvictParam))

@@ -36,7 +36,9 @@ class OnMesh:
 
 @dataclass(frozen=True, eq=False)
 class StepFunctions:
-    """The compiled functions of a run. The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
+    """The compiled functions of a run.
+
+    The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
 
     `step` and `free_channel` donate the state that they are given. The functions take the arguments of the methods of
     `RetrofitStep` with the same names (`step` those of `update`).
@@ -52,7 +54,10 @@ class StepFunctions:
     finite_gradients: OnMesh
 
     def initial_state(self, trainable: Params) -> TrainState:
-        """Make the state before the first step. It may share buffers with `trainable`, which the first step then donates."""
+        """Make the state before the first step.
+
+        It may share buffers with `trainable`, which the first step then donates.
+        """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
         # Master weights are fp32 for any compute dtype, because bf16 weights would lose updates of this size.
         master = jax.jit(

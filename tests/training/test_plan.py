@@ -33,7 +33,7 @@ QWEN = f"{MODELS}/qwen3-8b.json"
 
 @pytest.fixture(autouse=True, scope="module")
 def simulated_devices():
-    """Start the devices of conftest.py before `plan.main` asks for one device, which later test files would be left with."""
+    """Start the devices of conftest.py first, because `plan.main` asks for one device, which would be left for later tests."""
     assert jax.device_count() > 1
 
 
@@ -373,7 +373,8 @@ def test_estimate_is_within_15_percent_of_the_compilers(capsys, arguments):
     assert found["estimated_bytes_per_device"] == pytest.approx(found["bytes_per_device"]["total"], rel=0.15)
     sent, compiled = step_plan.estimated_exchange(plan.setting_of(options)), found["collective_bytes_per_device"]
     assert sent.get("all-gather", 0) == pytest.approx(compiled.get("all-gather", 0), rel=0.15, abs=2**28)
-    # TPU compilers form sums in several ways. The GPU compiler of jax 0.10.2 sends a sixth more on 2x2x2 than that of 0.11.2.
+    # TPU compilers form sums in several ways. On 2x2x2, the GPU compiler of jax 0.10.2 sends a sixth more than that of
+    # jax 0.11.2.
     if hardware_of(options.hardware).platform == "gpu":
         assert sum(sent.values()) == pytest.approx(sum(compiled.values()), rel=0.2, abs=2**28)
 

@@ -1,4 +1,7 @@
-"""A run has the same results on every mesh, in every mode, over several processes, and with KV heads that no mesh axis divides."""
+"""A run has the same results on every mesh, in every mode and over several processes.
+
+This also holds for numbers of KV heads that no mesh axis divides.
+"""
 
 import functools
 import os

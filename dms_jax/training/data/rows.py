@@ -17,7 +17,10 @@ PADDING = -1  # segment id of padding, which no document has
 
 
 class Batch(NamedTuple):
-    """The rows of one step, or one host's part of them. The arrays are NumPy arrays, or JAX arrays once placed on a mesh."""
+    """The rows of one step, or one host's part of them.
+
+    The arrays are NumPy arrays, or JAX arrays once placed on a mesh.
+    """
 
     tokens: "Array"  # int32 [B, T]
     segment_ids: (
@@ -28,7 +31,10 @@ class Batch(NamedTuple):
 
 
 class Rows:
-    """Fixed-length rows over a token store. Row r consists of the pieces first[r] to first[r+1]-1, each a range of the store."""
+    """Fixed-length rows over a token store.
+
+    Row r consists of the pieces first[r] to first[r+1]-1, each a range of the store.
+    """
 
     def __init__(
         self, ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray, length: int, layout: str, pad_short: bool = False

@@ -1,7 +1,7 @@
 """Tokenize documents into a cache, and split them into training and held-out rows: the link from `documents` to `rows`.
 
-A text document becomes [bos] ids [eos], with eos if the tokenizer has one and bos only if the tokenizer sets `add_bos`. A
-chat is formatted by the chat template. Ids from .npy files stay as they are. The result is a function of (content,
+A text document becomes [bos] ids [eos], with eos if the tokenizer has one and bos only if the tokenizer sets `add_bos`.
+A chat is formatted by the chat template. Ids from .npy files stay as they are. The result is a function of (content,
 tokenizer, seed); neither the order of the files nor the number of hosts matters. Begin with `load_rows`.
 """
 
@@ -129,7 +129,10 @@ class TokenStore(NamedTuple):
 
 
 def cache_folder(cache_dir: str | Path, name: str) -> Path:
-    """Make the folder `name` in `cache_dir` and return it. `cache_dir` "" is dms_jax in the cache folder of the user."""
+    """Make the folder `name` in `cache_dir` and return it.
+
+    `cache_dir` "" is dms_jax in the cache folder of the user.
+    """
     try:
         base = (
             Path(cache_dir).expanduser()
@@ -358,7 +361,10 @@ def _rows(
 
 
 def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, HeldOutBy]:
-    """Return (training tokens of each document, how the others were chosen). The other tokens are held out: all, or the end."""
+    """Return (training tokens of each document, how the others were chosen).
+
+    The other tokens are held out: all, or the end.
+    """
     if fraction == 0:
         return sizes, "nothing"
     distinct, which = np.unique(hashes, return_inverse=True)

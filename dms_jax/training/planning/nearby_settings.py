@@ -47,9 +47,9 @@ def nearest(setting: StepSetting, analytic: bool, say: Callable[[str], None]) ->
 def nearby(setting: StepSetting) -> Iterator[tuple[str, StepSetting]]:
     """Yield (description of the changes, setting) for nearby settings.
 
-    The changes come in this order: remat, accumulate, more devices on the model axis and then on the context axis, shorter
-    rows, more hardware. remat and accumulate stay changed; the other changes are tried one at a time. The number of rows
-    per step never changes.
+    The changes come in this order: remat, accumulate, more devices on the model axis and then on the context axis,
+    shorter rows, more hardware. remat and accumulate stay changed; the other changes are tried one at a time. The
+    number of rows per step never changes.
     """
     changes: dict[str, str] = {}
 
@@ -79,7 +79,7 @@ def nearby(setting: StepSetting) -> Iterator[tuple[str, StepSetting]]:
 
 
 def _on_meshes(setting: StepSetting, hardware: Hardware, meshes: Iterator[tuple[int, ...]]) -> Iterator[StepSetting]:
-    """Yield the setting, with one row per micro-batch, on each mesh that its rows and the model's heads can be split over."""
+    """Yield the setting on each mesh that its rows and the model's heads can be split over, one row at a time."""
     for mesh in meshes:
         if setting.step.batch_size % mesh[0] == 0 and mesh[1] <= setting.model.num_q_heads:
             moved = dataclasses.replace(setting, hardware=hardware, mesh=mesh)

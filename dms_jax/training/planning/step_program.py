@@ -77,8 +77,8 @@ def _shard_bytes(shapes: Any) -> float:
 def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
     """Return the seconds of a step on this machine's CPU, and a description of how they were measured.
 
-    Models with one and with two layers and random weights are timed; the difference is the time of each further layer. A
-    step of more than MAX_TIMED_FLOPS is timed with shorter rows and scaled by its FLOPs.
+    Models with one and with two layers and random weights are timed; the difference is the time of each further layer.
+    A step of more than MAX_TIMED_FLOPS is timed with shorter rows and scaled by its FLOPs.
     """
     layers, length, scale = setting.model.num_layers, setting.step.length, 1.0
     how = "measured here: models of 1 and 2 layers with random weights, extrapolated to all layers"
