@@ -172,13 +172,13 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
-    near = None if plan.value("fits") else nearest(setting, analytic, say)
-    figures.append(Figure("nearest", near, "", "analytic" if analytic else "compiled"))
-    if near is None and not plan.value("fits"):
+    alternative = None if plan.value("fits") else nearest(setting, analytic, say)
+    figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
+    if alternative is None and not plan.value("fits"):
         state = plan.value("bytes_per_device.weights") + plan.value("bytes_per_device.optimizer")
-        least = math.ceil(hardware.count * state / plan.value("memory_per_device"))
+        num_devices = math.ceil(hardware.count * state / plan.value("memory_per_device"))
         note = "analytic: number of devices whose memory holds the shards of weights and optimizer state alone"
-        figures.append(Figure("least_devices", least, "devices", "analytic", note=note))
+        figures.append(Figure("least_devices", num_devices, "devices", "analytic", note=note))
     return RetrofitPlan(options.model, setting, plan.implementation, not_compiled, figures)
 
 

@@ -57,10 +57,10 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
         raise ConfigError(f"{path} is damaged: its header does not hold a policy ({why})") from why
     if dms is None or dms.variant != "projection":
         raise ConfigError(f"{path} is damaged: its header does not hold a projection policy")
-    here = base_hash(model)
-    if trained_on != here:
+    base = base_hash(model)
+    if trained_on != base:
         raise ConfigError(
-            f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {here[:12]}..."
+            f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {base[:12]}..."
         )
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
     tensors.verify()

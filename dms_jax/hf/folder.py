@@ -184,13 +184,13 @@ def folder_writes(model) -> list[Write]:
     if source is None or not os.path.exists(source.path):
         return model_writes(model)
     tensors, _, _ = open_source(source.path)
-    held = set(tensors.names())
+    source_names = set(tensors.names())
 
     def dtype_of(name, ours):
-        return tensors.dtype(name) if name in held and EVICT not in name else ours
+        return tensors.dtype(name) if name in source_names and EVICT not in name else ours
 
     def untouched(name, value):
-        if name not in held or jnp.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
+        if name not in source_names or jnp.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
             return None  # loading was exact, so casting back is exact too
         original = tensors.read(name)
         return original if np.array_equal(original.astype(value.dtype), value) else None

@@ -212,10 +212,10 @@ def _refuse_unknown(raw: dict) -> None:
     for key in sorted(raw.keys() - known):
         if key.startswith("_"):  # private to transformers: paths, hashes, attention implementation
             continue
-        near = get_close_matches(key, read, n=1)
+        similar = get_close_matches(key, read, n=1)
         hint = (
-            f"did you mean {near[0]}?"
-            if near
+            f"did you mean {similar[0]}?"
+            if similar
             else "read it in dms_jax/hf/hf_config.py, or list it in HARMLESS there with the reason"
         )
         raise ConfigError(f"unknown key `{key}` may change the mathematics; {hint}")

@@ -195,10 +195,12 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
 
     An extra tensor means that the file belongs to another kind of model.
     """
-    wanted = {name: entry.layout.file_shape for entry in table for name in entry.names}
-    have = {name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")}  # recomputed from config.json
-    missing, extra = sorted(wanted.keys() - have), sorted(have - wanted.keys())
-    if config.tie_word_embeddings and HEAD in extra and EMBED in have:
+    expected = {name: entry.layout.file_shape for entry in table for name in entry.names}
+    present = {
+        name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")
+    }  # recomputed from config.json
+    missing, extra = sorted(expected.keys() - present), sorted(present - expected.keys())
+    if config.tie_word_embeddings and HEAD in extra and EMBED in present:
         extra.remove(HEAD)
         _check_tied(tensors)
     if missing:
@@ -209,7 +211,7 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
             f"{tensors.where} has {len(extra)} tensors that its configuration does not ask for: {shorten(extra)}"
             + ("; for an evict head set dms_separate_alpha to true in config.json" if policy else "")
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         got = tensors.shape(name)
         if got != shape:
             padded = name in (EMBED, HEAD) and len(got) == 2 and got[1] == shape[1] and got[0] > shape[0]

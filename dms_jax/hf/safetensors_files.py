@@ -87,21 +87,21 @@ def open_folder(folder: str) -> SafetensorsFiles:
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
     # Only plain file names are allowed, because a downloaded index must not make us read outside its folder.
-    if strange := [
+    if invalid := [
         name
         for name in file_of.values()
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
     ]:
         raise ConfigError(
-            f"{index} names {shown(strange[0])}, which is not a .safetensors file in its folder; download the folder again"
+            f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder again"
         )
     files = sorted(set(file_of.values()))
-    absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
-    if absent:
-        raise ConfigError(f"{folder} lacks {shorten(absent)}, which {INDEX} names; download the folder again")
+    missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise ConfigError(f"{folder} lacks {shorten(missing)}, which {INDEX} names; download the folder again")
     tensors = SafetensorsFiles(folder, [os.path.join(folder, name) for name in files])
-    if unheld := sorted(file_of.keys() - tensors.names()):
-        raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not hold: {shorten(unheld)}")
+    if missing := sorted(file_of.keys() - tensors.names()):
+        raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not contain: {shorten(missing)}")
     return tensors
 
 

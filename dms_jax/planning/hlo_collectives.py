@@ -35,9 +35,7 @@ class Collective(NamedTuple):
     kind: str  # one of KINDS
     bytes: int  # size of the operands on one device, per execution
     executions: int  # product of the trip counts of the enclosing loops; an unknown trip count is taken as 1
-    group_size: (
-        int  # number of devices that exchange data; 2 for a permutation, in which each device sends to one other
-    )
+    group_size: int  # number of devices that exchange data; 2 for a permutation, where each device sends to one other
     name: str
     loops: int  # number of enclosing loops
     shapes: tuple[tuple[int, ...], ...]  # shapes of the results on one device
@@ -94,24 +92,24 @@ def collectives(compiled_text: str) -> list[Collective]:
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
     computations: dict[str, list[_Instruction]] = {}
-    entry, here = None, None
+    entry, current = None, None
     for line in text.splitlines():
-        if here is None:
+        if current is None:
             if (match := _COMPUTATION.match(line)) is not None:
-                here = computations.setdefault(match[2], [])
+                current = computations.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
         elif line.startswith("}"):
-            here = None
+            current = None
         elif (match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))) is not None:
-            here.append(_Instruction(*match.groups()))
+            current.append(_Instruction(*match.groups()))
     return computations, entry
 
 
 def _called(i: _Instruction) -> list[str]:
     names = [
         name
-        for _, one, several in _CALLED.findall(i.rest)
-        for name in ([one] if one else re.findall(r"[\w.\-]+", several))
+        for _, single, several in _CALLED.findall(i.rest)
+        for name in ([single] if single else re.findall(r"[\w.\-]+", several))
     ]
     return names if i.opcode != "while" else re.findall(r"\bbody=%?([\w.\-]+)", i.rest)
 

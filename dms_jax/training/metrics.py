@@ -32,9 +32,9 @@ class MetricsFile:
         """
         if resumed_at is not None and self.path.exists():
             try:
-                kept = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
+                lines = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
                 with replacing(self.path) as file:
-                    file.write_bytes(b"".join(line + b"\n" for line in kept))
+                    file.write_bytes(b"".join(line + b"\n" for line in lines))
             except OSError as why:
                 raise ConfigError(
                     f"cannot rewrite {self.path} for the resumed run: {why}; free some space, or move the file away"

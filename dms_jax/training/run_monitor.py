@@ -71,7 +71,7 @@ class RunMonitor:
 
     def _stuck_heads(self, metrics: dict[str, float], per_head: np.ndarray) -> list[tuple[str, str]]:
         """Find heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did neither."""
-        if _wanted_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
+        if _target_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
             return []
         keeps = "right for heads that look far back; for others, raise loss.compression_weight, or set loss.scope=head"
         evicts = "right for local heads; for others, lower optimizer.learning_rate, or set loss.scope=head"
@@ -110,24 +110,24 @@ class RunMonitor:
         return [{"watch/spike": ratio, "watch/first_example": examples[0], "watch/last_example": examples[1]}]
 
 
-def _wanted_fraction(metrics: dict[str, float]) -> float:
-    """The fraction of decisions that should evict."""
+def _target_fraction(metrics: dict[str, float]) -> float:
+    """Return the fraction of decisions that should evict."""
     return 1 - 1 / metrics["cache/target_cr"]
 
 
 def _collapse(metrics: dict[str, float]) -> list[tuple[str, str]]:
     """Return (alarm, text) if the model as a whole evicts nothing, everything or far too much."""
-    wanted, evicted = _wanted_fraction(metrics), metrics["cache/evict_fraction"]
+    target, evicted = _target_fraction(metrics), metrics["cache/evict_fraction"]
     found = []
-    if wanted > 0.2 and evicted < 0.01:
+    if target > 0.2 and evicted < 0.01:
         advice = "raise optimizer.learning_rate or loss.compression_weight"
-        found.append(("keeps", f"nothing is evicted although the target is {wanted:.0%}; {advice}"))
+        found.append(("keeps", f"nothing is evicted although the target is {target:.0%}; {advice}"))
     if evicted > 0.99:
         found.append(("evicts", "everything outside the window is evicted; lower optimizer.learning_rate"))
-    if wanted > 0.2 and metrics["cache/nominal_cr"] > 2 * metrics["cache/target_cr"]:
+    if target > 0.2 and metrics["cache/nominal_cr"] > 2 * metrics["cache/target_cr"]:
         ratios = f"{metrics['cache/nominal_cr']:.1f} is over twice its target {metrics['cache/target_cr']:.1f}"
         found.append(
-            ("overshoots", f"the nominal ratio {ratios}; the loss does not push back, lower optimizer.learning_rate")
+            ("overshoots", f"the nominal ratio {ratios}, and the loss does not lower it; lower optimizer.learning_rate")
         )
     return found
 

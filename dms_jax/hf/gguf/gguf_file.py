@@ -52,8 +52,8 @@ class GGUFTensors:
         self.tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
         if EMBED not in self.tensors:
             raise ConfigError(f"{path} lacks the tensor token_embd.weight")
-        if bad := [name for name in (EMBED, HEAD) if name in self.tensors and len(self.shape(name)) != 2]:
-            raise ConfigError(f"{path}: {bad[0]} must be a matrix, got shape {list(self.shape(bad[0]))}")
+        if misshapen := [name for name in (EMBED, HEAD) if name in self.tensors and len(self.shape(name)) != 2]:
+            raise ConfigError(f"{path}: {misshapen[0]} must be a matrix, got shape {list(self.shape(misshapen[0]))}")
         if self.tied:
             finer = max((EMBED, HEAD), key=lambda name: self._bits(name))
             self.tensors[EMBED] = self.tensors[finer]

@@ -116,10 +116,10 @@ def _read_parquet(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
     except ImportError as why:
         raise ConfigError(f'{name} needs pyarrow: pip install "dms-jax[data]"') from why
     with parquet.ParquetFile(name) as file:
-        wanted = [key for key in (keys.text, keys.messages) if key in file.schema_arrow.names]
-        if not wanted:
+        columns = [key for key in (keys.text, keys.messages) if key in file.schema_arrow.names]
+        if not columns:
             raise ConfigError(f"{name} must have a column {keys}, got {', '.join(file.schema_arrow.names)}")
-        records = (record for batch in file.iter_batches(columns=wanted[:1]) for record in batch.to_pylist())
+        records = (record for batch in file.iter_batches(columns=columns[:1]) for record in batch.to_pylist())
         yield from _read_records(name, enumerate(records, 1), keys)
 
 

@@ -370,16 +370,16 @@ def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) ->
     distinct, which = np.unique(hashes, return_inverse=True)
     # Copies of a document count together, because they are on the same side of the split.
     weights = np.bincount(which, sizes).astype(np.int64)
-    budget, held = fraction * weights.sum(), np.zeros(len(distinct), bool)
+    budget, held_out = fraction * weights.sum(), np.zeros(len(distinct), bool)
     order, tokens = np.argsort(mix(distinct, seed, 2), kind="stable").tolist(), 0
     for document in order:
         if tokens + weights[document] <= budget:
-            held[document], tokens = True, tokens + weights[document]
+            held_out[document], tokens = True, tokens + weights[document]
     if tokens >= budget / 2:
-        return np.where(held[which], 0, sizes), "document"
+        return np.where(held_out[which], 0, sizes), "document"
     spare = [document for document in order if budget < weights[document] <= MAX_HELD_OUT_SHARE * weights.sum()]
     if spare:
-        held[spare[0]] = True
-        return np.where(held[which], 0, sizes), "document"
+        held_out[spare[0]] = True
+        return np.where(held_out[which], 0, sizes), "document"
     ends = np.where((weights > budget)[which] & (sizes > 1), np.maximum(1, (sizes * fraction).astype(np.int64)), 0)
-    return np.where(held[which], 0, sizes - ends), "position"
+    return np.where(held_out[which], 0, sizes - ends), "position"

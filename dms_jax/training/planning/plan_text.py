@@ -36,14 +36,16 @@ def step_text(plan: RetrofitPlan) -> str:
     ]
     if plan.not_compiled:
         lines.append(f"estimated, not compiled: {plan.not_compiled}")
-    near = figures.pop("nearest").value
+    alternative = figures.pop("nearest").value
     if figures["fits"].value:
         lines.append("It fits.")
-    elif near is None:
+    elif alternative is None:
         lines.append("IT DOES NOT FIT, and neither does any nearby setting; see least_devices.")
     else:
-        size, seconds = near["total_bytes_per_device"] / GIB, near["seconds_per_step"]
-        lines.append(f"IT DOES NOT FIT, but this does: {near['change']} ({size:.2f} GiB, {seconds:.2f} s per step).")
+        size, seconds = alternative["total_bytes_per_device"] / GIB, alternative["seconds_per_step"]
+        lines.append(
+            f"IT DOES NOT FIT, but this does: {alternative['change']} ({size:.2f} GiB, {seconds:.2f} s per step)."
+        )
     device_hours = ", ".join(
         f"{shown(figure.value * hardware.count, 'h').removesuffix(' h')} to CR {name.removeprefix('hours_to_cr')}"
         for name, figure in figures.items()

@@ -97,9 +97,9 @@ def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
     if length < setting.step.length:
         scale = flops(setting.step.length) / flops(length)
         how += f", and from rows of {length} to rows of {setting.step.length} tokens by FLOPs"
-    one = seconds(1)
-    further = max(seconds(2) - one, 0.0) * (layers - 1) if layers > 1 else 0.0
-    return (one + further) * scale, how
+    one_layer = seconds(1)
+    further = max(seconds(2) - one_layer, 0.0) * (layers - 1) if layers > 1 else 0.0
+    return (one_layer + further) * scale, how
 
 
 def timed(setting: StepSetting, mesh: Mesh) -> float:
