@@ -37,8 +37,13 @@ class DMSConfig:
         float, AtLeast(1), "nominal compression ratio that training aims at; 1 evicts nothing [dms_cr]"
     ] = 8.0
     tau: Annotated[float, Above(0), "temperature of the relaxed (soft) eviction gate in training [dms_tau]"] = 0.1
-    evict_logit_scale: Annotated[float, "scale in: evict logit = scale * raw - bias [dms_alpha_scale]"] = 100.0
-    evict_logit_bias: Annotated[float, "bias in: evict logit = scale * raw - bias [dms_initial_alpha_offset]"] = 5.0
+    evict_logit_scale: Annotated[
+        float,
+        "evict logit = scale * raw - bias, where raw is what the variant computes; this is the scale [dms_alpha_scale]",
+    ] = 100.0
+    evict_logit_bias: Annotated[
+        float, "the bias in the evict logit; a larger bias evicts less at the start [dms_initial_alpha_offset]"
+    ] = 5.0
     granularity: Annotated[
         Literal["head", "layer"],
         "head: each KV head decides for itself; layer: KV head 0 decides for its whole layer [dms_alpha_per]",

@@ -22,7 +22,10 @@ MAX_INT = 2**31 - 1  # the largest size or count, because JAX indexes with int32
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold. Bounds are inclusive unless `exclusive_min` or `exclusive_max` is set."""
+    """The finite numbers that a field may hold.
+
+    Bounds are inclusive unless `exclusive_min` or `exclusive_max` is set.
+    """
 
     min: float
     max: float = math.inf
@@ -42,14 +45,17 @@ class Range:
 
 
 def AtLeast(number: float) -> Range:
+    """Range of the numbers >= `number`."""
     return Range(number)
 
 
 def Above(number: float) -> Range:
+    """Range of the numbers > `number`."""
     return Range(number, exclusive_min=True)
 
 
 def Between(low: float, high: float, *, exclusive_max: bool = False) -> Range:
+    """Range of the numbers from `low` to `high`, without `high` itself if `exclusive_max`."""
     return Range(low, high, exclusive_max=exclusive_max)
 
 
@@ -82,6 +88,8 @@ def keys_help(config: Any, path: str = "") -> str:
             continue
         plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
         choices = typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+        if plain is bool:
+            choices = "true", "false"
         allowed = " | ".join(map(str, choices)) if choices else range_of(kind)
         lines = [f"  {path}{name} = {_as_yaml(value)}" + (f"  ({allowed})" if allowed else "")]
         lines += textwrap.wrap(meaning_of(kind), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)

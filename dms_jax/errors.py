@@ -8,6 +8,9 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
 
 class ConfigError(ValueError):
     """A mistake that a user can fix: in an option, a configuration or a file.
@@ -22,10 +25,6 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # an int with more digits than Python is willing to print
         return f"a {type(value).__name__} too large to print"
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 @contextlib.contextmanager

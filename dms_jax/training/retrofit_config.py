@@ -48,9 +48,11 @@ class OptimizerConfig:
     """
 
     learning_rate: Annotated[float, Above(0), "peak learning rate"] = 1e-4
-    warmup_steps: Annotated[int, AtLeast(0), "steps of linear warm-up"] = 0
+    warmup_steps: Annotated[int, AtLeast(0), "number of steps of linear warm-up"] = 0
     decay_fraction: Annotated[
-        float, Between(0, 1), "last part of the steps, over which the rate falls linearly to a tenth of its peak"
+        float,
+        Between(0, 1),
+        "fraction of the steps, at the end, over which the rate falls linearly to a tenth of its peak",
     ] = 0.3
     b1: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's first moment"] = 0.9
     b2: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's second moment"] = 0.95
@@ -67,7 +69,10 @@ class OptimizerConfig:
 class RetrofitConfig:
     """One run of `python -m train.retrofit`."""
 
-    model: Annotated[str, 'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct'] = ""
+    model: Annotated[
+        str,
+        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct, for which dms.decision_shift is 0 by default',
+    ] = ""
     data: DataConfig = DataConfig()
     output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
     mode: Annotated[
@@ -117,15 +122,15 @@ class RetrofitConfig:
     ] = 0
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    eval_every: Annotated[int, AtLeast(0), "steps between validations; 0: validate only at the end"] = 0
-    eval_rows: Annotated[int, AtLeast(1), "held-out rows per validation"] = 10
+    eval_every: Annotated[int, AtLeast(0), "number of steps between validations; 0: validate only at the end"] = 0
+    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 10
     calibration_rows: Annotated[
         int,
         AtLeast(0),
         "number of training rows on which the eviction threshold is raised after training until the realised compression "
         "ratio is not above its target; 0: keep the threshold at 0",
     ] = 4
-    save_every: Annotated[int, AtLeast(1), "steps between checkpoints"] = 50
+    save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
     keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
     tensorboard: Annotated[bool, 'also write OUTPUT/tensorboard (pip install "dms-jax[log]")'] = False
 
