@@ -98,8 +98,8 @@ def test_dry_run_prints_its_plan_and_writes_nothing(settings, capsys):
         "attention.evict_proj",
         "P(None, 'data', 'model')",
         "MiB",
-        "8 rows of 48 tokens a step",
-        "a checkpoint every 2",
+        "8 rows of 48 tokens",
+        "checkpoint every 2",
         "memory of the compiled step",
     ):
         assert phrase in out, phrase

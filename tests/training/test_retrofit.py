@@ -97,7 +97,7 @@ def test_modes_that_train_all_weights_export_too(settings, mode):
     assert exported.config.dms.variant == ("borrowed" if mode == "borrowed" else "projection")
     ids = tokens(np.random.default_rng(5), 2, 40)
     assert not np.array_equal(exported.dense(ids), base.dense(ids))
-    refuses(arguments(settings, mode=mode, steps=4), "already holds a run")
+    refuses(arguments(settings, mode=mode, steps=4), str(settings["output"]), "--resume")
 
 
 def test_killed_run_resumes_bit_for_bit(settings, tmp_path):
@@ -218,7 +218,7 @@ def test_damaged_checkpoints_are_skipped_and_reported(settings, capsys):
 
 def test_resumed_run_must_have_the_same_settings_and_base(settings, tmp_path):
     assert main(arguments(settings)) == 0
-    refuses(arguments(settings), "already holds a run", "--resume")
+    refuses(arguments(settings), str(settings["output"]), "--resume")
     refuses(
         arguments(settings, "--resume", dms__window_size=5, seed=3),
         "dms.window_size: 6 -> 5; seed: 0 -> 3",
