@@ -1,14 +1,14 @@
-"""dms_jax: Dynamic Memory Sparsification for pretrained language models, in JAX.
+"""Dynamic Memory Sparsification for pretrained language models, in JAX.
 
-The names in `__all__` are the public surface. Each is imported when it is first used, so that importing a light
-submodule, such as a command that only prints `--help`, does not load JAX.
+The names in `__all__` are the public API; begin with `load`, `prefill` and `generate`. Each name is imported when it is
+first used, so that a light submodule, such as a command that only prints `--help`, can be imported without loading JAX.
 """
 
 import importlib
 
 __version__ = "0.1.0"
 
-_HOME = {
+_HOME = {  # public name -> the module that defines it
     "ConfigError": "errors",
     "DMSConfig": "config",
     "ModelConfig": "config",

@@ -1,4 +1,4 @@
-"""The program `dms-jax`, which is also `python -m dms_jax`: it runs the command that its first argument names."""
+"""The program `dms-jax`, also typed `python -m dms_jax`. It runs the command that its first argument names."""
 
 import functools
 import importlib
@@ -8,10 +8,23 @@ from dms_jax import __version__
 from dms_jax.command import DOORS, run_command
 from dms_jax.errors import suggestion
 
+SUMMARIES = {
+    "retrofit": "train a pretrained model to evict keys and values, by distillation from itself",
+    "plan": "predict whether a retrofit or a server fits on named hardware, and how fast it is",
+    "generate": "continue text with a model over a compact cache: prompts or a chat",
+    "evaluate": "measure what cache policies cost: divergence, answers to tasks, live tokens",
+    "hyperscale": "measure whether more or longer samples pay off with a compressed cache",
+    "report": "draw an HTML page and figures from the results of `evaluate`",
+}
 USAGE = f"""usage: dms-jax COMMAND [options]
+       dms-jax --version
 
-commands: {", ".join(DOORS)}
-Type `dms-jax COMMAND --help` for the options of a command."""
+Dynamic Memory Sparsification: train and run language models that learn which keys and values to forget.
+
+commands:
+{chr(10).join(f"  {name:<12}{summary}" for name, summary in SUMMARIES.items())}
+
+`dms-jax COMMAND --help` lists the options of a command and shows examples."""
 
 
 def main() -> None:

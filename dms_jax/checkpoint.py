@@ -1,7 +1,8 @@
-"""Orbax checkpoints of what a run trains: parameters, optimizer state and step. The frozen base is named by its hash, not copied.
+"""Orbax checkpoints of the state that a run trains: parameters, optimizer state and step.
 
-A checkpoint is complete only if it has Orbax's commit marker, its metadata, and the fingerprint of the numbers that were saved. All
-others are skipped with a reason. An entry that is in the way and is not a checkpoint is moved aside, never deleted.
+The frozen base is identified by its hash, not copied. A checkpoint is usable only if it has Orbax's commit marker, its
+metadata, and contents that match the fingerprint taken when it was saved. Others are skipped, and the reason is
+reported. An entry of the folder that is in the way but is not a checkpoint is moved aside, never deleted.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run: `save` in the background, `restore_latest` onto any mesh."""
+    """The checkpoints of one run. `save` writes in the background; `restore_latest` reads onto any mesh."""
 
     def __init__(self, folder: Path, keep: int = 2):
-        """`keep`: how many complete checkpoints stay. Older ones are removed after a newer one is committed."""
+        """Open or make the folder. Only the newest `keep` complete checkpoints stay; older ones are removed."""
         self.folder, self._damaged = folder, set()
         training = ocp.training
         try:
@@ -52,33 +53,37 @@ class Checkpoints:
             raise ConfigError(f"cannot write checkpoints to {folder}: {why}") from why
 
     def save(self, step: int, state: Any, metadata: dict, *, wait: bool = False) -> None:
-        """Write `state` as `step`. Returns once the arrays are copied off the devices, so that they may be donated, or with `wait` once
-        the checkpoint is committed. Raises ConfigError if this checkpoint, or the one before, cannot be written."""
+        """Write `state` as the checkpoint of `step`.
+
+        Returns as soon as the arrays are copied off the devices, so that they may be donated; with `wait`, returns when
+        the checkpoint is committed. Raises ConfigError if this checkpoint, or the previous one, cannot be written.
+        """
         if step in self.steps() and step not in self._damaged:
             return
         metadata = metadata | {"fingerprint": fingerprint(state)}
         if jax.default_backend() == "cpu":  # Orbax would write from the very buffers that the next step donates
             state = jax.tree.map(jnp.copy, state)
             jax.block_until_ready(state)
-        how = self._orbax.save if wait else self._orbax.save_async
+        write = self._orbax.save if wait else self._orbax.save_async
         with self._explained(f"cannot write checkpoint {step}"):
-            how(step, state, force=True, overwrite=True, custom_metadata=metadata)
+            write(step, state, force=True, overwrite=True, custom_metadata=metadata)
         self._damaged.discard(step)
 
     def steps(self) -> list[int]:
-        """The steps of the complete checkpoints, oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit() and (p / COMMIT_MARKER).exists())
 
     def metadata(self, step: int) -> dict:
-        """The metadata that was saved beside the arrays of `step`."""
+        """Return the metadata that was saved with the arrays of `step`."""
         # pyrefly: ignore[no-matching-overload]  # Orbax takes any JSON; `save` writes a dict
         return dict(self._orbax.checkpointables_metadata(step).custom_metadata or {})
 
     def restore_latest(self, like: Any, check: Callable[[dict], None]) -> Restored | None:
-        """The newest usable checkpoint, placed as `like` (ShapeDtypeStructs with shardings); None if there are no checkpoints.
+        """Return the newest usable checkpoint, or None if there are no checkpoints.
 
-        `check(metadata)` raises ConfigError if the checkpoint belongs to another run. Raises ConfigError if there are checkpoints but
-        none is usable, because a run must not start over unnoticed.
+        `like` holds the shapes, dtypes and shardings of the state to return. `check(metadata)` raises ConfigError if a
+        checkpoint belongs to another run. If there are checkpoints but none is usable, ConfigError is raised, because a
+        run must not start over unnoticed.
         """
         skipped, damaged = list(self._aside), list(self._unreadable)
         for step in reversed(self.steps()):
@@ -99,7 +104,7 @@ class Checkpoints:
                     if metadata.get("fingerprint", {}).get(name, value) != value
                 ]
                 if wrong:
-                    raise ValueError(f"the numbers of {wrong[0]} are not those that were saved")
+                    raise ValueError(f"the contents of {wrong[0]} do not match the fingerprint taken when it was saved")
             except Exception as why:
                 damaged.append(f"{step}: {_first_line(why)}")
                 self._damaged.add(step)
@@ -112,13 +117,17 @@ class Checkpoints:
         return None
 
     def close(self) -> None:
-        """Wait until everything is committed. Raises ConfigError if it cannot be written."""
+        """Wait until the last checkpoint is committed. Raises ConfigError if it cannot be written."""
         with self._explained("cannot complete the last checkpoint"):
             self._orbax.close()
 
     def _move_aside(self) -> tuple[list[str], list[str]]:
-        """Rename entries that only look like checkpoints, and checkpoints with damaged metadata. Returns the reasons for both, the same in
-        all processes. Orbax would count the former and one day delete them, and it does not open a folder with one of the latter."""
+        """Rename incomplete checkpoints, and complete ones with damaged metadata, so that Orbax does not see them.
+
+        Orbax would count incomplete checkpoints and delete them in time, and it cannot open a folder in which a
+        checkpoint has damaged metadata. Returns the reasons for the incomplete and for the damaged ones; every process
+        returns the same.
+        """
         entries = sorted(
             (p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True
         )
@@ -126,7 +135,7 @@ class Checkpoints:
         unreadable = {
             path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None
         }
-        # Move nothing, so that the next run refuses as well.
+        # No checkpoint is usable. Move nothing, so that the next run is refused as well.
         if unreadable and len(incomplete) + len(unreadable) == len(entries):
             raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
         new = {path: _free(path) for path in (*incomplete, *unreadable)}
@@ -134,33 +143,36 @@ class Checkpoints:
         if jax.process_index() == 0:
             for path in new:
                 path.rename(new[path])
-        multihost_utils.sync_global_devices("entries are moved aside")
+        multihost_utils.sync_global_devices("the entries are moved aside")
         reason = lambda path, why: f"{path.name}: {why} (kept as {new[path].name})"
-        never_completed = [reason(path, "it was never completed") for path in reversed(incomplete)]
-        return never_completed, [reason(path, why) for path, why in unreadable.items()]
+        incomplete_reasons = [reason(path, "it was never completed") for path in reversed(incomplete)]
+        return incomplete_reasons, [reason(path, why) for path, why in unreadable.items()]
 
     def _none_usable(self, damaged: list[str]) -> ConfigError:
         return ConfigError(
-            f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to begin at step 0"
+            f"no checkpoint in {self.folder} is usable ({'; '.join(damaged)}); move that folder away to start at step 0"
         )
 
     @contextlib.contextmanager
     def _explained(self, what: str) -> Iterator[None]:
-        """Turn an error of the disk into one line that names the newest complete checkpoint."""
+        """Turn any error while writing into a ConfigError that names the newest complete checkpoint."""
         try:
             yield
         except ConfigError:
             raise
-        except Exception as why:  # OSError, and what Orbax and TensorStore raise in their threads
+        except Exception as why:  # OSError, or whatever Orbax and TensorStore raise in their threads
             steps = self.steps()
-            left = f"the newest complete one is of step {steps[-1]}" if steps else "none is complete"
+            newest = f"the newest complete checkpoint is {steps[-1]}" if steps else "no checkpoint is complete"
             raise ConfigError(
-                f"{what} in {self.folder}: {_first_line(why)}; {left}. Make room, then go on with --resume"
+                f"{what} in {self.folder}: {_first_line(why)}; {newest}. Free some space, then continue with --resume"
             ) from why
 
 
 def fingerprint(state: Any) -> dict[str, int]:
-    """A hash of each array by its path, over all its bits and their places; the same on any mesh."""
+    """Hash every array of a pytree, by its path.
+
+    The hash covers all bits and their positions and is the same on any mesh.
+    """
     named = {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
     return {name: int(x) for name, x in jax.device_get(_fingerprint(named)).items()}
 
@@ -180,20 +192,23 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(x: jax.Array) -> jax.Array:
-    """The finalizer of MurmurHash3: each bit depends on all others, so that changes do not cancel in a sum."""
+    """Apply the finalizer of MurmurHash3.
+
+    It makes each bit depend on all others, so that changes do not cancel in a sum.
+    """
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
 
 
 def _free(path: Path) -> Path:
-    """An unused name beside `path` which says that the entry is not a checkpoint."""
+    """Return an unused path beside `path` whose name says that the entry is not a checkpoint."""
     names = (path.with_name(path.name + ASIDE + (f".{number}" if number else "")) for number in itertools.count())
     return next(name for name in names if not name.exists())
 
 
 def _unreadable(path: Path) -> str | None:
-    """The reason why the metadata of a checkpoint cannot be read; None if it can."""
+    """Return the reason why the metadata of a checkpoint cannot be read; None if it can."""
     try:
         # pyrefly: ignore[no-matching-overload]  # as in `Checkpoints.metadata`
         metadata = dict(ocp.checkpointables_metadata(str(path.absolute())).custom_metadata or {})

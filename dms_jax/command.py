@@ -1,6 +1,6 @@
-"""The shared parts of all commands: option parsing, one-line errors, starting the devices.
+"""Helpers that all commands share: parsing options, reporting an error in one line, starting the devices.
 
-Importing it does not load JAX.
+Importing this module does not load JAX, so that `--help` is instant.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dms_jax.errors import ConfigError, suggestion
 
-DOORS = {  # each command and the module that runs it in a checkout; an installed wheel has only `dms-jax NAME`
+# Each command, and the module that runs it in a checkout. An installed wheel has `dms-jax NAME` only.
+DOORS = {
     "retrofit": "train.retrofit",
     "plan": "train.plan",
     "generate": "infer.generate",
@@ -25,17 +26,20 @@ DOORS = {  # each command and the module that runs it in a checkout; an installe
 
 
 def typed_as(name: str) -> str:
-    """The command `name` as the user types it: `dms-jax NAME` if started that way, else `python -m DOOR`."""
+    """Return the command `name` as the user types it.
+
+    That is `dms-jax NAME` if this process was started that way, else `python -m DOOR`.
+    """
     started = Path(sys.argv[0])
     if started.name == "dms-jax" or started.parts[-2:] == ("dms_jax", "__main__.py"):
         return f"dms-jax {name}"
-    return f"python -m {DOORS.get(name, name)}"  # a benchmark is its own door
+    return f"python -m {DOORS.get(name, name)}"  # the name of a benchmark is its module
 
 
 class Parser(argparse.ArgumentParser):
-    """The argument parser of the command `name`, whose module docstring `doc` becomes the description in `--help`.
+    """The argument parser of the command `name`; `doc`, its module's docstring, is the description in `--help`.
 
-    An error is one line on stderr. For an unknown option it suggests the nearest known one.
+    An error is printed in one line on stderr. The message about an unknown option suggests the nearest known one.
     """
 
     def __init__(self, name: str, doc: str | None, **options):
@@ -63,7 +67,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, main: Callable[[], int | None]) -> None:
-    """Run the `main` of the command `name` and exit with its code. A ConfigError is one line on stderr and code 2."""
+    """Run the `main` of the command `name` and exit with its code.
+
+    A ConfigError becomes one line on stderr and code 2.
+    """
     name = typed_as(name).removeprefix("python -m ")
     try:
         code = main() or 0
@@ -83,19 +90,19 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
 
 
 def one_line(why: Exception | str, limit: int = 1000) -> str:
-    """A message as one printable line of about `limit` characters.
+    """Return a message as one printable line of at most about `limit` characters.
 
-    Unprintable characters are replaced, a long middle is cut out.
+    Unprintable characters are replaced, and the middle of a long message is cut out.
     """
     text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(why).split()))
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]} ... {text[-limit // 3 :]}"
 
 
 def start_devices(num_devices: int, distributed: str = "") -> None:
-    """Start JAX with `num_devices` devices, which a CPU simulates. Must be called before anything else uses JAX.
+    """Start JAX with `num_devices` devices; a CPU simulates them. Call this before anything else uses JAX.
 
     `distributed`: "" for one process; "auto" lets JAX detect Slurm, Open MPI, Kubernetes or a TPU pod;
-    "HOST:PORT,COUNT,INDEX" gives the address of the coordinator, the number of processes and the index of this one.
+    "HOST:PORT,COUNT,INDEX" gives the address of the coordinator, the number of processes and the index of this process.
     """
     import jax
 
@@ -108,10 +115,8 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             raise ConfigError(f'--distributed must be "auto" or HOST:PORT,COUNT,INDEX, got {distributed!r}') from None
         if num_devices % processes:
             raise ConfigError(f"--mesh: {num_devices} devices cannot be divided evenly among {processes} processes")
-    if distributed != "auto":  # with "auto", JAX learns the number of processes too late, so each has one CPU device
-        with contextlib.suppress(
-            RuntimeError
-        ):  # JAX is already running (a notebook, a test); the mesh counts its devices
+    if distributed != "auto":  # with "auto", the number of processes is not known yet, so each gets one CPU device
+        with contextlib.suppress(RuntimeError):  # JAX is already running, in a notebook or a test
             jax.config.update("jax_num_cpu_devices", num_devices // processes)
     if distributed:
         try:
@@ -133,10 +138,10 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc reuse large buffers.
+    """Make glibc reuse large buffers.
 
-    By default it maps each temporary of a step anew, and the page faults made small-block attention up to twice as slow
-    on two cores.
+    By default glibc maps every large temporary buffer of a step anew. The page faults made attention with small blocks
+    up to twice as slow on two cores.
     """
     import ctypes
 

@@ -20,29 +20,40 @@ OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 class DMSConfig:
     """The learned eviction policy of one model.
 
-    Source: DMS, arXiv:2506.05345; in brackets the released `dms_*` keys.
+    Source: DMS, arXiv:2506.05345. The meaning of a field ends with its `dms_*` key in released models, in brackets.
     """
 
     variant: Annotated[
         Literal["projection", "borrowed"],
-        "the evict logit is a linear map of its own, or the last channel of the first query head of each group",
+        "where the evict logit comes from. projection: a linear map of its own; borrowed: the last channel of the first query "
+        "head of each group",
     ] = "projection"
     window_size: Annotated[
-        int, AtLeast(0), "a marked pair stays visible to this many later queries [dms_window_size]"
+        int,
+        AtLeast(0),
+        "number of later queries that still see a pair once it is marked for eviction [dms_window_size]",
     ] = 256
-    target_cr: Annotated[float, AtLeast(1), "nominal CR that training aims at; 1 is dense [dms_cr]"] = 8.0
-    tau: Annotated[float, Above(0), "temperature of the relaxed gate in training [dms_tau]"] = 0.1
-    evict_logit_scale: Annotated[float, "evict logit = scale * raw - bias [dms_alpha_scale]"] = 100.0
-    evict_logit_bias: Annotated[float, "evict logit = scale * raw - bias [dms_initial_alpha_offset]"] = 5.0
+    target_cr: Annotated[
+        float, AtLeast(1), "nominal compression ratio that training aims at; 1 evicts nothing [dms_cr]"
+    ] = 8.0
+    tau: Annotated[float, Above(0), "temperature of the relaxed (soft) eviction gate in training [dms_tau]"] = 0.1
+    evict_logit_scale: Annotated[
+        float,
+        "evict logit = scale * raw - bias, where raw is what the variant computes; this is the scale [dms_alpha_scale]",
+    ] = 100.0
+    evict_logit_bias: Annotated[
+        float, "the bias in the evict logit; a larger bias evicts less at the start [dms_initial_alpha_offset]"
+    ] = 5.0
     granularity: Annotated[
-        Literal["head", "layer"], "each KV head decides for itself, or KV head 0 for all of its layer [dms_alpha_per]"
+        Literal["head", "layer"],
+        "head: each KV head decides for itself; layer: KV head 0 decides for its whole layer [dms_alpha_per]",
     ] = "head"
     decision_shift: Annotated[
-        Literal[0, 1], "pair t is marked by the logit of token t + 1 (1, NVIDIA) or of its own token (0, FastDMS)"
+        Literal[0, 1], "which logit decides about pair t. 1: that of token t + 1 (NVIDIA); 0: that of token t (FastDMS)"
     ] = 1
     zero_borrowed: Annotated[
         Literal["none", "pre", "pre+post"],
-        "when the borrowed channel is zeroed: never, before RoPE, before and after it",
+        "when the borrowed channel is set to zero. none: never; pre: before RoPE; pre+post: before and after RoPE",
     ] = "pre+post"
 
     def __post_init__(self):
@@ -72,7 +83,7 @@ Size = Annotated[int, AtLeast(1)]
 class ModelConfig:
     """Shape and mathematics of a decoder: the part of `config.json` that changes the numbers."""
 
-    model_type: str  # "llama", "mistral", "qwen2", "qwen3"; the other fields hold what follows from it
+    model_type: str  # "llama", "mistral", "qwen2" or "qwen3"; the fields below already hold all that depends on it
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
@@ -89,7 +100,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen 3: RMSNorm over head_dim of queries and keys
-    sliding_window: int | None = None  # the model's own; longer rows are refused
+    sliding_window: int | None = None  # attention window of the model itself, not of a policy; longer rows are refused
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -109,7 +120,7 @@ class ModelConfig:
 
     @property
     def group_size(self) -> int:
-        """Query heads per key/value head."""
+        """Number of query heads that share a KV head."""
         return self.num_q_heads // self.num_kv_heads
 
     def context_limit(self) -> tuple[int, str]:
@@ -120,11 +131,13 @@ class ModelConfig:
         return min(limits)
 
     def require_dms(self) -> DMSConfig:
-        """Return `dms`. Raises ValueError for a model without a policy."""
+        """Return `dms`; raise ValueError for a model without a learned policy."""
         if self.dms is None:
-            raise ValueError("this model has no eviction policy; load it with dms=DMSConfig(...) or call model.dense")
+            raise ValueError(
+                "this model has no learned eviction policy; load it with dms=DMSConfig(...) or call model.dense"
+            )
         return self.dms
 
     def with_dms(self, dms: DMSConfig | None) -> "ModelConfig":
-        """Return a copy with another learned policy, or with none."""
+        """Return a copy with `dms` as its learned policy, or without one if `dms` is None."""
         return dataclasses.replace(self, dms=dms)

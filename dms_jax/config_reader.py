@@ -1,10 +1,12 @@
-"""The strict builder that turns plain values (YAML, JSON, `--set a.b=c`) into frozen configurations, and the ranges of their fields.
+"""Turn plain values (YAML, JSON, `--set a.b=c`) into frozen configuration dataclasses, strictly.
 
-A field states its range and its meaning in its type, `steps: Annotated[int, AtLeast(1), "optimizer steps in all"] = 55`.
-`check_ranges`, called from `__post_init__`, holds every instance to the range, however it was made; `keys_help` prints both.
+A field states its range and its meaning in its type: `steps: Annotated[int, AtLeast(1), "number of steps"] = 55`.
+`check_ranges`, called from `__post_init__`, checks the ranges of every instance, however it was made. `keys_help`
+prints ranges and meanings for `--help`. Begin with `build`.
 """
 
 import dataclasses
+import json
 import math
 import textwrap
 import types
@@ -15,12 +17,15 @@ from typing import Annotated, Any, Literal
 from dms_jax.errors import ConfigError, shown, suggestion
 from dms_jax.files import parse_yaml
 
-MAX_INT = 2**31 - 1  # of any size or count: JAX indexes with int32
+MAX_INT = 2**31 - 1  # the largest size or count, because JAX indexes with int32
 
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a field may hold; bounds are inclusive unless `exclusive_min` or `exclusive_max`."""
+    """The finite numbers that a field may hold.
+
+    Bounds are inclusive unless `exclusive_min` or `exclusive_max` is set.
+    """
 
     min: float
     max: float = math.inf
@@ -40,35 +45,41 @@ class Range:
 
 
 def AtLeast(number: float) -> Range:
+    """Range of the numbers >= `number`."""
     return Range(number)
 
 
 def Above(number: float) -> Range:
+    """Range of the numbers > `number`."""
     return Range(number, exclusive_min=True)
 
 
 def Between(low: float, high: float, *, exclusive_max: bool = False) -> Range:
+    """Range of the numbers from `low` to `high`, without `high` itself if `exclusive_max`."""
     return Range(low, high, exclusive_max=exclusive_max)
 
 
 def range_of(kind: Any) -> Range | None:
-    """The range in a field's type, `Annotated[int, AtLeast(1)]` or `Annotated[int, AtLeast(1)] | None`."""
+    """Return the range in a field's type, such as `Annotated[int, AtLeast(1)] | None`; None if it has no range."""
     return next((extra for extra in _extras(kind) if isinstance(extra, Range)), None)
 
 
 def meaning_of(kind: Any) -> str:
-    """The explanation in a field's type, `Annotated[int, "rows of a batch"]`; "" if it has none."""
+    """Return the meaning in a field's type, such as `Annotated[int, "rows per batch"]`; "" if it has no meaning."""
     return next((extra for extra in _extras(kind) if isinstance(extra, str)), "")
 
 
 def _extras(kind: Any) -> tuple:
-    """The annotations of a type, or of a member of a union."""
+    """Return the annotations of a type, or of the annotated member of a union."""
     annotated = (part for part in (kind, *typing.get_args(kind)) if typing.get_origin(part) is Annotated)
     return next((typing.get_args(part)[1:] for part in annotated), ())
 
 
 def keys_help(config: Any, path: str = "") -> str:
-    """Every key of a configuration for `--help`: its default, its range or choices, and its meaning."""
+    """List the keys of a configuration for `--help`: the default, the range or choices, and the meaning of each.
+
+    Defaults are printed as YAML, so that they can be copied into a file or after `--set`.
+    """
     blocks = []
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
@@ -77,17 +88,23 @@ def keys_help(config: Any, path: str = "") -> str:
             continue
         plain = typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
         choices = typing.get_args(plain) if typing.get_origin(plain) is Literal else ()
+        if plain is bool:
+            choices = "true", "false"
         allowed = " | ".join(map(str, choices)) if choices else range_of(kind)
-        lines = [f"  {path}{name} = {value!r}" + (f"  ({allowed})" if allowed else "")]
+        lines = [f"  {path}{name} = {_as_yaml(value)}" + (f"  ({allowed})" if allowed else "")]
         lines += textwrap.wrap(meaning_of(kind), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
         blocks.append("\n".join(lines))
     return "\n".join(blocks)
 
 
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
 def check_ranges(config: Any, path: str = "") -> None:
     """Check the fields of a configuration against the ranges in their types. Whole numbers must also fit into an int32.
 
-    `path` comes before the names of its fields in messages, e.g. "dms.".
+    `path`, for example "dms.", precedes the names of the fields in messages.
     """
     plain = typing.get_type_hints(type(config))
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
@@ -107,7 +124,10 @@ _KINDS = {int: "a whole number", str: "text", bool: "true or false", dict: "a ma
 
 
 def build(cls: type, raw: dict, path: str = "") -> Any:
-    """A frozen dataclass from nested plain values; unknown keys and wrong types are errors that name the key."""
+    """Build the dataclass `cls` from nested plain values.
+
+    Unknown keys and wrong types raise errors that name the key.
+    """
     if not isinstance(raw, dict):
         raise ConfigError(f"`{path.rstrip('.') or 'config'}` must be a mapping of keys, got {shown(raw)}")
     known = typing.get_type_hints(cls)
@@ -135,7 +155,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
         return tuple(_coerce(arguments[0], item, path) for item in items)
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            number = float(value)  # YAML 1.1 reads `1e-4` as a string
+            number = float(value)  # PyYAML reads `1e-4` as a string
         except (ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number):
@@ -147,7 +167,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 
 def parse_assignment(assignment: str) -> dict:
-    """The nested plain values of one `--set dotted.key=value`."""
+    """Parse one `--set dotted.key=value` into nested plain values, `{"dotted": {"key": value}}`."""
     key, equals, text = assignment.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set must be key=value, e.g. dms.window_size=256; got {shown(assignment)}")
@@ -159,7 +179,7 @@ def parse_assignment(assignment: str) -> dict:
 
 
 def merge(into: dict, raw: dict) -> None:
-    """Lay nested values over others, in place: a key that is given does not reset its neighbours."""
+    """Merge the nested mapping `raw` into `into`, in place. Keys that `raw` does not contain keep their values."""
     for key, value in raw.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             merge(into[key], value)

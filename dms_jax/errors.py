@@ -1,6 +1,6 @@
-"""The error for everything that a user can fix, and the helpers that its messages share.
+"""`ConfigError`, raised for every mistake that a user can fix, and helpers for the text of its messages.
 
-Imports nothing of the project.
+This module imports nothing from the project.
 """
 
 import contextlib
@@ -8,29 +8,28 @@ import difflib
 import reprlib
 from collections.abc import Iterable, Iterator
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+
 
 class ConfigError(ValueError):
-    """The error for everything that a user can fix.
+    """A mistake that a user can fix: in an option, a configuration or a file.
 
-    Its message is one line: what is wrong, where, and what to do instead.
+    The message is one line that says what is wrong, where, and what to do instead.
     """
 
 
 def shown(value: object) -> str:
-    """The repr of a value for a message, shortened if the value is large, deep or contains itself."""
+    """Return the repr of a value for a message, shortened if the value is large, deeply nested or contains itself."""
     try:
         return _SHORT.repr(value)
     except ValueError:  # an int with more digits than Python is willing to print
         return f"a {type(value).__name__} too large to print"
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
-
-
 @contextlib.contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Let the message of a ConfigError inside begin with the file or option that was being read."""
+    """Put `where`, the file or option being read, in front of the message of any ConfigError raised inside."""
     try:
         yield
     except ConfigError as why:
@@ -38,7 +37,7 @@ def naming(where: object) -> Iterator[None]:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: "did you mean x?" if a known name is close, else "known: a, b, c"."""
+    """Return "did you mean x?" if `name` is close to a known name, else "known: a, b, c": the end of a message."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"

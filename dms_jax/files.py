@@ -1,7 +1,8 @@
 """Strict reading of files that a person or another program wrote, and atomic replacement of our own.
 
-Nothing in a foreign file is ignored silently: duplicate keys, text that is not UTF-8 and runaway nesting are a
-`ConfigError` that names the file, and the line where there is one.
+Nothing in a foreign file is ignored silently: duplicate keys, text that is not UTF-8 and excessive nesting raise a
+`ConfigError` that names the file and, where possible, the line. Begin with `read_json`, `read_jsonl` and `read_yaml`
+for reading, and with `replacing` for writing.
 """
 
 import contextlib
@@ -17,20 +18,20 @@ from dms_jax.errors import ConfigError, shown
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file."""
+    """Return the text of a UTF-8 file."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as why:
         line = why.object[: why.start].count(b"\n") + 1
         raise ConfigError(f"cannot read {path}, line {line}: not UTF-8 ({why.reason}); convert the file") from why
-    except (OSError, ValueError) as why:  # ValueError: a path that holds a NUL
+    except (OSError, ValueError) as why:  # ValueError: the path contains a NUL character
         raise ConfigError(f"cannot read {path}: {why}") from why
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """The value of a JSON text. `where` begins the message about an invalid one.
+    """Parse JSON. `where` names the source of the text and begins the message about invalid JSON.
 
-    Duplicate keys are refused, because Python's parser would silently keep the last.
+    Duplicate keys are refused, because Python's parser would silently keep the last one.
     """
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
@@ -41,7 +42,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict:
-    """The mapping in a JSON file."""
+    """Return the object in a JSON file."""
     raw = parse_json(read_text(path), os.fspath(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
@@ -49,12 +50,12 @@ def read_json(path: str | os.PathLike[str]) -> dict:
 
 
 def read_jsonl(path: str | os.PathLike[str], torn_tail_ok: bool = False) -> Iterator[tuple[str, Any]]:
-    """The values in a file of JSON lines, each as ("FILE, line N", value) for messages. Blank lines are skipped.
+    """Yield ("FILE, line N", value) for each line of a JSON Lines file; the place is for messages. Skip blank lines.
 
-    `torn_tail_ok`: ignore a last line that has no newline and does not parse, which is what a killed writer leaves
-    behind.
+    `torn_tail_ok`: ignore a last line that does not parse and does not end in a newline. A killed writer leaves such a
+    line behind.
     """
-    lines = read_text(path).removeprefix("\ufeff").split("\n")  # Windows editors begin a file with this mark
+    lines = read_text(path).removeprefix("\ufeff").split("\n")  # the byte-order mark that Windows editors write
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -78,7 +79,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_yaml(path: str) -> dict:
-    """The mapping in a YAML file, empty for an empty file."""
+    """Return the mapping in a YAML file; {} for an empty file."""
     raw = parse_yaml(read_text(path), f"{path} is not valid YAML")
     if raw is not None and not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, got {type(raw).__name__}")
@@ -86,7 +87,7 @@ def read_yaml(path: str) -> dict:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A YAML loader that refuses duplicate keys in a mapping, of which PyYAML would silently keep the last."""
+    """A YAML loader that refuses duplicate keys in a mapping. PyYAML itself would silently keep the last one."""
 
     def construct_mapping(self, node, deep=False):
         seen = set()
@@ -100,7 +101,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, complaint: str) -> Any:
-    """The value of a YAML text. `complaint` begins the message about an invalid one."""
+    """Parse YAML. `complaint` begins the message about invalid YAML."""
     try:
         return yaml.load(text, _StrictLoader)
     except RecursionError as why:
@@ -110,17 +111,17 @@ def parse_yaml(text: str, complaint: str) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:
-    """Write a JSON file in UTF-8. It appears whole or not at all."""
+    """Write a value as a JSON file in UTF-8. The file appears whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=indent, ensure_ascii=False), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary sibling of the file `path`, for the caller to write.
+    """Yield the path of a temporary file beside `path`, for the caller to write.
 
-    On success it replaces `path` in one step. On any error it is removed and `path` stays as it was. Errors of the
-    operating system are the caller's to report.
+    On success the temporary file replaces `path` in one step. On any error it is removed and `path` stays as it was.
+    An OSError passes through to the caller, who knows what to tell the user.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")

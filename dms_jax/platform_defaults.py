@@ -8,20 +8,25 @@ from dms_jax.sharding import target_device
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """Defaults of one platform. Options of the commands and arguments of the library override them."""
+    """Defaults of one platform. Options of commands and arguments of functions override them."""
 
-    dtype: Literal["float32", "bfloat16"]  # of weights and activations; a CPU multiplies bf16 in software
-    remat: Literal[
-        "full", "matmuls"
-    ]  # what the backward pass recomputes: a CPU has memory to spare, accelerators have FLOPs
-    prefill_chunk: int  # tokens per prefill chunk; scores of a chunk against itself are [B N chunk chunk]
-    attention_block: int  # keys per block of training attention; a block's scores stay in a CPU core's cache
-    slot_block: int  # cache slots per block of decode attention; a block's keys and values stay in a CPU core's cache
-    loop_free_decode: bool  # decode without loops over slots: a GPU asks the host whether each further iteration runs
-    capacity_multiple: int  # cache capacities are rounded up to a multiple of it, as the platform's kernels require
-    unroll_layers: (
-        bool  # keep each layer's weights apart for decoding: XLA on a CPU copies a layer out of a stacked array
-    )
+    # Precision of weights and activations. A CPU multiplies bf16 in software.
+    dtype: Literal["float32", "bfloat16"]
+    # What the backward pass recomputes. A CPU has memory to spare, an accelerator has FLOPs to spare.
+    remat: Literal["full", "matmuls"]
+    # Tokens per prefill chunk. The scores of a chunk against itself take [B N chunk chunk].
+    prefill_chunk: int
+    # Keys per block of training attention. On a CPU, the scores of a block must fit into the cache of a core.
+    attention_block: int
+    # Cache slots per block of decode attention. On a CPU, the pairs of a block must fit into the cache of a core.
+    slot_block: int
+    # Decode without a loop over slots, because XLA on a GPU asks the host before each iteration of a loop.
+    loop_free_decode: bool
+    # Cache capacities are rounded up to a multiple of this number, as the platform's kernels require.
+    capacity_multiple: int
+    # Keep the weights of each layer in arrays of their own for decoding, because XLA on a CPU copies a layer out of a
+    # stacked array before it uses it.
+    unroll_layers: bool
 
 
 DEFAULTS = {
@@ -32,5 +37,5 @@ DEFAULTS = {
 
 
 def platform_defaults(platform: str | None = None) -> PlatformDefaults:
-    """Defaults of the named platform ("cpu", "gpu" or "tpu"), or of the device that the program being traced is for."""
+    """Return the defaults of "cpu", "gpu" or "tpu"; if None, of the platform for which the current program is traced."""
     return DEFAULTS[platform or target_device()[0]]

@@ -1,4 +1,4 @@
-"""The origin of measurements: versions, device and commit, for the first line of every file of numbers."""
+"""Provenance of measurements: versions, devices and commit, for the first line of every file of results."""
 
 import platform
 import subprocess
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def versions() -> dict[str, str | int]:
-    """Versions, devices and commit of the running process."""
+    """Return the versions, the devices and the commit of the running process."""
     import flax
     import jax
     import optax

@@ -1,4 +1,4 @@
-"""Eight simulated devices and strict JAX before anything starts it, and a count of the collected tests that nothing falls out of."""
+"""Eight simulated devices and a strict JAX for all tests, and a count of the collected tests, so that none is lost."""
 
 import collections
 import gc
@@ -29,8 +29,11 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings():
-    """Each compiled program holds memory mappings, of which a process may have 65530: without this, a worker that runs many files
-    is aborted inside the compiler."""
+    """Drop the compiled programs after each file.
+
+    Every compiled program holds memory mappings, of which a process may have 65530. Otherwise, a worker that runs many
+    files would be aborted inside the compiler.
+    """
     yield
     jax.clear_caches()
     gc.collect()

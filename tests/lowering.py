@@ -31,7 +31,10 @@ def abstract_cache(
 def lower_extend(
     config: ModelConfig, cache: CompactCache, mesh: Mesh, length: int = 1, dtype: jnp.dtype = jnp.bfloat16
 ) -> jax.stages.Lowered:
-    """Lower a decode step, or a prefill chunk of `length` tokens. It returns the logits and the cache, whose memory it reuses."""
+    """Lower a decode step, or a prefill chunk of `length` tokens.
+
+    It returns the logits and the cache, whose memory it reuses.
+    """
     template = ModelStructure(model := abstract_model(config, dtype))
     names = list(template.variables)
     params = with_shardings(flatten(model), template.shardings(names, mesh))

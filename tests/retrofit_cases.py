@@ -19,8 +19,9 @@ from dms_jax.training.step import take_apart
 from dms_jax.training.step_functions import step_functions
 
 LENGTH, BATCH = 32, 8
-# At the released scale of 100 and temperature of 0.1, the rounding of the residual stream is a thousand times as large in the gate
-# logits, and with them in the gradients; at 10 and 2 it is five times as large. The faults of a mesh do not depend on these values.
+# At the released scale of 100 and temperature of 0.1, the rounding of the residual stream is a thousand times as large
+# in the gate logits, and with them in the gradients; at 10 and 2 it is five times as large. The faults of a mesh do not
+# depend on these values.
 DMS = DMSConfig(window_size=4, target_cr=4.0, evict_logit_bias=1.0, tau=2.0, evict_logit_scale=10.0)
 CONFIG = RetrofitConfig(
     seed=1,
@@ -89,8 +90,11 @@ def train(run, steps=3, packed=False):
 
 
 def outcome(run, steps=3) -> dict[str, np.ndarray]:
-    """All results of a run of `steps`, on the host of every process: the metrics of each step, and after the first one the gradients (as
-    Adam's first moment, which started at 0) and the updated parameters."""
+    """Return all results of a run of `steps` steps, on the host of every process.
+
+    These are the metrics of each step, and, after the first step, the gradients (as Adam's first moment, which starts at
+    0) and the updated parameters.
+    """
     found = {}
     for i in range(steps):
         metrics = advance(run, batch(i, packed=True))
@@ -111,9 +115,11 @@ def outcome(run, steps=3) -> dict[str, np.ndarray]:
 
 
 def same_outcome(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    """Compare outcomes to 1e-5, gradients relative to their largest entry. Adam's first step moves an entry by the learning rate in the
-    direction of its gradient's sign. Where the gradient is rounding error, rounding decides that sign, so such entries are compared as
-    gradients only."""
+    """Compare outcomes to 1e-5, and gradients relative to their largest entry.
+
+    Adam's first step moves an entry by the learning rate, in the direction of the sign of its gradient. If the gradient
+    is only rounding error, rounding decides the sign, so only the gradients of such entries are compared.
+    """
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         kind = name.split()[0]

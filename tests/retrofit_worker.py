@@ -1,4 +1,7 @@
-"""One of several processes that run a tiny retrofit together. Arguments: ADDRESS COUNT INDEX DEVICES MESH MODE OUT.npz"""
+"""One of several processes that run a tiny retrofit together.
+
+Arguments: ADDRESS COUNT INDEX DEVICES MESH MODE OUT.npz
+"""
 
 import sys
 

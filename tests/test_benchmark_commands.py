@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, what their lines hold, and what they refuse."""
+"""Benchmarks: their arithmetic, the records that they print, and the options that they refuse."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def cases():
     ]
 
 
-def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():
+def test_cases_run_on_xla_equal_their_references_and_can_be_chained():
     for case in cases():
         f = case.run("xla")
         out, wanted = jax.jit(f)(*case.inputs), jax.jit(case.reference)(*case.inputs)
@@ -63,7 +63,7 @@ def test_every_case_runs_on_xla_equals_its_reference_and_can_be_chained():
         chain = Chain(f, case.feed, case.inputs, 2)
         first = jax.tree.map(np.asarray, chain())
         inputs = list(case.inputs)
-        for _ in range(2):  # what the chain did, step by step
+        for _ in range(2):  # repeat what the chain did, step by step
             for index, value in case.feed(tuple(inputs), f(*inputs)).items():
                 inputs[index] = value
         for index, value in first.items():
@@ -82,14 +82,14 @@ def test_every_kernel_has_a_suite_of_its_own_cases():
     assert len(makers) == 6 and all(callable(make) for make in makers)
 
 
-def test_output_that_nobody_reads_ends_quietly():
+def test_output_to_a_closed_pipe_ends_quietly():
     code = "from dms_jax.command import run_command; run_command('a command', lambda: print('x' * 10**6))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
-def test_costs_are_counted():
+def test_cases_count_their_bytes_and_flops():
     case = train_case(1, 16, 2, 1, 8, 4, FP32)
     q, k = case.inputs[:2]
     assert case.min_bytes == 4 * (5 * q.size + 6 * k.size)
@@ -153,7 +153,7 @@ def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, ca
     assert "no time left" in json.dumps(list(kernels.run(kernels.parse(["--quick", "--repeats", "1"]), 0.0)))
 
 
-def test_an_implementation_that_fails_or_is_wrong_says_so_and_the_others_go_on(monkeypatch):
+def test_failing_or_wrong_implementation_is_reported_and_the_others_are_measured(monkeypatch):
     case = update_case(2, 32, 20, 4, 2, 8, FP32, FP32)
 
     def run(name, interpret=False, blocks=None):
@@ -209,7 +209,7 @@ def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
     )
 
 
-def test_an_arm_that_does_not_fit_is_left_out_and_says_so(tiny_shape, monkeypatch, capsys):
+def test_arm_that_does_not_fit_is_skipped_with_a_reason(tiny_shape, monkeypatch, capsys):
     monkeypatch.setattr(decode_benchmark, "free_bytes", lambda: 2**15)
     decode_benchmark.main(
         ["--model", "tiny", "--context", "128", "--cr", "8", "--steps", "1", "--repeats", "1", "--json"]
@@ -226,14 +226,14 @@ def test_an_arm_that_does_not_fit_is_left_out_and_says_so(tiny_shape, monkeypatc
     )
 
 
-def test_prefill_reports_the_ratio_it_really_had(tiny_shape, capsys):
+def test_prefill_reports_the_realised_ratio(tiny_shape, capsys):
     prefill.main(["--model", "tiny", "--context", "128", "--cr", "2", "--repeats", "1", "--json"])
     dense, half = json.loads(capsys.readouterr().out)["prefill"]
     assert dense["realised_cr"] == 1 and 1.2 < half["realised_cr"] < 2.2
 
 
 @pytest.mark.parametrize(
-    ("run", "said"),
+    ("run", "words"),
     [
         (lambda: autotune.main([]), "got a CPU"),
         (lambda: autotune.main(["--repeats", "0"]), "at least 1"),
@@ -245,8 +245,8 @@ def test_prefill_reports_the_ratio_it_really_had(tiny_shape, capsys):
         (lambda: models.load("smollm2-135m", 1, 64, "mosaic"), "mosaic"),
     ],
 )
-def test_refusals(run, said):
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_options_are_refused(run, words):
+    with pytest.raises(ConfigError, match=words):
         run()
 
 
@@ -289,6 +289,6 @@ def test_benchmarks_import_without_the_shape_checkers():
     assert done.returncode == 0 and "Case" in done.stdout, done.stderr
 
 
-def test_a_random_model_has_a_policy_whose_window_fits_the_context():
+def test_random_model_has_a_policy_whose_window_fits_the_context():
     model, weights = models.load("smollm2-135m", 1, 64)
     assert weights == "random" and model.config.dms == DMSConfig(window_size=8) and model.config.num_layers == 1

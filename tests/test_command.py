@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from dms_jax import __version__
+from dms_jax.__main__ import SUMMARIES
 from dms_jax.command import DOORS, Parser, one_line, run_command, start_devices, typed_as
 from dms_jax.errors import ConfigError
 
@@ -22,6 +23,10 @@ def test_console_script_lists_its_commands():
     assert dms_jax("--version").stdout == f"dms-jax {__version__}\n"
 
 
+def test_every_command_has_a_summary():
+    assert list(SUMMARIES) == list(DOORS)
+
+
 def test_unknown_command_exits_with_2_and_one_line():
     done = dms_jax("nope")
     assert done.returncode == 2 and not done.stdout
@@ -29,7 +34,7 @@ def test_unknown_command_exits_with_2_and_one_line():
     assert "did you mean retrofit?" in dms_jax("retrofitt").stderr
 
 
-def test_help_of_a_command_is_typed_as_the_user_typed_it():
+def test_help_shows_commands_as_the_user_typed_them():
     done = dms_jax("report", "--help")
     assert done.returncode == 0 and "dms-jax report" in done.stdout and "python -m infer" not in done.stdout
 
@@ -39,7 +44,7 @@ def test_shared_modules_load_no_jax():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_command_outside_the_console_script_is_typed_by_its_door(monkeypatch):
+def test_typed_form_of_a_command_follows_the_way_it_was_started(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/x/train/retrofit.py"])
     assert typed_as("retrofit") == "python -m train.retrofit"
     monkeypatch.setattr(sys, "argv", ["/usr/bin/dms-jax"])
@@ -88,7 +93,7 @@ def test_closed_pipe_ends_a_command_quietly():
     assert done.returncode == 141 and not done.stderr
 
 
-def test_line_is_printable_and_short():
+def test_one_line_is_printable_and_short():
     assert one_line("a\nb\0c") == "a b\ufffdc"
     assert len(one_line("x" * 10**6, 100)) < 120
 

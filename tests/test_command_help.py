@@ -1,4 +1,4 @@
-"""`--help` of every command, and of their common name, where importing JAX fails."""
+"""`--help` of every command, both as a door and under `dms-jax`, in an environment where importing JAX fails."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ def test_help_imports_no_jax_and_shows_how_to_type_the_command(arguments, withou
     assert ("python -m" in done.stdout) == (len(arguments) == 1)
 
 
-def test_an_unknown_option_is_refused_without_jax(without_jax):
+def test_unknown_option_is_refused_without_jax(without_jax):
     command = [sys.executable, "-m", "infer.evaluate", "--modle", "x"]
     done = subprocess.run(command, cwd=ROOT, env=without_jax, capture_output=True, text=True)
     assert done.returncode == 2 and "--model" in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""What the pages name exists: files, modules, links, and the options of every command line that they show."""
+"""Everything that the pages name exists: files, modules, links, and the options of every command line."""
 
 import ast
 import importlib
@@ -38,7 +38,7 @@ def code_of(text: str) -> tuple[list[str], list[str]]:
 
 
 def missing_path(token: str, page: Path) -> bool:
-    """Is `token` the path of something in the repository that does not exist? Also understands `core/eviction.relax`."""
+    """Is `token` a path in the repository that does not exist? A token may also be like `core/eviction.relax`."""
     token = re.sub(r"^[\w.-]+=", "", token.strip("\"'(),:;")).split("::")[0]
     if re.fullmatch(r"[a-z_]+\.py", token):
         return token not in {path.name for folder in TOP_FOLDERS for path in (ROOT / folder).rglob("*.py")}
@@ -147,7 +147,7 @@ def test_options_of_command_lines_are_known():
             if name == "retrofit":
                 config = parsed.config and str(ROOT / parsed.config)
                 read_config(config, parsed.assignments, parsed.mesh)
-        except (SystemExit, Exception) as why:  # whatever a command does with a line that it does not understand
+        except (SystemExit, Exception) as why:  # a command may raise anything for a line that it does not understand
             wrong.append(f"{where}: {line}\n    {type(why).__name__}: {why}")
         checked += 1
     assert checked > 50 and not wrong, f"{checked} command lines, of which wrong:\n" + "\n".join(wrong)
@@ -162,8 +162,8 @@ def test_tree_names_every_folder_and_flat_module():
     wanted |= {path.name for path in (ROOT / "dms_jax").glob("*.py") if not path.name.startswith("__")}
     assert not (missing := sorted(wanted - named)), f"the tree of docs/README.md lacks {', '.join(missing)}"
     places = [ROOT, ROOT / "dms_jax", *(ROOT / folder for folder in PACKAGE_FOLDERS)]
-    gone = sorted(name for name in named if not any((place / name).exists() for place in places))
-    assert not gone, f"the tree of docs/README.md names {', '.join(gone)}, which do not exist"
+    stale = sorted(name for name in named if not any((place / name).exists() for place in places))
+    assert not stale, f"the tree of docs/README.md names {', '.join(stale)}, which do not exist"
 
 
 def test_pages_are_all_listed_in_the_index():

@@ -1,4 +1,4 @@
-"""Values and names in messages."""
+"""Helpers for messages: shortened values, suggested names and the place of an error."""
 
 import pytest
 

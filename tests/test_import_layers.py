@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Folders and flat modules of dms_jax on one line share a level: they do not import each other, but for modules within one folder and
-# for the flat modules of the first line. A module may import from the lines above its own.
+# The folders and flat modules of dms_jax, one level per line. A module may import from the lines above its own and from
+# its own folder. On the first line, the modules may also import each other.
 LEVELS = [
-    "",
     "axes errors files config_reader config sharding platform_defaults command provenance",
     "core",
     "kernels policies",
@@ -19,19 +18,19 @@ LEVELS = [
     "training reporting",
     "commands",
     "__main__",
-    "",
-][1:-1]
+]
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
-PLANNING_MAY_IMPORT = (
-    "dms_jax.core.cr_schedule"  # beside level 0: planning is optional reading, and nothing of the engine
-)
+PLANNING_MAY_IMPORT = "dms_jax.core.cr_schedule"  # and level 0 only, so that a plan needs neither model nor engine
 ONLY_IN_HF = {"torch", "transformers", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
 MAX_LINES = 400
 MAX_FUNCTION_LINES = 60  # outside kernels
 
 
 def imports(path: Path) -> set[str]:
-    """Modules a file imports, also inside functions; names imported from a package count as its modules."""
+    """Return the modules that a file imports, also inside functions.
+
+    A name imported from a package counts as its module.
+    """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -48,25 +47,28 @@ def sources(folder: str) -> list[Path]:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return the path of every module of the package by its dotted name."""
     named = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sources("dms_jax")}
     return {name.removesuffix(".__init__"): path for name, path in named.items()}
 
 
 def home(module: str) -> str:
-    """The folder or flat module of dms_jax that a dotted name belongs to; "" for dms_jax itself."""
+    """Return the folder or flat module of dms_jax that a dotted name belongs to; "" for dms_jax itself."""
     return module.partition(".")[2].split(".")[0]
 
 
 def test_every_module_has_a_level():
     missing = {home(name) for name in modules() if name != "dms_jax"} - LEVEL.keys()
     assert not missing, missing
-    gone = LEVEL.keys() - {home(name) for name in modules()}
-    assert not gone, gone
+    stale = LEVEL.keys() - {home(name) for name in modules()}
+    assert not stale, stale
 
 
 def may_import(name: str, module: str) -> bool:
-    """Whether the module `name` may import `module`; what is not a module of dms_jax below its public surface always may."""
+    """Decide whether the module `name` may import `module`.
+
+    Other packages and the public names of dms_jax are always allowed.
+    """
     here, there = home(name), home(module)
     if module.split(".")[0] in ("train", "infer", "tests", "benchmarks"):
         return False

@@ -1,4 +1,4 @@
-"""Tests of benchmarks.scale: its tables show the plans, and it does not compile again what the file has."""
+"""Tests of benchmarks.scale: its tables show the plans, and plans that are already in the file are not compiled again."""
 
 import json
 import subprocess
@@ -29,7 +29,7 @@ def test_tables_show_the_plan_and_the_cost_of_the_reference(line, tmp_path, caps
     assert "| 1.00 |" in printed.splitlines()[-1], "the ratio of an estimate to itself"
 
 
-def test_known_lines_are_not_compiled_again(line, tmp_path, monkeypatch, capsys):
+def test_plans_in_the_file_are_not_compiled_again(line, tmp_path, monkeypatch, capsys):
     file, asked = tmp_path / "scale.jsonl", []
     file.write_text(json.dumps(line) + "\n")
 

@@ -16,9 +16,9 @@ GOLDEN = ROOT / "tests" / "golden"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, Path]:
-    """An environment that holds the wheel, and beyond it only this environment's dependencies; and an empty folder to work in."""
+    """The Python of an environment that holds the wheel and the dependencies of this environment, and an empty folder."""
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: setuptools leaves a build folder in the tree that it builds
+    source = folder / "source"  # a copy, because setuptools leaves a build folder in the tree that it builds
     source.mkdir()
     shutil.copytree(ROOT / "dms_jax", source / "dms_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for app in ("train", "infer"):
@@ -67,11 +67,11 @@ print(out.tokens[0].tolist())
 def test_wheel_retrofits_in_three_steps(installed):
     work = installed[1]
     np.save(work / "ids.npy", np.random.default_rng(0).integers(0, 97, (60, 70)).astype(np.int32))
-    pairs = {
-        "model": GOLDEN / "llama3_rope_scaled", "data": "ids.npy", "data.cache_dir": "cache", "output": "run", "steps": 3, "length": 32,
-        "batch_size": 2, "dms.window_size": 4, "dms.target_cr": 2, "eval_rows": 1,
-    }  # fmt: skip
-    settings = [part for key, value in pairs.items() for part in ("--set", f"{key}={value}")]
+    pairs = f"""
+        model={GOLDEN / "llama3_rope_scaled"} data=ids.npy data.cache_dir=cache output=run steps=3 length=32 batch_size=2
+        dms.window_size=4 dms.target_cr=2 eval_rows=1
+    """
+    settings = [part for pair in pairs.split() for part in ("--set", pair)]
     dms_jax = str(Path(installed[0]).with_name("dms-jax"))
     printed = run(installed, dms_jax, "retrofit", "--mesh", "2x1", *settings)
     assert "dms-jax evaluate" in printed and (work / "run" / "export" / "config.json").exists()

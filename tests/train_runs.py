@@ -1,6 +1,7 @@
 """Runs of the real training command, seconds long, on a golden model and random ids."""
 
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -44,7 +45,21 @@ def command(settings, *extra, **changes) -> list[str]:
     return [sys.executable, "-m", "train.retrofit", *arguments(settings, *extra, **changes)]
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start_two_processes(settings, stdout: int) -> list[subprocess.Popen]:
+    """Start one run in two processes that form one mesh. Their stderr is a pipe."""
+    address = f"localhost:{free_port()}"
+    commands = [command(settings, "--distributed", f"{address},2,{i}") for i in range(2)]
+    return [subprocess.Popen(c, cwd=ROOT, stderr=subprocess.PIPE, stdout=stdout, text=True) for c in commands]
+
+
 def trace(output) -> dict[int, tuple]:
+    """Return the losses and the evicted fraction that a run logged, by step."""
     steps = read_steps(Path(output) / "metrics.jsonl")
     assert len({line["step"] for line in steps}) == len(steps), "a step is logged twice"
     return {

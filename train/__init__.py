@@ -1,1 +1,4 @@
-"""Commands that train, as they are typed in a checkout; their code is in `dms_jax.commands` and `dms_jax.training`."""
+"""Commands for training, as they are typed in a checkout.
+
+Their code is in `dms_jax.commands`; begin with `retrofit`.
+"""

@@ -1,4 +1,4 @@
-"""Predict whether a retrofit fits and how long it takes, or how many users a server holds, without weights and without the hardware.
+"""Predict whether a retrofit fits on named hardware and how long it takes, or how many users a server can hold.
 
 python -m train.plan --model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8
 python -m train.plan --model FOLDER --hardware v5e-8 --mesh 4x2 --length 4096 --batch 8 --mode full --json

@@ -1,8 +1,8 @@
-"""Retrofit a pretrained model with an eviction policy, by distillation from itself.
+"""Retrofit a pretrained model with a learned eviction policy, by distillation from itself.
 
-python -m train.retrofit                                   # embedded default: SmolLM2-135M on Wikipedia and the Python docs
-python -m train.retrofit --mesh 8x1                        # the same on 8 devices (simulated on a CPU)
-python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows: data x model x context, the context axis splits each row
+python -m train.retrofit                                   # embedded default: SmolLM2-135M, Wikipedia and Python docs
+python -m train.retrofit --mesh 8x1                        # on 8 devices, which a CPU simulates
+python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows, each split over the context axis
 python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
 python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
 """

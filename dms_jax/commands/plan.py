@@ -1,15 +1,15 @@
-"""Predict whether a retrofit fits on named hardware and how long it takes, or how many users a server holds and how fast it answers.
-Needs neither weights nor the hardware.
+"""Predict whether a retrofit fits on named hardware and how long it takes, or how many users a server can hold and how
+fast it decodes. Neither the weights nor the hardware are needed.
 
     python -m train.plan --model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8
     python -m train.plan --model FOLDER --hardware v5e-8 --mesh 4x2 --length 4096 --batch 8 --mode full --json
     python -m train.plan --model FOLDER --hardware h200x1 --inference --users 8 --context 32768
 
---model is a folder with config.json, such a file alone, a .gguf file or a hub id. Where the compilers of the hardware are installed
-(pip install "dms-jax[cuda]" or "[tpu]"), the real step is compiled for it, and memory and communication are the compiler's; otherwise,
-and with --analytic, they are estimates. Each figure says where it comes from: compiled, analytic, measured or assumed. Times are a
-roofline over the rates that such hardware was seen to achieve; on a `cpu` they are measured. The exit code is 0 whether the setting
-fits or not; if it does not, the plan names a setting nearby that does.
+If the compiler for the hardware is installed (pip install "dms-jax[cuda]" or "dms-jax[tpu]"), the real step is
+compiled, and memory and communication are those of the compiled program. Otherwise, and with --analytic, they are
+estimates. Times follow from a roofline with the rates that programs achieve on such hardware; on a CPU they are
+measured. Each figure states its source: compiled, analytic, measured or assumed. If the setting does not fit, the plan
+names a nearby setting that does; the exit code is 0 in both cases.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import json
 import math
 import os
 import sys
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
@@ -47,33 +47,43 @@ RANGES = {
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER_OR_CONFIG")
-    forms = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8, ...; the numbers of a TPU slice are chips"
-    add("--hardware", required=True, metavar="NAME", help=forms)
-    add("--mesh", metavar="AxB[xC]", help="data x model devices, or data x model x context; default: all data")
-    add("--length", type=int, default=4096, help="tokens of a row (default %(default)s)")
-    add("--batch", type=int, default=0, help="rows of an optimizer step; default: one per data-parallel device")
-    add("--mode", choices=get_args(Mode), default="adapter")
-    add("--accumulate", type=int, default=1, help="micro-batches of a step (default %(default)s)")
-    remat = ("auto", "full", "matmuls", "none")
-    add("--remat", choices=remat, default="auto", help="what the backward pass recomputes")
-    choices = get_args(ImplementationName)
-    add("--implementation", choices=choices, default="auto", help="implementation of training attention")
-    add("--window", type=int, default=512, help="window of a model without DMS settings (default %(default)s)")
-    steps = "optimizer steps that raise CR by one; default: those of Model-Optimizer's recipe for as many tokens"
-    add("--steps-per-cr", type=float, default=0.0, help=steps)
-    add("--analytic", action="store_true", help="do not compile")
-    add("--json", action="store_true", help="print only one JSON object")
 
-    add = parser.add_argument_group("a server instead of a retrofit").add_argument
-    add("--inference", action="store_true", help="plan a server")
-    memory = "memory for weights and caches on all devices; default: the hardware's"
-    add("--memory", default="", metavar="80GiB", help=memory)
-    add("--users", type=int, default=1, help="rows that are decoded together (default %(default)s)")
-    add("--context", type=int, default=32768, help="tokens of a row (default %(default)s)")
-    headroom = "capacity / mean live pairs; above 1 because heads differ (default %(default)s)"
-    add("--headroom", type=float, default=1.5, help=headroom)
+    def number(group: Any, name: str, default: float, meaning: str, default_meaning: str = "%(default)s") -> None:
+        help = f"{meaning} ({RANGES[name]}; default: {default_meaning})"
+        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=help)
+
+    add = parser.add_argument
+    models = "model folder, config.json, .gguf file or hub id; only its configuration is read"
+    add("--model", required=True, metavar="FOLDER_OR_CONFIG", help=models)
+    kinds = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8, ...; the numbers of a TPU slice count chips"
+    add("--hardware", required=True, metavar="NAME", help=kinds)
+    axes = "devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)"
+    add("--mesh", metavar="AxB[xC]", help=axes)
+    number(parser, "length", 4096, "tokens per row")
+    number(parser, "batch", 0, "rows per optimizer step", "0, which is one per data-parallel device and micro-batch")
+    modes = "train only the evict head, all weights, or all weights with a borrowed channel (default: %(default)s)"
+    add("--mode", choices=get_args(Mode), default="adapter", help=modes)
+    number(parser, "accumulate", 1, "micro-batches per optimizer step")
+    recomputed = (
+        "what the backward pass recomputes; auto: matmuls on a CPU, full on accelerators (default: %(default)s)"
+    )
+    add("--remat", choices=("auto", "full", "matmuls", "none"), default="auto", help=recomputed)
+    attention = "implementation of training attention (default: %(default)s)"
+    add("--implementation", choices=get_args(ImplementationName), default="auto", help=attention)
+    number(parser, "window", 512, "eviction window of a model that has no DMS policy yet")
+    recipe = "0, which is Model-Optimizer's recipe"
+    number(parser, "steps_per_cr", 0.0, "optimizer steps that raise the compression ratio by 1", recipe)
+    add("--analytic", action="store_true", help="estimate instead of compiling")
+    add("--json", action="store_true", help="print the plan as one JSON object")
+
+    server = parser.add_argument_group("plan a server instead of a retrofit")
+    inference = "plan a server; of the options above, only --model, --hardware, --mesh, --window and --json count"
+    server.add_argument("--inference", action="store_true", help=inference)
+    memory = "memory for weights and caches on all devices together, e.g. 80GiB (default: that of the hardware)"
+    server.add_argument("--memory", default="", metavar="SIZE", help=memory)
+    number(server, "users", 1, "rows that are decoded together")
+    number(server, "context", 32768, "tokens per row")
+    number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
     return parser.parse_args(argv)
 
 
@@ -97,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def hardware_and_mesh(options: argparse.Namespace) -> "tuple[Hardware, tuple[int, ...]]":
-    """--hardware and --mesh, which must have the same number of devices."""
+    """Parse --hardware and --mesh, which must have the same number of devices."""
     from dms_jax.planning.hardware import hardware_of
     from dms_jax.sharding import parse_mesh
 
@@ -111,7 +121,10 @@ def hardware_and_mesh(options: argparse.Namespace) -> "tuple[Hardware, tuple[int
 
 
 def read_config(path: str, window: int, mode: str) -> ModelConfig:
-    """The configuration of a folder, a config file, a .gguf file or a hub id, with the DMSConfig that `mode` trains."""
+    """Read the configuration of a model, and add the DMSConfig that `mode` trains.
+
+    `path`: a folder, a config file, a .gguf file or a hub id. `window`: for a model without a DMSConfig.
+    """
     from dms_jax.hf.folder import read_config as read
 
     config = read(path)
@@ -120,7 +133,7 @@ def read_config(path: str, window: int, mode: str) -> ModelConfig:
 
 
 def setting_of(options: argparse.Namespace) -> "StepSetting":
-    """The step that the options ask for."""
+    """Make the setting that the options ask for."""
     from dms_jax.platform_defaults import platform_defaults
     from dms_jax.training.planning.step_setting import StepSetting
 
@@ -159,13 +172,13 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
-    near = None if plan.value("fits") else nearest(setting, analytic, say)
-    figures.append(Figure("nearest", near, "", "analytic" if analytic else "compiled"))
-    if near is None and not plan.value("fits"):
+    alternative = None if plan.value("fits") else nearest(setting, analytic, say)
+    figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
+    if alternative is None and not plan.value("fits"):
         state = plan.value("bytes_per_device.weights") + plan.value("bytes_per_device.optimizer")
-        least = math.ceil(hardware.count * state / plan.value("memory_per_device"))
-        note = "analytic: devices over which the shards of weights and optimizer state alone fit"
-        figures.append(Figure("least_devices", least, "devices", "analytic", note=note))
+        num_devices = math.ceil(hardware.count * state / plan.value("memory_per_device"))
+        note = "analytic: number of devices whose memory holds the shards of weights and optimizer state alone"
+        figures.append(Figure("least_devices", num_devices, "devices", "analytic", note=note))
     return RetrofitPlan(options.model, setting, plan.implementation, not_compiled, figures)
 
 
@@ -180,4 +193,5 @@ def server_plan(options: argparse.Namespace) -> "ServingPlan":
 
 
 def say(text: str) -> None:
+    """Report progress on stderr, because stdout is for the plan."""
     print(text, file=sys.stderr, flush=True)

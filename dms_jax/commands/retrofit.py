@@ -1,12 +1,13 @@
-"""Retrofit a pretrained model with an eviction policy, by distillation from itself.
+"""Retrofit a pretrained model with a learned eviction policy, by distillation from itself.
 
-    python -m train.retrofit                                   # embedded default: SmolLM2-135M on Wikipedia and the Python docs
-    python -m train.retrofit --mesh 8x1                        # the same on 8 devices (simulated on a CPU)
-    python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows: data x model x context, the context axis splits each row
+    python -m train.retrofit                                   # embedded default: SmolLM2-135M, Wikipedia and Python docs
+    python -m train.retrofit --mesh 8x1                        # on 8 devices, which a CPU simulates
+    python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows, each split over the context axis
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
     python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
 
-OUTPUT receives metrics.jsonl, checkpoints/, report.json, two plots and export/, the model folder that other commands load.
+The output folder (key `output`) receives metrics.jsonl, checkpoints/, report.json, two plots, and export/, the model
+folder that the other commands load.
 """
 
 import argparse
@@ -23,13 +24,13 @@ NAME = "retrofit"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    keys = f"keys of --config and --set, with their defaults:\n{keys_help(RetrofitConfig())}"
+    keys = f"keys of --config and --set (key = default, range or choices, and meaning):\n{keys_help(RetrofitConfig())}"
     parser = Parser(NAME, __doc__, epilog=keys)
-    parser.add_argument("--config", metavar="F.yaml", help="YAML file of keys")
+    parser.add_argument("--config", metavar="F.yaml", help="YAML file with any of the keys below")
     parser.add_argument(
         "--mesh",
         metavar="AxB[xC]",
-        help="data x model (x context) devices, e.g. 8x1; 2x2x2 splits each row's length over 2; a CPU simulates them",
+        help="number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh",
     )
     parser.add_argument(
         "--set",
@@ -37,24 +38,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         dest="assignments",
-        help="override one key; may be repeated",
+        help="set one key, overriding --config; may be repeated",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in `output`")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
+    )
     parser.add_argument(
         "--accept-changes",
         action="store_true",
-        help="with --resume: go on although keys differ from those of the checkpoint",
+        help="with --resume: continue even if keys differ from those of the checkpoint",
     )
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print shapes, shardings, schedules and memory; train nothing and write nothing",
+        help="print shapes, shardings, schedules and memory, without training or writing anything",
     )
     parser.add_argument(
         "--distributed",
         default="",
         metavar="auto|HOST:PORT,COUNT,INDEX",
-        help="form one mesh of several processes; auto: as Slurm, Kubernetes or a TPU pod describes them",
+        help="form one mesh from several processes, each started with this option; auto: detect them from Slurm, Open MPI, "
+        "Kubernetes or a TPU pod; COUNT: number of processes, INDEX: index of this one",
     )
     return parser.parse_args(argv)
 
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     output = Path(config.output)
     if not options.resume and (output / "metrics.jsonl").exists():
         raise ConfigError(
-            f"{output} already holds a run; continue it with --resume, or choose another --set output=FOLDER"
+            f"{output} already contains a run; continue it with --resume, or choose another --set output=FOLDER"
         )
     config = start_mesh(config, options.distributed)
     from dms_jax.training.run import dry_run, retrofit  # late: it loads JAX, and `--help` does not
@@ -78,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
-    """Start JAX for `config.mesh`. Returns the configuration with `mesh` and `batch_size` as they will be."""
+    """Start JAX for `config.mesh`. Returns the configuration with `mesh` and `batch_size` resolved."""
     from dms_jax.sharding import parse_mesh
 
     if config.mesh == "auto":
@@ -91,7 +95,7 @@ def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
         sizes = parse_mesh(config.mesh)
         if config.length % (context := math.prod(sizes[2:])):
             raise ConfigError(
-                f"length {config.length} must be a multiple of {context}: mesh {config.mesh} splits each row into as many parts"
+                f"length {config.length} must be a multiple of {context}, the number of parts into which mesh {config.mesh} splits a row"
             )
         start_devices(math.prod(sizes), distributed)
     multiple = sizes[0] * config.accumulate

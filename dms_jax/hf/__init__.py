@@ -1,4 +1,4 @@
-"""The border to foreign formats: Hugging Face folders, GGUF files, adapters, saved caches, tokenizers.
+"""Read and write models and what belongs to them: Hugging Face folders, GGUF files, tokenizers, adapters, saved caches.
 
-Begin with `folder` (`load` and `save`); `hf_config` and `hf_weights` translate keys and tensors.
+Begin with `folder` (`load` and `save`); `hf_config` translates keys and `hf_weights` translates tensors.
 """

@@ -1,4 +1,4 @@
-"""Adapters: the evict head alone, in one small file that is bound by a hash to the base it was trained on."""
+"""Adapters: files that hold only the evict head of a model, bound by a hash to the base that it was trained on."""
 
 import json
 import os
@@ -19,9 +19,9 @@ KIND, VERSION = "dms_jax.adapter", "2"
 def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the evict head of a model as one safetensors file, with its DMSConfig and the hash of its base.
 
-    The file holds two small fp32 tensors per layer. An adapter holds a projection policy whose base was not trained. A
-    borrowed policy and a fully trained model are in the base weights themselves: use `save`. The base is read once for
-    its hash. The file appears whole or not at all.
+    The file holds two small fp32 tensors per layer. It suits a projection policy whose base was not trained; a borrowed
+    policy or a fully trained model changes the base weights themselves, so use `save` for it. The base is read once to
+    compute its hash. The file appears whole or not at all.
     """
     dms = model.config.dms
     if dms is None or dms.variant == "borrowed":
@@ -57,10 +57,10 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
         raise ConfigError(f"{path} is damaged: its header does not hold a policy ({why})") from why
     if dms is None or dms.variant != "projection":
         raise ConfigError(f"{path} is damaged: its header does not hold a projection policy")
-    here = base_hash(model)
-    if trained_on != here:
+    base = base_hash(model)
+    if trained_on != base:
         raise ConfigError(
-            f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {here[:12]}..."
+            f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {base[:12]}..."
         )
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
     tensors.verify()

@@ -25,7 +25,7 @@ FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a cache to a file that names the model it belongs to: the hashes of base and evict head, and the policy.
 
-    The base weights are read once for their hash. The file appears whole or not at all.
+    The base weights are read once to compute their hash. The file appears whole or not at all.
 
     Raises:
       ConfigError: the file exists and `overwrite` is false, it cannot be written, or the cache is another model's.
@@ -33,7 +33,7 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(
-            f"this cache has {len(cache.layers)} layers, the model {model.config.num_layers}: it belongs to another model"
+            f"this cache belongs to another model: it has {len(cache.layers)} layers, the model {model.config.num_layers}"
         )
     tensors = {
         f"layers.{i}.{name}": np.asarray(getattr(layer, name))
@@ -58,10 +58,10 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     """
     tensors = open_own(path, "a cache", KIND, VERSION)
     metadata = tensors.metadata
-    for key, here in identity(model).items():
-        if metadata.get(key) != here:
+    for key, expected in identity(model).items():
+        if metadata.get(key) != expected:
             raise ConfigError(
-                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model has {here[:60]}"
+                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model has {expected[:60]}"
             )
     config, overflow = model.config, metadata.get("overflow")
     try:
@@ -69,8 +69,8 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
         raise ConfigError(f"{path} is damaged: its header does not name a known policy ({why})") from why
     fields = _fields(policy)
-    wanted = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
-    if overflow not in OVERFLOWS or wanted != set(tensors.names()):
+    names = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
+    if overflow not in OVERFLOWS or names != set(tensors.names()):
         raise ConfigError(
             f"{path} is damaged: its header or its list of tensors does not fit a cache of {config.num_layers} layers"
         )
@@ -83,9 +83,9 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         shapes = dict.fromkeys(fields, shape[:3]) | {"k": shape, "v": shape, "forced_evictions": shape[:2]}
         if policy.features:
             shapes["statistic"] = (*shape[:3], policy.features)
-        if bad := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
+        if misshapen := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(
-                f"{path} is damaged: layer {i} has {bad[0]} of shape {list(tensors.shape(f'layers.{i}.{bad[0]}'))}"
+                f"{path} is damaged: layer {i} has {misshapen[0]} of shape {list(tensors.shape(f'layers.{i}.{misshapen[0]}'))}"
             )
         layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
     tensors.verify()
@@ -100,7 +100,7 @@ def _fields(policy: CachePolicy) -> tuple[str, ...]:
 def identity(model: Decoder) -> dict[str, str]:
     """The header entries that must match for stored keys, values and decisions to be valid.
 
-    target_cr and tau are left out, because they only matter in training.
+    target_cr and tau are left out, because they matter only in training.
     """
     head, dms = hashlib.sha256(), model.config.dms
     for write in sorted((w for w in model_writes(model) if EVICT in w.name), key=lambda w: w.name):

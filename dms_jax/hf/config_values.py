@@ -1,4 +1,4 @@
-"""Typed reading of single keys of a foreign `config.json`, in which null and absence mean the same."""
+"""Read single keys of a foreign `config.json` with their types. A null value means the same as a missing key."""
 
 import math
 
@@ -7,7 +7,7 @@ from dms_jax.errors import ConfigError, shown
 
 
 def whole_number(raw: dict, key: str, min: int = 1) -> int:
-    """The whole number of at least `min` under a key that must be there."""
+    """Return the whole number, at least `min`, under a required key."""
     value = raw.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not min <= value <= MAX_INT:
         raise ConfigError(f"`{key}` must be a whole number in [{min}, 2**31), got {shown(value)}")
@@ -15,7 +15,7 @@ def whole_number(raw: dict, key: str, min: int = 1) -> int:
 
 
 def positive_number(raw: dict, key: str, default: float) -> float:
-    """A positive finite number, or the default."""
+    """Return the positive finite number under a key, or the default if the key is missing."""
     value = raw.get(key)
     if value is None:
         return default
@@ -26,7 +26,10 @@ def positive_number(raw: dict, key: str, default: float) -> float:
 
 
 def flag(raw: dict, key: str) -> bool:
-    """true or false; null and absence mean false. The text "false", which is true to Python, is refused."""
+    """Return the bool under a key; False if it is missing.
+
+    The string "false" is refused, because Python takes it as true.
+    """
     value = raw.get(key)
     if value is not None and not isinstance(value, bool):
         raise ConfigError(f"`{key}` must be true or false, got {shown(value)}")
@@ -34,7 +37,7 @@ def flag(raw: dict, key: str) -> bool:
 
 
 def token_id(key: str, value: object) -> int | None:
-    """A token id. Old files write -1 for "no such token", which is kept."""
+    """Check and return a token id or None. -1, which old files write for "no such token", is kept."""
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MAX_INT:
@@ -43,6 +46,6 @@ def token_id(key: str, value: object) -> int | None:
 
 
 def token_ids(key: str, values: object) -> tuple[int, ...]:
-    """The token ids of a key that holds one, a list of them, or null."""
+    """Return the token ids in a value that is one id, a list of ids, or null."""
     ids = [] if values is None else values if isinstance(values, list) else [values]
     return tuple(value for item in ids if (value := token_id(key, item)) is not None)

@@ -1,4 +1,4 @@
-"""The `dms_*` keys of `config.json` <-> DMSConfig: the names that NVIDIA released, and the metadata of FastDMS.
+"""Translate DMSConfig to the `dms_*` keys that NVIDIA released and back, and read the metadata of FastDMS.
 
 Begin with `dms_config` and `dms_keys`, which are inverses of each other.
 """
@@ -11,7 +11,7 @@ from dms_jax.errors import ConfigError
 from dms_jax.files import read_json
 from dms_jax.hf.config_values import flag
 
-# DMSConfig field -> the key in config.json, and its default (that of Model-Optimizer's Qwen3ConfigDMS).
+# DMSConfig field -> (key in config.json, default of the key in Model-Optimizer's Qwen3ConfigDMS)
 DMS_KEYS = {
     "window_size": ("dms_window_size", 512),
     "target_cr": ("dms_cr", 8.0),
@@ -22,7 +22,7 @@ DMS_KEYS = {
     "decision_shift": ("dms_decision_shift", 1),
     "zero_borrowed": ("dms_zero_mode", "pre+post"),
 }
-SEPARATE = "dms_separate_alpha"  # true: own projection; false: the borrowed query channel
+SEPARATE = "dms_separate_alpha"  # true: a projection of its own; false: the borrowed query channel
 # FastDMS trains token t to decide about pair t, and keeps the borrowed channel in the attention scores.
 FASTDMS_DEFAULTS = {"window_size": 256, "decision_shift": 0, "zero_borrowed": "none"}
 FASTDMS_SPELLINGS = {
@@ -33,12 +33,12 @@ FASTDMS_SPELLINGS = {
     "evict_logit_bias": ("alpha_offset", "dms_alpha_offset"),
 }
 FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
-FASTDMS_KEYS = FASTDMS_HINTS | {"context_len", "compression_mode"}  # the last two change nothing
+FASTDMS_KEYS = FASTDMS_HINTS | {"context_len", "compression_mode"}  # the last two have no effect
 READ_KEYS = {SEPARATE, *(key for key, _ in DMS_KEYS.values())}
 
 
 def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
-    """The DMSConfig that a `config.json` declares, or None.
+    """Return the DMSConfig that a `config.json` declares, or None.
 
     An explicit `dms_*` key wins, then the metadata of FastDMS, then the defaults of the code that wrote the folder.
     """
@@ -65,16 +65,16 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
 
 
 def dms_keys(dms: DMSConfig) -> dict:
-    """The `dms_*` keys of a DMSConfig, all of them explicit; `dms_config` reads them back to an equal one."""
+    """Return all `dms_*` keys of a DMSConfig. `dms_config` reads them back to an equal one."""
     keys = {SEPARATE: dms.variant == "projection"} | {key: getattr(dms, field) for field, (key, _) in DMS_KEYS.items()}
-    # Other readers of `dms_cr` expect a whole number where it is one.
+    # Other readers expect an int in `dms_cr` if the ratio is a whole number.
     return keys | {"dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr}
 
 
 def fastdms_metadata(folder: str, search_parent: bool) -> dict | None:
-    """The metadata that FastDMS keeps beside the weights of a folder, or None.
+    """Return the metadata that FastDMS keeps beside the weights of a folder, or None.
 
-    It is `dms_metadata.json`, or, if `search_parent`, the config in the `training_log.json` of the parent folder.
+    The file is `dms_metadata.json` or, with `search_parent`, `training_log.json` in the parent folder.
     """
     beside = os.path.join(folder, "dms_metadata.json")
     if os.path.exists(beside):

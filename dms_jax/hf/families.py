@@ -1,25 +1,29 @@
-"""The model families that `config.json` may name: one record each for what transformers' classes do not have in common.
+"""The supported model families: one record each for what differs between their configuration classes in transformers.
 
-To add a dense family, add its record here, the rows of its tensors to `hf_weights.WEIGHTS` if it has names of its own,
+To add a dense family, add its record here, rows for its tensors to `hf_weights.WEIGHTS` if it has other names for them,
 and a folder with reference logits to `tests/golden`.
 """
 
 from dataclasses import dataclass
 
-WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers")  # Qwen's way of switching the window on
+WINDOW_KEYS = (
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+)  # keys with which Qwen switches the window on
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family's reading of `config.json`. Source: the configuration class of the family in transformers."""
+    """How to read the `config.json` of one family. Source: the configuration class of the family in transformers."""
 
-    architecture: str  # the class that transformers opens a folder with
-    extra_keys: tuple[str, ...] = ()  # beyond what all families have; `fresh_config` writes them, in this order
-    ignored_keys: tuple[str, ...] = ()  # bias keys that a file may set and that change nothing
-    qkv_bias: bool = False  # q, k and v have biases and o has none, in every model of the family
+    architecture: str  # class with which transformers opens a folder
+    extra_keys: tuple[str, ...] = ()  # keys beyond those of all families; `fresh_config` writes them in this order
+    ignored_keys: tuple[str, ...] = ()  # bias keys that a file may set but that have no effect
+    qkv_bias: bool = False  # q, k and v have biases and o does not, in every model of the family
     qk_norm: bool = False  # RMSNorm over head_dim of queries and keys
-    default_head_dim: int | None = None  # of a file without the key; None: hidden_size / num_attention_heads
-    default_kv_heads: bool = False  # a file may leave num_key_value_heads out: one KV head per query head
+    default_head_dim: int | None = None  # head_dim of a file without the key; None: hidden_size / num_attention_heads
+    default_kv_heads: bool = False  # num_key_value_heads may be missing; then there is one KV head per query head
     default_window: int | None = 4096  # sliding_window of a file without the key
     layer_types_decide: bool = True  # `layer_types` without a sliding layer switches the window off
 

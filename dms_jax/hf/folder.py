@@ -26,7 +26,7 @@ from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
 from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 
-# Files without weights that belong to a model. `save` copies them unchanged.
+# Files of a model other than weights and config.json. `save` copies them unchanged.
 SIDE_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,7 +51,7 @@ RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}
 
 @dataclass(frozen=True)
 class Source:
-    """The origin of a model. It is a static attribute of the module, so it must be hashable and small."""
+    """The origin of a model. It is a static attribute of an NNX module, so it must be hashable and small."""
 
     path: str  # absolute: a folder, or a .gguf file
     config_json: str | None  # the text of config.json, or None for a source without one
@@ -83,7 +83,8 @@ def load(
     path = resolve(path)
     tensors, config, raw = open_source(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
-    # What cannot run is said before the weights are read; these may be master weights of a computation in bf16.
+    # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights
+    # may be the master weights of a computation in bf16.
     select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
     model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)
@@ -92,7 +93,7 @@ def load(
 
 
 def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> str:
-    """The absolute form of a local path, or the folder to which `files` of a hub id were downloaded."""
+    """Return the absolute form of a local path, or the folder to which the `files` of a hub id are downloaded."""
     path = os.fspath(path)
     if os.path.exists(path):
         return os.path.abspath(path)
@@ -108,7 +109,7 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> s
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:
-    """The ModelConfig of a folder, a lone `config.json`, a `.gguf` file or a hub id. No weights are read."""
+    """Return the ModelConfig of a folder, a single `config.json`, a `.gguf` file or a hub id. No weights are read."""
     path = resolve(path, CONFIG_FILES)
     if os.path.isfile(path) and path.endswith(".json"):
         with naming(path):
@@ -119,10 +120,10 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
 
 
 def open_source(path: str) -> tuple[Tensors, ModelConfig, dict | None]:
-    """The tensors, the config and the raw config.json (None for GGUF) of a local model."""
+    """Return the tensors, the config and the raw config.json (None for GGUF) of a local model."""
     if os.path.isfile(path):
         if not path.endswith(".gguf"):
-            raise ConfigError(f"{path}: give the folder that holds config.json, or a .gguf file")
+            raise ConfigError(f"{path}: give the folder that contains config.json, or a .gguf file")
         tensors = open_gguf(path)
         return tensors, tensors.config, None
     if not os.path.exists(os.path.join(path, "config.json")):
@@ -132,7 +133,7 @@ def open_source(path: str) -> tuple[Tensors, ModelConfig, dict | None]:
 
 
 def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig | None:
-    """The folder's own policy with the run-time fields of the given one; either may be None."""
+    """Return the folder's own policy with the run-time fields of the given one. Either may be None."""
     if own is None or given is None:
         return given or own
     for field in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
@@ -145,14 +146,14 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
 
 
 def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a Hugging Face folder. `load` and Model-Optimizer read it with its policy, transformers as the dense base.
+    """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for transformers.
 
     Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
     written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
-    `overwrite` replaces an existing folder, but only a model folder.
+    `overwrite` replaces an existing folder, but only if it is a model folder.
 
     The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
-    saving it warns.
+    `save` warns about it.
     """
     path = os.path.abspath(os.fspath(path))
     _refuse_existing(path, overwrite)
@@ -175,18 +176,21 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
 
 
 def folder_writes(model) -> list[Write]:
-    """The tensors to write, in the dtypes of the source, and with its bits where only loading has changed them."""
+    """List the tensors to write, in the dtypes of the source.
+
+    A tensor that only loading has rounded gets the bits of the source.
+    """
     source = getattr(model, "source", None)
     if source is None or not os.path.exists(source.path):
         return model_writes(model)
     tensors, _, _ = open_source(source.path)
-    held = set(tensors.names())
+    source_names = set(tensors.names())
 
     def dtype_of(name, ours):
-        return tensors.dtype(name) if name in held and EVICT not in name else ours
+        return tensors.dtype(name) if name in source_names and EVICT not in name else ours
 
     def untouched(name, value):
-        if name not in held or jnp.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
+        if name not in source_names or jnp.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
             return None  # loading was exact, so casting back is exact too
         original = tensors.read(name)
         return original if np.array_equal(original.astype(value.dtype), value) else None
@@ -217,9 +221,9 @@ def _refuse_existing(path: str, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def _replacing_folder(path: str) -> Iterator[str]:
-    """A temporary sibling of the folder `path`, which takes its place on success.
+    """Yield a temporary folder beside `path`, which replaces `path` on success.
 
-    A crash leaves the old folder, or none.
+    If the process is killed, the old folder or no folder remains at `path`.
     """
     from safetensors import SafetensorError
 
@@ -285,7 +289,7 @@ def _hash(items) -> str:
 
 
 def _stamp(path: str) -> tuple:
-    """The sizes and modification times of a model's files."""
+    """Return the sizes and modification times of a model's files."""
     files = (
         [path]
         if os.path.isfile(path)

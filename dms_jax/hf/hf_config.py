@@ -1,9 +1,9 @@
-"""`config.json` <-> ModelConfig.
+"""Translate `config.json` to ModelConfig and back.
 
-Every key is read (HANDLED), may hold one value only (FIXED), or is known not to change the logits (HARMLESS, with a
-reason). Any other key is refused: a key that nobody reads is how a port goes silently wrong. The spellings of
-transformers 4 and 5 are both read. What differs between model families is in `families`, the `dms_*` keys are in
-`dms_keys`.
+Every key is read (HANDLED), must have one particular value (FIXED), or is known not to change the logits (HARMLESS,
+with the reason). Any other key is refused, because ignoring an unknown key is how a port goes silently wrong. The
+spellings of transformers 4 and 5 are both read. `families` holds what differs between model families, and `dms_keys`
+reads the `dms_*` keys. Begin with `model_config`.
 """
 
 import dataclasses
@@ -44,7 +44,8 @@ HANDLED = {
     "eos_token_id",
     "pad_token_id",
 }
-# One value each; null and absence mean the same. Any other value changes the logits in a way the decoder does not have.
+# The only supported value of each key, which may also be null or missing. Other values need features of the decoder
+# that do not exist.
 FIXED = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
@@ -81,7 +82,7 @@ ROPE_KIND_KEYS = {
 
 
 def read_folder(folder: str) -> tuple[dict, ModelConfig]:
-    """The raw `config.json` of a folder and its ModelConfig, with the stop tokens of `generation_config.json` added."""
+    """Return the raw `config.json` of a folder, and its ModelConfig with the stop tokens of `generation_config.json`."""
     path, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
     raw = read_json(path)
     more = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
@@ -94,7 +95,7 @@ def read_folder(folder: str) -> tuple[dict, ModelConfig]:
 
 
 def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
-    """The ModelConfig of a `config.json`. `fastdms`: the metadata that FastDMS keeps beside it, if any."""
+    """Return the ModelConfig of a `config.json`. `fastdms`: the metadata that FastDMS keeps beside it, if any."""
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f"model_type {shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
@@ -106,7 +107,9 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     head_dim = hidden // heads
     if raw.get("head_dim") is not None:
         head_dim = whole_number(raw, "head_dim")
-    elif "head_dim" not in raw and family.default_head_dim:  # unlike absence, null does not mean the family's default
+    elif (
+        "head_dim" not in raw and family.default_head_dim
+    ):  # a null value does not mean the default of the family, unlike a missing key
         head_dim = family.default_head_dim
     for key in ("attention_bias", "mlp_bias"):
         if flag(raw, key) and key not in family.extra_keys + family.ignored_keys:
@@ -132,7 +135,7 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
         rope_theta=theta,
         rope_scaling=scaling,
         max_position_embeddings=max_positions,
-        tie_word_embeddings=flag(raw, "tie_word_embeddings"),  # false is the class default of all families
+        tie_word_embeddings=flag(raw, "tie_word_embeddings"),  # false is the default of all classes in transformers
         qkv_bias=attention_bias or family.qkv_bias,
         o_bias=attention_bias,
         mlp_bias=flag(raw, "mlp_bias"),
@@ -146,10 +149,10 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
 
 
 def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
-    """The `config.json` to write: the original with the keys of the policy replaced, or else a fresh one."""
+    """Return the `config.json` to write: the original with the keys of the policy replaced, or else a fresh one."""
     raw = dict(original) if original is not None else fresh_config(config)
     raw = {key: value for key, value in raw.items() if key not in FASTDMS_KEYS}
-    # `auto_map` names Python files that do not travel with the weights; the policy needs no remote code to be read.
+    # `auto_map` names Python files, which are not copied; no remote code is needed to read the policy.
     raw.pop("auto_map", None)
     family = FAMILIES[config.model_type]
     raw |= {"architectures": [family.architecture], "tie_word_embeddings": config.tie_word_embeddings}
@@ -157,7 +160,7 @@ def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
 
 
 def fresh_config(config: ModelConfig) -> dict:
-    """A `config.json` for a model without one (GGUF, or random), in a spelling that transformers 4 and 5 both read."""
+    """Make a `config.json` for a model without one (GGUF or random), in a spelling that transformers 4 and 5 both read."""
     scaling = config.rope_scaling
     rope = None
     if scaling is not None:
@@ -209,20 +212,20 @@ def _refuse_unknown(raw: dict) -> None:
     for key in sorted(raw.keys() - known):
         if key.startswith("_"):  # private to transformers: paths, hashes, attention implementation
             continue
-        near = get_close_matches(key, read, n=1)
+        similar = get_close_matches(key, read, n=1)
         hint = (
-            f"did you mean {near[0]}?"
-            if near
+            f"did you mean {similar[0]}?"
+            if similar
             else "read it in dms_jax/hf/hf_config.py, or list it in HARMLESS there with the reason"
         )
         raise ConfigError(f"unknown key `{key}` may change the mathematics; {hint}")
 
 
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
-    """Theta and the scaling of rotary frequencies.
+    """Return theta and the scaling of rotary frequencies.
 
-    transformers 5 holds both in `rope_parameters`. Before, `rope_theta` was a key of its own and `rope_scaling` an
-    object with `rope_type`, or with `type` in the oldest files.
+    transformers 5 keeps both in `rope_parameters`. Earlier, `rope_theta` was a key of its own, and `rope_scaling` was
+    an object with `rope_type`, or with `type` in the oldest files.
     """
     given = [raw[key] for key in ("rope_scaling", "rope_parameters") if raw.get(key) is not None]
     if not all(isinstance(part, dict) for part in given):
@@ -250,9 +253,9 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
 
 
 def _sliding_window(raw: dict, family: Family, layers: int) -> int | None:
-    """The model's own window, if any of its layers has one.
+    """Return the attention window of the model itself, if any of its layers has one.
 
-    Rows up to that length are exact whichever layers those are; the decoder refuses longer ones.
+    Rows up to that length are exact, whichever layers have the window. The decoder refuses longer rows.
     """
     kinds = raw.get("layer_types")
     if kinds is not None and not isinstance(kinds, list):
@@ -265,7 +268,7 @@ def _sliding_window(raw: dict, family: Family, layers: int) -> int | None:
     window = family.default_window
     if "sliding_window" in raw:
         window = None if raw["sliding_window"] is None else whole_number(raw, "sliding_window")
-    # The first `max_window_layers` layers have full attention; 28 is the class default.
+    # The first `max_window_layers` layers have full attention; 28 is the default in transformers.
     full_layers = 28 if raw.get("max_window_layers") is None else whole_number(raw, "max_window_layers", min=0)
     if "use_sliding_window" in family.extra_keys:
         enabled = flag(raw, "use_sliding_window")

@@ -16,21 +16,21 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 class Tokenizer:
-    """A tokenizer of transformers behind the few calls that this package needs. Ids are int32."""
+    """A wrapper with the few methods that this package needs around a tokenizer of transformers. Ids are int32."""
 
     def __init__(self, tokenizer, where: str):
         self.inner, self.where = tokenizer, where
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids [T] of a text, without `bos_id`; `add_bos` tells whether the model expects it before a document."""
+        """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`."""
         return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
-        """The ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the answer."""
+        """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the answer."""
         return self.encode(self.chat_text(messages, reply=reply))
 
     def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:
-        """The text that `encode_chat` encodes."""
+        """Return the text that `encode_chat` encodes."""
         if not self.has_chat_template:
             raise ConfigError(f"{self.where} has no chat template; use plain text")
         try:
@@ -73,7 +73,7 @@ class Tokenizer:
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document."""
+    """Return the ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document."""
     begin = [tokenizer.bos_id] if tokenizer.add_bos else []
     return np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
 
@@ -101,10 +101,10 @@ def _read(folder: str, where: str):
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        tokenizer(
-            "a \U0010fffd"
-        )  # in no vocabulary: fail now, not in the millionth line, if the unknown token is missing
-        f"{tokenizer.chat_template}".encode()  # fail if JSON escapes spell half a surrogate pair, which is not valid text
+        # No vocabulary contains this character. If the unknown token is missing, fail now, not in the millionth line.
+        tokenizer("a \U0010fffd")
+        # Fail if the template contains half of a surrogate pair, written as a JSON escape, which is not valid text.
+        f"{tokenizer.chat_template}".encode()
         return tokenizer
     except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: the library raises many types
         raise ConfigError(f"cannot read the tokenizer in {where}: {' '.join(str(why).split())[:300]}") from why

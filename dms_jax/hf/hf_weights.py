@@ -1,7 +1,7 @@
-"""Hugging Face tensor names <-> our parameters: one table, read in both directions.
+"""Translate Hugging Face tensors to our parameters and back, with one table that is read in both directions.
 
 Import reads only the slices of a layer-stacked parameter that each device holds, so host memory holds one shard of one
-parameter at a time. Export walks the same table backwards and gives the same bits.
+parameter at a time. Export reads the table backwards and gives the same bits. Begin with `WEIGHTS`.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Layout:
     """The axes of one tensor in the file and in our parameter.
 
-    `axes` is the table's text, `sizes` gives the length of each letter.
+    `axes` is the text in the table; `sizes` gives the length of the axis for each letter.
     """
 
     axes: str
@@ -76,9 +76,9 @@ class Layout:
         return tuple(map(self._size, self.sides[0]))
 
     def file_index(self, ours: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slice of the file tensor that holds a slice of ours.
+        """Return the slice of the file tensor that holds a slice of our parameter.
 
-        Only the outer letter of a merged pair may be split.
+        Only the outer axis of a merged pair may be sharded.
         """
         spans = {letter: part.indices(self._size(letter))[:2] for letter, part in zip(self.sides[1], ours, strict=True)}
         index = []
@@ -107,7 +107,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Entry:
-    """One of our parameters and the file tensors it consists of: one per layer if `stacked`, else a single one."""
+    """One of our parameters and the file tensors that it consists of: one per layer if `stacked`, else only one."""
 
     path: str
     names: tuple[str, ...]
@@ -122,7 +122,7 @@ class Entry:
 
 @lru_cache
 def entries(config: ModelConfig) -> tuple[Entry, ...]:
-    """Every parameter of a model with this config, in the order of the table."""
+    """List the parameters of a model with this config, in the order of the table."""
     sizes = tuple(
         zip(
             "VDNKHF",
@@ -182,23 +182,25 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
     check_tensors(tensors, config, table)
     sharding = model.embed[...].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    assert mesh is None or isinstance(mesh, Mesh)  # no abstract one: the arrays are there
+    assert mesh is None or isinstance(mesh, Mesh)  # not an abstract mesh, because the arrays exist
     structure, head = ModelStructure(abstract_model(config, model.embed[...].dtype)), {}
     for entry in table:
         variable = structure.variables[entry.path]
         head[entry.path] = _Placement(variable, mesh).build(_reader(tensors, entry, variable))
-    return structure.build(flatten(model), head)  # the head of `model`, if it has one, gives way
+    return structure.build(flatten(model), head)  # replaces the evict head of `model`, if it has one
 
 
 def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry]) -> None:
     """Refuse files whose tensors are not exactly those of `table`.
 
-    A tensor that nobody reads means that it is another model.
+    An extra tensor means that the file belongs to another kind of model.
     """
-    wanted = {name: entry.layout.file_shape for entry in table for name in entry.names}
-    have = {name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")}  # recomputed from config.json
-    missing, extra = sorted(wanted.keys() - have), sorted(have - wanted.keys())
-    if config.tie_word_embeddings and HEAD in extra and EMBED in have:
+    expected = {name: entry.layout.file_shape for entry in table for name in entry.names}
+    present = {
+        name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")
+    }  # recomputed from config.json
+    missing, extra = sorted(expected.keys() - present), sorted(present - expected.keys())
+    if config.tie_word_embeddings and HEAD in extra and EMBED in present:
         extra.remove(HEAD)
         _check_tied(tensors)
     if missing:
@@ -209,7 +211,7 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
             f"{tensors.where} has {len(extra)} tensors that its configuration does not ask for: {shorten(extra)}"
             + ("; for an evict head set dms_separate_alpha to true in config.json" if policy else "")
         )
-    for name, shape in wanted.items():
+    for name, shape in expected.items():
         got = tensors.shape(name)
         if got != shape:
             padded = name in (EMBED, HEAD) and len(got) == 2 and got[1] == shape[1] and got[0] > shape[0]
@@ -241,7 +243,7 @@ def _check_tied(tensors: Tensors) -> None:
 
 
 def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function that reads the block of one parameter at an index, layer by layer."""
+    """Make a function that reads the block of one parameter at an index, layer by layer."""
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
@@ -312,7 +314,7 @@ def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=Non
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array as NumPy, also if other processes hold parts of it."""
+    """Return the whole array as NumPy, even if other processes hold parts of it."""
     if not array.is_fully_addressable:
         assert isinstance(array.sharding, NamedSharding)  # the only kind that this package makes on a mesh
         replicated = NamedSharding(array.sharding.mesh, jax.sharding.PartitionSpec())

@@ -7,14 +7,16 @@ from dms_jax.errors import ConfigError
 
 
 def open_dataset(name: str) -> Any:
-    """Load the dataset with a name of the form `hf:NAME[:CONFIG][:SPLIT]`.
+    """Load a dataset by a name of the form `hf:NAME[:CONFIG][:SPLIT]`.
 
-    If only one of CONFIG and SPLIT is given, it is the split if it looks like one. The default split is `train`.
+    If only one of CONFIG and SPLIT is given, it counts as the split if it looks like one. The default split is `train`.
 
     Raises:
       ConfigError: the name is malformed, the `datasets` package is missing, or the dataset cannot be loaded.
     """
-    dataset, *rest = re.split(r":(?![^\[]*\])", name.removeprefix("hf:"))  # except the colon in a slice, `train[:1000]`
+    dataset, *rest = re.split(
+        r":(?![^\[]*\])", name.removeprefix("hf:")
+    )  # but not at the colon in a slice such as `train[:1000]`
     split = (
         rest.pop()
         if len(rest) == 2 or (rest and re.match(r"(train|valid|validation|dev|test)\b", rest[0]))

@@ -1,7 +1,4 @@
-"""Tensors on disk: reading slices of safetensors files and writing shards.
-
-Nothing here depends on what a tensor means.
-"""
+"""Read slices of safetensors files, and write files and shards. Nothing here depends on what a tensor means."""
 
 import hashlib
 import json
@@ -17,7 +14,7 @@ from dms_jax.errors import ConfigError, shown
 from dms_jax.files import read_json, replacing, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-CONTENT_HASH = "content_sha256"  # the key in the headers of adapters and caches
+CONTENT_HASH = "content_sha256"  # key in the headers of adapters and caches
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 64 * 2**20
@@ -35,12 +32,12 @@ class Tensors(Protocol):
 
 
 class SafetensorsFiles:
-    """The tensors of one or more safetensors files. Only the slices that are asked for are read."""
+    """The tensors of one or more safetensors files. Only requested slices are read."""
 
     def __init__(self, where: str, paths: list[str]):
         self.where = where
         self.handles = {path: _open(path) for path in paths}
-        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118
+        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118  # not a dict
 
     def names(self) -> Iterable[str]:
         return self.handle_of.keys()
@@ -62,7 +59,7 @@ class SafetensorsFiles:
         return self.handle_of[name].get_slice(name)[index if len(index) > 1 else index[0]]
 
     def verify(self) -> None:
-        """Read the whole of an adapter or cache and refuse it unless its content has the hash in its header."""
+        """Read all of an adapter or cache, and refuse it if its content does not match the hash in its header."""
         metadata = self.metadata
         written = metadata.pop(CONTENT_HASH, None)
         if written != _content_hash(self.names(), self.read, metadata):
@@ -77,7 +74,7 @@ class SafetensorsFiles:
 
 
 def open_folder(folder: str) -> SafetensorsFiles:
-    """The tensors of a model folder: `model.safetensors`, or the shards that its index names."""
+    """Open the tensors of a model folder: `model.safetensors`, or the shards that the index names."""
     index = os.path.join(folder, INDEX)
     if not os.path.exists(index):
         if os.path.isfile(os.path.join(folder, "model.safetensors")):
@@ -89,22 +86,22 @@ def open_folder(folder: str) -> SafetensorsFiles:
     file_of = read_json(index).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
-    # Plain names only, because a downloaded index must not make us read outside its folder.
-    if strange := [
+    # Only plain file names are allowed, because a downloaded index must not make us read outside its folder.
+    if invalid := [
         name
         for name in file_of.values()
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
     ]:
         raise ConfigError(
-            f"{index} names {shown(strange[0])}, which is not a .safetensors file in its folder; download the folder again"
+            f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder again"
         )
     files = sorted(set(file_of.values()))
-    absent = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
-    if absent:
-        raise ConfigError(f"{folder} lacks {shorten(absent)}, which {INDEX} names; download the folder again")
+    missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise ConfigError(f"{folder} lacks {shorten(missing)}, which {INDEX} names; download the folder again")
     tensors = SafetensorsFiles(folder, [os.path.join(folder, name) for name in files])
-    if unheld := sorted(file_of.keys() - tensors.names()):
-        raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not hold: {shorten(unheld)}")
+    if missing := sorted(file_of.keys() - tensors.names()):
+        raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not contain: {shorten(missing)}")
     return tensors
 
 
@@ -128,7 +125,7 @@ def _open(path: str):
 
 
 def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Indices that read a tensor [rows ...] once, in order, about CHUNK_BYTES at a time."""
+    """Yield the indices that read a tensor [rows ...] once, in order, about CHUNK_BYTES at a time."""
     rows = shape[0]
     step = max(1, CHUNK_BYTES // max(1, itemsize * int(np.prod(shape[1:]))))
     for start in range(0, rows, step):
@@ -137,7 +134,7 @@ def row_chunks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[slice, .
 
 @dataclass(frozen=True)
 class Write:
-    """One tensor to write. `value()` makes it only when its file is written."""
+    """One tensor to write. `value()` is called only when its file is written."""
 
     name: str
     shape: tuple[int, ...]
@@ -155,7 +152,7 @@ class Shard(NamedTuple):
 
 
 def plan_shards(writes: list[Write], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Divide tensors, in order, into files of at most `limit` bytes; a larger tensor gets a file of its own."""
+    """Divide tensors, in order, among files of at most `limit` bytes. A larger tensor gets a file of its own."""
     groups: list[list[Write]] = [[]]
     for write in writes:
         if groups[-1] and sum(w.nbytes for w in groups[-1]) + write.nbytes > limit:
@@ -169,8 +166,8 @@ def plan_shards(writes: list[Write], limit: int = SHARD_BYTES) -> list[Shard]:
 def write_folder(folder: str, writes: list[Write], limit: int = SHARD_BYTES, writer: bool = True) -> None:
     """Write tensors as `model.safetensors`, or as several shards with an index.
 
-    `writer=False` writes nothing but still makes the values, because gathering a sharded array takes part in every
-    process.
+    `writer=False` writes nothing but still computes the values, because every process must take part in gathering a
+    sharded array.
     """
     shards = plan_shards(writes, limit)
     for file, group in shards:
@@ -201,7 +198,7 @@ def save_file(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str
 
 
 def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
-    """The absolute path of a file to write. Raises ConfigError if it exists and must not be replaced."""
+    """Return the absolute path of a file to write. Raises ConfigError if it exists and must not be replaced."""
     path = os.path.abspath(os.fspath(path))
     if os.path.exists(path) and not overwrite:
         raise ConfigError(f"{path} exists; give another file, or overwrite=True")
@@ -240,12 +237,12 @@ def open_own(path: str | os.PathLike[str], what: str, kind: str, version: str) -
 
 
 def _drain(group: list[Write]) -> dict:
-    """Make every value and drop it."""
+    """Compute every value and drop it."""
     for write in group:
         write.value()
     return {}
 
 
 def shorten(names: list[str], limit: int = 6) -> str:
-    """The first few of a list of names, and the number of the others."""
+    """Return the first few of a list of names, and the number of the others, for a message."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

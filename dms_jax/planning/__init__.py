@@ -1,5 +1,5 @@
-"""Predictions about hardware that need not be at hand: memory, step time, communication, and what a server can hold.
+"""Predict memory, step time, communication and serving capacity on hardware that need not be at hand.
 
-Every prediction is a list of `figures.Figure`. Begin with `hardware` for the known accelerators, then `memory_estimate` and `roofline`
-for training and `serving_plan` for decoding.
+Begin with `hardware`, the known accelerators; then read `memory_estimate` and `roofline` for training, and
+`serving_plan` for decoding. Plans are lists of `figures.Figure`.
 """

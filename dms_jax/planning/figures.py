@@ -1,4 +1,7 @@
-"""A plan is a list of figures. Each figure knows its unit and where it comes from; JSON and text are two loops over the list."""
+"""The figures of a plan, and the two ways to print them: `as_json` and `as_text`.
+
+Each figure carries its unit and its source, so that printing needs no knowledge of a particular plan.
+"""
 
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -10,20 +13,21 @@ GIB = 2**30
 class Figure(NamedTuple):
     """One line of a plan."""
 
-    name: str  # key of the JSON; "bytes_per_device.weights" is the part `weights` of "bytes_per_device"
-    value: Any  # a number, a truth value, or a mapping: numbers by kind, or {} for a figure whose parts are figures themselves
+    name: str  # JSON key; "bytes_per_device.weights" becomes the key "weights" in the object "bytes_per_device"
+    value: Any  # a number, a bool, a mapping from kind to number, or {} for an object whose parts are separate figures
     unit: str
     source: Source
     formula: str = ""
-    note: str = ""  # what the source is in detail, e.g. which data sheet
+    note: str = ""  # details of the source, e.g. which data sheet
 
     @property
     def origin(self) -> str:
+        """The source, in detail where there is a note."""
         return self.note or self.source
 
 
 def as_json(figures: Iterable[Figure]) -> dict[str, Any]:
-    """Values by name, and beside them `source` and `formulas` by the name of the figure."""
+    """Return the values by name, and two more keys: the `source` and the `formulas` of the figures by name."""
     values, source, formulas = {}, {}, {}
     for figure in figures:
         group, _, part = figure.name.partition(".")
@@ -33,12 +37,14 @@ def as_json(figures: Iterable[Figure]) -> dict[str, Any]:
             values[group] = dict(figure.value) if isinstance(figure.value, dict) else figure.value
         source[figure.name] = figure.origin
         if figure.formula:
-            formulas[figure.name.rstrip("0123456789")] = figure.formula  # hours_to_cr2, 4 and 8 share one formula
+            formulas[figure.name.rstrip("0123456789")] = (
+                figure.formula
+            )  # hours_to_cr2, hours_to_cr4 and hours_to_cr8 share one formula
     return values | {"source": source, "formulas": formulas}
 
 
 def as_text(figures: Iterable[Figure]) -> list[str]:
-    """A line for each number, then the formulas."""
+    """Return the lines of a table with one line per number, and then the formulas."""
     lines, formulas = [f"{'figure':<42}{'value':>16}  source"], {}
     for figure in figures:
         numbers = figure.value if isinstance(figure.value, dict) else {"": figure.value}
@@ -61,7 +67,7 @@ FORMATS = {
 
 
 def shown(number: float | bool | None, unit: str) -> str:
-    """A number with its unit, for people."""
+    """Format a number with its unit for people."""
     if number is None:
         return "-"
     if isinstance(number, bool):

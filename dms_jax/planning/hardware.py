@@ -1,6 +1,7 @@
-"""Accelerators that need not be at hand: their data sheets, and devices for which their real compilers compile.
+"""Accelerators that need not be at hand: their data sheets, and meshes of devices to compile for (`target_mesh`).
 
-Nothing is executed: arguments are `jax.ShapeDtypeStruct`, and the `memory_analysis()` of a compiled program is the target's own.
+The real compiler of the hardware compiles, but nothing is executed: arguments are `jax.ShapeDtypeStruct`, and the
+`memory_analysis()` of a compiled program is that of the target.
 """
 
 import importlib.util
@@ -25,7 +26,7 @@ class Chip(NamedTuple):
     hbm_bytes: float
     bandwidth: float  # bytes/s
     flops: float  # dense bf16 FLOP/s
-    link: float  # bytes/s to other devices of the host or slice, per device and direction
+    link: float  # bytes/s per device and direction to other devices of the same host or slice
     source: str
 
 
@@ -36,7 +37,7 @@ CHIPS = {
     "v5p": Chip("tpu", 95e9, 2765e9, 459e12, 300e9, "cloud.google.com/tpu/docs/v5p"),
     "v6e": Chip("tpu", 32e9, 1640e9, 918e12, 224e9, "cloud.google.com/tpu/docs/v6e"),
 }
-DEVICE_KINDS = {
+DEVICE_KINDS = {  # part of the name that JAX reports -> key of CHIPS; the first match counts
     "H100": "h100",
     "H200": "h200",
     "TPU v5 lite": "v5e",
@@ -46,8 +47,8 @@ DEVICE_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, as XLA writes them on such a device
-SLICES = {
+GPU_DESCRIPTIONS = {"h100": "h100_sxm", "h200": "h200"}  # files in targets/, which XLA wrote on such a device
+SLICES = {  # number of sides of a TPU slice -> number of chips -> shape of the slice
     2: {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     3: {
         1: "2x2x1",
@@ -61,11 +62,11 @@ SLICES = {
         512: "8x8x8",
     },
 }
-GPUS_PER_HOST = (1, 2, 4, 8)  # that clouds offer
+GPUS_PER_HOST = (1, 2, 4, 8)  # sizes that clouds offer
 EXAMPLES = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2"
-COUNT = "[1-9][0-9]{0,3}"  # regular expression of a number of devices, or of chips along a side
-USABLE = 0.92  # fraction of a device's memory; driver, compiler and fragmentation take the rest
-KIND_NAMES = {  # as JAX reports the devices
+COUNT = "[1-9][0-9]{0,3}"  # regular expression for a number of devices, or of chips along one side
+USABLE = 0.92  # fraction of the memory; driver, compiler and fragmentation take the rest
+KIND_NAMES = {  # `device_kind` as JAX reports it
     "h100": "NVIDIA H100 80GB HBM3",
     "h200": "NVIDIA H200",
     "v5e": "TPU v5 lite",
@@ -83,6 +84,7 @@ class Hardware(NamedTuple):
 
     @property
     def chip(self) -> Chip | None:
+        """The data sheet; None for a CPU."""
         return CHIPS.get(self.kind)
 
     @property
@@ -91,12 +93,12 @@ class Hardware(NamedTuple):
 
     @property
     def usable_bytes(self) -> float:
-        """Usable memory of each device; for a CPU, of the whole machine."""
+        """Usable memory of each device; for a CPU, that of the whole machine."""
         return USABLE * (self.chip.hbm_bytes if self.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     @property
     def source(self) -> str:
-        """Where `usable_bytes` comes from."""
+        """Source of `usable_bytes`, for the plan."""
         return (
             f"{USABLE:.0%} of the data sheet's memory ({self.chip.source})"
             if self.chip
@@ -105,17 +107,20 @@ class Hardware(NamedTuple):
 
 
 def number_bytes(platform: str) -> int:
-    """Bytes of a weight or activation in the default dtype of a platform."""
+    """Bytes of one weight or activation in the default dtype of a platform."""
     return {"float32": 4, "bfloat16": 2}[platform_defaults(platform).dtype]
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The data sheet of a device, by the name that JAX reports; None for a device that is not in the table."""
+    """Find the data sheet of a device by its `device_kind` in JAX; None for an unknown device."""
     return next((CHIPS[name] for part, name in DEVICE_KINDS.items() if part in device_kind), None)
 
 
 def parse_hardware(name: str) -> tuple[str, int, str | None]:
-    """Parse `h100x8` to (h100, 8, None), and `v5e-8` or `v5e-2x4` to (v5e, 8, "2x4"); the numbers of a TPU slice are chips."""
+    """Parse the name of accelerators into (kind, number of devices, shape of the TPU slice).
+
+    "h100x8" becomes ("h100", 8, None); "v5e-8" and "v5e-2x4", whose numbers count chips, become ("v5e", 8, "2x4").
+    """
     text = name.strip().lower()
     if match := re.fullmatch(rf"(h100|h200)x({COUNT})", text):
         kind, count = match[1], int(match[2])
@@ -141,7 +146,7 @@ def parse_hardware(name: str) -> tuple[str, int, str | None]:
 
 
 def hardware_of(name: str) -> Hardware:
-    """Like `parse_hardware`, and also for the simulated devices of this machine: `cpu`, `cpux8`."""
+    """Parse the name of accelerators (`parse_hardware`) or of simulated devices on this machine: "cpu", "cpux8"."""
     if match := re.fullmatch(rf"cpu(?:x({COUNT}))?", name.strip().lower()):
         return Hardware(name, "cpu", int(match[1] or 1))
     kind, count, _ = parse_hardware(name)
@@ -149,7 +154,7 @@ def hardware_of(name: str) -> Hardware:
 
 
 def larger(hardware: Hardware) -> Hardware | None:
-    """The next larger offer of the same devices, at least twice as many; None where there is no larger one."""
+    """Return the next larger host or slice of the same kind, with at least twice as many devices, or None."""
     if hardware.kind == "cpu":
         return None
     separator, counts = (
@@ -160,21 +165,19 @@ def larger(hardware: Hardware) -> Hardware | None:
 
 
 def missing_compiler(name: str) -> str | None:
-    """Why this machine cannot compile for the hardware `name`; None where it can."""
+    """Return why this machine cannot compile for the accelerators `name`, or None if it can."""
     if parse_hardware(name)[2] is not None:
         return None if importlib.util.find_spec("libtpu") else 'needs libtpu; pip install "dms-jax[tpu]"'
     plugins = [f"jax_cuda{version}_plugin" for version in (12, 13)]
-    return (
-        None
-        if any(map(importlib.util.find_spec, plugins))
-        else 'needs the CUDA plugin of JAX; pip install "dms-jax[cuda]"'
-    )
+    if any(map(importlib.util.find_spec, plugins)):
+        return None
+    return 'needs the CUDA plugin of JAX; pip install "dms-jax[cuda]"'
 
 
 def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("data", "model")) -> Mesh:
-    """A mesh of devices to compile for. While it is set (`jax.set_mesh`), `sharding.target_device` is that hardware.
+    """Make a mesh of devices to compile for. While it is set (`jax.set_mesh`), `sharding.target_device` returns them.
 
-    Raises ConfigError for unknown hardware, for a shape of another size, and where the compiler is not installed.
+    Raises ConfigError if the hardware is unknown, has a different number of devices, or lacks its compiler.
     """
     kind, count, slice_shape = parse_hardware(name)
     if math.prod(shape) != count:
@@ -192,11 +195,9 @@ def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("dat
                 f"{name}: JAX did not load its CUDA plugin because this machine has no GPU; set JAX_PLATFORMS=cpu to compile for one"
             ) from why
     else:
-        os.environ.setdefault(
-            "TPU_SKIP_MDS_QUERY", "1"
-        )  # without it libtpu asks a metadata server which TPU this machine has
-        os.environ.setdefault(
-            "ALLOW_MULTIPLE_LIBTPU_LOAD", "1"
-        )  # compiling does not take a TPU away from another process
+        # Without this, libtpu asks a metadata server which TPU this machine has.
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # Compiling does not take a TPU away from another process.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{slice_shape}").devices
     return Mesh(np.array(devices[:count]).reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))

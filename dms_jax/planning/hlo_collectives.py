@@ -1,7 +1,7 @@
 """Find the collectives of a compiled program in its text, `jax.stages.Compiled.as_text()`.
 
-The text is XLA's HLO after partitioning, so shapes are those of one device. A collective inside a loop counts as often as the loop
-runs; every branch of a conditional counts.
+The text is XLA's HLO after partitioning, so all shapes are those of one device. A collective in a loop counts once per
+iteration, and every branch of a conditional counts. Begin with `collectives`.
 """
 
 import itertools
@@ -33,16 +33,16 @@ class Collective(NamedTuple):
     """One collective instruction of a program."""
 
     kind: str  # one of KINDS
-    bytes: int  # of the operands on one device, per execution
-    executions: int  # product of the trip counts of the loops around it; an unknown trip count is taken as 1
-    group_size: int  # devices that exchange with each other; 2 for a permutation, in which each sends to one
+    bytes: int  # size of the operands on one device, per execution
+    executions: int  # product of the trip counts of the enclosing loops; an unknown trip count is taken as 1
+    group_size: int  # number of devices that exchange data; 2 for a permutation, where each device sends to one other
     name: str
-    loops: int  # number of loops around it
-    shapes: tuple[tuple[int, ...], ...]  # of the results on one device
+    loops: int  # number of enclosing loops
+    shapes: tuple[tuple[int, ...], ...]  # shapes of the results on one device
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends per execution with the ring algorithm, which sends the fewest."""
+        """Bytes that each device sends per execution with the ring algorithm, which sends the fewest bytes."""
         n = self.group_size
         share = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1, "collective-broadcast": 1}
         return self.bytes * share.get(self.kind, (n - 1) / n)
@@ -56,7 +56,7 @@ class _Instruction(NamedTuple):
 
 
 def collectives(compiled_text: str) -> list[Collective]:
-    """Every collective of a compiled program, in execution order. Raises ValueError for a text that is not HLO."""
+    """List the collectives of a compiled program in execution order. Raises ValueError if the text is not HLO."""
     computations, entry = _parse(compiled_text)
     if entry is None:
         raise ValueError("the text must be that of a compiled program, but it has no ENTRY computation")
@@ -68,11 +68,11 @@ def collectives(compiled_text: str) -> list[Collective]:
         shape_of = {i.name: i.shape for i in computations[name]}
         for i in computations[name]:
             if match := _COLLECTIVE.fullmatch(i.opcode):
-                # A TPU overlaps a collective with several fusions, and each of them names it again, with the same channel.
                 kind = match[1]
                 # The TPU compiler writes a reduce-scatter as an all-reduce in a computation of this name.
                 if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                     kind = "reduce-scatter"
+                # A TPU overlaps a collective with several fusions, and each fusion repeats it with the same channel id.
                 chain = re.search(r"channel_id=(\d+).*chain_id=", i.rest)
                 if chain is None or chain[1] not in chains:
                     found.append(_collective(i, kind, shape_of, executions, loops, num_partitions))
@@ -92,24 +92,24 @@ def collectives(compiled_text: str) -> list[Collective]:
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str | None]:
     computations: dict[str, list[_Instruction]] = {}
-    entry, here = None, None
+    entry, current = None, None
     for line in text.splitlines():
-        if here is None:
+        if current is None:
             if (match := _COMPUTATION.match(line)) is not None:
-                here = computations.setdefault(match[2], [])
+                current = computations.setdefault(match[2], [])
                 entry = match[2] if match[1] else entry
         elif line.startswith("}"):
-            here = None
+            current = None
         elif (match := _INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", line))) is not None:
-            here.append(_Instruction(*match.groups()))
+            current.append(_Instruction(*match.groups()))
     return computations, entry
 
 
 def _called(i: _Instruction) -> list[str]:
     names = [
         name
-        for _, one, several in _CALLED.findall(i.rest)
-        for name in ([one] if one else re.findall(r"[\w.\-]+", several))
+        for _, single, several in _CALLED.findall(i.rest)
+        for name in ([single] if single else re.findall(r"[\w.\-]+", several))
     ]
     return names if i.opcode != "while" else re.findall(r"\bbody=%?([\w.\-]+)", i.rest)
 
@@ -117,7 +117,7 @@ def _called(i: _Instruction) -> list[str]:
 def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
     if (known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)) is not None:
         return int(known[1])
-    # The text for a TPU has no trip counts. The loops of `lax.scan` count from 0 up to a constant in their condition.
+    # HLO for TPUs has no trip counts, but the loops of `lax.scan` count from 0 up to a constant in their condition.
     condition = computations[re.findall(r"\bcondition=%?([\w.\-]+)", i.rest)[0]]
     constants = {
         c.name: int(c.rest.split(")")[0]) for c in condition if c.opcode == "constant" and re.match(r"\d+\)", c.rest)
@@ -128,7 +128,10 @@ def _trip_count(i: _Instruction, computations: dict[str, list[_Instruction]]) ->
 
 
 def _operands(rest: str) -> list[str]:
-    """Names of the operands: everything before the parenthesis that closes the call; tilings in shapes have their own parentheses."""
+    """Return the names of the operands, which end at the closing parenthesis of the call.
+
+    Tilings in shapes nest parentheses.
+    """
     depth = itertools.accumulate(({"(": 1, ")": -1}.get(letter, 0) for letter in rest), initial=1)
     inside = rest[: next((end for end, open_ in enumerate(depth) if not open_), len(rest)) - 1]
     return re.findall(r"%([\w.\-]+)", inside) or re.findall(r"[\w.\-]+", inside)
@@ -139,7 +142,7 @@ def _collective(
 ) -> Collective:
     operands = _operands(i.rest)
     size = sum(_bytes(shape_of.get(name, "")) for name in operands)
-    # The result of a `-start` is (operands, results, more): skip as many arrays as there are operands.
+    # The result of a `-start` instruction is (operands, results, ...), so the operands are skipped.
     arrays = [tuple(int(d) for d in re.findall(r"\d+", dims)) for _, dims in _ARRAY.findall(i.shape)]
     started = i.opcode.endswith("-start") and (kind != "all-reduce" or len(arrays) > len(operands))
     shapes = arrays[len(operands) : 2 * len(operands)] if started else arrays

@@ -1,7 +1,8 @@
-"""Estimate the bytes that a retrofit step needs on each device without compiling it, and read the bytes of a compiled program.
+"""Estimate the bytes per device of a retrofit step without compiling it, and read those of a compiled program.
 
-Weights and optimizer state are exact: their shards are counted. The rest follows what XLA allocates for H100, v5e and v5p, within 15%
-of the whole (docs/scale.md, `pytest -m aot`). The peak is reached at one of two moments: in the loss, or in the backward pass of a layer.
+Weights and optimizer state are exact, because their shards are counted. The other parts are fitted to what XLA
+allocates for H100, v5e and v5p; the total is within 15% of the compiler's (docs/scale.md, `pytest -m aot`). Memory
+peaks either in the loss or in the backward pass of a layer. Begin with `estimated_memory`.
 """
 
 from typing import Any, NamedTuple
@@ -12,35 +13,35 @@ from dms_jax.planning.hardware import number_bytes
 
 
 class CompilerFit(NamedTuple):
-    """How the compiler of a platform allocates memory; fitted to what it reports."""
+    """Parameters of how the compiler of a platform allocates memory, fitted to the sizes that it reports."""
 
-    logits: float = 3.0  # fp32 copies of the logits of a chunk that exist at once
-    embedding_gradients: float = 2.0  # fp32 copies of the gradient of the embedding, where all weights train
-    activation_factor: float = 1.0  # bytes allocated / bytes of the arrays that the forward pass saves
+    logits: float = 3.0  # fp32 copies of the logits of one chunk that exist at the same time
+    embedding_gradients: float = 2.0  # fp32 copies of the embedding gradient, if all weights train
+    activation_factor: float = 1.0  # allocated bytes / bytes of the arrays that the forward pass saves
     overlap: float = 0.0  # fraction of the smaller of the two peaks that is still allocated at the larger one
 
 
-# The TPU compiler reports its whole heap with the holes in it, which is more than is in use at any time.
+# The TPU compiler reports its whole heap including the holes, which is more than is in use at any one time.
 FITS = {
     "gpu": CompilerFit(),
     "tpu": CompilerFit(embedding_gradients=1.0, activation_factor=1.25, overlap=0.75),
     "cpu": CompilerFit(logits=4.0, embedding_gradients=1.25),
 }
 FORMULAS = {
-    "weights": "shards of the parameters: bf16 where frozen, fp32 where they train",
-    "optimizer": "shards of the two fp32 moments of the parameters that train",
-    "activations": "2 bytes (CPU: 4, here and below) x L x tokens x width / devices of the model axis; width: D (remat full: the residual "
-    "stream), 2 D + 2 (N + K) H + 2 F (matmuls), 9 D + 2 (N + K) H (6 times that with norms of queries and keys) + 5 F (none); TPU: x 1.25",
-    "logits": "the output embeddings, gathered over data and context; 3 (CPU: 4) fp32 logits of one chunk of tokens of each part of a row "
-    "(the model axis splits a row into parts) and 3 hidden states of those parts; where all weights train, also their bf16 shards and 2 "
-    "(TPU: 1, CPU: 1.25) fp32 gradients of the embedding",
-    "temporary": "the backward pass of a layer, as far as it exceeds the logits: the gathered weights of the layer twice, "
-    "2 (3 F + 5 D) bytes per token, fp32 gradients; TPU: plus 0.75 of the smaller of the two",
+    "weights": "shards of the parameters: bf16 if frozen, fp32 if they train",
+    "optimizer": "shards of the two fp32 moments of each parameter that trains",
+    "activations": "2 bytes (CPU: 4, here and below) x L x tokens x width / size of the model axis; width by remat: full: D (the residual "
+    "stream); matmuls: 2 D + 2 (N + K) H + 2 F; none: 9 D + 2 (N + K) H (x 6 if queries and keys have norms) + 5 F; TPU: x 1.25",
+    "logits": "the output embeddings, gathered over the data and context axes; the model axis splits each row into parts: 3 (CPU: 4) copies "
+    "of the fp32 logits of one chunk of tokens of each part, and 3 hidden states of the parts; if all weights train, also their bf16 shards "
+    "and 2 (TPU: 1, CPU: 1.25) copies of the fp32 gradient of the embedding",
+    "temporary": "what the backward pass of a layer needs beyond `logits`: two copies of the gathered weights of the layer, "
+    "2 (3 F + 5 D) bytes per token, and fp32 gradients; TPU: plus 0.75 of the smaller of `logits` and this",
 }
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes of one device at the peak."""
+    """Bytes per device at the peak, by kind."""
 
     weights: float
     optimizer: float
@@ -62,24 +63,25 @@ class MeshSizes(NamedTuple):
 
     @property
     def shards(self) -> int:
-        """Devices over which parameters are fully sharded, in addition to the model axis."""
+        """Number of devices over which the parameters are fully sharded, not counting the model axis."""
         return self.data * self.context
 
 
 class MicroBatch(NamedTuple):
-    """What a device computes at a time."""
+    """The part of a step that a device computes at one time."""
 
     mesh: MeshSizes
-    rows: int  # on each device
+    rows: int  # rows on each device
     length: int  # tokens of a whole row
-    logits_chunk: int  # tokens of a row whose logits exist at a time
+    logits_chunk: int  # tokens of a row whose logits exist at the same time
     mode: str
     remat: str
     platform: str
-    accumulates: bool = False  # there are several micro-batches in a step
+    accumulates: bool = False  # whether a step has several micro-batches
 
     @property
     def tokens(self) -> float:
+        """Tokens on each device."""
         return self.rows * self.length / self.mesh.context
 
     @property
@@ -98,13 +100,16 @@ class MicroBatch(NamedTuple):
 def estimated_memory(
     config: ModelConfig, micro: MicroBatch, weights: float, optimizer: float, trainable: float
 ) -> MemoryEstimate:
-    """`weights`, `optimizer` and `trainable` are bytes of the shards of one device; `trainable` is the fp32 part of `weights`."""
+    """Estimate the bytes per device of a step.
+
+    `weights` and `optimizer` are the bytes of the shards on one device. `trainable` is the fp32 part of `weights`.
+    """
     fit, model, gathers = micro.fit, micro.mesh.model, micro.mesh.shards > 1
     d, f, heads = _widths(config)
     embedding = config.vocab_size * d / model
     cast = trainable / 2 if micro.trains_all and micro.number_bytes < 4 else 0.0
 
-    # The loss. Each device of the model axis goes through its own part of the row and has its part of the vocabulary for all parts.
+    # The loss: each device of the model axis computes the loss of its own part of each row, in chunks.
     part = micro.length / (model * micro.mesh.context)
     chunk = 4.0 * micro.rows * min(micro.logits_chunk, part) * config.vocab_size
     loss = (
@@ -134,15 +139,15 @@ def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:
 
 
 def _widths(config: ModelConfig) -> tuple[int, int, int]:
-    """Channels of the residual stream, of the MLP, and of queries, keys, values and attention output together."""
+    """Count the channels of the residual stream, of the MLP, and of all heads (queries, keys, values and output)."""
     heads = 2 * (config.num_q_heads + config.num_kv_heads) * config.head_dim
     return config.hidden_size, config.intermediate_size, heads
 
 
 def program_bytes(analysis: Any) -> float:
-    """Bytes that a compiled program needs on a device, from its `memory_analysis()`."""
+    """Bytes per device of a compiled program, from its `memory_analysis()`."""
     if analysis is None:
-        raise ConfigError("the compiler must report the memory of a program, but this one does not; use --analytic")
+        raise ConfigError("the compiler for this hardware does not report the memory of a program; use --analytic")
     return (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
@@ -152,8 +157,11 @@ def program_bytes(analysis: Any) -> float:
 
 
 def with_compiled(estimate: MemoryEstimate, arguments: float, temporary: float) -> MemoryEstimate:
-    """Replace estimates by the compiler's figures. It reports arguments and temporary memory as a whole; the estimate says which part of
-    the temporary memory is activations and logits."""
+    """Replace the estimate by the compiler's figures.
+
+    The compiler reports only the total bytes of `arguments` and of `temporary` arrays. The estimate determines which
+    parts of the temporary arrays count as activations and as logits.
+    """
     part = min(1.0, temporary / (estimate.activations + estimate.logits))
     activations, logits = estimate.activations * part, estimate.logits * part
     return estimate._replace(

@@ -1,6 +1,7 @@
-"""Predict how long a program takes on hardware that need not be at hand: the work it computes, moves and sends, over achievable rates.
+"""Predict the time of a step on hardware that need not be at hand: FLOPs and bytes, divided by achievable rates.
 
-A data sheet gives rates, and programs achieve a fraction of them. The fractions are data below, each with its source.
+Programs achieve a fraction of the rates of a data sheet. The fractions are in the tables below, each with its source.
+Begin with `step_time`.
 """
 
 from collections.abc import Iterable
@@ -13,32 +14,32 @@ from dms_jax.planning.memory_estimate import MeshSizes
 
 
 class Efficiency(NamedTuple):
-    """The fraction of a data sheet's rate that programs achieve."""
+    """The fraction of a data-sheet rate that programs achieve."""
 
     fraction: float
     source: Literal["measured", "assumed"]
     note: str
 
     def times(self, sheet: str) -> str:
-        """The origin of a rate that is this fraction of a data sheet's."""
+        """Describe the source of a rate that is this fraction of the rate in `sheet`."""
         return f"{sheet} x {self.fraction:g}, {self.source}: {self.note}"
 
 
 H200 = "H200, docs/performance.md"
 NO_TPU = "no TPU was measured"
 PRODUCTS = {
-    "gpu": Efficiency(0.74, "measured", f"{H200}: bf16 product of 8192 x 8192 matrices, 732 TFLOP/s"),
+    "gpu": Efficiency(0.74, "measured", f"{H200}: bf16 matrix product of 8192 x 8192 matrices, 732 TFLOP/s"),
     "tpu": Efficiency(0.70, "assumed", NO_TPU),
 }
 COPY = {
     "gpu": Efficiency(0.84, "measured", f"{H200}: copy, 4.05 TB/s"),
     "tpu": Efficiency(0.85, "assumed", NO_TPU),
 }
-ATTENTION = {  # forward and backward of training attention, causal FLOPs counted once, as a fraction of the dense bf16 rate
+ATTENTION = {  # causal FLOPs of training attention, forward and backward, as a fraction of the dense bf16 rate
     "mosaic_gpu": Efficiency(0.43, "measured", f"{H200}: 2 rows of 8192, 32 / 8 heads of 128, 8.95 ms"),
     "pallas_tpu": Efficiency(0.35, "assumed", NO_TPU),
     "xla": Efficiency(
-        0.063, "measured", f"{H200}: 2 rows of 8192, 32 / 8 heads of 128, 61.5 ms; the same is assumed of a TPU"
+        0.063, "measured", f"{H200}: 2 rows of 8192, 32 / 8 heads of 128, 61.5 ms; assumed to hold for a TPU, too"
     ),
 }
 DECODE = {  # memory bandwidth of a whole decode step, which reads the weights and the live pairs
@@ -49,18 +50,18 @@ LINK = Efficiency(0.70, "assumed", "of the data sheet's rate per direction")
 
 
 class Rates(NamedTuple):
-    """Achievable rates of one device, and where each comes from."""
+    """Achievable rates of one device, and the source of each."""
 
     products: float  # FLOP/s of matrix products
     attention: float  # FLOP/s
     memory: float  # bytes/s
     link: float  # bytes/s
-    peak: float  # FLOP/s; the reference of model-FLOPs utilization
+    peak: float  # FLOP/s of the data sheet; model-FLOPs utilization is relative to it
     sources: dict[str, str]
 
 
 def rates_of(chip: Chip, implementation: str) -> Rates:
-    """The rates of an accelerator that computes training attention with `implementation`."""
+    """Return the achievable rates of an accelerator that computes training attention with `implementation`."""
     products, copy, attention = PRODUCTS[chip.platform], COPY[chip.platform], ATTENTION[implementation]
     sheet = f"data sheet ({chip.source})"
     return Rates(
@@ -79,15 +80,18 @@ def rates_of(chip: Chip, implementation: str) -> Rates:
 
 
 class StepWork(NamedTuple):
-    """The work of all devices together in a retrofit step. Recomputation is counted."""
+    """The work of a retrofit step on all devices together, including recomputation."""
 
-    products: float  # FLOPs of products with weights
+    products: float  # FLOPs of matrix products with weights
     attention: float  # FLOPs of causal attention
-    moved: float  # bytes that the operations between the products read and write
+    moved: float  # bytes that the operations between the matrix products read and write
 
 
 def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat: str) -> StepWork:
-    """The work of a step of `tokens` tokens in rows of `length`: forward passes of teacher and student, recomputation, backward pass."""
+    """Count the work of a step of `tokens` tokens in rows of `length` tokens.
+
+    A step consists of the forward passes of teacher and student, recomputation, and the backward pass.
+    """
     output = config.vocab_size * config.hidden_size
     layers = matmul_parameters(config) - output
     again = remat == "full"
@@ -95,22 +99,22 @@ def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat:
         3 if mode == "adapter" else 4
     )
     attention = attention_flops(config, length) * (2 + again + 2.5)
-    # Elements that each token reads and writes in the forward pass of a layer: norms and residual stream, heads with RoPE, MLP. The
-    # backward pass moves twice as many.
+    # Elements per token that the forward pass of a layer reads and writes: norms and residual stream, heads with RoPE,
+    # MLP. The backward pass moves twice as many elements.
     heads = (6 * config.num_q_heads + 6 * config.num_kv_heads) * config.head_dim
     elements = 17 * config.hidden_size + heads + 6 * config.intermediate_size
-    logits = 4.0 * config.vocab_size * 8  # fp32 logits of both models, a few passes
+    logits = 4.0 * config.vocab_size * 8  # fp32 logits of both models, in about eight passes
     moved = 2.0 * config.num_layers * elements * (4 + again) + logits
     return StepWork(weights * tokens, attention * tokens, moved * tokens)
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step on each device."""
+    """Seconds of one step, by the resource that they are spent on."""
 
     products: float
     attention: float
     memory: float
-    communication: float  # hidden behind the products, as far as it takes no longer than they do
+    communication: float  # overlaps with the matrix products
 
     @property
     def total(self) -> float:
@@ -121,7 +125,10 @@ TOTAL_FORMULA = "products + attention + memory + max(0, communication - products
 
 
 def step_time(work: StepWork, devices: int, weight_bytes: float, sent_bytes: float, rates: Rates) -> StepTime:
-    """Each device reads `weight_bytes` in addition to its part of the work, and sends `sent_bytes` to others."""
+    """Predict the time of a step.
+
+    Each device does its part of `work`, reads `weight_bytes` in addition, and sends `sent_bytes`.
+    """
     return StepTime(
         products=work.products / devices / rates.products,
         attention=work.attention / devices / rates.attention,
@@ -131,31 +138,37 @@ def step_time(work: StepWork, devices: int, weight_bytes: float, sent_bytes: flo
 
 
 def sent_bytes(collectives: Iterable) -> dict[str, float]:
-    """Bytes that a device sends in a step, by kind of collective, from the collectives of its program (`hlo_collectives`)."""
+    """Sum up the bytes that each device sends in a step, by kind of collective.
+
+    The collectives are from `hlo_collectives`.
+    """
     total: dict[str, float] = {}
-    for one in collectives:
-        total[one.kind] = total.get(one.kind, 0.0) + one.sent * one.executions
+    for collective in collectives:
+        total[collective.kind] = total.get(collective.kind, 0.0) + collective.sent * collective.executions
     return total
 
 
 def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> float:
-    """Bytes of bf16 weights that a device reads in a micro-batch: its tensor-parallel part of all layers, once for each pass over them."""
+    """Bytes of bf16 weights that each device reads per micro-batch: its shard over the model axis, once per pass."""
     passes = 2 + (remat == "full") + (1 if mode == "adapter" else 2)
     return 2.0 * matmul_parameters(config) / model * passes
 
 
 EXCHANGED = (
-    "bytes that a device sends in a step. Weights, per micro-batch: the bf16 weights of each layer are all-gathered for the two forward passes "
-    "and for the backward pass, the output embedding once for each model, times (n - 1) / n, n = the data x context devices that share them; "
-    "gradients of what trains are reduce-scattered in bf16, that of the embedding in fp32. Residual stream, per layer, times (m - 1) / m, "
-    "m = the devices of the model axis: 8 all-gathers and 7 reduce-scatters. Context axis: 4 all-to-alls of queries, keys, values and outputs"
+    "bytes that each device sends in a step. Weights, per micro-batch: the bf16 weights of each layer are all-gathered for two forward passes "
+    "and the backward pass, and the output embedding once for each model; gradients are reduce-scattered in bf16, that of the embedding in "
+    "fp32; all x (n - 1) / n, where n is the size of the data and context axes together. Residual stream, per layer: 8 all-gathers and 7 "
+    "reduce-scatters x (m - 1) / m, where m is the size of the model axis. Context axis: 4 all-to-alls of queries, keys, values and outputs"
 )
 
 
 def exchanged_bytes(
     config: ModelConfig, mesh: MeshSizes, tokens: float, accumulate: int, mode: str
 ) -> dict[str, float]:
-    """Estimate the bytes that a device sends in a step of `tokens` tokens, by kind of collective; EXCHANGED says how."""
+    """Estimate the bytes that each device sends in a step of `tokens` tokens, by kind of collective.
+
+    EXCHANGED explains how.
+    """
     n, m, c = mesh.shards, mesh.model, mesh.context
     output = config.vocab_size * config.hidden_size / m
     layers = matmul_parameters(config) / m - output

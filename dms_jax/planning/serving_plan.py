@@ -1,8 +1,8 @@
-"""Plan a server: how many users a memory budget serves and how fast, dense and with compact caches, and where compression will not help.
+"""Plan a server: how many users fit into memory and how fast it decodes, with a dense cache and with compact ones.
 
-A decode step reads all weights and all live pairs once, so memory bandwidth decides; with very many users the matrix products do.
-`roofline` lists the fraction of each data-sheet rate that programs achieve; the bandwidth of a CPU is measured. Communication between
-devices is not counted.
+A decode step reads all weights and all live pairs once, so memory bandwidth limits it; with very many users, matrix
+products do. `roofline` holds the fraction of each data-sheet rate that programs achieve; the bandwidth of a CPU is
+measured. Communication between devices is not counted. Begin with `serving_plan`.
 """
 
 import math
@@ -22,24 +22,11 @@ from dms_jax.planning.hardware import Hardware, number_bytes
 from dms_jax.planning.roofline import DECODE, PRODUCTS
 from dms_jax.platform_defaults import platform_defaults
 
-UNITS = {
-    **{
-        "": 1,
-        "b": 1,
-        "k": 2**10,
-        "kib": 2**10,
-        "m": 2**20,
-        "mib": 2**20,
-        "g": 2**30,
-        "gib": 2**30,
-        "t": 2**40,
-        "tib": 2**40,
-    },
-    **{"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
-}
-BOOKKEEPING = 12  # bytes of a cached pair: position, expiry, score
-READ_BOOKKEEPING = 8  # bytes of them that a decode step reads
-MIN_SPEEDUP = 1.1  # a smaller speed-up does not count as one
+UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+UNITS |= {letter + suffix: 2 ** (10 * power) for power, letter in enumerate("kmgt", 1) for suffix in ("", "ib")}
+BOOKKEEPING = 12  # bytes per cached pair: position, expiry, score
+READ_BOOKKEEPING = 8  # of these, the bytes that a decode step reads
+MIN_SPEEDUP = 1.1  # a smaller speed-up is not worth mentioning
 
 
 def parse_bytes(text: str) -> float:
@@ -51,31 +38,31 @@ def parse_bytes(text: str) -> float:
 
 
 class ServingPlan(NamedTuple):
-    """A plan of one server; an arm is the dense cache or a compression ratio."""
+    """The plan of one server for several arms: the dense cache, and one compact cache per compression ratio."""
 
-    setting: dict[str, Any]  # what was asked for
-    figures: list[Figure]  # of the whole server
-    arms: dict[str, list[Figure]]  # name of the arm -> its figures
+    setting: dict[str, Any]  # the hardware and the load that were asked for
+    figures: list[Figure]  # figures that all arms share
+    arms: dict[str, list[Figure]]  # figures of each arm by its name
     advice: list[str]
 
 
 class Load(NamedTuple):
-    """What one arm keeps for each user."""
+    """The cache of one user in one arm."""
 
     nominal_cr: float
-    live: float  # mean live pairs per KV head
+    live: float  # mean number of live pairs per KV head
     capacity: int  # slots per KV head
 
 
 class ModelBytes(NamedTuple):
     """Sizes of a model on a mesh, in bytes."""
 
-    data: int  # groups of devices, each with all weights
-    weights: int  # of one group
-    read_weights: int  # of one group; from a separate input embedding a decode step reads one row only
-    pair: float  # a token in the cache: keys and values of all layers, KV heads and copies
-    bookkeeping: float  # of a token, the same way
-    read_bookkeeping: float
+    data: int  # number of groups of devices that hold all weights
+    weights: int  # all weights, per group
+    read_weights: int  # weights that a decode step reads, per group: all but a separate input embedding
+    pair: float  # keys and values per token, in all layers, KV heads and copies
+    bookkeeping: float  # positions, expiries and scores per token, in all layers, KV heads and copies
+    read_bookkeeping: float  # the part of `bookkeeping` that a decode step reads
 
 
 def serving_plan(
@@ -88,11 +75,11 @@ def serving_plan(
     headroom: float,
     ratios: tuple[float, ...],
 ) -> ServingPlan:
-    """Plan the arm `dense` and one arm for each nominal ratio.
+    """Plan the arm `dense` and one arm for each nominal compression ratio in `ratios`.
 
-    `mesh` is data x model: each of its `data` groups holds all weights. `budget` is the memory in bytes, None for that of the
-    hardware. `headroom` is capacity over mean live pairs. Raises ConfigError for a context that exceeds the model's and for memory that
-    does not hold the weights.
+    `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands
+    for the memory of the hardware. `headroom` is capacity / mean live pairs. Raises ConfigError if the context exceeds
+    the model's limit or the weights do not fit into the memory.
     """
     limit, name = config.context_limit()
     if context > limit:
@@ -108,7 +95,7 @@ def serving_plan(
     multiple = platform_defaults(hardware.platform).capacity_multiple
     rates = decode_rates(hardware)
     formulas = {
-        "capacity_per_layer": f"mean live pairs at window {window} if decisions do not depend on the position, x {headroom:g} because heads "
+        "capacity_per_layer": f"mean live pairs at window {window}, if decisions do not depend on the position, x {headroom:g}, because heads "
         f"differ, rounded up to a multiple of {multiple}; generate grows the cache when a head needs more",
         "most_users": f"(memory - weights) / cache of one user; memory: {'given' if budget is not None else hardware.source}",
         "tokens_per_second": "users / max(bytes of weights and live pairs / bandwidth, FLOPs / rate of products); "
@@ -132,11 +119,12 @@ def serving_plan(
 
 
 def model_bytes(config: ModelConfig, hardware: Hardware, mesh: tuple[int, ...]) -> ModelBytes:
+    """Count the bytes of weights and of cached tokens in the default dtype of the hardware."""
     number, data, model = number_bytes(hardware.platform), mesh[0], math.prod(mesh[1:])
     embedding = 0 if config.tie_word_embeddings else number * config.vocab_size * config.hidden_size
     weights = number * matmul_parameters(config) + embedding
     heads = config.num_layers * config.num_kv_heads
-    # Devices of the model axis beyond the common divisor with the KV heads keep copies of the same heads.
+    # The KV heads are split over their greatest common divisor with the model axis; the other devices hold copies.
     copies = model / math.gcd(config.num_kv_heads, model)
     return ModelBytes(
         data=data,
@@ -149,7 +137,7 @@ def model_bytes(config: ModelConfig, hardware: Hardware, mesh: tuple[int, ...]) 
 
 
 def loads(context: int, window: int, headroom: float, ratios: tuple[float, ...], multiple: int) -> dict[str, Load]:
-    """What each arm keeps of `context` tokens; capacities are rounded up to a `multiple`."""
+    """Return the load of each arm after `context` tokens. Capacities are rounded up to a multiple of `multiple`."""
     round_up = lambda slots: -(-slots // multiple) * multiple
     found = {"dense": Load(1.0, float(context), round_up(context))}
     for ratio in ratios:
@@ -168,13 +156,14 @@ def arm_figures(
     context: int,
     formulas: dict[str, str],
 ) -> list[Figure]:
+    """Compute the figures of one arm. `batch`, the number of users who are served at once, is limited by `memory`."""
     user_bytes = load.capacity * (sizes.pair + sizes.bookkeeping)
     max_users = int((memory - sizes.data * sizes.weights) // user_bytes)
     batch = min(users, max_users)
 
     def tokens_per_second(users: int) -> float | None:
         read = sizes.data * sizes.read_weights + users * load.live * (sizes.pair + sizes.read_bookkeeping)
-        # A new token sees all live pairs; the causal count of `attention_flops` sees half.
+        # A new token attends to all live pairs; `attention_flops` counts half of them, as in causal training.
         flops = users * (2.0 * matmul_parameters(config) + 2 * attention_flops(config, 1) * load.live)
         return None if users == 0 else users / max(read / rates.bandwidth, flops / rates.flops)
 
@@ -195,7 +184,7 @@ def arm_figures(
 
 
 class DecodeRates(NamedTuple):
-    """Achievable rates of all devices together."""
+    """Achievable rates of all devices together, and their source."""
 
     bandwidth: float  # bytes/s
     flops: float  # FLOP/s
@@ -203,11 +192,11 @@ class DecodeRates(NamedTuple):
 
 
 def decode_rates(hardware: Hardware) -> DecodeRates:
-    """Data sheet x efficiency for an accelerator; a copy benchmark that runs now for a CPU."""
+    """Return the achievable rates of an accelerator from its data sheet, or of this CPU from a copy benchmark."""
     chip = hardware.chip
     if chip is None:
         bandwidth = copy_bandwidth()
-        source = f"measured here: a copy, {bandwidth / 1e9:.1f} GB/s; products are not counted"
+        source = f"measured here: copy, {bandwidth / 1e9:.1f} GB/s; matrix products are not counted"
         return DecodeRates(bandwidth, math.inf, source)
     memory, products = DECODE[chip.platform], PRODUCTS[chip.platform]
     source = f"{memory.times(f'data sheet ({chip.source})')}; {products.times('products')}"
@@ -216,7 +205,7 @@ def decode_rates(hardware: Hardware) -> DecodeRates:
 
 
 def copy_bandwidth(elements: int = 1 << 25) -> float:
-    """Bytes/s that this process's first device reads and writes, the best of five."""
+    """Measure the bytes/s that the first device of this process reads and writes in a copy; the best of five runs."""
     x, copy, seconds = jnp.zeros(elements, jnp.float32), jax.jit(lambda x: x + 1.0, donate_argnums=0), []
     for _ in range(6):
         start = time.perf_counter()
@@ -226,10 +215,15 @@ def copy_bandwidth(elements: int = 1 << 25) -> float:
 
 
 def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) -> list[str]:
-    """Sentences that say where DMS helps here and where it will not. The first arm is dense, the last has the highest ratio."""
+    """Say in sentences whether DMS helps here.
+
+    The first of `arms` is dense, the last has the highest compression ratio.
+    """
     dense, best = arms[0], arms[-1]
     if context <= window + 1:
-        return [f"DMS will not help: nothing is evicted within the window of {window}, and the context is {context}."]
+        return [
+            f"DMS will not help: a context of {context} tokens lies within the window of {window}, where nothing is evicted."
+        ]
     sentences, ratio = [], f"CR {best['nominal_cr']:g}"
     if not dense["fits"] and best["fits"]:
         sentences.append(
@@ -244,8 +238,8 @@ def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) ->
         if gain < MIN_SPEEDUP:
             load = f"{users} user{'s' * (users > 1)} at {context} tokens"
             sentences.append(
-                f"DMS will not make this faster ({gain:.2f}x at {ratio}): with {load}, a step reads little besides the weights. It helps with "
-                "more users or longer contexts."
+                f"DMS will not make this faster ({gain:.2f}x at {ratio}): with {load}, a step reads little besides the weights. It pays "
+                "off with more users or longer contexts."
             )
         else:
             sentences.append(f"With the same number of users, {ratio} decodes {gain:.2f}x as fast as dense.")

@@ -1,4 +1,5 @@
-"""The retrofit: configuration, data, the differentiated step, the course of a run, its plans.
+"""The retrofit: its configuration, data, loss and optimizer step, and the run from checkpoint to exported model.
 
-Begin with `retrofit_config` (every key), then `run` (the course: prepare, restore, train, finish) and `step` (what is differentiated).
+Begin with `retrofit_config` (every key), then read `run` (prepare, restore, train, finish) and `step` (loss, gradients
+and update). `data` turns text into batches, and `planning` predicts the memory and the time of a step.
 """

@@ -1,4 +1,4 @@
-"""The text of `--dry-run`: what a retrofit would do, told without doing it."""
+"""The text of `--dry-run`, which describes a retrofit without running it."""
 
 from typing import Any
 
@@ -7,35 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.command import typed_as
+from dms_jax.planning.figures import GIB
 from dms_jax.planning.memory_estimate import program_bytes
 from dms_jax.training.prepare import PreparedRun
 
-GIB = 2**30
-
 
 def dry_run_text(run: PreparedRun) -> str:
-    """Shapes and shardings of all arrays, the schedules, and the memory of the compiled step."""
+    """Describe shapes and shardings of all arrays, the schedules, and the memory of the compiled step."""
     c, state = run.config, run.steps.abstract_state
     shape = "x".join(map(str, run.mesh.shape.values()))
     lines = [f"{c.mode} of {run.model_path} on {run.mesh.size} x {run.mesh.devices.flat[0].device_kind} as {shape}", ""]
     lines += _arrays("trains, fp32", state.trainable) + _arrays("frozen", run.frozen)
     moments = sum(map(_device_bytes, jax.tree.leaves(state.opt_state)))
-    lines += [f"optimizer: {moments / GIB:.3f} GiB a device", ""]
+    lines += [f"optimizer: {moments / GIB:.3f} GiB per device", ""]
 
-    rows = f"{c.batch_size} rows of {c.length} tokens a step, {c.batch_size // c.accumulate} at a time"
+    rows = f"{c.batch_size} rows of {c.length} tokens per step, {c.batch_size // c.accumulate} at a time"
     known = f"{run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out"
     lines += [f"batch: {rows}; {known}; {len(run.steps.math.evict_head)} evict-head arrays", ""]
     lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
     lines += [
         "",
-        f"{c.steps} steps; a checkpoint every {c.save_every}, the last {c.keep} are kept; {every}; output {run.output}",
+        f"{c.steps} steps; a checkpoint every {c.save_every} steps, of which the last {c.keep} are kept; {every}; output {run.output}",
     ]
     return "\n".join(lines + _step_memory(run))
 
 
 def _schedule(run: PreparedRun) -> list[str]:
-    """Target ratio and learning rate at the steps where the schedules bend."""
+    """Tabulate the target ratio and the learning rate at the steps where the schedules change."""
     c, math = run.config, run.steps.math
     lines = [f"{'step':>8}{'target CR':>12}{'learning rate':>16}"]
     first, rising = c.first_gated_step, c.rising_steps
@@ -47,20 +46,20 @@ def _schedule(run: PreparedRun) -> list[str]:
 
 
 def _step_memory(run: PreparedRun) -> list[str]:
-    """The memory of the compiled step in one line; none where the compiler does not report it."""
+    """Describe the memory of the compiled step in one line, or in none if the compiler does not report it."""
     analysis = run.steps.lower(run.frozen, run.config.batch_size).compile().memory_analysis()
     if analysis is None:
         return []
     arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
     total = program_bytes(analysis)
     parts = f"arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}"
-    return [f"memory of the compiled step, a device: {total / GIB:.2f} GiB ({parts}); by kind: {typed_as('plan')}"]
+    return [f"memory of the compiled step, per device: {total / GIB:.2f} GiB ({parts}); by kind: {typed_as('plan')}"]
 
 
 def _arrays(title: str, arrays: dict[str, Any]) -> list[str]:
     total = sum(map(_device_bytes, arrays.values())) / GIB
     numbers = sum(int(np.prod(x.shape)) for x in arrays.values())
-    lines = [f"{title}: {len(arrays)} arrays, {numbers:,} numbers, {total:.3f} GiB a device"]
+    lines = [f"{title}: {len(arrays)} arrays, {numbers:,} numbers, {total:.3f} GiB per device"]
     for name, x in sorted(arrays.items()):
         size = f"{_device_bytes(x) / 2**20:.2f} MiB"
         where = f"P({', '.join(map(repr, x.sharding.spec))})"
@@ -69,5 +68,5 @@ def _arrays(title: str, arrays: dict[str, Any]) -> list[str]:
 
 
 def _device_bytes(x: Any) -> int:
-    """Bytes of the shard of an array, or of its shape and sharding, on one device."""
+    """Bytes of the shard on one device of an array, or of a ShapeDtypeStruct with a sharding."""
     return int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize

@@ -37,5 +37,5 @@ def finish(run: PreparedRun, state: TrainState) -> None:
         with replacing(run.output / "report.json") as file:
             file.write_text(json.dumps(metrics, indent=1))
         print(report.table())
-    print(f"\n{export} holds the model, {run.output} the metrics and plots. Next:")
+    print(f"\nThe model is in {export}; metrics and plots are in {run.output}. Next:")
     print(f"  {typed_as('evaluate')} --model {export} --text FILE")

@@ -20,7 +20,10 @@ from dms_jax.training.validate import validate
 
 
 def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainState, int]:
-    """Train from `state`, which is donated, to the last step. Returns the new state and the signal that ended the loop before, or 0."""
+    """Train from `state`, which is donated, to the last step.
+
+    Returns the new state, and the number of the signal that stopped the loop early, or 0.
+    """
     c, steps, metadata = run.config, run.steps, checkpoint_metadata(run)
     first, count = local_rows(c.batch_size, run.mesh)
     start = int(state.step)
@@ -38,12 +41,12 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
         save = done % c.save_every == 0 or done == c.steps or number
         validation = c.eval_every and done % c.eval_every == 0 and done < c.steps
         if save or validation:
-            log.write_pending(state)  # raises if the step was not finite, before it is saved or validated
+            log.write_pending(state)  # raises if the step was not finite, so that it is neither saved nor validated
         if save:
             run.checkpoints.save(done, state, metadata, wait=bool(number))
         if number:
             log.close()
-            run.say(f"{signal.Signals(number).name}: saved at step {done} of {c.steps}; go on with --resume")
+            run.say(f"{signal.Signals(number).name}: saved at step {done} of {c.steps}; continue with --resume")
             return state, number
         if validation:
             report = validate(run, state)
@@ -54,16 +57,17 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
 
 
 class StepLog:
-    """The log, the monitor and the progress bar of the steps.
+    """The log, the monitor and the progress bar of the training steps.
 
-    The metrics of a step are read while the next one runs: by then they are ready, so that reading them does not hold up the devices.
+    The metrics of a step are read while the next step runs. By then they are ready, so reading them does not stall the
+    devices.
     """
 
     def __init__(self, run: PreparedRun, start: int):
         self.run = run
-        self.pending: tuple[int, dict, Batch] | None = None  # the step that is not yet logged
+        self.pending: tuple[int, dict, Batch] | None = None  # the step that has not been logged yet
         self._monitor = RunMonitor(run.metrics_path)
-        self._clock = time.perf_counter()  # when the step before was logged
+        self._clock = time.perf_counter()  # time at which the previous step was logged
         self._bar = tqdm(
             total=run.config.steps,
             initial=start,
@@ -96,7 +100,7 @@ class StepLog:
         self._clock = now
 
     def show(self, text: str) -> None:
-        """Print above the progress bar; the time since the last step does not count for its speed."""
+        """Print text above the progress bar, and exclude the time since the last step from the speed."""
         self._bar.write(text, file=sys.stderr)
         self._clock = time.perf_counter()
 
@@ -105,13 +109,15 @@ class StepLog:
 
 
 def _not_finite(run: PreparedRun, state: TrainState, step: int, values: dict, batch: Batch) -> ConfigError:
-    """The error that names the tensors and layers in which a step broke. It changed nothing (`RetrofitStep.update`), so `state` and the
-    checkpoints before it are good."""
+    """Make the error that names the tensors and layers whose gradients are not finite.
+
+    Such a step changes nothing (`RetrofitStep.update`), so `state` and the earlier checkpoints are good.
+    """
     finite = jax.device_get(run.steps.finite_gradients(state, run.frozen, batch))
     places = [f"{name} layer {layer}" for name, ok in finite.items() for layer in np.flatnonzero(~np.atleast_1d(ok))]
     first, size = step * run.config.batch_size, run.config.batch_size
     return ConfigError(
         f"step {step} is not finite (loss {values['loss/total']}, gradient norm {values['optim/grad_norm']}; "
-        f"{', '.join(places[:4]) or 'all gradients finite'}); nothing was saved from it. "
-        f"Lower optimizer.learning_rate, and look at examples {first} to {first + size - 1}"
+        f"{', '.join(places[:4]) or 'all gradients finite'}); it was not saved. "
+        f"Lower optimizer.learning_rate, or check examples {first} to {first + size - 1}"
     )

@@ -1,4 +1,4 @@
-"""metrics.jsonl: a header line of provenance, then one object for each step or measurement, with keys `group/name`."""
+"""The file metrics.jsonl: a header with provenance, then one object per step or measurement, with keys `group/name`."""
 
 import json
 import sys
@@ -12,29 +12,32 @@ from dms_jax.provenance import versions
 
 
 def run_header(config: dict, hashes: dict) -> dict:
-    """The first line of the file: versions, device, commit, hashes and configuration."""
+    """Make the first line of the file: versions, device, commit, hashes and configuration."""
     return {"header": {**versions(), **hashes}, "config": config}
 
 
 class MetricsFile:
-    """The log of a run. A disk that fails costs lines of the log, never the run."""
+    """The log of a run. If the disk fails, lines of the log are lost but the run continues."""
 
     def __init__(self, path: Path, tensorboard: bool = False):
-        """`tensorboard`: also write the numbers to `tensorboard/` beside the file."""
+        """Log to `path`, and with `tensorboard` also to the folder `tensorboard/` beside it."""
         self.path, self._broken = path, False
         self._tensorboard = _tensorboard_writer(path.parent / "tensorboard") if tensorboard else None
 
     def begin(self, header: dict, resumed_at: int | None) -> None:
-        """Write the header line. A run that is resumed at step `resumed_at` first drops the lines of the steps that it is about to repeat,
-        so that each step is logged once."""
+        """Write the header line.
+
+        A run that is resumed at step `resumed_at` first drops the lines of the steps that it is about to repeat, so
+        that each step is logged once.
+        """
         if resumed_at is not None and self.path.exists():
             try:
-                kept = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
+                lines = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]
                 with replacing(self.path) as file:
-                    file.write_bytes(b"".join(line + b"\n" for line in kept))
+                    file.write_bytes(b"".join(line + b"\n" for line in lines))
             except OSError as why:
                 raise ConfigError(
-                    f"cannot rewrite {self.path}, which a resumed run has to do: {why}; make room, or move it away"
+                    f"cannot rewrite {self.path} for the resumed run: {why}; free some space, or move the file away"
                 ) from why
         self.append(header | ({"resumed_at": resumed_at} if resumed_at else {}))
 
@@ -49,12 +52,12 @@ class MetricsFile:
                 file.write(json.dumps(values, default=_plain) + "\n")
         except OSError as why:
             if not self._broken:
-                print(f"cannot write {self.path}: {why}; the run goes on without its log", file=sys.stderr)
+                print(f"cannot write {self.path}: {why}; the run continues without its log", file=sys.stderr)
             self._broken = True
 
 
 def _belongs(line: bytes, resumed_at: int) -> bool:
-    """Decide whether a line stays in the log of a run that is resumed at a step: headers and lines of earlier steps do."""
+    """Decide whether a line stays in the log of a run that is resumed at a step: headers and earlier steps stay."""
     record = _record(line)
     if record is None or "header" in record:
         return record is not None
@@ -75,18 +78,21 @@ def _plain(value):
 
 
 def read_steps(path: Path) -> list[dict]:
-    """The training steps of a metrics file, in order."""
+    """Return the training steps of a metrics file, in order."""
     return [record for record in read_records(path) if "loss/total" in record]
 
 
 def read_records(path: Path) -> list[dict]:
-    """All whole lines of a metrics file, in order. Unlike `files.read_jsonl`, it skips damaged lines anywhere, because a log must not
-    keep a run from being resumed."""
+    """Return the objects of all intact lines of a metrics file, in order.
+
+    Unlike `files.read_jsonl`, this skips damaged lines anywhere, because a damaged log must not prevent a run from
+    being resumed.
+    """
     return [record for line in path.read_bytes().split(b"\n") if (record := _record(line)) is not None]
 
 
 def _record(line: bytes) -> dict | None:
-    """The object in a line; None for a damaged line, such as the one that a killed run was writing."""
+    """Return the object in a line, or None for a damaged line, such as one that a killed run was writing."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

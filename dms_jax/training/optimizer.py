@@ -8,11 +8,11 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax.training.retrofit_config import OptimizerConfig
 
-FINAL_RATE = 0.1  # fraction of the peak that is left after the decay
+FINAL_RATE = 0.1  # learning rate after the decay, as a fraction of the peak
 
 
 def rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate by optimizer step: linear warm-up, constant, linear decay over the last part of `steps`."""
+    """Return the learning rate by step: linear warm-up, then constant, then linear decay over the last part of `steps`."""
     peak, decay = config.learning_rate, round(config.decay_fraction * steps)
     rise = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     fall = optax.linear_schedule(peak, peak * FINAL_RATE, max(decay, 1))
@@ -29,10 +29,12 @@ def build_optimizer(config: OptimizerConfig, rate: optax.Schedule) -> optax.Grad
 def optimizer_shardings(
     tx: optax.GradientTransformation, opt_state: Any, shardings: dict[str, NamedSharding], mesh: Mesh
 ) -> Any:
-    """Shardings of the optimizer state, pinned so that no step moves it: moments lie where their parameters lie (`shardings`), counters
-    are replicated. `opt_state` may be of shapes."""
+    """Return the shardings of the optimizer state: moments like their parameters (`shardings`), counters replicated.
+
+    The shardings are pinned so that no step moves the state. `opt_state` may consist of ShapeDtypeStructs.
+    """
     return optax.tree_utils.tree_map_params(
-        tx,  # pyrefly: ignore[bad-argument-type]  # only its `init` is used
+        tx,  # pyrefly: ignore[bad-argument-type]  # optax uses only its `init`
         lambda _, sharding: sharding,
         opt_state,
         shardings,

@@ -1,4 +1,4 @@
-"""Batches on the mesh: which rows a process has to read, and its host arrays as parts of global arrays."""
+"""Place batches on the mesh: find the rows that a process must read, and make global arrays from its host arrays."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from dms_jax.training.data.rows import Batch
 
 
 def row_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of rows, [B ...]: rows are split over the data axis, the rest is replicated."""
+    """Return the sharding of an array of rows [B ...]: B is split over the data axis, other axes are replicated."""
     return named_sharding(("batch",) + (None,) * (len(shape) - 1), shape, mesh)
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, int]:
-    """(first, count) of the rows of a global batch that the devices of this process hold."""
+    """Return (first, count) of the rows of a global batch that the devices of this process hold."""
     indices = row_sharding((batch_size,), mesh).addressable_devices_indices_map((batch_size,)).values()
     bounds = [index[0].indices(batch_size) for index in indices if index is not None]
     first = min(start for start, _, _ in bounds)
@@ -24,7 +24,10 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, int]:
 
 
 def place(host: Batch, mesh: Mesh, batch_size: int | None = None, first: int = 0) -> Batch:
-    """A global batch on the mesh. `host` holds its rows from `first` on: all of them, or at least `local_rows`."""
+    """Make a global batch on the mesh.
+
+    `host` holds its rows from row `first` on: all of them, or at least `local_rows`.
+    """
 
     def globally(rows: Any) -> Any:
         shape = (batch_size or len(rows), *rows.shape[1:])
@@ -40,7 +43,7 @@ def place(host: Batch, mesh: Mesh, batch_size: int | None = None, first: int = 0
 
 
 def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> Batch:
-    """The shapes and shardings of a global batch, to lower a step for."""
+    """Make the shapes and shardings of a global batch, for lowering a step."""
 
     def shape(dtype: Any, *dims: int) -> Any:
         return jax.ShapeDtypeStruct(dims, dtype, sharding=row_sharding(dims, mesh))

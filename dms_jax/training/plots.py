@@ -32,7 +32,10 @@ def plot_training(steps: list[dict], path: Path) -> None:
 
 
 def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> None:
-    """Plot live pairs / tokens seen after a held-out row of `length` tokens. `live_per_head` [L K]: mean live pairs."""
+    """Plot the fraction of pairs that are live after a held-out row of `length` tokens.
+
+    `live_per_head` [L K]: mean live pairs.
+    """
     plt = _pyplot()
     layers, heads = live_per_head.shape
     figure, axes = plt.subplots(

@@ -1,4 +1,4 @@
-"""The inputs of a retrofit: models, rows and step functions, read and built before anything is written."""
+"""Prepare a retrofit: read the models and the data, and build the step functions, before anything is written."""
 
 import dataclasses
 import functools
@@ -33,14 +33,14 @@ from dms_jax.training.step_functions import StepFunctions, step_functions
 
 @dataclass(frozen=True, eq=False)
 class PreparedRun:
-    """Everything that a run reads, and the files that it writes to."""
+    """The inputs of a run, its compiled functions, and the files that it writes."""
 
     config: RetrofitConfig
     mesh: Mesh
     model_path: str
     base_hash: str
     steps: StepFunctions
-    trainable: Params  # as loaded; the first step may take their buffers over
+    trainable: Params  # as loaded; the first step may donate their buffers
     frozen: Params
     train_rows: Rows
     held_out: Rows
@@ -57,10 +57,10 @@ class PreparedRun:
 
     @property
     def is_writer(self) -> bool:
-        """One process of several writes and reports; all of them write checkpoints."""
+        """Whether this process writes files and prints. Only one process does, but all write checkpoints."""
         return jax.process_index() == 0
 
-    # Checkpoints and log are opened when they are first used, because a dry run must not write anything.
+    # Checkpoints and log are opened on first use, because a dry run must not write anything.
 
     @functools.cached_property
     def checkpoints(self) -> Checkpoints:
@@ -82,8 +82,10 @@ class PreparedRun:
 
 
 def prepare(config: RetrofitConfig) -> PreparedRun:
-    """Read models and data and build the step functions. JAX must have been started for `config.mesh`; nothing is written except
-    to the caches of data and models."""
+    """Read models and data and build the step functions.
+
+    JAX must have been started for `config.mesh`. Nothing is written except to the caches of data and models.
+    """
     mesh = make_mesh(*parse_mesh(config.mesh))
     path = resolve(config.model or default_model(config.data.cache_dir))
     base = open_source(path)[1]
@@ -111,15 +113,17 @@ def prepare(config: RetrofitConfig) -> PreparedRun:
 
 
 def trained_policy(config: RetrofitConfig, base: ModelConfig, path: str) -> DMSConfig:
-    """The policy to train: that of the configuration, or that of a model which already has one, under the new window and target."""
+    """Return the policy to train: that of the configuration, or the one that the model already has.
+
+    A model's own policy gets the window, the target and the temperature of the configuration.
+    """
     if base.dms is None:
         return config.trained_dms
-    wanted = config.trained_dms
-    dms = dataclasses.replace(base.dms, window_size=wanted.window_size, target_cr=wanted.target_cr, tau=wanted.tau)
+    given = config.trained_dms
+    dms = dataclasses.replace(base.dms, window_size=given.window_size, target_cr=given.target_cr, tau=given.tau)
     if config.mode != "full" and (config.mode == "borrowed") != (dms.variant == "borrowed"):
         raise ConfigError(
-            f"mode {config.mode} cannot train the policy that {path} already has, which is of the {dms.variant} variant; "
-            "use its base model, or mode=full"
+            f"mode {config.mode} cannot train the {dms.variant} policy that {path} already has; use its base model, or mode=full"
         )
     return dms
 
@@ -127,7 +131,7 @@ def trained_policy(config: RetrofitConfig, base: ModelConfig, path: str) -> DMSC
 def load_models(
     config: RetrofitConfig, path: str, dms: DMSConfig, mesh: Mesh, dtype: jnp.dtype
 ) -> tuple[Decoder, Decoder | None]:
-    """(student, teacher); in mode `adapter` the student is its own teacher."""
+    """Load (student, teacher). In mode `adapter` the teacher is None, because the student is its own teacher."""
     options = {"mesh": mesh, "implementation": config.implementation}
     if config.mode == "adapter":
         return load(path, dtype=dtype, dms=dms, **options), None
@@ -137,18 +141,18 @@ def load_models(
 
 
 def read_rows(config: RetrofitConfig, model_path: str, vocab_size: int) -> tuple[Rows, Rows, DataSummary]:
-    """(training rows, held-out rows, summary)."""
+    """Read (training rows, held-out rows, summary)."""
     data = config.data
     if not data.paths:
         data = dataclasses.replace(data, paths=tuple(str(text) for _, text in default_text(data.cache_dir)))
-    # This comes before anything slow, so that a missing file is reported at once.
+    # Expand the paths before anything slow, so that a missing file is reported at once.
     files = expand_paths((*data.paths, *data.eval_paths))
     tokenizer = None if all(name.endswith(".npy") for name in files) else load_tokenizer(model_path)
     return load_rows(data, tokenizer, config.length, config.seed, vocab_size)
 
 
 def model_notes(config: RetrofitConfig, base: ModelConfig, path: str, dms: DMSConfig, mesh: Mesh) -> list[str]:
-    """Sentences about what is unusual with this model on this mesh under this policy."""
+    """Return sentences about anything unusual in the combination of model, mesh and policy."""
     sizes = {
         "batch": config.batch_size,
         "kv_heads": base.num_kv_heads,
@@ -158,7 +162,7 @@ def model_notes(config: RetrofitConfig, base: ModelConfig, path: str, dms: DMSCo
         "vocab": base.vocab_size,
         "sequence": config.length,
     }
-    notes = [] if base.dms is None else [f"{path} already has a policy ({dms.variant}), which is trained further"]
+    notes = [] if base.dms is None else [f"{path} already has a policy ({dms.variant}), whose training continues"]
     notes += [f"note: {sentence}" for sentence in replicated_axes(sizes, mesh)]
     notes += [f"note: {sentence}" for sentence in uneven_heads(base.num_q_heads, base.num_kv_heads, mesh)]
     if (advice := target_advice(config.length, dms)) is not None:

@@ -1,4 +1,4 @@
-"""The state that a run starts from: that of its newest usable checkpoint, or that before the first step."""
+"""Find the state that a run starts from: its newest usable checkpoint, or the state before the first step."""
 
 import dataclasses
 import json
@@ -11,8 +11,11 @@ from dms_jax.training.step import TrainState
 
 
 def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
-    """The state to go on from; also starts the log. `accept_changes`: go on although the settings or the data differ from those of
-    the checkpoint. Another base model is always refused."""
+    """Return the state to start or continue from, and begin the log.
+
+    `accept_changes`: continue even if settings or data differ from those of the checkpoint. A different base model is
+    always refused.
+    """
     found = None
     if resume:
         found = run.checkpoints.restore_latest(
@@ -31,7 +34,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
 
 
 def checkpoint_metadata(run: PreparedRun) -> dict:
-    """The metadata that is saved beside the arrays of each checkpoint."""
+    """Return the metadata that is saved with the arrays of each checkpoint."""
     return {
         "config": saved_config(run),
         "base_hash": run.base_hash,
@@ -41,20 +44,20 @@ def checkpoint_metadata(run: PreparedRun) -> dict:
 
 
 def saved_config(run: PreparedRun) -> dict:
-    """The configuration as plain JSON values."""
+    """Return the configuration as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(run.config)))
 
 
 def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> None:
-    """Refuse a checkpoint that belongs to another run, by its metadata."""
+    """Refuse a checkpoint whose metadata says that it belongs to another run."""
     where = run.output / "checkpoints"
     if metadata.get("base_hash") != run.base_hash:
-        raise ConfigError(f"{where} was trained on another base model; give that model, or another --set output=FOLDER")
+        raise ConfigError(f"{where} was trained on another base model; use that model, or another --set output=FOLDER")
     changed = differences(metadata.get("config", {}), saved_config(run))
     same_data = metadata.get("data_hash", run.data.content_hash) == run.data.content_hash
-    if not changed and not same_data:  # the paths are equal, but not what the files hold
+    if not changed and not same_data:  # the paths are equal, but the contents differ
         changed = ["data: other data under the same paths"]
     if changed and not accept_changes:
         raise ConfigError(
-            f"{where} was saved with other settings ({'; '.join(changed)}); repeat them, or add --accept-changes"
+            f"{where} was saved with different settings ({'; '.join(changed)}); use the same settings, or add --accept-changes"
         )

@@ -1,7 +1,7 @@
 """The configuration of a retrofit: every key with its default, its range and its meaning.
 
-Importing this module loads no JAX, so that `--help`, which prints the keys, is instant. The defaults are the recipe of the embedded
-default (docs/experiments.md); configs/train/ holds recipes for larger models.
+Importing this module does not load JAX, so that `--help`, which prints the keys, is instant. The defaults are the
+recipe for the embedded default model (docs/experiments.md); configs/train/ holds recipes for larger models.
 """
 
 import contextlib
@@ -30,10 +30,10 @@ class LossConfig:
     compression_weight: Annotated[float, AtLeast(0), "weight of the compression loss"] = 1.0
     scope: Annotated[
         Literal["global", "layer", "head"],
-        "the target evict fraction must hold over the model, each layer or each head",
+        "where the target evict fraction must hold. global: over the whole model; layer: in each layer; head: in each KV head",
     ] = "global"
     decidable_only: Annotated[
-        bool, "leave decisions that cannot take effect within the row out of the compression loss"
+        bool, "exclude decisions that cannot take effect within the row from the compression loss"
     ] = False
 
     def __post_init__(self):
@@ -42,17 +42,24 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """optax.adamw; betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`)."""
+    """Settings of optax.adamw.
+
+    Betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`).
+    """
 
     learning_rate: Annotated[float, Above(0), "peak learning rate"] = 1e-4
-    warmup_steps: Annotated[int, AtLeast(0), "steps of linear warm-up"] = 0
+    warmup_steps: Annotated[int, AtLeast(0), "number of steps of linear warm-up"] = 0
     decay_fraction: Annotated[
-        float, Between(0, 1), "the rate falls linearly to a tenth over this last part of the steps"
+        float,
+        Between(0, 1),
+        "fraction of the steps, at the end, over which the rate falls linearly to a tenth of its peak",
     ] = 0.3
     b1: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's first moment"] = 0.9
     b2: Annotated[float, Between(0, 1, exclusive_max=True), "decay of Adam's second moment"] = 0.95
     weight_decay: Annotated[float, AtLeast(0), "decoupled weight decay"] = 0.0
-    clip_norm: Annotated[float, Above(0), "largest norm of the global gradient; larger ones are scaled down"] = 1.0
+    clip_norm: Annotated[
+        float, Above(0), "largest global norm of the gradient; a larger gradient is scaled down to it"
+    ] = 1.0
 
     def __post_init__(self):
         check_ranges(self, "optimizer.")
@@ -62,62 +69,69 @@ class OptimizerConfig:
 class RetrofitConfig:
     """One run of `python -m train.retrofit`."""
 
-    model: Annotated[str, 'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct'] = ""
+    model: Annotated[
+        str,
+        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct, for which dms.decision_shift is 0 by default',
+    ] = ""
     data: DataConfig = DataConfig()
     output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
     mode: Annotated[
         Mode,
-        "what trains. adapter: the evict head, the base stays frozen; full: all weights, against a separate frozen teacher; "
-        "borrowed: first free a channel of a query head for the decisions, then train all weights",
+        "what is trained. adapter: only the evict head, while the base stays frozen; full: all weights, against a separate frozen "
+        "teacher; borrowed: all weights, after freeing a channel of a query head to carry the decisions",
     ] = "adapter"
-    steps: Annotated[int, AtLeast(1), "optimizer steps in all"] = 55
-    length: Annotated[int, AtLeast(2), "tokens of a row"] = 1024
+    steps: Annotated[int, AtLeast(1), "number of optimizer steps"] = 55
+    length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
-        int, AtLeast(0), "rows of an optimizer step; 0: one for each data-parallel device and micro-batch"
+        int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
     ] = 0
     accumulate: Annotated[
-        int, AtLeast(1), "micro-batches that a step is computed in; they add up to exactly the whole batch"
+        int, AtLeast(1), "number of micro-batches per step; their gradients add up to exactly that of the whole batch"
     ] = 1
-    seed: Annotated[int, AtLeast(0), "seed of the noise, of the order of rows and of the held-out split"] = 0
+    seed: Annotated[int, AtLeast(0), "seed of the noise, the order of rows and the held-out split"] = 0
     mesh: Annotated[
         str,
-        "devices as DATAxMODEL[xCONTEXT]: data splits the batch and shards the parameters, model splits the KV heads, "
-        "context splits the length of rows; auto: all devices are data",
+        "devices as DATAxMODEL[xCONTEXT]. DATA splits the batch and shards the parameters, MODEL splits the KV heads, CONTEXT "
+        "splits the length of rows; auto: DATA is the number of devices",
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. Weights that train are "
-        "kept in float32",
+        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. The master copy of weights "
+        "that train is always float32",
     ] = "auto"
     remat: Annotated[
         Remat,
-        "what the backward pass recomputes. full: whole layers; matmuls: all but matrix products; none: nothing; "
+        "what the backward pass recomputes. full: whole layers; matmuls: everything but matrix products; none: nothing; "
         "auto: matmuls on a CPU, full on accelerators",
     ] = "auto"
     implementation: Annotated[
         ImplementationName,
-        "implementation of training attention; auto: the one measured to be the fastest on the device",
+        "implementation of training attention; auto: the fastest one measured on this kind of device",
     ] = "auto"
     dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
-    initial_cr: Annotated[float, AtLeast(1), "target of the nominal compression ratio at the first step"] = 1.0
+    initial_cr: Annotated[
+        float,
+        AtLeast(1),
+        "target of the nominal compression ratio at the first step, from which it rises to dms.target_cr",
+    ] = 1.0
     cr_steps: Annotated[
-        int, AtLeast(0), "steps in which the target rises from initial_cr to dms.target_cr; 0: nine tenths of the steps"
+        int, AtLeast(0), "number of steps over which the target rises to dms.target_cr; 0: nine tenths of the steps"
     ] = 0
     ramp_steps: Annotated[
-        int, AtLeast(0), "first steps of mode borrowed, which free the channel; 0: a third of the steps"
+        int, AtLeast(0), "number of first steps in mode borrowed that free the channel; 0: a third of the steps"
     ] = 0
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    eval_every: Annotated[int, AtLeast(0), "steps between two validations; 0: validate at the end only"] = 0
-    eval_rows: Annotated[int, AtLeast(1), "held-out rows of a validation"] = 10
+    eval_every: Annotated[int, AtLeast(0), "number of steps between validations; 0: validate only at the end"] = 0
+    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 10
     calibration_rows: Annotated[
         int,
         AtLeast(0),
-        "training rows on which the threshold is raised, after training, until the realised CR is not above its target; "
-        "0: keep the threshold at 0",
+        "number of training rows on which the eviction threshold is raised after training until the realised compression "
+        "ratio is not above its target; 0: keep the threshold at 0",
     ] = 4
-    save_every: Annotated[int, AtLeast(1), "steps between two checkpoints"] = 50
-    keep: Annotated[int, AtLeast(1), "complete checkpoints to keep"] = 2
+    save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
+    keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
     tensorboard: Annotated[bool, 'also write OUTPUT/tensorboard (pip install "dms-jax[log]")'] = False
 
     def __post_init__(self):
@@ -125,11 +139,11 @@ class RetrofitConfig:
         if self.dms.target_cr < self.initial_cr:
             raise ConfigError(
                 f"dms.target_cr must be at least initial_cr ({self.initial_cr:g}), got {self.dms.target_cr:g}; "
-                "the ratio only rises"
+                "the target only rises"
             )
-        if max(self.cr_steps, self.ramp_steps) + (self.ramp_steps if self.cr_steps else 0) > self.steps:
+        if self.cr_steps + self.ramp_steps > self.steps:
             raise ConfigError(
-                f"cr_steps ({self.cr_steps}) and ramp_steps ({self.ramp_steps}) must fit into steps, got {self.steps}"
+                f"steps must be at least cr_steps + ramp_steps ({self.cr_steps} + {self.ramp_steps}), got {self.steps}"
             )
         if self.ramp_steps and self.mode != "borrowed":
             raise ConfigError(f"ramp_steps must be 0 unless mode is borrowed; mode is {self.mode}")
@@ -140,26 +154,26 @@ class RetrofitConfig:
 
     @property
     def trained_dms(self) -> DMSConfig:
-        """The parameters of the policy that is trained: mode `borrowed` implies the variant `borrowed`."""
+        """The policy to train. Mode `borrowed` implies the variant `borrowed`."""
         return dataclasses.replace(self.dms, variant="borrowed") if self.mode == "borrowed" else self.dms
 
     @property
     def first_gated_step(self) -> int:
-        """The first step at which gates act: 0, or in mode `borrowed` the number of steps that free the channel."""
+        """The first step at which gates act: 0, or in mode `borrowed` the step after those that free the channel."""
         return (self.ramp_steps or max(1, self.steps // 3)) if self.mode == "borrowed" else 0
 
     @property
     def rising_steps(self) -> int:
-        """Steps, from the first gated one, in which the target ratio rises."""
+        """Number of steps, from the first gated step on, over which the target ratio rises."""
         return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
 
 
-# The run of the embedded default is so short that it learns with decision_shift 0 only. A token then decides about itself, so the
-# attention sink, which every head needs, is kept because its own hidden state is unmistakable; with decision_shift 1 the token after it
-# would have to know (docs/experiments.md). Other models get 1, NVIDIA's convention, unless the configuration says 0.
+# The run of the embedded default is so short that it learns only with decision_shift 0, where a token decides about
+# itself. Every head needs the attention sink, and the sink's own hidden state is easy to recognize. If decision_shift
+# is 1, the next token would have to recognize it (docs/experiments.md). Other models get 1 by default, as NVIDIA's do.
 EMBEDDED_DEFAULT = {"decision_shift": 0}
 
-# Keys that may change when a run is resumed, because they do not change what is trained.
+# Keys that may differ when a run is resumed, because they do not affect the trained weights.
 FREE_ON_RESUME = {
     "mesh",
     "output",
@@ -175,7 +189,7 @@ FREE_ON_RESUME = {
 
 
 def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:
-    """Lay the assignments of `--set` over the YAML file, and `--mesh` over both."""
+    """Read the YAML file; assignments of `--set` override its keys, and `--mesh` overrides both."""
     given: dict[str, Any] = {}
     for layer in (read_yaml(path) if path else {}, *map(parse_assignment, assignments)):
         if not isinstance(layer.get("data", {}), dict):
@@ -183,7 +197,7 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
         merge(given, layer)
     if mesh is not None:
         given["mesh"] = mesh
-    # A given key must not reset its neighbors to the defaults of DMSConfig, which are not those of this recipe.
+    # The defaults of `dms` are those of this recipe, not those of DMSConfig, also if only some of its keys are given.
     merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
     if not given.get("model"):
         merged["dms"] |= EMBEDDED_DEFAULT

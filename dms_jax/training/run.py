@@ -1,4 +1,4 @@
-"""The course of a retrofit: prepare, restore, train, finish."""
+"""Run a retrofit from start to end: prepare, restore, train, finish."""
 
 import contextlib
 import os
@@ -18,8 +18,12 @@ from dms_jax.training.stop_signal import stop_signals
 
 
 def retrofit(config: RetrofitConfig, *, resume: bool = False, accept_changes: bool = False) -> int:
-    """Run a retrofit to its export. Returns the signal that stopped it before, or 0. JAX must have been started for `config.mesh`."""
-    make_folder(Path(config.output))  # a folder that cannot be written is reported before anything slow
+    """Run a retrofit up to the exported model. JAX must have been started for `config.mesh`.
+
+    `resume`: continue from the newest checkpoint. `accept_changes`: do so even if settings differ from the
+    checkpoint's. Returns the number of the signal that stopped the run early, or 0.
+    """
+    make_folder(Path(config.output))  # before anything slow, so that a read-only folder is reported at once
     run = prepare(config)
     for note in run.notes:
         run.say(note)
@@ -32,7 +36,7 @@ def retrofit(config: RetrofitConfig, *, resume: bool = False, accept_changes: bo
 
 
 def dry_run(config: RetrofitConfig) -> None:
-    """Print what a retrofit would do; train nothing and write nothing."""
+    """Print what a retrofit would do, without training or writing anything."""
     run = prepare(config)
     for note in run.notes:
         run.say(note)
@@ -53,7 +57,10 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def closing_checkpoints(run: PreparedRun) -> Iterator[None]:
-    """Complete the checkpoints at the end, and report a full device memory or disk in one line that says what was saved."""
+    """Complete the checkpoints at the end.
+
+    Turn a full disk or device memory into a ConfigError that says what was saved.
+    """
     try:
         yield
         run.checkpoints.close()
@@ -61,12 +68,14 @@ def closing_checkpoints(run: PreparedRun) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(why):
             raise
         raise ConfigError(
-            "out of device memory; use a larger accumulate, a smaller length, or a mesh of more devices"
+            "out of device memory; use a larger accumulate, a smaller length, or a mesh with more devices"
         ) from why
-    except OSError as why:  # a disk that is full or became read-only, while plots or reports are written
+    except OSError as why:  # the disk became full or read-only while plots or reports were written
         steps = run.checkpoints.steps()
         saved = f"checkpoint {steps[-1]} is complete" if steps else "no checkpoint is complete"
-        raise ConfigError(f"cannot write to {run.output}: {why}; {saved}. Make room, then go on with --resume") from why
+        raise ConfigError(
+            f"cannot write to {run.output}: {why}; {saved}. Free some space, then continue with --resume"
+        ) from why
     finally:
-        with contextlib.suppress(ConfigError):  # the first error is the one to report
+        with contextlib.suppress(ConfigError):  # only the first error is reported
             run.checkpoints.close()

@@ -1,4 +1,7 @@
-"""Warnings during a run, each once and with advice: the policy collapses, the target is out of reach, the loss jumped on a batch."""
+"""Warn with advice during a run: the policy collapses, the target is out of reach, or the loss jumps on a batch.
+
+Each alarm is raised once per run.
+"""
 
 import math
 import statistics
@@ -12,16 +15,16 @@ from dms_jax.config import DMSConfig
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.training.metrics import read_records
 
-MAX_LOSSES = 100  # past losses that a new one is compared with
-MIN_LOSSES = 20  # of them, before any comparison
-SPIKE = 10  # median absolute deviations above the median
-STUCK_STEPS = 30  # steps in a row after which a head that always does the same is reported
-KEEPS_ALL, EVICTS_ALL = 0.001, 0.999  # evicted fractions of a head's tokens
-MAX_NAMED = 4  # heads that one warning names
+MAX_LOSSES = 100  # number of past losses that a new loss is compared with
+MIN_LOSSES = 20  # number of past losses before the first comparison
+SPIKE = 10  # a loss is a spike above this many median absolute deviations over the median
+STUCK_STEPS = 30  # number of steps in a row after which a head that keeps all or evicts all is reported
+KEEPS_ALL, EVICTS_ALL = 0.001, 0.999  # a head below or above this evicted fraction keeps all or evicts all
+MAX_NAMED = 4  # number of heads that one warning names
 
 
 def target_advice(length: int, dms: DMSConfig) -> str | None:
-    """A warning if rows of `length` tokens cannot reach the target ratio; None if they can."""
+    """Return a warning if rows of `length` tokens cannot reach the target ratio, else None."""
     best = realised_cr(math.inf, length, dms.window_size)
     if dms.target_cr <= best:
         return None
@@ -33,13 +36,16 @@ def target_advice(length: int, dms: DMSConfig) -> str | None:
 
 
 class RunMonitor:
-    """Checks the metrics of each step. Every alarm is raised once a run, also when the run is resumed: earlier ones are in its metrics."""
+    """Check the metrics of each step.
+
+    Earlier alarms are read from the log, so that a resumed run does not repeat them.
+    """
 
     def __init__(self, metrics: Path | None = None):
-        """`metrics`: the log of the run so far."""
+        """Read the earlier alarms from `metrics`, the log of the run so far."""
         self._raised = _alarms_of(metrics) if metrics is not None and metrics.exists() else set()
         self._losses: deque[float] = deque(maxlen=MAX_LOSSES)
-        self._stuck_for: dict[str, np.ndarray] = {}  # alarm -> [L K] steps in a row
+        self._stuck_for: dict[str, np.ndarray] = {}  # alarm -> [L K] number of steps in a row
 
     def check(
         self,
@@ -49,10 +55,10 @@ class RunMonitor:
         examples: tuple[int, int],
         gates_act: bool,
     ) -> list[dict]:
-        """Print warnings about a step, and return what to log of them: alarms and spikes.
+        """Print warnings about a step, and return the alarms and spikes to log.
 
-        `per_head` [L K]: fraction of each head's tokens that is evicted. `examples`: first and last example of the batch. `gates_act`:
-        False while mode `borrowed` frees its channel.
+        `per_head` [L K]: evicted fraction of the tokens of each head. `examples`: first and last example of the batch.
+        `gates_act`: False while mode `borrowed` frees its channel.
         """
         events = self._spike(step, metrics["loss/total"], examples)
         if gates_act:
@@ -64,8 +70,8 @@ class RunMonitor:
         return events
 
     def _stuck_heads(self, metrics: dict[str, float], per_head: np.ndarray) -> list[tuple[str, str]]:
-        """Heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did neither."""
-        if _wanted_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
+        """Find heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did neither."""
+        if _target_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
             return []
         keeps = "right for heads that look far back; for others, raise loss.compression_weight, or set loss.scope=head"
         evicts = "right for local heads; for others, lower optimizer.learning_rate, or set loss.scope=head"
@@ -86,7 +92,7 @@ class RunMonitor:
         return found
 
     def _spike(self, step: int, loss: float, examples: tuple[int, int]) -> list[dict]:
-        """A loss that is far above the median of those before it."""
+        """Report a loss that is far above the median of the losses before it."""
         past = list(self._losses)
         self._losses.append(loss)
         if len(past) < MIN_LOSSES:
@@ -97,31 +103,31 @@ class RunMonitor:
             return []
         print(
             f"note: step {step}: the loss {loss:.4f} jumped above its median of {median:.4f}; "
-            f"look at examples {examples[0]} to {examples[1]}",
+            f"check examples {examples[0]} to {examples[1]}",
             file=sys.stderr,
         )
         ratio = loss / median if median else math.inf
         return [{"watch/spike": ratio, "watch/first_example": examples[0], "watch/last_example": examples[1]}]
 
 
-def _wanted_fraction(metrics: dict[str, float]) -> float:
-    """The fraction of decisions that should evict."""
+def _target_fraction(metrics: dict[str, float]) -> float:
+    """Return the fraction of decisions that should evict."""
     return 1 - 1 / metrics["cache/target_cr"]
 
 
 def _collapse(metrics: dict[str, float]) -> list[tuple[str, str]]:
-    """(alarm, text) where the model as a whole evicts nothing, everything or far too much."""
-    wanted, evicted = _wanted_fraction(metrics), metrics["cache/evict_fraction"]
+    """Return (alarm, text) if the model as a whole evicts nothing, everything or far too much."""
+    target, evicted = _target_fraction(metrics), metrics["cache/evict_fraction"]
     found = []
-    if wanted > 0.2 and evicted < 0.01:
+    if target > 0.2 and evicted < 0.01:
         advice = "raise optimizer.learning_rate or loss.compression_weight"
-        found.append(("keeps", f"nothing is evicted although the target is {wanted:.0%}; {advice}"))
+        found.append(("keeps", f"nothing is evicted although the target is {target:.0%}; {advice}"))
     if evicted > 0.99:
         found.append(("evicts", "everything outside the window is evicted; lower optimizer.learning_rate"))
-    if wanted > 0.2 and metrics["cache/nominal_cr"] > 2 * metrics["cache/target_cr"]:
+    if target > 0.2 and metrics["cache/nominal_cr"] > 2 * metrics["cache/target_cr"]:
         ratios = f"{metrics['cache/nominal_cr']:.1f} is over twice its target {metrics['cache/target_cr']:.1f}"
         found.append(
-            ("overshoots", f"the nominal ratio {ratios}; the loss does not push back, lower optimizer.learning_rate")
+            ("overshoots", f"the nominal ratio {ratios}, and the loss does not lower it; lower optimizer.learning_rate")
         )
     return found
 

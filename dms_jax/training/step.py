@@ -1,8 +1,9 @@
-"""The retrofit step as pure functions of (state, frozen, batch): everything that is differentiated, and the update.
+"""The retrofit step as pure functions of (state, frozen, batch): loss, gradients, update and held-out rows.
 
-The loss distills the dense teacher and adds the one-sided compression loss, over micro-batches that add up to exactly the gradient of
-the whole batch. Mode `adapter` trains the evict head, and its teacher is the same frozen weights; `full` and `borrowed` train all
-weights against a separate frozen copy. `step_functions` compiles these functions for a mesh.
+The loss is the distillation from the dense teacher plus a one-sided compression loss. The gradients of the
+micro-batches add up to exactly that of the whole batch. Mode `adapter` trains only the evict head, so the teacher is
+the same frozen base; `full` and `borrowed` train all weights against a separate frozen teacher. Begin with
+`RetrofitStep.losses`; `step_functions` compiles these functions for a mesh.
 """
 
 from dataclasses import dataclass
@@ -32,24 +33,24 @@ from dms_jax.training.retrofit_config import RetrofitConfig
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds."""
+    """The arrays that change in a step, which a checkpoint holds."""
 
-    step: Array  # int32, steps done
+    step: Array  # int32, number of steps done
     trainable: Params
     opt_state: Any
 
 
 @dataclass(frozen=True, eq=False)
 class RetrofitStep:
-    """The mathematics of one retrofit, as functions of arrays that it does not hold. Nothing here is compiled."""
+    """The mathematics of one retrofit, as methods that take all arrays as arguments. Nothing here is compiled."""
 
     config: RetrofitConfig
     mesh: Mesh
     student: ModelStructure
     teacher: (
         ModelStructure | None
-    )  # None: the student is its own teacher; its `dense_hidden` never looks at the evict head
-    evict_head: frozenset[str]  # names of the parameters of the evict head, which stay fp32 in every compute dtype
+    )  # None: the student is its own teacher, because `dense_hidden` ignores the evict head
+    evict_head: frozenset[str]  # names of the parameters of the evict head, which are fp32 for any compute dtype
     compute_dtype: jnp.dtype
     remat: str  # `config.remat`, resolved for the platform
 
@@ -65,7 +66,7 @@ class RetrofitStep:
     def tx(self) -> optax.GradientTransformation:
         return build_optimizer(self.config.optimizer, self.rate)
 
-    # --- model views ---
+    # --- models from parameters ---
 
     def student_model(self, trainable: Params, frozen: Params) -> Decoder:
         cast = {
@@ -84,13 +85,17 @@ class RetrofitStep:
     def losses(
         self, trainable: Params, frozen: Params, micro: Batch, step: Array, num_tokens: Array
     ) -> tuple[Array, dict]:
-        """(total, metrics) of one micro-batch, scaled so that those of all micro-batches add up to the means of the batch.
-        `num_tokens`: tokens of the whole batch that count."""
+        """Compute (total loss, metrics) of one micro-batch.
+
+        They are scaled so that the sums over all micro-batches are the means of the batch. `num_tokens`: number of
+        tokens of the whole batch that the loss mask includes.
+        """
         c, dms = self.config, self.dms
         student, teacher = self.student_model(trainable, frozen), self.teacher_model(trainable, frozen)
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
 
-        # The student's hidden states and decisions; before the first gated step of `borrowed`, the channel is freed and nothing decides.
+        # Hidden states and decisions of the student. In the first steps of `borrowed`, the channel is freed and nothing
+        # is evicted.
         ramping = step < c.first_gated_step
 
         def free():
@@ -123,7 +128,7 @@ class RetrofitStep:
         compression = compression_loss(evict, evict_fraction(cr), scope=c.loss.scope, counted=counted) / c.accumulate
         compression = jnp.where(ramping, 0.0, compression)
 
-        # What a cache would hold.
+        # The evicted fraction, and the number of pairs that a cache would hold.
         evicted = jnp.sum(evict * micro.loss_mask[None, :, None].astype(evict.dtype)) / (
             num_tokens * evict.shape[0] * evict.shape[2]
         )
@@ -141,7 +146,7 @@ class RetrofitStep:
         }
 
     def nominal_target(self, step: Array) -> Array:
-        """The target of the nominal compression ratio at a step."""
+        """Return the target of the nominal compression ratio at a step."""
         return target_cr(
             jnp.maximum(step - self.config.first_gated_step, 0),
             self.config.initial_cr,
@@ -150,7 +155,7 @@ class RetrofitStep:
         )
 
     def gradients(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[Params, dict]:
-        """(gradients, metrics) of a batch: the sums over its micro-batches."""
+        """Compute (gradients, metrics) of a batch: the sums over its micro-batches."""
         num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
         grad = jax.grad(self.losses, has_aux=True)
         if self.config.accumulate == 1:
@@ -167,8 +172,10 @@ class RetrofitStep:
         return jax.lax.scan(add, zero, micros)[0]
 
     def _micro_batches(self, x: Array) -> Array:
-        """Split rows [b*A ...] into micro-batches [A b ...]. Micro-batch a takes every A-th row from a on, so that no row leaves the
-        device that holds it."""
+        """Split rows [b*A ...] into A micro-batches [A b ...].
+
+        Micro-batch a takes every A-th row, starting at row a, so that no row leaves the device that holds it.
+        """
         x = x.reshape(-1, self.config.accumulate, *x.shape[1:]).swapaxes(0, 1)
         axes = (None, "batch") + (None,) * (x.ndim - 2)
         return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, self.mesh))
@@ -176,7 +183,7 @@ class RetrofitStep:
     # --- one step ---
 
     def update(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict]:
-        """One optimizer step: (new state, metrics)."""
+        """Take one optimizer step and return (new state, metrics)."""
         grads, metrics = self.gradients(state, frozen, batch)
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with the step, an integer
@@ -184,7 +191,7 @@ class RetrofitStep:
             learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before = state.step
-        # A step that is not finite changes nothing: the run stops with its last good state.
+        # A step that is not finite changes nothing, so that the run stops with its last good state.
         # pyrefly: ignore[bad-argument-type]  # optax returns the tree it was given
         new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
@@ -199,30 +206,32 @@ class RetrofitStep:
         return state, metrics
 
     def free_channel(self, state: TrainState) -> TrainState:
-        """Set the borrowed channel to exactly 0 once the first steps of `borrowed` have taken its effect away, and reset the
-        optimizer state."""
+        """Set the borrowed channel to exactly 0 after the first steps of `borrowed`, and reset the optimizer state.
+
+        Those steps have already reduced the effect of the channel to nothing.
+        """
         model = self.student.build(state.trainable)
         free_borrowed_channel(model)
         trainable = flatten(model)
         return TrainState(state.step, trainable, self.tx.init(trainable))
 
     def finite_gradients(self, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Array]:
-        """Flags of which gradients are finite, by parameter and layer: bool [L] each."""
+        """Return whether the gradients are finite, by parameter and layer: bool [L] for each parameter."""
         return jax.tree.map(_finite_per_layer, self.gradients(state, frozen, batch)[0])
 
     # --- held-out rows ---
 
     def evaluate(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> RowMetrics:
-        """Hard decisions under `threshold` against the dense teacher."""
+        """Compare the student, with hard decisions under `threshold`, with the dense teacher."""
         student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
         return retrofit_rows(student, teacher, batch.tokens, batch.segment_ids, threshold)
 
     def scores(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> Array:
-        """Evict logits [L B K T] of rows that decide under `threshold`."""
+        """Compute the evict logits [L B K T] of rows whose decisions use `threshold`."""
         return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
     def evaluate_streaming_llm(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch):
-        """The dense teacher under the policy, against itself."""
+        """Compare the dense teacher under `policy` with the dense teacher itself."""
         return streaming_llm_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
 
 
@@ -239,10 +248,10 @@ def take_apart(
     compute_dtype: jnp.dtype,
     kind: type[RetrofitStep] = RetrofitStep,
 ) -> tuple[RetrofitStep, Params, Params]:
-    """(mathematics, parameters that train, frozen parameters) of the models.
+    """Split the models into (mathematics, parameters that train, frozen parameters).
 
-    `teacher` is the separate dense model of `full` and `borrowed`, None for `adapter`. Models of shapes only (`abstract_model`), on a
-    mesh of hardware that need not be here, give shapes in place of parameters.
+    `teacher` is the separate dense model of `full` and `borrowed`; None for `adapter`. Models that consist of shapes
+    only (`abstract_model`), on a mesh of hardware that need not be at hand, give shapes in place of parameters.
     """
     student, params = ModelStructure(model), flatten(model)
     evict_head = frozenset(flatten(model, EvictParam))

@@ -1,4 +1,4 @@
-"""The functions of one retrofit, compiled once each for its mesh, and the state that they start from."""
+"""The functions of one retrofit, each compiled once for its mesh, and the initial state."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,15 +30,18 @@ class OnMesh:
             return self._jitted.lower(*args)
 
     def num_compiled(self) -> int:
-        """The number of programs compiled so far, one for each set of argument shapes."""
+        """Number of programs compiled so far, one for each set of argument shapes."""
         return self._jitted._cache_size()  # pyrefly: ignore[missing-attribute]  # not in the stub of jit
 
 
 @dataclass(frozen=True, eq=False)
 class StepFunctions:
-    """The compiled functions of a run. State is passed in and handed back: `state, metrics = steps.step(state, frozen, batch)`.
+    """The compiled functions of a run.
 
-    `step` and `free_channel` donate the state that they are given. Other arguments are those of the functions of `RetrofitStep`.
+    The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
+
+    `step` and `free_channel` donate the state that they are given. The functions take the arguments of the methods of
+    `RetrofitStep` with the same names (`step` those of `update`).
     """
 
     math: RetrofitStep
@@ -51,9 +54,12 @@ class StepFunctions:
     finite_gradients: OnMesh
 
     def initial_state(self, trainable: Params) -> TrainState:
-        """The state before the first step. It may share buffers with `trainable`, which the first step then donates."""
+        """Make the state before the first step.
+
+        It may share buffers with `trainable`, which the first step then donates.
+        """
         shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state)
-        # Master weights are fp32 in every compute dtype: a bf16 weight would lose updates of this size.
+        # Master weights are fp32 for any compute dtype, because bf16 weights would lose updates of this size.
         master = jax.jit(
             lambda params: {name: array.astype(jnp.float32) for name, array in params.items()},
             out_shardings=shardings.trainable,
@@ -62,22 +68,22 @@ class StepFunctions:
         return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master))
 
     def lower(self, frozen: Params, batch_size: int) -> jax.stages.Lowered:
-        """The step for a batch of so many rows, not run: `.compile()` says what it needs of each device."""
+        """Lower the step for a batch of `batch_size` rows, for example to compile it and read its memory."""
         batch = abstract_batch(batch_size, self.math.config.length, self.math.mesh)
         return self.step.lower(self.abstract_state, frozen, batch)
 
 
 def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
-    """The functions of `math`, each compiled when it is first called; of `trainable` only names and shapes are used."""
+    """Make the functions of `math`, each compiled on its first call. Only names and shapes of `trainable` are used."""
     mesh, replicated = math.mesh, NamedSharding(math.mesh, P())
     masters = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in trainable.items()}
     opt_state = jax.eval_shape(math.tx.init, masters)
     where = math.student.shardings(list(trainable), mesh)
-    # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shardings
+    # pyrefly: ignore[bad-argument-type]  # a TrainState of shardings instead of arrays
     shardings = TrainState(replicated, where, optimizer_shardings(math.tx, opt_state, where, mesh))
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        # pyrefly: ignore[bad-argument-type]  # a tree of the same form, of shapes
+        # pyrefly: ignore[bad-argument-type]  # a TrainState of shapes instead of arrays
         TrainState(jax.ShapeDtypeStruct((), jnp.int32), masters, opt_state),
         shardings,
     )

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop at a step boundary, on which all processes agree."""
+"""Turn SIGTERM and SIGINT into a request to stop after the same step in all processes."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class StopSignal:
-    """The last signal that asked this process to stop, and the one that all processes stop for."""
+    """The signal that asked this process to stop (`received`), and the one that all processes agree on (`agreed`)."""
 
     def __init__(self, mesh: Mesh):
         self.received = 0
@@ -21,14 +21,17 @@ class StopSignal:
         self._before: jax.Array | None = None
 
     def on_signal(self, number: int, frame) -> None:
-        if self.received:  # a second signal does not wait for the step
+        if self.received:  # a second signal stops the process at once
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
 
     def agreed(self) -> int:
-        """The signal to stop for, 0 for none. Call it once a step: several processes agree one step later, so that all save the same
-        step and none waits for the others' answer."""
+        """Return the number of the signal to stop for, or 0. Call this once per step.
+
+        Several processes agree one step late, so that all of them stop after the same step without waiting for one
+        another.
+        """
         if jax.process_count() == 1:
             return self.received
         everywhere = NamedSharding(self._mesh, P(self._mesh.axis_names))
@@ -41,7 +44,7 @@ class StopSignal:
 
 @contextlib.contextmanager
 def stop_signals(mesh: Mesh) -> Iterator[StopSignal]:
-    """Install the handlers of a StopSignal for SIGTERM and SIGINT, and restore the former ones at the end."""
+    """Install a StopSignal as the handler of SIGTERM and SIGINT, and restore the previous handlers at the end."""
     stop = StopSignal(mesh)
     former = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,4 +1,4 @@
-"""Measuring a retrofit on rows: the held-out report, and the threshold that keeps it at its target."""
+"""Measure a retrofit: the report on held-out rows, and the threshold that keeps the realised ratio at its target."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from dms_jax.training.step import TrainState
 
 
 def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> HeldOutReport:
-    """The held-out report: the retrofitted model under `threshold`, the dense one, and a sliding window with as many live tokens."""
+    """Compare the retrofitted model under `threshold` with the dense model and with StreamingLLM at equal live tokens."""
 
     def retrofitted(batch: Any) -> RowMetrics:
         return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
@@ -30,9 +30,10 @@ def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> Hel
 
 
 def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
-    """The threshold, at least 0, under which training rows realise no more than the target ratio.
+    """Find the threshold, at least 0, at which training rows realise at most the target ratio.
 
-    The one-sided loss never pushes the ratio down, and decisions without the noise of training evict more than those with it.
+    It is needed because the one-sided loss never pushes the ratio down, and because decisions without the noise of
+    training evict more than decisions with it.
     """
     c, dms = run.config, run.steps.math.dms
     if not c.calibration_rows:
@@ -43,15 +44,17 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
         logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in batches]
         return np.concatenate(jax.device_get(logits), axis=1)
 
-    wanted = realised_cr(dms.target_cr, c.length, dms.window_size)
-    threshold = float(np.float32(max(0.0, threshold_for(scores, dms, wanted, tolerance=0.02, most_runs=6))))
+    target = realised_cr(dms.target_cr, c.length, dms.window_size)
+    threshold = float(np.float32(max(0.0, threshold_for(scores, dms, target, tolerance=0.02, most_runs=6))))
     if threshold:
-        run.say(f"threshold {threshold:.3f}: with evict logits above it, training rows realise CR {wanted:.2f}")
+        run.say(
+            f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise CR {target:.2f}"
+        )
     return threshold
 
 
 def first_batches(run: PreparedRun, rows: Rows, count: int) -> list[Batch]:
-    """Batches of one row for each data-parallel device: at least `count` rows, if there are as many."""
+    """Return batches of one row per data-parallel device, with at least `count` rows in all if `rows` has that many."""
     size = run.mesh.shape["data"]
     num_batches = -(-min(count, max(rows.num_rows, 1)) // size)
     return [rows.batch(i, size, run.config.seed) for i in range(num_batches)]

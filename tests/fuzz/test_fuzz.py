@@ -17,7 +17,7 @@ TARGETS = [
     for group in (config_targets, text_targets, model_targets, gguf_targets, own_targets, data_targets)
     for target in group.TARGETS
 ]
-QUICK = 12  # the number of seeds per target in the default suite
+QUICK = 12  # seeds per target in the default suite
 
 
 @pytest.fixture(scope="module")

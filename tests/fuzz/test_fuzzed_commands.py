@@ -13,7 +13,7 @@ from fuzz.model_targets import make_folder, make_tokenizer
 from fuzz.test_fuzz import TARGETS
 from train_runs import ROOT, run_settings
 
-SEEDS = 8  # per command; the default suite runs the first
+SEEDS = 8  # seeds per command, of which the default suite runs the first
 DEADLINE = 240  # seconds; several times as long as the slowest command takes
 
 

@@ -166,7 +166,7 @@ def test_full_disk_is_one_line_and_keeps_the_checkpoint_before(small_disk, wait)
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), large(1))
     checkpoints.save(1, large(1), {"run": "this"}, wait=True)
     (small_disk / "filler").write_bytes(b"x" * 300_000)
-    with pytest.raises(ConfigError, match="checkpoint.* in .*newest complete one is of step 1.*--resume") as refusal:
+    with pytest.raises(ConfigError, match="checkpoint.* in .*newest complete checkpoint is 1.*--resume") as refusal:
         checkpoints.save(2, large(2), {"run": "this"}, wait=wait)
         checkpoints.close()
     assert "\n" not in str(refusal.value)

@@ -20,7 +20,7 @@ WIDE = ModelConfig("qwen3", 8192, 2048, 4096, LAYERS, 16, 8, 128, qk_norm=True, 
 
 
 def step(config, mode, mesh, dtype):
-    """(the compiled step for one row of 32 tokens on each data device, bytes of the model in `dtype`)"""
+    """Return (the compiled step for one row of 32 tokens per data device, bytes of the model in `dtype`)."""
     teacher = None if mode == "adapter" else abstract_model(config.with_dms(None), dtype)
     student = abstract_model(config, dtype if mode == "adapter" else jnp.float32)
     mathematics, trainable, frozen = take_apart(student, teacher, config_of(mode), mesh, dtype)
@@ -63,7 +63,8 @@ def check(config, mode, mesh, dtype):
 @pytest.mark.parametrize("mode, mesh", [("adapter", (2, 2, 2)), ("full", (8, 1))])
 def test_layers_are_gathered_one_at_a_time(mode, mesh):
     temporary, model_bytes, _ = check(SHAPE, mode, mesh_of(*mesh), jnp.float32)
-    # Room for two layers of weights (in mode full also of gradients) instead of six, the embedding, and activations of 32 tokens.
+    # The limit allows the embedding, the activations of 32 tokens, and the weights of two layers instead of six (in mode
+    # full also their gradients).
     assert temporary < model_bytes * (0.6 if mode == "adapter" else 1.2), (temporary, model_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Tests of train.plan: closed forms, the numbers of compiled programs, and what a plan says about settings that do not fit."""
+"""Tests of train.plan: closed forms, the numbers of compiled programs, and advice about settings that do not fit."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ QWEN = f"{MODELS}/qwen3-8b.json"
 
 @pytest.fixture(autouse=True, scope="module")
 def simulated_devices():
-    """Start the devices of conftest.py before `plan.main` asks for one device, which later test files would be left with."""
+    """Start the devices of conftest.py first, because `plan.main` asks for one device, which would be left for later tests."""
     assert jax.device_count() > 1
 
 
@@ -78,7 +78,7 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
         found["hours_to_cr8"] == pytest.approx(7 * 34 * found["seconds_per_step"] / 3600)
         and found["hours_to_cr2"] < found["hours_to_cr4"]
     )
-    # Five times cheaper than the reference's 4 hours on as many H100s, if the assumptions hold.
+    # If the assumptions hold, this is five times cheaper than the reference, which takes 4 hours on the same H100s.
     assert found["hours_to_cr8"] < 4 / 5
     numbers = {key for key, value in found.items() if isinstance(value, float | bool)}
     numbers |= {f"bytes_per_device.{kind}" for kind in found["bytes_per_device"]}
@@ -92,7 +92,7 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
         "all-gather": 2 * (3 * (matmul_parameters(config) - output) + output) * 7 / 8
     }
     text = run(capsys, "--model", QWEN, "--hardware", "h100x8", "--length", "32768", "--batch", "8")
-    assert "\nit fits\n" in text and "analytic" in text and "is not here" in text
+    assert "\nIt fits.\n" in text and "analytic" in text and "is not here" in text
     assert all(
         name in text
         for name in found["source"]
@@ -185,7 +185,7 @@ def test_plan_names_the_nearest_setting_that_fits(capsys, monkeypatch):
     near = tight["nearest"]
     assert not tight["fits"] and near["accumulate"] > 1 and near["change"] == f"accumulate={near['accumulate']}"
     assert near["total_bytes_per_device"] <= tight["memory_per_device"] and near["change"] in run(capsys, *arguments)
-    # It is the nearest setting: half as many micro-batches do not fit.
+    # It is the nearest setting, because half the number of micro-batches does not fit.
     assert (
         not planned(capsys, *arguments, "--accumulate", str(near["accumulate"] // 2))["fits"] or near["accumulate"] == 2
     )
@@ -260,7 +260,7 @@ def test_serving_advice_says_where_compression_does_not_help():
     assert "will not make this faster" in told(1, 2048)
     assert "Only DMS fits" in told(80, 32768)
     assert "times" not in told(8, 32768) and "x as fast as dense" in told(8, 32768)
-    # So many short rows that the products are the bottleneck, which do not depend on the cache.
+    # With this many short rows, the matrix products are the bottleneck, and they do not depend on the cache.
     full = serving_json(serving_plan(config, hardware_of("h200x1"), (1, 1), 10**14, 10**6, 128, 1.5, (8,)))["arms"]
     rate = 0.74 * 989e12 / (2 * matmul_parameters(config) + 4 * 36 * 32 * 128 * 128)
     assert full[0]["tokens_per_second"] == pytest.approx(rate, rel=0.01)
@@ -373,7 +373,8 @@ def test_estimate_is_within_15_percent_of_the_compilers(capsys, arguments):
     assert found["estimated_bytes_per_device"] == pytest.approx(found["bytes_per_device"]["total"], rel=0.15)
     sent, compiled = step_plan.estimated_exchange(plan.setting_of(options)), found["collective_bytes_per_device"]
     assert sent.get("all-gather", 0) == pytest.approx(compiled.get("all-gather", 0), rel=0.15, abs=2**28)
-    # TPU compilers form sums in several ways. The GPU compiler of jax 0.10.2 sends a sixth more on 2x2x2 than that of 0.11.2.
+    # TPU compilers form sums in several ways. On 2x2x2, the GPU compiler of jax 0.10.2 sends a sixth more than that of
+    # jax 0.11.2.
     if hardware_of(options.hardware).platform == "gpu":
         assert sum(sent.values()) == pytest.approx(sum(compiled.values()), rel=0.2, abs=2**28)
 

@@ -9,6 +9,7 @@ import pytest
 from dms_jax.config import DMSConfig
 from dms_jax.config_reader import keys_help, meaning_of
 from dms_jax.errors import ConfigError
+from dms_jax.files import parse_yaml
 from dms_jax.training.data.token_store import DataConfig
 from dms_jax.training.retrofit_config import LossConfig, OptimizerConfig, RetrofitConfig, differences, read_config
 
@@ -103,9 +104,14 @@ def test_help_gives_default_range_and_meaning_of_every_key():
     flat = {}
     for key, value in dataclasses.asdict(RetrofitConfig()).items():
         flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    printed = dict(line[2:].split(" = ", 1) for line in text.splitlines() if not line.startswith("   "))
+    assert printed.keys() == flat.keys()
     for key, value in flat.items():
-        assert f"\n  {key} = {value!r}" in f"\n{text}"
-    assert "(adapter | full | borrowed)" in text and "(>= 1)" in text and "optimizer steps in all" in text
+        default = parse_yaml(printed[key].split("  (")[0], key)
+        assert default == (list(value) if isinstance(value, tuple) else value), key
+    assert "(adapter | full | borrowed)" in printed["mode"] and "(>= 1)" in printed["steps"]
+    for hint in typing.get_type_hints(RetrofitConfig, include_extras=True).values():
+        assert " ".join(meaning_of(hint).split()) in " ".join(text.split())
 
 
 @pytest.mark.parametrize("kind", [RetrofitConfig, LossConfig, OptimizerConfig, DataConfig])

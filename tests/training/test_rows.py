@@ -12,7 +12,10 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
 def make_rows(sizes, length, layout, pad_short=False):
-    """Rows over a store in which every token has its own id and documents have gaps between them that must never be read."""
+    """Make rows over a store in which every token has its own id.
+
+    Between the documents are gaps that must never be read.
+    """
     sizes = np.array(sizes, np.int64)
     starts = np.cumsum(sizes + 3) - sizes
     ids = np.arange(int(starts[-1] + sizes[-1]), dtype=np.uint32)
@@ -126,7 +129,7 @@ def test_too_few_tokens_make_no_row_or_one_padded_row():
     )
 
 
-def test_dtypes_are_what_the_step_is_compiled_for():
+def test_batch_has_the_dtypes_that_the_step_is_compiled_for():
     # Examples beyond int32 wrap around, but stay distinct within a batch.
     batch = make_rows([20], 5, "packed")[0].batch(2**28, 8, seed=-1)
     assert [field.dtype for field in batch] == [np.int32, np.int32, np.bool_, np.int32]
@@ -134,7 +137,7 @@ def test_dtypes_are_what_the_step_is_compiled_for():
 
 
 def test_mix_is_splitmix64_and_never_changes():
-    """Splits and row orders of finished runs depend on these numbers: the published first output for seed 0, then two of ours."""
+    """The first number is the published first output for seed 0. Splits and row orders of old runs depend on all three."""
     assert mix(np.arange(1)).tolist() == [0xE220A8397B1DCDAF]
     assert mix(np.arange(2), 0).tolist() == [12035550249420947055, 6791897765849424158]
     assert len(set(mix(np.arange(10_000), 7, 1).tolist())) == 10_000  # a bijection for all salts

@@ -1,8 +1,10 @@
-"""A run has the same results on every mesh, in every mode, over several processes, and with KV heads that no mesh axis divides."""
+"""A run has the same results on every mesh, in every mode and over several processes.
+
+This also holds for numbers of KV heads that no mesh axis divides.
+"""
 
 import functools
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from retrofit_cases import config_of, outcome, retrofit, same_outcome
+from train_runs import free_port
 
 TESTS = Path(__file__).parent.parent
 MODES = "adapter", "full", "borrowed"
@@ -55,9 +58,7 @@ def test_kv_heads_that_the_devices_do_not_divide_change_nothing(heads, mesh):
     ],
 )
 def test_two_processes_of_four_devices_equal_one_device(mode, mesh, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     command = [sys.executable, str(TESTS / "retrofit_worker.py"), address, "2"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     both = [

@@ -1,4 +1,7 @@
-"""One retrofit step: its gradients, its micro-batches, what it changes and what it leaves. Meshes: test_sharding_table."""
+"""One retrofit step: its gradients, its micro-batches, and what it changes.
+
+Meshes are tested in test_sharding_table.
+"""
 
 import dataclasses
 
@@ -16,8 +19,11 @@ GRADIENT = 1e-5  # relative tolerance of the gradient norm
 
 
 def same_run(expected, actual):
-    """Compare the losses of the first step to 1e-5, its gradient norm to GRADIENT, and later losses to 1e-3: Adam divides by the size of
-    the gradient, so an entry whose gradient is rounding error moves by a full learning rate in a direction that rounding decides."""
+    """Compare the losses of the first step to 1e-5, its gradient norm to GRADIENT, and later losses to 1e-3.
+
+    Adam divides by the size of the gradient, so an entry whose gradient is only rounding error moves by a full learning
+    rate in a direction that rounding decides.
+    """
     for step, (theirs, ours) in enumerate(zip(expected, actual, strict=True)):
         for key, value in theirs.items():
             if key == "optim/grad_norm":
@@ -88,7 +94,7 @@ def test_step_that_is_not_finite_changes_nothing():
     assert not np.all(finite["layers.attention.evict_proj"])
 
 
-def test_batch_that_is_masked_throughout_has_zero_loss():
+def test_fully_masked_batch_has_zero_loss():
     run = retrofit()
     empty = batch()._replace(loss_mask=np.zeros((BATCH, LENGTH), bool))
     metrics = advance(run, empty)
@@ -96,7 +102,7 @@ def test_batch_that_is_masked_throughout_has_zero_loss():
 
 
 def test_retrofitting_reaches_its_target():
-    """Gates that start from a head that keeps everything follow the schedule and stay at its end."""
+    """From a head that keeps everything, the evicted fraction follows the schedule and stays at its end."""
     config = dataclasses.replace(CONFIG, steps=60, cr_steps=30, initial_cr=1.0)
     dms = dataclasses.replace(DMS, evict_logit_bias=5.0, target_cr=2.0, tau=0.1, evict_logit_scale=100.0)
     run = run_of(tiny_model(dms, evict_scale=0.0), None, config, (1, 1))

@@ -1,4 +1,4 @@
-"""GGUF files, read only, and frozen: no architecture, quantization or tokenizer is added here.
+"""Read GGUF files. This reader is frozen: new architectures, quantizations and tokenizers are not added.
 
 Begin with `gguf_file.open_gguf`; `gguf_header` parses the bytes, `gguf_tokenizer` converts the tokenizer.
 """

@@ -52,8 +52,8 @@ class GGUFTensors:
         self.tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
         if EMBED not in self.tensors:
             raise ConfigError(f"{path} lacks the tensor token_embd.weight")
-        if bad := [name for name in (EMBED, HEAD) if name in self.tensors and len(self.shape(name)) != 2]:
-            raise ConfigError(f"{path}: {bad[0]} must be a matrix, got shape {list(self.shape(bad[0]))}")
+        if misshapen := [name for name in (EMBED, HEAD) if name in self.tensors and len(self.shape(name)) != 2]:
+            raise ConfigError(f"{path}: {misshapen[0]} must be a matrix, got shape {list(self.shape(misshapen[0]))}")
         if self.tied:
             finer = max((EMBED, HEAD), key=lambda name: self._bits(name))
             self.tensors[EMBED] = self.tensors[finer]
@@ -99,7 +99,7 @@ class GGUFTensors:
         raise ConfigError(f"{self.where}: tensor {name} does not belong to a {self.architecture} model")
 
     def _bits(self, name: str) -> float:
-        """Bits per element of a tensor; 0 for one that the file does not have."""
+        """Bits per element of a tensor; 0 if the file does not have it."""
         tensor = self.tensors.get(name)
         return 0.0 if tensor is None else tensor.bits
 
@@ -107,7 +107,7 @@ class GGUFTensors:
     def tied(self) -> bool:
         """Whether the output matrix is the embedding.
 
-        The file then has no output matrix, or has the embedding again in another quantization, as files of Qwen 2.5 do.
+        If so, the file has no output matrix, or, like files of Qwen 2.5, repeats the embedding in another quantization.
         """
         if HEAD not in self.tensors:
             return True
@@ -138,9 +138,9 @@ class GGUFTensors:
         return _shortest(value)
 
     def token_id(self, kind: str) -> int | None:
-        """The id of the special token "bos", "eos", "padding" or "unknown", or None.
+        """Return the id of the special token "bos", "eos", "padding" or "unknown", or None.
 
-        It must be within the vocabulary.
+        An id outside the vocabulary raises ConfigError.
         """
         value = self.fields.get(f"tokenizer.ggml.{kind}_token_id")
         if value is not None and (
@@ -182,7 +182,7 @@ class GGUFTensors:
 
 
 def open_gguf(path: str) -> GGUFTensors:
-    """The tensors of a GGUF file. The last file stays open, since its tokenizer is usually read next."""
+    """Open a GGUF file. The last file stays open, because its tokenizer is usually read next."""
     return _opened(path, os.stat(path).st_size, os.stat(path).st_mtime_ns)
 
 
@@ -197,5 +197,5 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal of a float32: 1e-05 for 9.999999747e-06, which is what was meant."""
+    """Return the shortest decimal that rounds to the same float32, the number that was meant: 1e-05 for 9.999999747e-06."""
     return float(str(np.float32(value)))

@@ -1,8 +1,8 @@
 """The metadata and the tensor list of a GGUF file. Every length is checked against the size of the file before use.
 
 `gguf.GGUFReader` trusts the lengths in a file: an array that claims 2**60 entries makes it grow until memory runs out,
-and two tensors may share their bytes. Format: ggml's `gguf.md`; what is refused beyond it is what llama.cpp's own
-reader refuses.
+and two tensors may share their bytes. Format: ggml's `gguf.md`. Beyond it, files that llama.cpp's own reader refuses
+are refused.
 """
 
 import math
@@ -34,7 +34,7 @@ class GGUFTensor(NamedTuple):
 
 
 def read_gguf(path: str) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
-    """The metadata and the tensors of a file, both by their names in the file. Raises ConfigError."""
+    """Return the metadata and the tensors of a file, both by their names in the file. Raises ConfigError."""
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             fields, infos, start = _Parser(view).read()
@@ -51,13 +51,13 @@ class _Info(NamedTuple):
 
 
 class _Parser:
-    """Reads the header from byte `at` on. Raises ValueError where the file ends early or contradicts itself."""
+    """A parser of the header from byte `at` on. It raises ValueError if the file ends early or contradicts itself."""
 
     def __init__(self, view: mmap.mmap):
         self.view, self.at = view, 0
 
     def read(self) -> tuple[dict[str, Any], list[_Info], int]:
-        """The metadata, the tensor list, and the position of the first byte after them."""
+        """Return the metadata, the tensor list, and the position of the first byte after them."""
         if self._bytes(4) != b"GGUF":
             raise ValueError("it does not begin with the letters GGUF")
         version = self._scalar("I")
@@ -96,7 +96,7 @@ class _Parser:
         return SCALARS[kind]
 
     def _count(self, min_bytes: int) -> int:
-        """The number of entries that follow, each of which takes at least `min_bytes` bytes."""
+        """Read the number of entries that follow, each of which takes at least `min_bytes` bytes."""
         count = self._scalar("Q")
         if count * min_bytes > len(self.view) - self.at:
             raise ValueError(f"{count} entries at byte {self.at} do not fit into a file of {len(self.view)} bytes")

@@ -8,7 +8,7 @@ from dms_jax.errors import ConfigError, shown
 from dms_jax.files import write_json
 from dms_jax.hf.gguf.gguf_file import open_gguf
 
-# The expressions by which `tokenizer.ggml.pre` splits text, from the tokenizer.json files of the original models.
+# Regular expressions that `tokenizer.ggml.pre` splits text by, from the tokenizer.json files of the original models
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -45,11 +45,11 @@ def write_tokenizer(path: str, folder: str) -> None:
 
 
 def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
-    """The tokens of a consistent vocabulary: distinct texts, one type each, merges of two, special ids in range."""
+    """Check the vocabulary and return its tokens: distinct texts, one type each, merges of two, special ids in range."""
     found: list[Any] = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")]
     tokens, types, merges = found
     if not _texts(tokens):
-        wrong = "tokens must be a list of texts"
+        wrong = "tokens must be a list of strings"
     elif len(set(tokens)) != len(tokens):
         wrong = "duplicate token"
     elif not isinstance(types, list) or len(types) != len(tokens):
@@ -59,7 +59,7 @@ def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> 
     elif any(i is not None and i >= len(tokens) for i in ids):
         wrong = "the id of a special token is outside the vocabulary"
     elif not isinstance(fields.get("tokenizer.chat_template", ""), str):
-        wrong = "chat_template must be a text"
+        wrong = "chat_template must be a string"
     else:
         return tokens
     raise ConfigError(f"{where}: its tokenizer is damaged: {wrong}")
@@ -70,9 +70,9 @@ def _texts(value: object) -> bool:
 
 
 def build_tokenizer(fields: dict, where: str):
-    """The byte-level BPE of a GGUF file.
+    """Build the byte-level BPE tokenizer of a GGUF file.
 
-    transformers can convert one too, but ignores `tokenizer.ggml.pre`, which decides where text is split.
+    transformers can convert one, too, but it ignores `tokenizer.ggml.pre`, which decides where text is split.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 

@@ -1,4 +1,5 @@
-"""The way from files of text to batches: documents, a store of token ids, rows.
+"""Turn files of text into batches: documents, then a store of token ids, then rows.
 
-Begin with `documents`, then `token_store` and `rows`.
+Begin with `documents` (formats), then read `token_store` (tokenization, cache, held-out split) and `rows` (batches).
+`default_assets` fetches the embedded default model and text.
 """

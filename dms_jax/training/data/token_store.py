@@ -1,8 +1,8 @@
-"""A cache of tokenized documents and the held-out split, between `documents` and `rows`.
+"""Tokenize documents into a cache, and split them into training and held-out rows: the link from `documents` to `rows`.
 
-A text document becomes [bos] ids [eos]: eos if the tokenizer has one, bos only if it sets `add_bos`. A chat becomes what the template
-makes of it; ids from .npy stay as they are. Everything is a function of (content, tokenizer, seed): neither the order of the files nor
-the number of hosts matters, and a resumed run needs no iterator state.
+A text document becomes [bos] ids [eos], with eos if the tokenizer has one and bos only if the tokenizer sets `add_bos`.
+A chat is formatted by the chat template. Ids from .npy files stay as they are. The result is a function of (content,
+tokenizer, seed); neither the order of the files nor the number of hosts matters. Begin with `load_rows`.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from dms_jax.hf.hub_dataset import open_dataset
 from dms_jax.training.data.documents import Keys, expand_paths, file_kind, read_documents
 from dms_jax.training.data.rows import Rows, mix
 
-CACHE_VERSION = 1  # raise it with every change that alters the ids of a document
+CACHE_VERSION = 1  # to be raised with every change that alters the ids of a document
 STORE_FILES = ("ids.bin", "offsets.npy", "hashes.npy")
-MAX_HELD_OUT_SHARE = 0.2  # of all tokens; of a larger document only the end is held out
+MAX_HELD_OUT_SHARE = 0.2  # of a document with a larger share of all tokens, only the end is held out
 HeldOutBy = Literal["document", "position", "files", "nothing"]
 
 
 class Tokenizer(Protocol):
-    """The part of `dms_jax.hf.hf_tokenizer` that this module uses. An attribute `add_bos: bool` is optional."""
+    """The attributes of a tokenizer that this module uses. An attribute `add_bos: bool` is optional."""
 
     @property
     def bos_id(self) -> int | None: ...
     @property
     def eos_id(self) -> int | None: ...
     @property
-    def hash(self) -> str: ...  # changes whenever the ids of any text could
+    def hash(self) -> str: ...  # changes whenever the ids of any text may change
     def encode(self, text: str) -> np.ndarray: ...
     def encode_chat(self, messages: list[dict]) -> np.ndarray: ...
 
@@ -50,24 +50,26 @@ class DataConfig:
 
     paths: Annotated[
         tuple[str, ...],
-        "files, folders or hf: names to train on, for short data=FILE; none: the text of the embedded default",
+        "files, folders or hf: names to train on; `data=FILE` is short for it; empty: the text of the embedded default",
     ] = ()
-    eval_paths: Annotated[tuple[str, ...], "held-out files of their own; none: a part of data.paths is held out"] = ()
+    eval_paths: Annotated[tuple[str, ...], "separate held-out files; empty: a part of data.paths is held out"] = ()
     text_key: Annotated[str, "key of the text in .jsonl and .parquet records"] = "text"
-    messages_key: Annotated[str, "key of a chat, which is read where a record has no data.text_key"] = "messages"
+    messages_key: Annotated[str, "key of a chat in records without data.text_key"] = "messages"
     rows: Annotated[
         Literal["contiguous", "packed"],
-        "contiguous: rows cut from all documents one after the other, as in the reference; packed: whole pieces of documents, "
-        "each of which sees itself only",
+        "contiguous: all documents are concatenated and cut into rows, as in the reference; packed: each row holds whole pieces "
+        "of documents, which do not see each other",
     ] = "contiguous"
     held_out_fraction: Annotated[
         float,
         Between(0, 1, exclusive_max=True),
-        "part of the tokens to hold out, by whole documents; 0 holds nothing out",
+        "fraction of the tokens to hold out, in whole documents; 0: hold nothing out",
     ] = 0.05
-    cache_dir: Annotated[str, 'folder of cached tokens and downloads; "" is dms_jax in the user\'s cache folder'] = ""
+    cache_dir: Annotated[
+        str, 'folder of cached tokens and downloads; "" is the folder dms_jax in the cache folder of the user'
+    ] = ""
     max_documents: Annotated[
-        int, AtLeast(0), "documents to read of data.paths, and of data.eval_paths; 0 reads all"
+        int, AtLeast(0), "maximum number of documents to read from data.paths, and from data.eval_paths; 0: read all"
     ] = 0
 
     def __post_init__(self):
@@ -82,7 +84,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """Counts of what became of the documents."""
+    """Counts of documents, tokens and rows, for the log."""
 
     documents: int
     empty_documents: int  # skipped
@@ -91,9 +93,9 @@ class DataSummary:
     train_rows: int
     held_out_rows: int
     dropped_tokens: int  # training tokens at the end that do not fill a contiguous row; always less than one row
-    padding_fraction: float  # of the packed training rows
+    padding_fraction: float  # fraction of the packed training rows
     held_out_by: HeldOutBy
-    overlap_documents: int  # left out of training because data.eval_paths holds them too
+    overlap_documents: int  # excluded from training because data.eval_paths contains them, too
     cached: bool  # the tokens came from the cache
     content_hash: str  # hash of files, tokenizer and options; names the cache entry
 
@@ -104,7 +106,7 @@ class DataSummary:
         if self.empty_documents:
             notes.append(f"{self.empty_documents} empty documents skipped")
         if self.overlap_documents:
-            notes.append(f"{self.overlap_documents} documents left out because data.eval_paths holds them too")
+            notes.append(f"{self.overlap_documents} documents excluded because data.eval_paths contains them, too")
         if self.dropped_tokens:
             notes.append(f"{self.dropped_tokens} tokens dropped at the end")
         if self.padding_fraction:
@@ -120,14 +122,17 @@ class TokenStore(NamedTuple):
 
     ids: np.ndarray  # uint32, memory-mapped
     offsets: np.ndarray  # int64 [documents + 1]
-    hashes: np.ndarray  # uint64 [documents]; hash of the ids of each
+    hashes: np.ndarray  # uint64 [documents]; hash of the ids of each document
     empty_documents: int
     key: str = ""  # sha256 of everything that the ids depend on
     cached: bool = True
 
 
 def cache_folder(cache_dir: str | Path, name: str) -> Path:
-    """The folder `name` in `cache_dir`, which is made if needed. `cache_dir` "" is dms_jax in the user's cache folder."""
+    """Make the folder `name` in `cache_dir` and return it.
+
+    `cache_dir` "" is dms_jax in the cache folder of the user.
+    """
     try:
         base = (
             Path(cache_dir).expanduser()
@@ -135,7 +140,7 @@ def cache_folder(cache_dir: str | Path, name: str) -> Path:
             else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax"
         )
         (base / name).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as why:  # RuntimeError: this user has no home
+    except (OSError, RuntimeError) as why:  # RuntimeError: the user has no home folder
         raise ConfigError(f"cannot make the cache folder: {why}; set data.cache_dir to a writable folder") from why
     return base / name
 
@@ -146,7 +151,10 @@ def file_sha256(path: str | Path) -> str:
 
 
 def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> TokenStore:
-    """The documents of `paths` as ids, from the cache if they were tokenized before. Several processes may call it at once."""
+    """Return the documents of `paths` as ids, from the cache if they have been tokenized before.
+
+    Several processes may call this at the same time.
+    """
     names = expand_paths(paths)
     datasets = {name: open_dataset(name) for name in names if name.startswith("hf:")}
     key = _cache_key(names, datasets, config, tokenizer, vocab_size)
@@ -164,7 +172,7 @@ def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | 
             built.mkdir()
             documents = (item for name in names for item in read_documents(name, _keys(config), datasets.get(name)))
             _write_store(built, documents, config, tokenizer, vocab_size, ", ".join(paths))
-            # The store is mapped before the move, so that its pages stay even if other processes replace the folder.
+            # Map the store before the move, so that its pages stay valid even if other processes replace the folder.
             store = _open_store(built)
             _install(built, folder, Path(temporary) / "replaced")
     except OSError as why:
@@ -198,7 +206,7 @@ def _cache_key(
 
 
 def _open_store(folder: Path) -> TokenStore | None:
-    """The store in `folder`; None if it is missing, or if its bytes are not those that were written."""
+    """Open the store in `folder`; None if it is missing or damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
         if meta.pop("self") != _own_hash(meta) or any(
@@ -216,7 +224,7 @@ def _write_store(
 ) -> None:
     offsets, hashes, empty = [0], [], 0
     with open(built / "ids.bin", "wb") as file:
-        # `disable=None` shows the bar on a terminal only.
+        # `disable=None` shows the bar only on a terminal.
         for where, document in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
             ids = _ids(document, where, tokenizer, vocab_size)
             if not len(ids):
@@ -228,7 +236,7 @@ def _write_store(
             if len(hashes) == config.max_documents:
                 break
     if not hashes:
-        raise ConfigError(f"{source} must hold documents, got " + (f"{empty} empty ones only" if empty else "none"))
+        raise ConfigError(f"{source} must hold documents, got " + (f"only {empty} empty ones" if empty else "none"))
     np.save(built / "offsets.npy", np.array(offsets, np.int64))
     np.save(built / "hashes.npy", np.array(hashes, np.uint64))
     meta = {"empty_documents": empty, "sha256": {name: file_sha256(built / name) for name in STORE_FILES}}
@@ -240,26 +248,26 @@ def _own_hash(meta: dict) -> str:
 
 
 def _install(built: Path, folder: Path, aside: Path) -> None:
-    """Move a complete store to its place, and a damaged one that is there to `aside`."""
+    """Move a complete store to `folder`, and a damaged store that is already there to `aside`."""
     try:
         os.replace(built, folder)
-    except OSError:  # the place is taken
-        if _open_store(folder) is None:  # a good one is of a process that was faster, with the same content
-            with contextlib.suppress(OSError):  # another process may be replacing it at this moment
+    except OSError:  # the folder already exists
+        if _open_store(folder) is None:  # an intact store was made by a faster process and has the same content
+            with contextlib.suppress(OSError):  # another process may be replacing it right now
                 os.replace(folder, aside)
                 os.replace(built, folder)
 
 
 def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
-    """The uint32 ids of one document, empty for an empty one. Raises ConfigError for ids outside the vocabulary."""
-    hint = "use ids that were made for this model"
+    """Return the uint32 ids of one document, which may be empty. Raises ConfigError for ids outside the vocabulary."""
+    hint = "use ids made with the tokenizer of this model"
     if isinstance(document, np.ndarray):
         ids = document
     elif not document or (isinstance(document, str) and not document.strip()):
         ids = np.zeros(0, np.uint32)
     elif tokenizer is None:
         raise ConfigError(
-            f"{where} is text, but the model has no tokenizer; give token ids in a .npy, or a model folder with tokenizer.json"
+            f"{where} is text, but the model has no tokenizer; use token ids in a .npy file, or a model folder with tokenizer.json"
         )
     else:
         ids, hint = _encode(document, where, tokenizer), "use the tokenizer of this model"
@@ -279,7 +287,7 @@ def _encode(document: str | list, where: str, tokenizer: Tokenizer) -> np.ndarra
     try:
         return np.asarray(tokenizer.encode_chat(document), np.int64)
     except Exception as why:  # a template may raise anything, e.g. that roles must alternate
-        raise ConfigError(f"{where}: cannot write these messages as a chat: {' '.join(str(why).split())}") from why
+        raise ConfigError(f"{where}: the chat template refuses these messages: {' '.join(str(why).split())}") from why
 
 
 # --- ids to rows ---
@@ -288,11 +296,12 @@ def _encode(document: str | list, where: str, tokenizer: Tokenizer) -> np.ndarra
 def load_rows(
     config: DataConfig, tokenizer: Tokenizer | None, length: int, seed: int, vocab_size: int
 ) -> tuple[Rows, Rows, DataSummary]:
-    """(training rows, held-out rows, summary); rows have `length` tokens.
+    """Return (training rows, held-out rows, summary). Rows have `length` tokens.
 
-    The held-out rows are those of `data.eval_paths`, or whole documents of `data.paths` that are chosen by the hash of their content:
-    equal documents are on one side, and neither `length` nor the order of files changes the choice. If documents are so few and large
-    that none can be spared, the end of each large one is held out ("by position"). `tokenizer` may be None if all files are .npy.
+    The held-out rows come from `data.eval_paths`, or from whole documents of `data.paths` chosen by a hash of their
+    content. Equal documents are thus on the same side of the split, and neither `length` nor the order of files changes
+    it. If the documents are too few and too large to hold out whole ones, the end of each large document is held out
+    ("by position"). `tokenizer` may be None if all files are .npy.
     """
     if length < 1:
         raise ConfigError(f"length must be at least 1, got {length}")
@@ -313,11 +322,11 @@ def load_rows(
     )
     if overlap.all():
         raise ConfigError(
-            "data.paths must hold documents that data.eval_paths does not; now nothing is left to train on"
+            "data.paths must contain documents that data.eval_paths does not contain, got only the same ones"
         )
     if not train.num_rows:
         raise ConfigError(
-            f"length must be at most the {train.tokens} training tokens, got {length}; use shorter rows, or give more text"
+            f"length must be at most the {train.tokens} training tokens, got {length}; use shorter rows, or more text"
         )
     summary = DataSummary(
         documents=len(store.hashes) + (len(held_store.hashes) if config.eval_paths else 0),
@@ -345,29 +354,32 @@ def _rows(
     layout: str,
     pad_short: bool = False,
 ) -> Rows:
-    # Shuffling by content mixes domains in the rows, in any order of the files.
+    # Shuffling by content mixes the domains in the rows, whatever the order of the files.
     order = np.argsort(mix(store.hashes, seed, 1), kind="stable")
     order = order[sizes[order] > 0]
     return Rows(store.ids, starts[order], sizes[order], length, layout, pad_short)
 
 
 def _split(hashes: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, HeldOutBy]:
-    """(training tokens of each document, how the rest was chosen). The rest of a document, its end or all of it, is held out."""
+    """Return (training tokens of each document, how the others were chosen).
+
+    The other tokens are held out: all, or the end.
+    """
     if fraction == 0:
         return sizes, "nothing"
     distinct, which = np.unique(hashes, return_inverse=True)
-    # Copies of a document count together, because they go to one side.
+    # Copies of a document count together, because they are on the same side of the split.
     weights = np.bincount(which, sizes).astype(np.int64)
-    budget, held = fraction * weights.sum(), np.zeros(len(distinct), bool)
+    budget, held_out = fraction * weights.sum(), np.zeros(len(distinct), bool)
     order, tokens = np.argsort(mix(distinct, seed, 2), kind="stable").tolist(), 0
     for document in order:
         if tokens + weights[document] <= budget:
-            held[document], tokens = True, tokens + weights[document]
+            held_out[document], tokens = True, tokens + weights[document]
     if tokens >= budget / 2:
-        return np.where(held[which], 0, sizes), "document"
+        return np.where(held_out[which], 0, sizes), "document"
     spare = [document for document in order if budget < weights[document] <= MAX_HELD_OUT_SHARE * weights.sum()]
     if spare:
-        held[spare[0]] = True
-        return np.where(held[which], 0, sizes), "document"
+        held_out[spare[0]] = True
+        return np.where(held_out[which], 0, sizes), "document"
     ends = np.where((weights > budget)[which] & (sizes > 1), np.maximum(1, (sizes * fraction).astype(np.int64)), 0)
-    return np.where(held[which], 0, sizes - ends), "position"
+    return np.where(held_out[which], 0, sizes - ends), "position"

@@ -1,6 +1,6 @@
-"""Find a setting that fits when the given one does not: nearby settings, the least intrusive change first.
+"""Search for a nearby setting that fits when the given one does not, trying the least intrusive changes first.
 
-A setting must fit by the estimate and then, where there is a compiler, by the compiler.
+A setting must fit according to the estimate and then, if a compiler is available, according to the compiler.
 """
 
 import dataclasses
@@ -12,18 +12,18 @@ from dms_jax.sharding import LOGICAL_TO_MESH
 from dms_jax.training.planning.step_plan import planned
 from dms_jax.training.planning.step_setting import StepSetting
 
-MAX_COMPILED = 3  # settings that are compiled
+MAX_COMPILED = 3  # number of settings that are compiled before the search ends
 MIN_LENGTH = 1024  # tokens of a row
-ROWS_CAN_BE_SPLIT = bool(LOGICAL_TO_MESH["length"])  # over a context axis
+ROWS_CAN_BE_SPLIT = bool(LOGICAL_TO_MESH["length"])  # whether a context axis can split rows
 
 
 def nearest(setting: StepSetting, analytic: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The first nearby setting that fits, or None where none does."""
+    """Describe the first nearby setting that fits, or return None. `say` reports each compilation."""
     num_compiled = 0
     for change, other in nearby(setting):
         if other.problem() is not None:
             continue
-        # On a CPU the estimate is no cheaper than compiling: the time is measured either way.
+        # On a CPU, the estimate is not cheaper than compiling, because the time is measured in both cases.
         plan = planned(other, analytic=True) if setting.hardware.kind != "cpu" else None
         if plan is not None and not plan.value("fits"):
             continue
@@ -45,10 +45,11 @@ def nearest(setting: StepSetting, analytic: bool, say: Callable[[str], None]) ->
 
 
 def nearby(setting: StepSetting) -> Iterator[tuple[str, StepSetting]]:
-    """Settings with a description of their changes, in this order: remat, accumulate, more devices on the model axis and then on the
-    context axis, shorter rows, more hardware.
+    """Yield (description of the changes, setting) for nearby settings.
 
-    remat and accumulate stay changed, and the other changes are tried one at a time. The rows of a step do not change.
+    The changes come in this order: remat, accumulate, more devices on the model axis and then on the context axis,
+    shorter rows, more hardware. remat and accumulate stay changed; the other changes are tried one at a time. The
+    number of rows per step never changes.
     """
     changes: dict[str, str] = {}
 
@@ -78,7 +79,7 @@ def nearby(setting: StepSetting) -> Iterator[tuple[str, StepSetting]]:
 
 
 def _on_meshes(setting: StepSetting, hardware: Hardware, meshes: Iterator[tuple[int, ...]]) -> Iterator[StepSetting]:
-    """The setting on each mesh that its rows and the model's heads can be divided over, one row at a time."""
+    """Yield the setting on each mesh that its rows and the model's heads can be split over, one row at a time."""
     for mesh in meshes:
         if setting.step.batch_size % mesh[0] == 0 and mesh[1] <= setting.model.num_q_heads:
             moved = dataclasses.replace(setting, hardware=hardware, mesh=mesh)
@@ -86,7 +87,7 @@ def _on_meshes(setting: StepSetting, hardware: Hardware, meshes: Iterator[tuple[
 
 
 def _regrouped(setting: StepSetting) -> Iterator[tuple[int, ...]]:
-    """Meshes of as many devices with fewer rows at a time, which split heads instead, or the length of rows."""
+    """Yield meshes of the same number of devices that split heads, or the length of rows, instead of the batch."""
     data, model, *context = setting.mesh
     halvings = [2**i for i in range(1, data.bit_length()) if data % 2**i == 0]
     yield from ((data // n, model * n, *context) for n in halvings)
@@ -95,7 +96,7 @@ def _regrouped(setting: StepSetting) -> Iterator[tuple[int, ...]]:
 
 
 def _enlarged(setting: StepSetting, factor: int) -> Iterator[tuple[int, ...]]:
-    """Meshes of `factor` times as many devices."""
+    """Yield meshes with `factor` times the number of devices."""
     data, model, *context = setting.mesh
     yield data * factor, model, *context
     yield data, model * factor, *context

@@ -1,4 +1,4 @@
-"""Plans as JSON for programs and as text for people: loops over the figures of a plan."""
+"""Print plans of retrofits and servers, as JSON for programs and as text for people."""
 
 from typing import Any, NamedTuple
 
@@ -8,12 +8,12 @@ from dms_jax.training.planning.step_setting import StepSetting
 
 
 class RetrofitPlan(NamedTuple):
-    """The plan of a retrofit as `train.plan` prints it."""
+    """The plan of a retrofit, complete with hours and the nearest setting that fits."""
 
-    model: str  # as it was named
+    model: str  # as the user named it
     setting: StepSetting
     implementation: str
-    not_compiled: str  # why; "" where the step was compiled
+    not_compiled: str  # why the step was not compiled; "" if it was
     figures: list[Figure]
 
 
@@ -36,14 +36,16 @@ def step_text(plan: RetrofitPlan) -> str:
     ]
     if plan.not_compiled:
         lines.append(f"estimated, not compiled: {plan.not_compiled}")
-    near = figures.pop("nearest").value
+    alternative = figures.pop("nearest").value
     if figures["fits"].value:
-        lines.append("it fits")
-    elif near is None:
-        lines.append("IT DOES NOT FIT, and neither does any setting nearby; see least_devices")
+        lines.append("It fits.")
+    elif alternative is None:
+        lines.append("IT DOES NOT FIT, and neither does any nearby setting; see least_devices.")
     else:
-        size, seconds = near["total_bytes_per_device"] / GIB, near["seconds_per_step"]
-        lines.append(f"IT DOES NOT FIT; this does: {near['change']} ({size:.2f} GiB, {seconds:.2f} s per step)")
+        size, seconds = alternative["total_bytes_per_device"] / GIB, alternative["seconds_per_step"]
+        lines.append(
+            f"IT DOES NOT FIT, but this does: {alternative['change']} ({size:.2f} GiB, {seconds:.2f} s per step)."
+        )
     device_hours = ", ".join(
         f"{shown(figure.value * hardware.count, 'h').removesuffix(' h')} to CR {name.removeprefix('hours_to_cr')}"
         for name, figure in figures.items()
@@ -59,7 +61,7 @@ def serving_json(plan: ServingPlan) -> dict[str, Any]:
 
 
 def _formulas(plan: ServingPlan) -> dict[str, str]:
-    """Formulas with their sources, by the name of the figure; they are the same in all arms."""
+    """Return formulas with their sources, by the name of the figure. All arms have the same formulas."""
     return {
         figure.name: f"{figure.source}: {figure.formula}"
         for figures in plan.arms.values()
@@ -68,13 +70,13 @@ def _formulas(plan: ServingPlan) -> dict[str, str]:
     }
 
 
-COLUMNS = {  # of the text: figure of an arm -> heading
+COLUMNS = {  # figure of an arm -> heading of its column in the text
     "realised_cr": "realised CR",
     "capacity_per_layer": "capacity",
     "cache_bytes_per_user": "cache per user",
     "most_users": "users that fit",
-    "tokens_per_second": "now",
-    "tokens_per_second_at_most_users": "when full",
+    "tokens_per_second": "speed now",
+    "tokens_per_second_at_most_users": "speed when full",
 }
 
 
@@ -84,11 +86,11 @@ def serving_text(plan: ServingPlan) -> str:
         f"{asked['users']} users at {asked['context']} tokens on {asked['hardware']} as {asked['mesh']}: "
         f"{sizes['memory_bytes']}, of which weights take {sizes['weight_bytes']}",
         "",
-        f"{'':<8}" + "".join(f"{heading:>16}" for heading in COLUMNS.values()),
+        f"{'':<8}" + "".join(f"{heading:>17}" for heading in COLUMNS.values()),
     ]
     for name, figures in plan.arms.items():
         cells = {figure.name: _cell(figure) for figure in figures}
-        lines.append(f"{name:<8}" + "".join(f"{cells[column]:>16}" for column in COLUMNS))
+        lines.append(f"{name:<8}" + "".join(f"{cells[column]:>17}" for column in COLUMNS))
     formulas = (f"{name}: {formula}" for name, formula in _formulas(plan).items())
     return "\n".join([*lines, "", *plan.advice, "", *formulas])
 

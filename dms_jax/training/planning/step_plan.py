@@ -1,4 +1,7 @@
-"""What a retrofit step needs and how long it takes, as figures: from the step compiled for its hardware, or estimated."""
+"""Plan one retrofit step: its memory, work, communication and time, as figures.
+
+The figures come from the step compiled for its hardware, or from estimates. Begin with `planned`.
+"""
 
 from typing import Any, Literal, NamedTuple
 
@@ -18,22 +21,22 @@ from dms_jax.training.planning import step_program
 from dms_jax.training.planning.step_setting import StepSetting
 
 TOTAL = (
-    "compiled: arguments + outputs - aliased + temporary (weights: arguments less optimizer; activations and logits: the parts of temporary "
-    "that the estimate gives them); not compiled: the sum"
+    "if compiled: arguments + outputs - aliased + temporary, where weights are the arguments without the optimizer state, and activations "
+    "and logits are estimated parts of temporary; otherwise: the sum of the parts"
 )
-FLOPS = "tokens x (2 forward passes of 2 P + 2 L N H T each, and backward: 2 P, or 4 P where all weights train, + 5 L N H T)"
-MOVED = "devices x bf16 weights x passes, plus what the operations between the products read and write for each token"
+FLOPS = "tokens x (two forward passes of 2 P + 2 L N H T each, and a backward pass of 2 P, or 4 P if all weights train, + 5 L N H T)"
+MOVED = "devices x bf16 weights x passes, plus what the operations between the matrix products read and write per token"
 STEPS_PER_CR, TOKENS_PER_STEP = 34, 262144  # Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
 RATIOS = (2, 4, 8)
 
 
 class StepFacts(NamedTuple):
-    """What the figures of a step are computed from."""
+    """The inputs of the figures of a step."""
 
     implementation: str  # of training attention
     estimate: MemoryEstimate
-    memory: MemoryEstimate  # the compiler's where there is one, otherwise the estimate
-    sent: dict[str, float]  # bytes that a device sends, by kind of collective
+    memory: MemoryEstimate  # the compiler's figures if the step was compiled, otherwise the estimate
+    sent: dict[str, float]  # bytes that each device sends, by kind of collective
     source: Literal["compiled", "analytic"]
 
 
@@ -47,7 +50,7 @@ class StepPlan(NamedTuple):
 
 
 def planned(setting: StepSetting, analytic: bool) -> StepPlan:
-    """The plan of one step; with `analytic` nothing is compiled."""
+    """Plan one step; with `analytic`, compile nothing."""
     facts = estimated_facts(setting) if analytic else compiled_facts(setting)
     return StepPlan(setting, facts.implementation, step_figures(setting, facts))
 
@@ -72,7 +75,7 @@ def compiled_facts(setting: StepSetting) -> StepFacts:
 
 
 def estimate(setting: StepSetting) -> MemoryEstimate:
-    """Estimate the bytes of a device by kind; weights and optimizer state are counted from their shards."""
+    """Estimate the bytes per device by kind. Weights and optimizer state are counted from their shards."""
     trainable, frozen, optimizer = step_program.state_bytes(setting, step_program.mesh_of(setting, analytic=True))
     weights = trainable + frozen
     return memory_estimate.estimated_memory(setting.model, setting.micro_batch, weights, optimizer, trainable)
@@ -84,7 +87,7 @@ def estimated_exchange(setting: StepSetting) -> dict[str, float]:
 
 
 def step_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
-    """All figures of a step: memory, what it computes, moves and sends, and its time."""
+    """Compute all figures of a step: memory, work, communication and time."""
     return [*_memory_figures(setting, facts), *_work_figures(setting), *_time_figures(setting, facts)]
 
 
@@ -115,7 +118,7 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
 
 
 def _weight_bytes(setting: StepSetting) -> float:
-    """Bytes of weights that a device reads in a step."""
+    """Bytes of weights that each device reads in a step."""
     c = setting.step
     return roofline.weight_bytes(setting.model, setting.mesh_sizes.model, c.mode, c.remat) * c.accumulate
 
@@ -176,7 +179,10 @@ def _time_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
 
 
 def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: float) -> list[Figure]:
-    """Steps and hours from CR 1 to each of RATIOS, without validation and checkpoints. `steps_per_cr` 0 takes the reference's recipe."""
+    """Compute the steps and hours from CR 1 to each of RATIOS, without validation and checkpoints.
+
+    `steps_per_cr` 0 stands for the recipe of the reference.
+    """
     given = "given" if steps_per_cr else ""
     recipe = f"{STEPS_PER_CR} x max(1, {TOKENS_PER_STEP} / tokens of a step), Model-Optimizer's recipe"
     steps_per_cr = steps_per_cr or STEPS_PER_CR * max(1.0, TOKENS_PER_STEP / setting.tokens)
@@ -186,7 +192,7 @@ def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: f
     ramp, formula = 1.0, "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the ratio rises linearly from 1"
     if (
         setting.step.mode == "borrowed"
-    ):  # RetrofitConfig: a third of the steps frees the channel, 9/10 of the rest raise the ratio
+    ):  # by default, 1/3 of the steps free the channel and 9/10 of the others raise the ratio
         ramp += (1 / 3) / (0.9 * 2 / 3)
         formula += f", x {ramp:.2f} because the channel is freed first"
     for ratio in RATIOS:
@@ -196,7 +202,7 @@ def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: f
 
 
 def _implementation(setting: StepSetting, analytic: bool) -> str:
-    """The implementation of training attention that `dispatch` selects on the target, which need not be at hand."""
+    """Find the implementation of training attention that `dispatch` selects on hardware that need not be at hand."""
     named, head_dim, platform = setting.model.implementation, setting.model.head_dim, setting.hardware.platform
     if not analytic or platform == "cpu":
         return select_implementation("train_attention", KernelQuery(head_dim, jnp.bfloat16), named).name

@@ -1,6 +1,6 @@
-"""The real retrofit step of a setting: built from shapes only, compiled for its hardware, or run on this machine's CPU to time it.
+"""Build the real retrofit step of a setting from shapes, compile it for its hardware, or time it on this machine's CPU.
 
-This is the only file of the plan that calls `training.step`.
+Of all planning modules, only this one uses `training.step`.
 """
 
 import dataclasses
@@ -27,23 +27,28 @@ from dms_jax.training.planning.step_setting import StepSetting
 from dms_jax.training.step import take_apart
 from dms_jax.training.step_functions import StepFunctions, step_functions
 
-MAX_TIMED_FLOPS = 4e12  # of a step that is run to time it; a larger step is run with shorter rows
+MAX_TIMED_FLOPS = 4e12  # a larger step is timed with shorter rows
 
 
 def mesh_of(setting: StepSetting, analytic: bool) -> Mesh:
-    """The mesh to plan on: of this machine's devices, of the target's devices, or, with `analytic`, of no devices, which is enough to
-    count shards."""
+    """Make the mesh to plan on: the devices of this machine or of the target; with `analytic`, an abstract mesh.
+
+    An abstract mesh has no devices, which is enough for counting shards.
+    """
     axes = ("data", "model", "context")[: len(setting.mesh)]
     if setting.hardware.kind == "cpu":
         return make_mesh(*setting.mesh)
     if analytic:
-        # pyrefly: ignore[bad-return]  # an abstract mesh is enough to count shards
+        # pyrefly: ignore[bad-return]  # callers use only the shape and the axes of the mesh
         return AbstractMesh(setting.mesh, axes, axis_types=(AxisType.Auto,) * len(axes))
     return target_mesh(setting.hardware.name, setting.mesh, axes)
 
 
 def program_of(setting: StepSetting, mesh: Mesh, make: Any = abstract_model) -> tuple[StepFunctions, Params, Params]:
-    """(functions of the run, parameters that train, frozen parameters) of models of shapes, or of other models that `make` builds."""
+    """Build (step functions, parameters that train, frozen parameters) of a setting.
+
+    `make(config, dtype)` builds the models; by default they consist of shapes only.
+    """
     dtype, adapter = jnp.dtype(platform_defaults(setting.hardware.platform).dtype), setting.step.mode == "adapter"
     teacher = None if adapter else make(setting.model.with_dms(None), dtype)
     student = make(setting.model, dtype if adapter else jnp.float32)
@@ -52,13 +57,13 @@ def program_of(setting: StepSetting, mesh: Mesh, make: Any = abstract_model) -> 
 
 
 def compiled(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
-    """The step, compiled for the devices of `mesh`."""
+    """Compile the step for the devices of `mesh`."""
     steps, _, frozen = program_of(setting, mesh)
     return steps.lower(frozen, setting.step.batch_size).compile()
 
 
 def state_bytes(setting: StepSetting, mesh: Mesh) -> tuple[float, float, float]:
-    """Bytes of the shards of one device: weights that train, frozen weights, optimizer state."""
+    """Count the bytes of shards per device: (weights that train, frozen weights, optimizer state)."""
     steps, _, frozen = program_of(setting, mesh)
     state = steps.abstract_state
     return _shard_bytes(state.trainable), _shard_bytes(frozen), _shard_bytes(state.opt_state)
@@ -70,13 +75,13 @@ def _shard_bytes(shapes: Any) -> float:
 
 
 def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
-    """Seconds of a step on this machine's CPU, and how they were measured.
+    """Return the seconds of a step on this machine's CPU, and a description of how they were measured.
 
-    Steps of models with 1 and with 2 layers and random weights are run; their difference is the time of each further layer. A step of
-    more than MAX_TIMED_FLOPS is run with shorter rows and scaled by its FLOPs.
+    Models with one and with two layers and random weights are timed; the difference is the time of each further layer.
+    A step of more than MAX_TIMED_FLOPS is timed with shorter rows and scaled by its FLOPs.
     """
     layers, length, scale = setting.model.num_layers, setting.step.length, 1.0
-    how = "measured here: steps of 1 and 2 layers, random weights, further layers in proportion"
+    how = "measured here: models of 1 and 2 layers with random weights, extrapolated to all layers"
 
     def flops(length: int) -> float:
         two = dataclasses.replace(setting.model, num_layers=min(2, layers))
@@ -91,15 +96,18 @@ def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
         length //= 2
     if length < setting.step.length:
         scale = flops(setting.step.length) / flops(length)
-        how += f", rows of {length} instead of {setting.step.length}, in proportion to FLOPs"
-    one = seconds(1)
-    further = max(seconds(2) - one, 0.0) * (layers - 1) if layers > 1 else 0.0
-    return (one + further) * scale, how
+        how += f", and from rows of {length} to rows of {setting.step.length} tokens by FLOPs"
+    one_layer = seconds(1)
+    further = max(seconds(2) - one_layer, 0.0) * (layers - 1) if layers > 1 else 0.0
+    return (one_layer + further) * scale, how
 
 
 def timed(setting: StepSetting, mesh: Mesh) -> float:
-    """Seconds of a step on the devices of this process, with random weights: the minimum of at least three runs and at least one second
-    of runs, because other load on the machine only adds time."""
+    """Time a step with random weights on the devices of this process.
+
+    Returns the minimum of at least three runs that take at least one second in all, because other load on the machine
+    only adds time.
+    """
 
     def make(config: ModelConfig, dtype: Any) -> Decoder:
         return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)

@@ -1,4 +1,4 @@
-"""What is planned: a retrofit step on named hardware."""
+"""`StepSetting`, the object that is planned: one retrofit step on named hardware."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ from dms_jax.training.retrofit_config import RetrofitConfig
 
 @dataclass(frozen=True)
 class StepSetting:
-    """A retrofit step on named hardware."""
+    """The model, hardware, mesh and configuration of one retrofit step."""
 
-    model: ModelConfig  # with its DMSConfig
+    model: ModelConfig  # including its DMSConfig
     hardware: Hardware
     mesh: tuple[int, ...]  # data, model[, context]
     step: RetrofitConfig  # batch_size and remat are resolved: neither 0 nor "auto"
 
     def with_step(self, **changes: Any) -> "StepSetting":
+        """Return a copy with changed fields of `step`."""
         return dataclasses.replace(self, step=dataclasses.replace(self.step, **changes))
 
     @property
@@ -29,7 +30,7 @@ class StepSetting:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an optimizer step."""
+        """Tokens per optimizer step."""
         return self.step.batch_size * self.step.length
 
     @property
@@ -47,7 +48,7 @@ class StepSetting:
 
     @property
     def described(self) -> dict[str, Any]:
-        """The choices of the setting that another setting may change so that it fits."""
+        """The settings that `nearby_settings` may change, and the mode, by their keys in a plan."""
         return {
             "mesh": "x".join(map(str, self.mesh)),
             "mode": self.step.mode,
@@ -58,13 +59,13 @@ class StepSetting:
         }
 
     def problem(self) -> str | None:
-        """Why this cannot be run at all; None where it can."""
+        """Return why this step cannot be run at all, or None if it can."""
         sizes, length, batch = self.mesh_sizes, self.step.length, self.step.batch_size
         limit, name = self.model.context_limit()
         if length > limit:
             return f"length {length} exceeds the model's {name} of {limit}; use length <= {limit}"
         if length % sizes.context:
-            return f"length {length} must be a multiple of {sizes.context}, the parts into which the mesh splits a row"
+            return f"length {length} must be a multiple of {sizes.context}, the number of parts into which the mesh splits a row"
         multiple = sizes.data * self.step.accumulate
         if batch % multiple:
             parts = f"{sizes.data} data-parallel devices x {self.step.accumulate} micro-batches"
