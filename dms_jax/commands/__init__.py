@@ -1,4 +1,5 @@
-"""One file for each command: parse options, call the library, print.
+"""One file for each command: it parses options, calls the library and prints.
 
-Begin with `retrofit` or `generate`; `dms-jax NAME` and the modules in `train/` and `infer/` of a checkout call their `main`.
+Begin with `retrofit` or `generate`. `dms-jax NAME`, and the modules in `train/` and `infer/` of a checkout, call the
+`main` of these files.
 """

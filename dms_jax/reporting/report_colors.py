@@ -48,10 +48,8 @@ VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
 }
 
 LEVELS = 20  # shades for the fraction of heads that keep a token
-EVICTED, KEPT = (
-    ("#ffffff", "#15181b"),
-    ("#f39a4a", "#a2530a"),
-)  # light, dark; INK is readable on every shade between them
+# On the light and on the dark page; INK is readable on every shade between the two.
+EVICTED, KEPT = ("#ffffff", "#15181b"), ("#f39a4a", "#a2530a")
 
 
 def policy_look(policy: str) -> Look:

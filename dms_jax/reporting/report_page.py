@@ -51,7 +51,7 @@ def build(paths: list[str], title: str) -> dict[str, bytes]:
     )
     pngs = {f"{drawing.name}.png": drawing.png for drawing in drawings}
     for number, arm in enumerate(arms.kept, 1):
-        pngs[f"kept_text_{number}.png"] = figures.kept_text(arm, f"{arm.domain}, {arm.name}")
+        pngs[f"kept_text_{number}.png"] = figures.kept_text(arm)
     return pngs | {"report.html": html.encode("utf-8")}
 
 

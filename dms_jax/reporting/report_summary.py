@@ -9,8 +9,6 @@ from dms_jax.evaluation.aggregate import AnswerArm, GreedyArm, KeptArm, TextArm,
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean
 
 LEARNED = ("dms", "immediate_eviction")  # names in results files of policies that need a retrofitted model
-ROUNDING = 1e-5
-COMPARABLE = 0.1  # arms whose live tokens differ by no more are of equal size
 ROUNDING = 1e-5  # a KL below this is rounding error
 COMPARABLE = 0.1  # arms are of equal size if their live tokens differ by at most this fraction
 NO_RIVAL = "; no training-free method was measured at that size."

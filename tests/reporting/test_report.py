@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from markupsafe import escape
-from synthetic_results import HEADER, records, write
+from synthetic_results import HEADER, answer_arms, kept_arms, records, text_groups, write
 
 from dms_jax.command import DOORS
 from dms_jax.commands.report import NAME, main, write_files
