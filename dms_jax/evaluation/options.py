@@ -1,4 +1,4 @@
-"""The options of an evaluation and of a hyper-scaling run, as the commands parse them. Imports no JAX."""
+"""The options of `evaluate` and of `hyperscale`, as the commands parse them. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -11,7 +11,7 @@ TopP = Annotated[float, Range(0, 1, exclusive_min=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """Names are those of the options of `infer.evaluate`, whose `--help` explains them."""
+    """The options of `evaluate` by their names on the command line; its `--help` explains them."""
 
     model: str
     adapter: str | None = None
@@ -29,7 +29,7 @@ class EvaluationOptions:
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     haystack: str = ""  # content
     data: dict[str, str] = field(default_factory=dict)  # task -> file or hf: name
-    max_new_tokens: Annotated[int, AtLeast(0)] = 0  # 0: the task's own
+    max_new_tokens: Annotated[int, AtLeast(0)] = 0  # 0: the task's own limit
     chains: Annotated[int, AtLeast(1)] = 1
     temperature: Annotated[float, AtLeast(0)] = 0.0
     top_p: TopP = 1.0
@@ -41,7 +41,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class HyperscaleOptions:
-    """Names are those of the options of `infer.hyperscale`, whose `--help` explains them."""
+    """The options of `hyperscale` by their names on the command line; its `--help` explains them."""
 
     model: str
     adapter: str | None = None

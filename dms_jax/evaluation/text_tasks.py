@@ -1,6 +1,7 @@
-"""The tasks on given text, by the names that --tasks knows: what each measures, and the table it prints.
+"""The tasks on given text, under their names in --tasks: what each measures, and the table that it prints.
 
-A task is added here and in `result_records.RECORDS`. Tasks that have answers are in `dms_jax.tasks.registry`.
+To add a task, write its class here and its record in `result_records.RECORDS`. Tasks that have answers are in
+`dms_jax.tasks.registry`.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,14 +29,14 @@ class TextTask(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def table(self) -> Table | None: ...  # None: it is shown in a report only
+    def table(self) -> Table | None: ...  # None: only a report shows the task
 
     def num_rows(self, run: TextMeasure) -> int:
-        """Rows that each method is measured on, for the progress bar; 0 for a task that takes no time to speak of."""
+        """Return the rows on which each method is measured, for the progress bar; 0 for a task that is quick."""
         ...
 
     def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        """Append what the results file lacks; `on_rows` is called with the number of rows finished."""
+        """Append the measurements that the results file lacks. Calls `on_rows` with the number of finished rows."""
         ...
 
 
@@ -55,7 +56,7 @@ def _append_missing(
 
 
 class TeacherForced:
-    """KL and perplexity against the dense model, at every position of each row, through the cache as in decoding."""
+    """Measure KL to the dense model and perplexity at every position of each row, with the cache of decoding."""
 
     name = "text"
     table = TextTable()
@@ -97,7 +98,7 @@ class TeacherForced:
 
 
 class GreedyMatch:
-    """Free-running: rows, cut `greedy_tokens` before their end, are continued by the dense model and by the method."""
+    """Compare greedy continuations by the method and by the dense model of rows whose last `greedy_tokens` are cut."""
 
     name = "greedy"
     table = GreedyTable()
@@ -144,8 +145,7 @@ def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
 
 
 class Retention:
-    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by
-    head."""
+    """Record which pairs a learned policy still holds after the first row of each domain, by token and by head."""
 
     name = "kept"
     table = None
@@ -185,13 +185,15 @@ class Retention:
 
 @dataclass(frozen=True)
 class RetainedPairs:
-    fraction: np.ndarray  # [T] of layers and heads that hold each token's pair after the row
+    """The pairs of one row that remain in the cache."""
+
+    fraction: np.ndarray  # [T] fraction of (layer, head) that hold each token's pair after the row
     live_per_head: np.ndarray  # int [L K] after the row
     live_by_position: np.ndarray  # [T] pairs after each token, mean over layers and heads
 
 
 def retention(evict: np.ndarray, window_size: int, shift: int) -> RetainedPairs:
-    """Which pairs the decisions [L K T] of one row retain: token t's own decision marks pair t - `shift`."""
+    """Return which pairs the decisions [L K T] of one row retain. The decision of token t marks pair t - `shift`."""
     length = evict.shape[-1]
     marked = np.zeros_like(evict)
     marked[..., : length - shift] = evict[..., shift:]

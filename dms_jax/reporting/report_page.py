@@ -13,60 +13,60 @@ import jinja2
 from markupsafe import Markup, escape
 
 from dms_jax.evaluation import aggregate
-from dms_jax.evaluation.aggregate import AnswerArm, GreedyArm, KeptArm, Measured, TextGroup
+from dms_jax.evaluation.aggregate import AnswerResult, GreedyResult, Measured, RetentionResult, TextGroup
 from dms_jax.reporting import report_figures as figures
 from dms_jax.reporting import report_summary
 from dms_jax.reporting.report_colors import LEVELS, css_values, css_variable, kept_level
 
 
-class Arms(NamedTuple):
+class Measurements(NamedTuple):
     """Everything that was measured, by kind; an empty list where nothing was."""
 
     texts: list[TextGroup]
-    answers: list[AnswerArm]
-    greedy: list[GreedyArm]
-    kept: list[KeptArm]
+    answers: list[AnswerResult]
+    greedy: list[GreedyResult]
+    kept: list[RetentionResult]
 
 
 def build(paths: list[str], title: str) -> dict[str, bytes]:
     """Name -> content of all files of the report, the page last."""
     measured = aggregate.read_measured(paths)
-    arms = Arms(
+    results = Measurements(
         aggregate.text_groups(measured.kind("text")),
-        aggregate.answer_arms(measured.kind("answers")),
-        aggregate.greedy_arms(measured.kind("greedy")),
-        aggregate.kept_arms(measured.kind("kept")),
+        aggregate.answer_results(measured.kind("answers")),
+        aggregate.greedy_results(measured.kind("greedy")),
+        aggregate.retention_results(measured.kind("kept")),
     )
-    drawings = list(drawn(arms))
+    drawings = list(drawn(results))
     rows = provenance(measured)
     html = page_template().render(
         title=title,
-        summary=report_summary.summary(*arms),
+        summary=report_summary.summary(*results),
         files=measured.headers,
         provenance=rows,
         differing=[key for key, values in rows.items() if len(values) > 1],
         drawings={drawing.name: drawing for drawing in drawings},
-        needles=[arm for arm in arms.answers if arm.cells],
-        **arms._asdict(),
+        needles=[result for result in results.answers if result.cells],
+        **results._asdict(),
     )
     pngs = {f"{drawing.name}.png": drawing.png for drawing in drawings}
-    for number, arm in enumerate(arms.kept, 1):
-        pngs[f"kept_text_{number}.png"] = figures.kept_text(arm)
+    for number, result in enumerate(results.kept, 1):
+        pngs[f"kept_text_{number}.png"] = figures.kept_text(result)
     return pngs | {"report.html": html.encode("utf-8")}
 
 
-def drawn(arms: Arms) -> Iterator[figures.Drawing]:
+def drawn(results: Measurements) -> Iterator[figures.Drawing]:
     """The figures of what was measured."""
-    if any(arm.policy != "dense" for group in arms.texts for arm in group.arms):
-        yield figures.kl_tails(arms.texts)
-        yield figures.kl_by_position(arms.texts)
-    if arms.answers:
-        yield figures.accuracy(arms.answers)
-    for task in dict.fromkeys(arm.task for arm in arms.answers if arm.cells):
-        yield figures.needles(task, arms.answers)
-    if arms.kept:
-        yield figures.cr_by_head(arms.kept)
-        yield figures.cr_by_position(arms.kept)
+    if any(result.policy != "dense" for group in results.texts for result in group.results):
+        yield figures.kl_tails(results.texts)
+        yield figures.kl_by_position(results.texts)
+    if results.answers:
+        yield figures.accuracy(results.answers)
+    for task in dict.fromkeys(result.task for result in results.answers if result.cells):
+        yield figures.needles(task, results.answers)
+    if results.kept:
+        yield figures.cr_by_head(results.kept)
+        yield figures.cr_by_position(results.kept)
 
 
 def page_template() -> jinja2.Template:
@@ -107,9 +107,9 @@ def provenance(measured: Measured) -> dict[str, list[str]]:
     return {key: list(dict.fromkeys(found)) for key, found in values.items()}
 
 
-def grouped(arms: list[Any], field: str) -> dict[str, list[Any]]:
-    """Arms by the value of a field, in the order of the first arm of each value."""
+def grouped(results: list[Any], field: str) -> dict[str, list[Any]]:
+    """Measurements by the value of a field, in the order of the first result of each value."""
     found: dict[str, list[Any]] = {}
-    for arm in arms:
-        found.setdefault(getattr(arm, field), []).append(arm)
+    for result in results:
+        found.setdefault(getattr(result, field), []).append(result)
     return found

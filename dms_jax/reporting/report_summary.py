@@ -5,25 +5,25 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dms_jax.evaluation.aggregate import AnswerArm, GreedyArm, KeptArm, TextArm, TextGroup
+from dms_jax.evaluation.aggregate import AnswerResult, GreedyResult, RetentionResult, TextGroup, TextResult
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean
 
 LEARNED = ("dms", "immediate_eviction")  # names in results files of policies that need a retrofitted model
 ROUNDING = 1e-5  # a KL below this is rounding error
-COMPARABLE = 0.1  # arms are of equal size if their live tokens differ by at most this fraction
+COMPARABLE = 0.1  # results are of equal size if their live tokens differ by at most this fraction
 NO_RIVAL = "; no training-free method was measured at that size."
 
 
 def summary(
-    texts: list[TextGroup], answers: list[AnswerArm], greedy: list[GreedyArm], kept: list[KeptArm]
+    texts: list[TextGroup], answers: list[AnswerResult], greedy: list[GreedyResult], kept: list[RetentionResult]
 ) -> list[str]:
     """The sentences at the top of the page."""
     domains = dict.fromkeys(group.domain for group in texts)
     sentences = [_text_sentence(_headline(texts, domain), is_brief=n > 0) for n, domain in enumerate(domains)]
     sentences += [_answer_sentence(answers), _greedy_sentence(greedy)]
-    for arm in kept if not texts else ():
-        live = f"{arm.length / arm.realised_cr:.0f} of {arm.length} tokens per head"
-        sentences.append(f"On {arm.domain}, {arm.name} keeps {live} at the end (CR {arm.realised_cr:.2f}).")
+    for result in kept if not texts else ():
+        live = f"{result.length / result.realised_cr:.0f} of {result.length} tokens per head"
+        sentences.append(f"On {result.domain}, {result.name} keeps {live} at the end (CR {result.realised_cr:.2f}).")
     return [sentence for sentence in sentences if sentence]
 
 
@@ -50,8 +50,8 @@ def is_training_free(policy: str) -> bool:
 
 
 def gap_sentence(group: TextGroup) -> str:
-    """How much nearer to dense DMS is than the best training-free arm of its size, paired by rows; "" without such an arm."""
-    dms, rivals = _smallest_dms(group.arms), _rivals(group)
+    """How much nearer to dense DMS is than the best training-free result of its size, paired by rows; "" without such an result."""
+    dms, rivals = _smallest_dms(group.results), _rivals(group)
     if dms is None or not rivals:
         return ""
     best = rivals[0]
@@ -69,20 +69,22 @@ def gap_sentence(group: TextGroup) -> str:
 def _headline(groups: list[TextGroup], domain: str) -> TextGroup:
     """The smallest budget of a domain at which DMS meets a rival, else the smallest with DMS, else the smallest."""
     own = [group for group in groups if group.domain == domain]
-    return min(own, key=lambda group: (not _rivals(group), not _smallest_dms(group.arms), group.budget or math.inf))
+    return min(own, key=lambda group: (not _rivals(group), not _smallest_dms(group.results), group.budget or math.inf))
 
 
-def _smallest_dms(arms):
-    return min((arm for arm in arms if arm.policy == "dms"), key=lambda arm: arm.live_tokens, default=None)
+def _smallest_dms(results):
+    return min(
+        (result for result in results if result.policy == "dms"), key=lambda result: result.live_tokens, default=None
+    )
 
 
-def _rivals(group: TextGroup) -> list[TextArm]:
-    """The training-free arms of DMS's size, the nearest to dense first."""
-    dms = _smallest_dms(group.arms)
+def _rivals(group: TextGroup) -> list[TextResult]:
+    """The training-free results of DMS's size, the nearest to dense first."""
+    dms = _smallest_dms(group.results)
     return [
-        arm
-        for arm in group.arms
-        if dms and is_training_free(arm.policy) and _is_comparable(arm.live_tokens, dms.live_tokens)
+        result
+        for result in group.results
+        if dms and is_training_free(result.policy) and _is_comparable(result.live_tokens, dms.live_tokens)
     ]
 
 
@@ -92,9 +94,9 @@ def _is_comparable(live_tokens: float, dms_live_tokens: float) -> bool:
 
 def _text_sentence(group: TextGroup, is_brief: bool) -> str:
     """`is_brief`: an earlier sentence explained the terms."""
-    dms, rivals = _smallest_dms(group.arms), _rivals(group)
+    dms, rivals = _smallest_dms(group.results), _rivals(group)
     if dms is None:
-        best = next((arm for arm in group.arms if arm.policy != "dense"), None)
+        best = next((result for result in group.results if result.policy != "dense"), None)
         if best is None:
             return ""
         return f"At {_size(best, group)}, {best.name} stays nearest to the dense model on {group.domain}: {_distance(best)}."
@@ -113,24 +115,24 @@ def _text_sentence(group: TextGroup, is_brief: bool) -> str:
     )
 
 
-def _size(arm: TextArm, group: TextGroup) -> str:
-    return f"{arm.live_tokens:.0f} live tokens of {group.length} (CR {arm.realised_cr:.1f})"
+def _size(result: TextResult, group: TextGroup) -> str:
+    return f"{result.live_tokens:.0f} live tokens of {group.length} (CR {result.realised_cr:.1f})"
 
 
-def _distance(arm: TextArm) -> str:
-    change = "" if math.isnan(arm.perplexity_change) else f" (perplexity {arm.perplexity_change:+.1%})"
-    return f"{digits(arm.kl.value)} nats{change}"
+def _distance(result: TextResult) -> str:
+    change = "" if math.isnan(result.perplexity_change) else f" (perplexity {result.perplexity_change:+.1%})"
+    return f"{digits(result.kl.value)} nats{change}"
 
 
-def _answer_sentence(arms: list[AnswerArm]) -> str:
-    """Accuracy over the tasks on which DMS was measured: DMS, dense, and the best training-free arm of DMS's size that has all of them."""
-    tasks = list(dict.fromkeys(arm.task for arm in arms if arm.policy == "dms"))
-    by_name: dict[str, list[AnswerArm]] = {}
-    for arm in arms:
-        if arm.task in tasks:
-            by_name.setdefault(arm.name, []).append(arm)
-    complete = {name: arms for name, arms in by_name.items() if len(arms) == len(tasks)}
-    dms = min((arms for arms in complete.values() if arms[0].policy == "dms"), key=_live, default=None)
+def _answer_sentence(results: list[AnswerResult]) -> str:
+    """Accuracy over the tasks on which DMS was measured: DMS, dense, and the best training-free result of DMS's size that has all of them."""
+    tasks = list(dict.fromkeys(result.task for result in results if result.policy == "dms"))
+    by_name: dict[str, list[AnswerResult]] = {}
+    for result in results:
+        if result.task in tasks:
+            by_name.setdefault(result.name, []).append(result)
+    complete = {name: results for name, results in by_name.items() if len(results) == len(tasks)}
+    dms = min((results for results in complete.values() if results[0].policy == "dms"), key=_live, default=None)
     if dms is None:
         return ""
     names = tasks[0] if len(tasks) == 1 else f"{len(tasks)} tasks ({', '.join(tasks)})"
@@ -138,9 +140,9 @@ def _answer_sentence(arms: list[AnswerArm]) -> str:
     if dense := complete.get("dense"):
         text += f"; dense scores {_accuracy(dense):.0%} with {_live(dense):.0f}"
     free = [
-        arms
-        for arms in complete.values()
-        if is_training_free(arms[0].policy) and _is_comparable(_live(arms), _live(dms))
+        results
+        for results in complete.values()
+        if is_training_free(results[0].policy) and _is_comparable(_live(results), _live(dms))
     ]
     if not free:
         return text + NO_RIVAL
@@ -148,16 +150,16 @@ def _answer_sentence(arms: list[AnswerArm]) -> str:
     return f"{text}; the best training-free method of that size, {best[0].name}, scores {_accuracy(best):.0%}."
 
 
-def _greedy_sentence(arms: list[GreedyArm]) -> str:
-    arm = _smallest_dms(arms)
-    if arm is None:
+def _greedy_sentence(results: list[GreedyResult]) -> str:
+    result = _smallest_dms(results)
+    if result is None:
         return ""
-    return f"{arm.name} continues {arm.domain} greedily for {arm.tokens:.0f} tokens, of which {arm.match.value:.0%} equal the dense model's."
+    return f"{result.name} continues {result.domain} greedily for {result.tokens:.0f} tokens, of which {result.match.value:.0%} equal the dense model's."
 
 
-def _live(arms: Sequence[AnswerArm]) -> float:
-    return float(np.mean([arm.live_tokens for arm in arms]))
+def _live(results: Sequence[AnswerResult]) -> float:
+    return float(np.mean([result.live_tokens for result in results]))
 
 
-def _accuracy(arms: Sequence[AnswerArm]) -> float:
-    return float(np.mean([arm.accuracy.value for arm in arms]))
+def _accuracy(results: Sequence[AnswerResult]) -> float:
+    return float(np.mean([result.accuracy.value for result in results]))
