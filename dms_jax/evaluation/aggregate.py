@@ -174,9 +174,9 @@ def text_groups(records: Iterable[TextRecord]) -> list[TextGroup]:
     """Group results by domain, length and budget. Dense is in every group. A result without a budget joins the group
     whose budget is nearest to its live tokens."""
     groups = []
-    for (domain, length), rows in _grouped(records, lambda r: (r.domain, r.length)).items():
+    for (domain, length), rows in grouped(records, lambda r: (r.domain, r.length)).items():
         dense = {r.unit: r for r in rows if r.policy == "dense"}
-        by_method = _grouped(rows, lambda r: (r.method, _budget_tokens(r.budget, r.length)))
+        by_method = grouped(rows, lambda r: (r.method, _budget_tokens(r.budget, r.length)))
         results = {name: (budget, _text_result(found, dense)) for (name, budget), found in by_method.items()}
         budgets = _merged({budget for budget, _ in results.values() if budget})
         members = defaultdict(list)
@@ -196,7 +196,7 @@ def answer_results(records: Iterable[ScoredRecord]) -> list[AnswerResult]:
     """Measurements by task, in the order of the file, the most accurate first."""
     results = [
         _answer_result(task, name, rows)
-        for (task, name), rows in _grouped(records, lambda r: (r.task, r.method)).items()
+        for (task, name), rows in grouped(records, lambda r: (r.task, r.method)).items()
     ]
     tasks = list(dict.fromkeys(result.task for result in results))
     return sorted(results, key=lambda result: (tasks.index(result.task), -result.accuracy.value, result.live_tokens))
@@ -215,13 +215,13 @@ def greedy_results(records: Iterable[GreedyRecord]) -> list[GreedyResult]:
             live_tokens=_mean(r.live_tokens for r in rows),
             realised_cr=_mean(r.realised_cr for r in rows),
         )
-        for (domain, name), rows in _grouped(records, lambda r: (r.domain, r.method)).items()
+        for (domain, name), rows in grouped(records, lambda r: (r.domain, r.method)).items()
     ]
     return sorted(results, key=lambda result: (result.domain, -result.match.value))
 
 
 def retention_results(records: Iterable[KeptRecord]) -> list[RetentionResult]:
-    found = _grouped(records, lambda r: (r.domain, r.method, r.length, np.shape(r.live_per_head)))
+    found = grouped(records, lambda r: (r.domain, r.method, r.length, np.shape(r.live_per_head)))
     return [
         RetentionResult(
             domain=domain,
@@ -286,7 +286,7 @@ def _stretches(rows: list[TextRecord]) -> tuple[Stretch, ...]:
 
 def _answer_result(task: str, name: str, rows: list[ScoredRecord]) -> AnswerResult:
     logprobs = [r.answer_logprob for r in rows if isinstance(r, AnswerRecord) and r.answer_logprob is not None]
-    cells = _grouped([r for r in rows if _has_cell(r)], lambda r: (float(r.groups["length"]), float(r.groups["depth"])))
+    cells = grouped([r for r in rows if _has_cell(r)], lambda r: (float(r.groups["length"]), float(r.groups["depth"])))
     return AnswerResult(
         task=task,
         name=name,
@@ -303,7 +303,7 @@ def _answer_result(task: str, name: str, rows: list[ScoredRecord]) -> AnswerResu
 
 
 def _samples(rows: list[AnswerRecord]) -> Samples | None:
-    problems = list(_grouped(rows, lambda r: r.problem_id).values())
+    problems = list(grouped(rows, lambda r: r.problem_id).values())
     count = min(map(len, problems), default=1)
     if count == 1:
         return None
@@ -355,7 +355,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _accuracy(rows: list[ScoredRecord]) -> Interval:
     """Return the accuracy over problems. The samples of one problem depend on each other, so their mean is one trial."""
-    problems = _grouped(rows, lambda r: r.problem_id).values()
+    problems = grouped(rows, lambda r: r.problem_id).values()
     return wilson(sum(_mean(r.score for r in samples) for samples in problems), len(problems))
 
 
@@ -364,8 +364,9 @@ def _has_cell(record: ScoredRecord) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _grouped(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Group items by their key, in the order of the first item of each group."""
     groups = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
+    for item in items:
+        groups[key(item)].append(item)
     return groups

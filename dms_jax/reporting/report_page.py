@@ -1,11 +1,12 @@
 """Build a report: read the measurements, draw the figures and fill in the template `report.html.j2`.
 
-The page uses no scripts and loads nothing. All text from files is escaped by the template's autoescaping, after `visible` has
-replaced characters that could hide or reorder the text around them.
+The page uses no scripts and loads nothing. The template escapes all text from files, after `visible` has replaced
+characters that could hide or reorder the text around them.
 """
 
 import re
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from dms_jax.reporting.report_colors import LEVELS, css_values, css_variable, ke
 
 
 class Measurements(NamedTuple):
-    """Everything that was measured, by kind; an empty list where nothing was."""
+    """All results by kind of measurement; an empty list for a kind that was not measured."""
 
     texts: list[TextGroup]
     answers: list[AnswerResult]
@@ -29,7 +30,7 @@ class Measurements(NamedTuple):
 
 
 def build(paths: list[str], title: str) -> dict[str, bytes]:
-    """Name -> content of all files of the report, the page last."""
+    """Return name -> content of all files of the report. The page comes last."""
     measured = aggregate.read_measured(paths)
     results = Measurements(
         aggregate.text_groups(measured.kind("text")),
@@ -56,7 +57,7 @@ def build(paths: list[str], title: str) -> dict[str, bytes]:
 
 
 def drawn(results: Measurements) -> Iterator[figures.Drawing]:
-    """The figures of what was measured."""
+    """Draw the figures of the kinds that were measured."""
     if any(result.policy != "dense" for group in results.texts for result in group.results):
         yield figures.kl_tails(results.texts)
         yield figures.kl_by_position(results.texts)
@@ -70,7 +71,7 @@ def drawn(results: Measurements) -> Iterator[figures.Drawing]:
 
 
 def page_template() -> jinja2.Template:
-    """The template of the page with the functions that it calls."""
+    """Load the template of the page, with the functions that it calls."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,15 +80,16 @@ def page_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (css_values, css_variable, kept_level, grouped, whitespace_marked, figures.needles_name)
+    functions = (css_values, css_variable, kept_level, whitespace_marked, figures.needles_name)
     functions += (report_summary.digits, report_summary.spread, report_summary.gap_sentence)
-    named = {function.__name__: function for function in functions}
-    return environment.get_template("report.html.j2", globals=named | {"fmt": format, "LEVELS": LEVELS})
+    names = {function.__name__: function for function in functions} | {"fmt": format, "LEVELS": LEVELS}
+    names["grouped"] = lambda results, field: aggregate.grouped(results, attrgetter(field))
+    return environment.get_template("report.html.j2", globals=names)
 
 
 def visible(value: Any) -> Any:
-    """Replace control characters by their symbols and characters that change the direction of text by U+FFFD. The template applies
-    this to everything that it prints, except to HTML of its own."""
+    """Replace control characters by their symbols, and characters that change the direction of text by U+FFFD. The
+    template applies this to everything that it prints except its own HTML."""
     if isinstance(value, Markup):
         return value
     text = re.sub("[\x00-\x08\x0b-\x1f]", lambda found: chr(0x2400 + ord(found[0])), str(value)).replace("\x7f", "␡")
@@ -95,21 +97,13 @@ def visible(value: Any) -> Any:
 
 
 def whitespace_marked(piece: str) -> Markup:
-    """The HTML of one token, in which a newline and a tab can be seen."""
+    """Return the HTML of one token, with visible newlines and tabs."""
     shown = escape(visible(piece))
     return shown.replace("\n", Markup("<i>↵</i>\n")).replace("\t", Markup("<i>⇥</i>\t"))
 
 
 def provenance(measured: Measured) -> dict[str, list[str]]:
-    """The values of each key of the files' headers; one value where all files agree."""
+    """Return the values of each key of the files' headers: a single value if all files agree."""
     keys = dict.fromkeys(key for header in measured.headers.values() for key in header)
     values = {key: [str(header.get(key, "–")) for header in measured.headers.values()] for key in keys}
     return {key: list(dict.fromkeys(found)) for key, found in values.items()}
-
-
-def grouped(results: list[Any], field: str) -> dict[str, list[Any]]:
-    """Measurements by the value of a field, in the order of the first result of each value."""
-    found: dict[str, list[Any]] = {}
-    for result in results:
-        found.setdefault(getattr(result, field), []).append(result)
-    return found
