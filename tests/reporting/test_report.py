@@ -381,7 +381,7 @@ def test_errors_are_one_line_with_exit_code_2(lines, tmp_path):
     out = str(tmp_path / "out")
     for argv, message in (
         ([str(tmp_path / "none.jsonl"), "--output", out], "none.jsonl"),
-        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1: "),
+        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1 "),
         ([str(write(tmp_path / "empty.jsonl", [])), "--output", out], "empty.jsonl"),
         ([str(good), "--output", str(tmp_path / "file")], str(tmp_path / "file")),
         ([str(good)], "--output"),
