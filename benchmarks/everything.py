@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
-from benchmarks.benchmark_options import check_minutes, check_output
+from benchmarks.benchmark_options import check_output
 from dms_jax.command import Parser, run_command
 from dms_jax.config import ImplementationName
 from dms_jax.errors import ConfigError
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     output = Path(options.output)
     check_output(output)
-    check_minutes(options.minutes)
     # Ask for the platform in another process, because a process that has touched a TPU keeps it from others.
     asked = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True

@@ -80,11 +80,15 @@ def page_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (css_values, css_variable, kept_level, whitespace_marked, figures.needles_name)
+    functions = (css_values, css_variable, kept_level, grouped, whitespace_marked, figures.needles_name)
     functions += (report_summary.digits, report_summary.spread, report_summary.gap_sentence)
     names = {function.__name__: function for function in functions} | {"fmt": format, "LEVELS": LEVELS}
-    names["grouped"] = lambda results, field: aggregate.grouped(results, attrgetter(field))
     return environment.get_template("report.html.j2", globals=names)
+
+
+def grouped(results: list[Any], field: str) -> dict[str, list[Any]]:
+    """Group results by a field. The template calls this."""
+    return aggregate.grouped(results, attrgetter(field))
 
 
 def visible(value: Any) -> Any:
