@@ -1,4 +1,4 @@
-"""What the pages name exists: files, modules, links, and the options of every command line that they show."""
+"""Everything that the pages name exists: files, modules, links, and the options of every command line."""
 
 import ast
 import importlib

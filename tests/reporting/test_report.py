@@ -1,4 +1,4 @@
-"""Tests of `python -m infer.report` on invented results: the numbers of the tables, missing parts, hostile text, broken files."""
+"""Run `python -m infer.report` on invented results: numbers of the tables, missing parts, hostile text, broken files."""
 
 import html
 import json
@@ -76,7 +76,7 @@ def cells(page: str) -> list[list[str]]:
     ]
 
 
-def test_text_table_by_hand(tmp_path):
+def test_text_table_equals_numbers_worked_by_hand(tmp_path):
     dense = [
         text_record("dense", "", unit, [0, 0, 0], nll, 4, 1.0) for unit, nll in (("a", [1, 2, 3]), ("b", [1, 1, 1]))
     ]
@@ -198,7 +198,7 @@ def test_page_loads_nothing_and_shows_every_figure(page, files):
         "kept_text_1",
     ):
         assert files[f"{name}.png"].startswith(b"\x89PNG")
-    assert page.count("<svg ") == len(files) - 2  # all but the page and the text, which is there as text
+    assert page.count("<svg ") == len(files) - 2  # all but the page itself and the text, which the page has as text
 
 
 def test_figures_follow_the_theme_of_the_page(page):
@@ -281,7 +281,7 @@ def test_text_is_readable_on_every_color(dark):
     assert (steps > 0).all() if dark else (steps < 0).all()
 
 
-def test_looks_differ_between_policies_also_without_color():
+def test_looks_of_policies_differ_even_without_color():
     looks = [*LOOKS.values(), *FALLBACK_LOOKS]
     assert (
         len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
@@ -314,7 +314,7 @@ def test_report_of_one_policy_is_complete(lines, tmp_path, policy):
     assert policy in page and not re.search(r"\bnan\b", page)
 
 
-def test_summary_also_says_that_dms_is_behind():
+def test_summary_says_so_if_dms_is_behind():
     rows = [text_record("dms", "", unit, [0.4, 0.4], [1, 1], 2) for unit in "ab"] + [
         text_record("tova", "2", unit, [0.1, 0.1], [1, 1], 2) for unit in "ab"
     ]
@@ -350,7 +350,7 @@ def test_several_files_make_one_report_that_names_their_differences(lines, tmp_p
 @pytest.mark.parametrize(
     "task, change, named",
     [
-        ("text", {"kl": [0.1]}, "127"),  # as many values of the log-likelihood
+        ("text", {"kl": [0.1]}, "127"),  # the length of the log-likelihoods
         ("text", {"kl": ["a"]}, "kl"),
         ("text", {"kl": [[0.1], [0.2]]}, "kl"),
         ("text", {"kl": []}, "kl"),
@@ -425,7 +425,7 @@ def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["report", "plan"])
-def test_help_loads_no_jax_and_takes_half_a_second_of_cpu(name):
+def test_help_loads_no_jax_and_takes_less_than_half_a_second_of_cpu(name):
     code = f"""
 import sys, time
 sys.modules["jax"] = None  # importing it raises
