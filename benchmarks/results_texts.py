@@ -27,7 +27,7 @@ SOURCES = {
     "gsm8k_train": "hf:openai/gsm8k:main:train",
     "math500": "hf:HuggingFaceH4/MATH-500:test",
 }
-NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # to get about as much maths as Python documentation
+NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # to get about as much math as Python documentation
 MAX_CODE_CHARACTERS, MIN_MODULE_CHARACTERS = 400_000, 20_000
 
 

@@ -17,7 +17,7 @@ from dms_jax.commands.option_values import check_option_ranges, check_samples, n
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import HyperscaleOptions
 from dms_jax.evaluation.results import read_results
-from dms_jax.evaluation.scaling import analyse, parse_configurations, table
+from dms_jax.evaluation.scaling import analyze, parse_configurations, table
 from dms_jax.files import read_text
 
 NAME = "hyperscale"
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         from dms_jax.evaluation.scaling_run import measure
 
         measure(options)
-    lines = analyse(read_results(parsed.results or parsed.output))
+    lines = analyze(read_results(parsed.results or parsed.output))
     if parsed.json:
         for line in lines:
             print(json.dumps(line))

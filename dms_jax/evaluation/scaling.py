@@ -50,7 +50,7 @@ def _configuration(part: str) -> Configuration:
     return found
 
 
-def analyse(results: Results) -> list[Line]:
+def analyze(results: Results) -> list[Line]:
     """Return one line per configuration and then one per gap, for every task of the file. Raises ConfigError if the
     file has no such task."""
     records = [record for record in results.records if isinstance(record, HyperscaleRecord)]
@@ -114,7 +114,7 @@ def _gap_lines(task: str, points: dict[str, dict[str, list[Point]]]) -> Iterable
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Format the lines of `analyse` as text."""
+    """Format the lines of `analyze` as text."""
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]

@@ -40,34 +40,34 @@ class TextTask(Protocol):
         ...
 
 
-def _append_missing(
-    run: TextMeasure,
-    task: str,
-    method: Method,
-    records: Callable[[TextMeasure, Method, Batch], Iterable[Record]],
-    on_rows: Callable[[int], Any],
-) -> None:
-    for batch in run.batches():
-        if missing := run.missing(task, method, batch.units):
-            for record in records(run, method, batch):
-                if record.unit in missing:
-                    run.file.append(record)
-        on_rows(len(batch.units))
+class RowTask:
+    """A task that measures every row of every domain; its subclasses make the records of a batch."""
 
-
-class TeacherForced:
-    """Measure KL to the dense model and perplexity at every position of each row, with the cache of decoding."""
-
-    name = "text"
-    table = TextTable()
+    name: str
 
     def num_rows(self, run: TextMeasure) -> int:
         return run.num_rows
 
     def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        _append_missing(run, self.name, method, self._records, on_rows)
+        for batch in run.batches():
+            if missing := run.missing(self.name, method, batch.units):
+                for record in self.records(run, method, batch):
+                    if record.unit in missing:
+                        run.file.append(record)
+            on_rows(len(batch.units))
 
-    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[TextRecord]:
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[Record]:
+        """Measure all rows of a batch and yield a record of each."""
+        raise NotImplementedError
+
+
+class TeacherForced(RowTask):
+    """Measure KL to the dense model and perplexity at every position of each row, with the cache of decoding."""
+
+    name = "text"
+    table = TextTable()
+
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[TextRecord]:
         rows = batch.rows
         if (self.name, batch.key) not in run.dense_results:
             run.dense_results[self.name, batch.key] = np.asarray(dense_hidden(run.model, rows))
@@ -97,19 +97,13 @@ class TeacherForced:
             )
 
 
-class GreedyMatch:
+class GreedyMatch(RowTask):
     """Compare greedy continuations by the method and by the dense model of rows whose last `greedy_tokens` are cut."""
 
     name = "greedy"
     table = GreedyTable()
 
-    def num_rows(self, run: TextMeasure) -> int:
-        return run.num_rows
-
-    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        _append_missing(run, self.name, method, self._records, on_rows)
-
-    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[GreedyRecord]:
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[GreedyRecord]:
         rows = batch.rows[:, : -run.greedy_tokens]
         if (self.name, batch.key) not in run.dense_results:
             run.dense_results[self.name, batch.key] = _continued(run, rows, run.calibrator.dense()).tokens

@@ -9,7 +9,7 @@ from dms_jax.commands.hyperscale import main
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.frontier import Point, frontier, gap
 from dms_jax.evaluation.results import read_results
-from dms_jax.evaluation.scaling import Configuration, analyse, parse_configurations, table
+from dms_jax.evaluation.scaling import Configuration, analyze, parse_configurations, table
 
 
 def points(*pairs):
@@ -83,7 +83,7 @@ def saved(path):
 
 def test_tables_come_from_saved_results(tmp_path, capsys):
     saved(tmp_path / "s.jsonl")
-    lines = analyse(read_results(tmp_path / "s.jsonl"))
+    lines = analyze(read_results(tmp_path / "s.jsonl"))
     on = {line["config"]: line["on_frontier"] for line in lines if "config" in line and line["policy"] == "dms"}
     assert "kv_reads" in on["2-64-4"] and "kv_reads" in on["4-64-2"] and not on["4-64-4"]
     found = next(line for line in lines if line.get("cost") == "kv_reads")["gap"]
