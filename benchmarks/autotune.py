@@ -1,4 +1,4 @@
-"""Find block sizes on the accelerator at hand, and make kernels the default there that are correct and faster than XLA.
+"""Find block sizes on the accelerator at hand, and make the kernels that are correct and faster than XLA the default.
 
     python -m benchmarks.autotune                          # all kernels, head sizes 64 and 128, bf16 (and fp8 caches)
     python -m benchmarks.autotune --kernel decode_attention --head-dim 128
@@ -32,8 +32,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="tune only this head size")
     parser.add_argument("--quick", action="store_true", help="measure the default block sizes only")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per candidate (default 5)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no new candidate after this time (default 9)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timings per candidate (default 5)")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="X", help="start no new candidate after this time (default 9)"
+    )
     parser.add_argument("--output", metavar="FILE", help="write to this file instead of dms_jax/kernels/tuned.json")
     return parser.parse_args(argv)
 

@@ -44,10 +44,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="measure only this arm: xla, mosaic_gpu, pallas_tpu, dense_xla or dense_cudnn; may be repeated",
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="timings per arm, of which the median counts (default 5)"
+        "--repeats", type=int, default=5, metavar="N", help="timings per arm, whose median is reported (default 5)"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this time (default 9)")
-    parser.add_argument("--json", action="store_true", help="print JSON lines only")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="X", help="start no new case after this time (default 9)"
+    )
+    parser.add_argument("--json", action="store_true", help="print only JSON lines")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
 """Show that a refactor changes no number, with digests of the results of every path before and after it.
 
     python -m benchmarks.same_numbers --write BEFORE.jsonl     # on the old commit
-    python -m benchmarks.same_numbers --against BEFORE.jsonl   # on the new one, on the same machine and with the same packages
+    python -m benchmarks.same_numbers --against BEFORE.jsonl   # on the new commit, same machine, same packages
 
-The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in tests/golden/ (dense,
-hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks, decoding, training-free policies,
-generation). The script uses only the public surface and the commands, so that it runs unchanged on both commits.
+The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in
+tests/golden/ (dense, hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks,
+decoding, training-free policies, generation). The script uses only the public surface and the commands, so that it runs unchanged on both commits.
 """
 
 import argparse
