@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commands.test_generate_command import DMS, model_folder
 
 from benchmarks import readme_figure
 from dms_jax.command import DOORS
@@ -152,15 +151,6 @@ def test_options_of_command_lines_are_known():
             wrong.append(f"{where}: {line}\n    {type(why).__name__}: {why}")
         checked += 1
     assert checked > 50 and not wrong, f"{checked} command lines, of which wrong:\n" + "\n".join(wrong)
-
-
-def test_examples_of_the_python_page_run(tmp_path, capsys):
-    folder = model_folder(tmp_path / "model", DMS)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), re.MULTILINE | re.DOTALL)
-    names: dict[str, object] = {}
-    for block in blocks[:2]:  # the third one loads a model from the hub
-        exec(block.replace("runs/retrofit/export", str(folder)), names)
-    assert float(capsys.readouterr().out.splitlines()[-1]) >= 1
 
 
 def test_tree_names_every_folder_and_flat_module():

@@ -1,5 +1,5 @@
-"""One file for each command: it parses options, calls the library and prints.
+"""The commands, one file each: parse options, call the library, print.
 
-Begin with `retrofit` or `generate`. `dms-jax NAME`, and the modules in `train/` and `infer/` of a checkout, call the
-`main` of these files.
+Begin with `retrofit` or `generate`. `dms-jax NAME` calls the `main` of a command, and so do the modules in `train/` and
+`infer/` of a checkout.
 """
