@@ -1,6 +1,6 @@
 """Benchmarks: speed, memory and correctness on the device at hand.
 
-These commands also run where only jax, flax and transformers are installed. Begin with `benchmarks.everything`.
+They also run where only jax, flax and transformers are installed. Begin with `benchmarks.everything`.
 """
 
 import importlib.util
@@ -9,7 +9,7 @@ import types
 
 
 def _stand_in_for_shape_checks() -> None:
-    """Leave shapes in signatures unchecked on a host without jaxtyping and beartype."""
+    """Let signatures with shapes be imported, unchecked, on a host without jaxtyping and beartype."""
 
     class Shape:
         def __class_getitem__(cls, item):

@@ -1,11 +1,12 @@
-"""Find block sizes on the accelerator at hand, and make the kernels that are correct and faster than XLA the default there.
+"""Find block sizes on the accelerator at hand, and make the kernels that are correct and faster than XLA the default.
 
     python -m benchmarks.autotune                          # all kernels, head sizes 64 and 128, bf16 (and fp8 caches)
     python -m benchmarks.autotune --kernel decode_attention --head-dim 128
 
-Each candidate must first agree with the reference in fp32, row by row (2e-2, bf16); then it is timed in turn with the XLA path. The best one
-per kernel, head size and cache dtype goes into dms_jax/kernels/tuned.json, with the device, the date, its error and its speed relative to
-XLA. It replaces an older line for the same, and is written even if XLA is faster, which then stays the default. Lines of other devices stay.
+Each candidate must first agree with the fp32 reference, row by row (2e-2 for bf16). Then its timings alternate with those
+of the XLA path. The best candidate for each kernel, head size and cache dtype goes into dms_jax/kernels/tuned.json, with
+the device, the date, its error and its speed relative to XLA. It replaces an older line for the same kernel, device, head
+size and cache dtype; lines of other devices stay. If XLA is faster, the line is still written, but XLA stays the default.
 """
 
 import argparse
@@ -14,13 +15,14 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
+from benchmarks.benchmark_options import check_at_least, check_minutes, check_output
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
 from dms_jax.kernels import tuned
 from dms_jax.kernels.kernel_table import KERNELS
 
 NAME = "benchmarks.autotune"
-TOLERANCE = 2e-2  # for bf16; or 1.5 times the XLA path's own error, if that is more
+TOLERANCE = 2e-2  # for bf16; 1.5 times the error of the XLA path if that is larger
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,21 +32,20 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--head-dim", type=int, choices=(64, 128), action="append", help="tune only this head size")
     parser.add_argument("--quick", action="store_true", help="measure the default block sizes only")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per candidate (default 5)")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no new candidate after this time (default 9)")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="timings per candidate (default 5)")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="X", help="start no new candidate after this time (default 9)"
+    )
     parser.add_argument("--output", metavar="FILE", help="write to this file instead of dms_jax/kernels/tuned.json")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    if options.repeats < 1 or not options.minutes > 0:
-        raise ConfigError(
-            f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}"
-        )
+    check_at_least(options, repeats=1)
+    check_minutes(options.minutes)
     path = Path(options.output) if options.output else tuned.TUNED
-    if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--output must be a file in a folder that exists, got {path}")
+    check_output(path)
     entries = {entry[:5]: entry for entry in (tuned.read_tuned(path) if path.exists() else ())}
     start_devices(1)
     import jax
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name for name, found in IMPLEMENTATIONS.items() if found.platform == backend]
     if not names:
         raise ConfigError(
-            f"the device must be a Hopper GPU or a TPU, got a {backend.upper()}; run this command on one of these"
+            f"the device must be a Hopper GPU or a TPU, got a {backend.upper()}; run this command on one of those"
         )
     if (why := unavailable_because("train_attention", names[0], KernelQuery(128, jnp.bfloat16))) is not None:
         raise ConfigError(f"no kernel runs on this device: {names[0]} {why}")
@@ -65,14 +66,14 @@ def main(argv: list[str] | None = None) -> None:
         found = best_entry(make(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
             found_any, entries[found[:5]] = True, found
-            # At once: the process may be stopped.
+            # Write at once, because the process may be stopped.
             tuned.write_tuned(path, tuple(entries[key] for key in sorted(entries)))
     if not found_any:
-        raise ConfigError("no candidate was correct and timed; see the lines above")
+        raise ConfigError("no candidate was correct and could be timed; the lines above say why")
 
 
 def cases(kernels: Iterable[str], head_dims: Iterable[int]) -> Iterator:
-    """Functions that make the cases, so that one at a time is in memory."""
+    """Yield functions that make the cases, so that only one case at a time is in memory."""
     from benchmarks.kernel_cases import BF16, SUITES
 
     for head_dim in head_dims:
@@ -81,7 +82,7 @@ def cases(kernels: Iterable[str], head_dims: Iterable[int]) -> Iterator:
 
 
 def best_entry(case, implementation: str, repeats: int, deadline: float, quick: bool) -> tuned.TunedEntry | None:
-    """The fastest correct candidate; None if no candidate was correct, or no time was left."""
+    """Return the fastest correct candidate; None if no candidate was correct or no time was left."""
     import jax
 
     from benchmarks.kernel_cases import error, in_fp32
@@ -111,7 +112,7 @@ def best_entry(case, implementation: str, repeats: int, deadline: float, quick: 
                 continue
             kernel = long_enough(lambda times, f=f: Chain(f, case.feed, case.inputs, times), case.min_seconds)
             timing = time_all({"xla": xla, "kernel": kernel}, repeats)
-        except Exception as why:  # too much fast memory, a compiler's limit: not a candidate
+        except Exception as why:  # e.g. too much fast memory: then it is not a candidate
             print(f"{label}: {blocks} failed: {' '.join(str(why).split())[:200]}")
             continue
         ours, theirs = timing["kernel"].median / kernel.times, timing["xla"].median / xla.times

@@ -1,11 +1,12 @@
-"""Kill a run at random moments, again and again, resume it each time, and compare it with one that was left alone.
+"""Kill a run at random moments, resume it each time, and compare it with a run that was left alone.
 
     python -m benchmarks.chaos --kills 30 --seed 0
 
-The real command retrofits a tiny random model in a process of its own. Each process gets SIGTERM, SIGINT or SIGKILL at a random moment:
-start, compilation, training, saving, evaluation, export. After the last kill the run is finished. Exit code 0 means that every step is
-logged once, that losses and export equal those of the undisturbed run (1e-5), that no kill cost more steps than lie between two
-checkpoints, and that no checkpoint was found damaged. The last line is JSON.
+The real command retrofits a tiny random model in a process of its own. Each process gets SIGTERM, SIGINT or SIGKILL at a
+random moment, which may be during its start, compilation, training, saving, evaluation or export. After the last kill,
+the run is resumed once more and finishes. Exit code 0 means that every step is logged once, that losses and export equal
+those of the undisturbed run (1e-5), that no kill cost more steps than the distance between two checkpoints plus one, and
+that no checkpoint was found damaged. The last line is JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.benchmark_options import check_at_least
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
 from dms_jax.training.metrics import read_steps
@@ -26,23 +28,24 @@ from dms_jax.training.metrics import read_steps
 NAME = "benchmarks.chaos"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)
 SAVE_EVERY = 3
-LATEST_KILL = 1.2  # in units of the time of an undisturbed run, so that some runs end before their kill
+LATEST_KILL = 1.2  # as a fraction of the time of an undisturbed run, so that some runs end before they are killed
 TOLERANCE = 1e-5
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=60, help="steps of the run that is killed")
-    parser.add_argument("--mode", choices=("adapter", "full", "borrowed"), default="adapter")
+    add = parser.add_argument
+    add("--kills", type=int, default=30, metavar="N", help="how often to kill (default %(default)s)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of signals and moments (default %(default)s)")
+    add("--steps", type=int, default=60, metavar="N", help="steps of the run that is killed (default %(default)s)")
+    modes = ("adapter", "full", "borrowed")
+    add("--mode", choices=modes, default="adapter", help="mode of the retrofit (default %(default)s)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    if options.kills < 1 or options.steps < 2:
-        raise ConfigError(f"--kills must be at least 1 and --steps at least 2, got {options.kills} and {options.steps}")
+    check_at_least(options, kills=1, steps=2)
     with tempfile.TemporaryDirectory() as folder:
         found = chaos(Path(folder), options.kills, options.seed, options.steps, options.mode)
     print(json.dumps(found))
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
-    """Counts of kills and losses, and under `wrong` the list of faults."""
+    """Run the experiment. Returns counts of kills and lost steps, and the list of faults under the key `wrong`."""
     settings = prepare(folder, steps, mode)
     start = time.monotonic()
     whole = run(settings | {"output": folder / "whole"})
@@ -70,7 +73,7 @@ def chaos(folder: Path, kills: int, seed: int, steps: int, mode: str) -> dict:
     }
     wrong: list[str] = []
     while counts["kills"] < kills:
-        if (output / "export").exists():  # the run is over, so start another one to kill
+        if (output / "export").exists():  # the run has finished, so start another one
             wrong += differences(folder / "whole", output)
             output = folder / f"killed{counts['runs']}"
         number, moment = draw.choice(SIGNALS), draw.uniform(0.0, LATEST_KILL * life)

@@ -1,16 +1,17 @@
-"""Measure decode steps: the same engine dense and with compact caches, and this engine compared with transformers.
+"""Measure decode steps with dense and with compact caches of the same engine, and compare this engine with transformers.
 
     python -m benchmarks.decode --model smollm2-135m --batch 1 --context 4096 --cr 1,2,4,8
     python -m benchmarks.decode --model FOLDER --transformers --prompt-tokens 512 --new-tokens 32
 
---model is a folder, or a shape (smollm2-135m, llama-3.2-1b, qwen3-8b) with random weights. The caches are filled artificially: every head
-holds context / CR pairs, in buffers that are just large enough, and each step appends one pair. The arms are `dense` (no policy, all
-pairs) and one for each CR under the policy. The roofline of an arm is the speed that the bytes of a step allow, weights and live pairs.
---equal-memory adds arms with CR times as many rows, which hold as many pairs as the dense one.
-The arms alternate, so that a busy machine slows all of them down, unless their caches do not fit into memory together. An arm that does not
-fit alone is left out, and the output says so. --transformers, which needs torch, times `generate` of both engines in fp32, on the same weights
-and random prompts: prefill is a call for one token, and decode is the time that further tokens add. Compare the ratios of the medians.
-The last line is JSON.
+The caches are filled artificially: every head holds context / CR pairs, in buffers that are just large enough, and each
+step appends one pair. One arm is `dense` (no policy, all pairs), and there is one arm for each CR under the policy. The
+roofline of an arm is the speed at which a step could read its bytes, which are the weights and the live pairs.
+--equal-memory adds arms with CR times as many rows, which hold as many pairs as the dense arm.
+
+The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together. An
+arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate` of
+both engines in fp32, on the same weights and random prompts. Prefill is the time of a call for one token, and decode is
+the time that further tokens add. Compare the ratios of the medians. The last line is JSON.
 """
 
 import argparse
@@ -19,10 +20,9 @@ import json
 import statistics
 import time
 from functools import partial
-from typing import get_args
 
+from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ImplementationName
 from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.decode"
@@ -30,47 +30,29 @@ NAME = "benchmarks.decode"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--model", default="smollm2-135m", metavar="FOLDER_OR_SHAPE", help="a folder, or a shape")
-    parser.add_argument(
-        "--layers", type=int, default=0, help="layers of a model with random weights; 0: as many as the named shape has"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="rows of the dense arm")
-    parser.add_argument("--context", type=int, default=4096, help="tokens seen before the timed steps")
-    parser.add_argument(
-        "--cr", default="1,2,4,8", help="realised compression ratios, separated by commas; empty: no decode arms"
-    )
-    parser.add_argument("--steps", type=int, default=16, help="decode steps per timing")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per arm")
-    parser.add_argument(
-        "--equal-memory", action="store_true", help="for each CR above 1, also measure CR times as many rows"
-    )
-    parser.add_argument(
-        "--implementation",
-        choices=get_args(ImplementationName),
-        default="auto",
-        help="implementation of attention and cache",
-    )
-    parser.add_argument("--transformers", action="store_true", help="also time transformers' generate (torch, fp32)")
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="tokens per prompt, with --transformers")
-    parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate, with --transformers")
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    add_model(parser, "smollm2-135m")
+    add = parser.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="rows of the dense arm (default %(default)s)")
+    context = "tokens seen before the timed steps (default %(default)s)"
+    add("--context", type=int, default=4096, metavar="N", help=context)
+    cr = "realised compression ratios; an empty list leaves the decode arms out (default %(default)s)"
+    add("--cr", default="1,2,4,8", metavar="X,Y", help=cr)
+    add("--steps", type=int, default=16, metavar="N", help="decode steps per timing (default %(default)s)")
+    add("--repeats", type=int, default=5, metavar="N", help="timings per arm (default %(default)s)")
+    add("--equal-memory", action="store_true", help="for each CR above 1, also measure CR times as many rows")
+    add("--transformers", action="store_true", help="also time `generate` of transformers (torch, fp32)")
+    prompt = "tokens per prompt, with --transformers (default %(default)s)"
+    add("--prompt-tokens", type=int, default=512, metavar="N", help=prompt)
+    new = "tokens to generate, with --transformers (default %(default)s)"
+    add("--new-tokens", type=int, default=32, metavar="N", help=new)
+    add("--json", action="store_true", help="print only the JSON line")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     ratios = parse_ratios(options.cr)
-    for name, minimum in {
-        "batch": 1,
-        "context": 2,
-        "steps": 1,
-        "repeats": 1,
-        "layers": 0,
-        "prompt_tokens": 2,
-        "new_tokens": 2,
-    }.items():
-        if getattr(options, name) < minimum:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {minimum}, got {getattr(options, name)}")
+    check_at_least(options, batch=1, context=2, steps=1, repeats=1, layers=0, prompt_tokens=2, new_tokens=2)
     start_devices(1)
     from benchmarks.models import load, provenance
 
@@ -89,18 +71,9 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(result))
 
 
-def parse_ratios(text: str) -> list[float]:
-    try:
-        ratios = [float(part) for part in text.split(",") if part]
-    except ValueError:
-        raise ConfigError(f"--cr must be numbers separated by commas, such as 1,2,4; got {text!r}") from None
-    if bad := [ratio for ratio in ratios if not ratio >= 1]:
-        raise ConfigError(f"--cr must be at least 1 (which keeps everything), got {bad[0]:g}")
-    return ratios
-
-
 def filled_cache(model, batch: int, context: int, live: int, room: int, dense: bool):
-    """A cache of random numbers that has seen `context` tokens and keeps `live` of them, half the oldest ones and half the newest."""
+    """Make a cache of random numbers that has seen `context` tokens and holds `live` of them: the oldest and the newest,
+    half each."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -130,7 +103,7 @@ def filled_cache(model, batch: int, context: int, live: int, room: int, dense: b
 
 
 def decode(options, model, ratios: list[float], show) -> list[dict]:
-    """Return a record for each arm. The token of a step is the most likely one after the step before."""
+    """Return a record for each arm. Each step feeds back the most likely token of the step before."""
     import jax
 
     from benchmarks.timing import measure_ceilings
@@ -138,8 +111,8 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     total = (options.repeats + 1) * options.steps
     if options.context + total > model.config.max_position_embeddings:
         raise ConfigError(
-            f"--context plus {total} steps must be at most {model.config.max_position_embeddings} tokens, this model's context, got {options.context + total}; "
-            "use a smaller --context"
+            f"--context plus {total} steps must fit into this model's context of "
+            f"{model.config.max_position_embeddings} tokens, got {options.context + total}; use a smaller --context"
         )
     arms = {"dense": (True, 1.0, options.batch)} | {f"cr {ratio:g}": (False, ratio, options.batch) for ratio in ratios}
     if options.equal_memory:
@@ -158,7 +131,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     for group in [list(arms)] if together else [[name] for name in arms]:
         try:
             timed |= timed_arms(model, {name: arms[name] for name in group}, live, options, total)
-        except jax.errors.JaxRuntimeError as why:  # out of memory nevertheless: the other arms go on
+        except jax.errors.JaxRuntimeError as why:  # out of memory all the same; the other arms go on
             left_out |= {name: " ".join(str(why).split())[:200] for name in group}
     bandwidth = measure_ceilings(model.embed[...].dtype, 3, quick=True)[0].copy_bytes
     rows, dense, dense_bytes = [], timed.get("dense"), step_bytes(model, options.batch, options.context)
@@ -180,12 +153,12 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
             "roofline_speed_to_dense": batch * dense_bytes / (options.batch * row["step_bytes"]),
             "fraction_of_copy_bandwidth": row["step_bytes"] / median / bandwidth,
         }
-        text = f"{name:<16} live {live[name]:>6}  {row['step_ms']:>8.2f} ms a step ({1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f}), "
-        text += f"{row['tokens_per_s']:>8.1f} tokens/s"
+        text = f"{name:<16} live {live[name]:>6}  {row['step_ms']:>8.2f} ms per step "
+        text += f"({1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
         if dense is not None:
             row["speed_to_dense"] = row["tokens_per_s"] * statistics.median(dense[0]) / options.batch
             text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
-        # If the dense arm does not fit, it is assumed to run at the device's copy bandwidth, which flatters it.
+        # If the dense arm does not fit, it is assumed to run at the device's copy bandwidth, faster than it would.
         row["dense"] = "measured" if dense is not None else "counted from bytes"
         row["fraction_of_roofline"] = (
             row["speed_to_dense"] / row["roofline_speed_to_dense"]
@@ -201,7 +174,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
 
 
 def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
-    """For each arm: seconds per step, mean live pairs at the end, and bytes of the cache."""
+    """Return for each arm the seconds per step, the mean live pairs at the end, and the bytes of the cache."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -243,7 +216,8 @@ def cache_bytes(model, batch: int, capacity: int) -> int:
 
 
 def step_bytes(model, batch: int, live: int) -> int:
-    """The bytes that a decode step must read: weights of the layers and of the output, and live pairs with position and expiry."""
+    """Return the bytes that a decode step must read: the weights of the layers and of the output, and the live pairs with
+    position and expiry."""
     import jax
     from flax import nnx
 
@@ -257,7 +231,7 @@ def step_bytes(model, batch: int, live: int) -> int:
 
 
 def free_bytes() -> float:
-    """Free memory of the device; infinity if it does not report it, as a CPU."""
+    """Return the free memory of the device; infinity for a device that does not report it, such as a CPU."""
     import jax
 
     stats = jax.devices()[0].memory_stats() or {}

@@ -3,10 +3,11 @@
     python -m benchmarks.everything --output results.jsonl                      # all parts, one after the other
     python -m benchmarks.everything --part decode --output results.jsonl
 
-The parts are kernels (each kernel, compared with XLA, dense attention and the ceilings), train (a retrofit step of Llama-3.2-1B's shape,
-and its model FLOPs utilization), and decode and prefill (Llama-3.2-1B and Qwen3-8B shapes with random weights, dense and at CR 2, 4 and 8).
-The command ends within --minutes. A measurement for which no time is left gets a line that says so; use --part for it. Lines are appended
-whenever a measurement ends. On a CPU the shapes are small.
+The parts are kernels (each kernel compared with XLA, dense attention and the ceilings of the device), train (a retrofit
+step of the shape of Llama-3.2-1B, and its model-FLOPs utilization), and decode and prefill (the shapes of Llama-3.2-1B
+and Qwen3-8B with random weights, dense and at CR 2, 4 and 8). The command ends within --minutes. A measurement for which
+no time is left gets a line that says so; run its part alone with --part. Lines are appended whenever a measurement ends.
+On a CPU the shapes are small.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 from typing import get_args
 
+from benchmarks.benchmark_options import check_output
 from dms_jax.command import Parser, run_command
 from dms_jax.config import ImplementationName
 from dms_jax.errors import ConfigError
@@ -33,7 +35,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--output",
         metavar="FILE",
         default="benchmark_results.jsonl",
-        help="file to append the lines to (default %(default)s)",
+        help="the file to which the lines are appended (default %(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole command (default 9)")
     parser.add_argument(
@@ -48,9 +50,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     output = Path(options.output)
-    if not output.parent.is_dir() or output.is_dir():
-        raise ConfigError(f"--output must be a file in a folder that exists, got {output}")
-    # Another process asks for the platform: a process that has touched a TPU keeps it from the measurements.
+    check_output(output)
+    # Ask for the platform in another process, because a process that has touched a TPU keeps it from others.
     asked = subprocess.run(
         [sys.executable, "-c", "import jax; print(jax.default_backend())"], capture_output=True, text=True
     )
@@ -66,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
-    """The arguments of `python -m`, most important first. Each runs in a process of its own, so that its memory is free for the next one."""
+    """Return the arguments of `python -m`, the most important ones first. Each command runs in a process of its own, so
+    that its memory is free for the next one."""
     which = ["--implementation", implementation]
     if part == "kernels":
         return [["benchmarks.kernels", "--json", *(["--quick"] if on_cpu else [])]]
@@ -145,7 +147,7 @@ def run(part: str, command: list[str], seconds: float, output: Path) -> int:
 
 
 def append(output: Path, part: str, command: list[str], records: list[dict], problem: str | None) -> int:
-    """Append the records. Returns 1 if there was a problem, which goes into the lines, too; else 0."""
+    """Append the records, with the problem if there was one. Returns 1 if there was a problem, else 0."""
     extra = {} if problem is None else {"problem": problem}
     with output.open("a", encoding="utf-8") as file:
         for record in records or [{}]:

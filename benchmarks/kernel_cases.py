@@ -1,6 +1,7 @@
-"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: inputs, a reference and a cost for each kernel, and in `SUITES` the shapes.
+"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: the inputs, the reference and the cost of each kernel, and in
+`SUITES` the shapes.
 
-A new kernel needs a function that makes a `Case`, and a suite.
+A new kernel needs a function that makes a `Case`, and an entry of `SUITES`.
 """
 
 import math
@@ -21,7 +22,7 @@ from dms_jax.kernels import attention_api, decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.operands import Token
 
-# Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the price of attention in a dense model.
+# Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense model.
 DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}
 BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
@@ -36,23 +37,23 @@ class Case(NamedTuple):
     inputs: tuple
     run: Callable[..., Callable[..., tuple]]  # (implementation, interpret, blocks) -> a function of the inputs
     reference: Callable[..., tuple]  # a function of the inputs in fp32
-    # (inputs, outputs) -> inputs of the next call that differ, by index: calls must depend on each other to be timed in a chain
+    # (inputs, outputs) -> index -> new input of the next call; calls in a chain must depend on each other to be timed
     feed: Callable[[tuple, tuple], dict[int, Any]]
-    min_bytes: float  # with each live byte moved once
+    min_bytes: float  # if each live byte is moved once
     flops: float
-    # A dense attention of the same shapes by its name in DENSE; None if there is none
+    # name of `DENSE` -> dense attention of the same shapes, or None if there is none
     dense: Callable[[str], Callable[..., tuple] | None] = lambda how: None
 
     @property
     def min_seconds(self) -> float:
-        """A time that no device beats."""
+        """A lower bound of the time on any device."""
         return max(self.min_bytes / 1e13, self.flops / 2e15)
 
 
 def train_case(
     batch: int, length: int, heads: int, kv_heads: int, head_dim: int, window: int, dtype: jnp.dtype
 ) -> Case:
-    """Training attention, value and all gradients, under a gate that has evicted about half the pairs."""
+    """Make a case of training attention with all gradients, under a gate that evicts about half the pairs."""
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v = (
         jax.random.normal(key, (batch, length, n, head_dim), dtype)
@@ -69,7 +70,7 @@ def train_case(
         return run
 
     def dense(how):
-        if how == "xla" and length > 4096:  # it would hold all scores at once
+        if how == "xla" and length > 4096:  # XLA would hold all scores at once
             return None
 
         def run(q, k, v, log_keep, d_out):
@@ -121,7 +122,8 @@ def slot_case(
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """A chunk of `queries` (1: a decode step) over `live` of `capacity` slots on average; heads differ as far as the capacity allows."""
+    """Make a case of `queries` (1 is a decode step) over `live` of `capacity` slots on average. The counts of the heads
+    differ as far as the capacity allows."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
@@ -182,7 +184,7 @@ def compaction_case(
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """A chunk of which half survives, into a cache with a third of its slots free, anywhere."""
+    """Make a case that writes the surviving half of a chunk into a cache with a third of its slots free, anywhere."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, _ = filled_layer(numbers, batch, kv_heads, capacity, capacity, head_dim, cache_dtype)
@@ -227,7 +229,7 @@ def update_case(
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype | None = None,
 ) -> Case:
-    """One token per row; the first free slot is the one after the live ones."""
+    """Make a case of one token per row, in a cache whose first free slot follows the live ones."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
     layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
@@ -270,7 +272,8 @@ def update_case(
 def filled_layer(
     numbers: np.random.Generator, batch: int, kv_heads: int, capacity: int, live: int, head_dim: int, dtype: jnp.dtype
 ) -> tuple[LayerCache, jax.Array]:
-    """A layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows; and the tokens seen [B]."""
+    """Make a layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows. Returns
+    the layer and the tokens seen [B]."""
     slots = (batch, kv_heads, capacity)
     spread = min(live // 4, capacity - live)
     counts = live + numbers.integers(-spread, spread + 1, (batch, kv_heads))
@@ -292,10 +295,10 @@ def filled_layer(
 
 
 def error(case: Case, outputs: tuple, wanted: tuple) -> float:
-    """The largest error of any row (last axis) of any output, relative to the norm of that row.
+    """Return the largest error of any row (last axis) of any output, relative to the norm of that row.
 
-    If the typical norm in its array is larger, that one counts: a gradient that should be 0 holds rounding errors. Integers must be equal;
-    if they are not, the error is infinite.
+    If the typical norm in the array is larger, the error is relative to that norm, because a gradient that should be 0
+    consists of rounding errors. If integers are not equal, the error is infinite.
     """
     worst = 0.0
     for ours, theirs in zip(jax.tree.leaves(outputs), jax.tree.leaves(wanted), strict=True):
@@ -312,7 +315,8 @@ def error(case: Case, outputs: tuple, wanted: tuple) -> float:
 
 
 def in_fp32(inputs: Any) -> Any:
-    """Convert inputs to fp32. A cache keeps its dtype, because the reference must round what it writes in the same way."""
+    """Convert inputs to fp32. A cache keeps its dtype, because the reference must round what it writes as the kernel
+    does."""
     wider = lambda x: (
         x.astype(jnp.float32) if not isinstance(x, LayerCache) and jnp.issubdtype(x.dtype, jnp.floating) else x
     )
@@ -323,7 +327,7 @@ def _with(function: Callable, implementation: str, interpret: bool = False, bloc
     return partial(function, implementation=implementation, interpret=interpret, blocks=blocks)
 
 
-CaseMaker = Callable[..., Case]  # called with dtype=; a maker, so that one case at a time is in memory
+CaseMaker = Callable[..., Case]  # called with dtype=; cases are made late, so that one at a time is in memory
 
 
 class Suite(NamedTuple):
@@ -332,8 +336,8 @@ class Suite(NamedTuple):
     cpu: Sequence[CaseMaker]  # tiny, because interpret mode takes seconds per block
     quick: Sequence[CaseMaker]
     full: Sequence[CaseMaker]
-    tuned: Callable[[int, jnp.dtype], CaseMaker]  # of a head size and a cache dtype, for autotuning
-    cache_dtypes: tuple[jnp.dtype, ...] = (BF16, FP8)  # that autotuning measures
+    tuned: Callable[[int, jnp.dtype], CaseMaker]  # (head size, cache dtype) -> the case for autotuning
+    cache_dtypes: tuple[jnp.dtype, ...] = (BF16, FP8)  # the cache dtypes for autotuning
 
 
 def full_decode_cases() -> Iterator[CaseMaker]:

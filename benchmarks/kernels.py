@@ -1,15 +1,18 @@
-"""Measure each kernel in each implementation that runs on the device at hand: is it correct, and how close is it to what the device can do?
+"""Measure each kernel in each implementation that runs on the device at hand: its error, and how close it comes to the
+limits of the device.
 
     python -m benchmarks.kernels --quick --json
     python -m benchmarks.kernels --kernel decode_attention --minutes 5
 
-First the ceilings of the device are measured: a copy (bytes read plus written) and a matrix product. Then comes one line per kernel, shape
-and implementation. `max_error` compares with the reference in fp32 on the same numbers: it is the largest error of any row, relative to the
-norm of that row. `ratio_to_xla` is the speed relative to the XLA path. `fraction_of_copy_bandwidth` is the minimum number of bytes that the
-kernel must move, divided by its time and by the copy bandwidth; `fraction_of_matmul` is the same for FLOPs and the matrix product.
-dense_xla and dense_cudnn are `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the price in a dense model.
-On a CPU the Pallas kernels run in interpret mode, which shows that they are correct; their times mean nothing there. With --json the
-output is JSON lines only, each with its provenance.
+Two ceilings of the device are measured first: the bandwidth of a copy (bytes read plus written) and the FLOP/s of a
+matrix product. One line for each kernel, shape and implementation follows. `max_error` is the largest error of any row
+against the fp32 reference, relative to the norm of that row. `ratio_to_xla` is the speed relative to the XLA path.
+`fraction_of_copy_bandwidth` is the minimum number of bytes that the kernel must move, divided by its time and by the copy
+bandwidth; `fraction_of_matmul` compares its FLOPs with the matrix product in the same way. dense_xla and dense_cudnn are
+`jax.nn.dot_product_attention`, which has no gate and no lengths per head; they show the cost of a dense model.
+
+On a CPU the Pallas kernels run in interpret mode, which shows that they are correct, but their times mean nothing. With
+--json, the output is JSON lines only, each with its provenance.
 """
 
 import argparse
@@ -20,6 +23,7 @@ import time
 from collections.abc import Collection, Iterator
 from functools import partial
 
+from benchmarks.benchmark_options import check_at_least, check_minutes
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.kernel_table import KERNELS
@@ -40,19 +44,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="measure only this arm: xla, mosaic_gpu, pallas_tpu, dense_xla or dense_cudnn; may be repeated",
     )
     parser.add_argument(
-        "--repeats", type=int, default=5, help="timings per arm, of which the median counts (default 5)"
+        "--repeats", type=int, default=5, metavar="N", help="timings per arm, whose median is reported (default 5)"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="start nothing new after this time (default 9)")
-    parser.add_argument("--json", action="store_true", help="print JSON lines only")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, metavar="X", help="start no new case after this time (default 9)"
+    )
+    parser.add_argument("--json", action="store_true", help="print only JSON lines")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    if options.repeats < 1 or not options.minutes > 0:
-        raise ConfigError(
-            f"--repeats must be at least 1 and --minutes above 0, got {options.repeats} and {options.minutes:g}"
-        )
+    check_at_least(options, repeats=1)
+    check_minutes(options.minutes)
     from benchmarks.kernel_cases import DENSE
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS
 
@@ -64,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
-    """Yield one record after the other. A case for which no time is left yields a record that says so."""
+    """Yield the records, each as soon as it is measured. A case for which no time is left yields a record that says so."""
     import jax.numpy as jnp
 
     from benchmarks.timing import measure_ceilings
@@ -90,7 +94,7 @@ def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
 
 
 def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
-    """Functions that make the cases, so that one at a time is in memory."""
+    """Yield functions that make the cases, so that only one case at a time is in memory."""
     import jax
 
     from benchmarks.kernel_cases import SUITES
@@ -105,7 +109,8 @@ def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
 
 
 def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
-    """Yield a record for XLA, for each kernel that runs here and for dense attention, or for those in `only`. Their timings alternate."""
+    """Yield a record for XLA, for each kernel that runs here and for dense attention, or only for those in `only`. Their
+    timings alternate."""
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32
@@ -127,7 +132,7 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
             return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
 
     def attempt(name: str, f, wanted, notes: dict) -> None:
-        try:  # an error of a compiler or driver is a result, too, and the other arms go on
+        try:  # an error of a compiler or a driver is a result too, and the other arms go on
             wrong = None if wanted is None else error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
             arms[name] = long_enough(lambda times: Chain(f, case.feed, case.inputs, times), case.min_seconds)
             found[name] = {"max_error": wrong if wrong is None or math.isfinite(wrong) else None} | notes
@@ -151,14 +156,14 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
         f = None if left_out else case.dense(how)
         if f is None:
             continue
-        if (
-            dense is None and case.shape.get("length", 0) <= 4096
-        ):  # longer ones do not fit, because all scores are in memory in fp32
+        # Longer rows do not fit, because the reference has all scores in memory in fp32.
+        if dense is None and case.shape.get("length", 0) <= 4096:
             try:
                 dense = precise(case.dense("xla"))
             except Exception as why:
+                reason = " ".join(str(why).split())[:200]
                 print(
-                    f"{case.kernel}: dense attention is not checked, because its reference failed: {' '.join(str(why).split())[:200]}",
+                    f"{case.kernel}: dense attention is unchecked, because its reference failed: {reason}",
                     file=sys.stderr,
                 )
         attempt(name, f, dense, {"dense": True})
@@ -183,7 +188,7 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
 
 
 def described(record: dict) -> str:
-    """A record as a line for people."""
+    """Format a record as a line for people."""
     shape = ", ".join(f"{key} {value}" for key, value in record.items() if key in SHAPE_KEYS)
     if "skipped" in record:
         return f"{record['kernel']:<16} {shape}: skipped, {record['skipped']}"

@@ -1,4 +1,4 @@
-"""Models to measure: a folder, or the shape of a well-known model with random weights."""
+"""Models to measure: one from a folder, or one with the shape of a well-known model and random weights."""
 
 import os
 import platform
@@ -24,18 +24,18 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "models"  # a config.json f
 
 
 def load(name: str, layers: int, context: int, implementation: str = "auto", dtype: jnp.dtype | None = None, mesh=None):
-    """A model with a learned policy, and where its weights are from: the folder, or "random".
+    """Load or make a model with a learned policy. Returns it, and where its weights are from: the folder, or "random".
 
-    `layers` is the number of layers of a random model; 0 keeps that of the named shape."""
+    `layers` is the number of layers of a random model; 0 keeps that of the named shape.
+    """
     policy = DMSConfig(window_size=min(WINDOW, context // 8))
     dtype = dtype or jnp.dtype(platform_defaults().dtype)
     if not (named := CONFIGS / f"{name}.json").exists():
         import dms_jax
 
         if layers:
-            raise ConfigError(
-                f"--layers must be used with a named shape ({', '.join(sorted(path.stem for path in CONFIGS.glob('*.json')))}), got the folder {name}; drop --layers"
-            )
+            shapes = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.json")))
+            raise ConfigError(f"--layers has no effect with the folder {name}; leave it out, or use a shape ({shapes})")
         has_policy = open_source(path := resolve(name))[1].dms is not None
         return dms_jax.load(
             path, dtype=dtype, implementation=implementation, mesh=mesh, dms=None if has_policy else policy
@@ -43,7 +43,7 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
     config = replace(read_config(named), max_position_embeddings=1 << 20, dms=policy, implementation=implementation)
     if layers:
         config = replace(config, num_layers=layers)
-    # Refuses an implementation that cannot run.
+    # This refuses an implementation that cannot run.
     select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     model = Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
     if mesh is not None:
@@ -53,7 +53,7 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
 
 
 def provenance() -> dict:
-    """Versions, device, commit, and the model of the CPU, because much is measured on one."""
+    """Return versions, device, commit and time, and also the model of the CPU, because much is measured on one."""
     return versions() | {
         "cpu": cpu_model(),
         "cores": cpu_cores(),
@@ -72,5 +72,5 @@ def cpu_model() -> str:
 
 
 def cpu_cores() -> int:
-    """The number of cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

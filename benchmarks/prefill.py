@@ -1,56 +1,38 @@
-"""Measure prefill, dense and under a policy that evicts pairs while it reads the prompt.
+"""Measure prefill, dense and under a policy that evicts pairs while the prompt is read.
 
     python -m benchmarks.prefill --model llama-3.2-1b --batch 1 --context 8192 --cr 2,4,8 --json
 
---model is a folder, or a shape with random weights, as in `benchmarks.decode`. The evict head is random, and its threshold is set so that a
-fraction 1 - 1/CR of the decisions on a sample of tokens evict; the output reports the realised CR. Prompts are random tokens. The capacity is 1.5
-times what the CR needs. The last line is JSON.
+The evict head is random. Its threshold is set so that a fraction 1 - 1/CR of the decisions on a sample of tokens evict;
+the output reports the realised CR. Prompts are random tokens. The capacity is 1.5 times what the CR needs. The last line
+is JSON.
 """
 
 import argparse
 import json
-from typing import get_args
 
-from benchmarks.decode import parse_ratios
+from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ImplementationName
-from dms_jax.errors import ConfigError
 
 NAME = "benchmarks.prefill"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument(
-        "--model",
-        default="smollm2-135m",
-        metavar="FOLDER_OR_SHAPE",
-        help="a folder, or the shape smollm2-135m, llama-3.2-1b or qwen3-8b",
-    )
-    parser.add_argument(
-        "--layers", type=int, default=0, help="layers of a model with random weights; 0: as many as the named shape has"
-    )
-    parser.add_argument("--batch", type=int, default=1, help="prompts per batch")
-    parser.add_argument("--context", type=int, default=2048, help="tokens per prompt")
-    parser.add_argument("--cr", default="2,4,8", help="nominal compression ratios, separated by commas")
-    parser.add_argument("--chunk-size", type=int, default=None, help="tokens per prefill chunk")
-    parser.add_argument("--repeats", type=int, default=5, help="timings per arm")
-    parser.add_argument(
-        "--implementation",
-        choices=get_args(ImplementationName),
-        default="auto",
-        help="implementation of attention and cache",
-    )
-    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    add_model(parser, "smollm2-135m")
+    add = parser.add_argument
+    add("--batch", type=int, default=1, metavar="N", help="prompts per batch (default %(default)s)")
+    add("--context", type=int, default=2048, metavar="N", help="tokens per prompt (default %(default)s)")
+    add("--cr", default="2,4,8", metavar="X,Y", help="nominal compression ratios (default %(default)s)")
+    add("--chunk-size", type=int, metavar="N", help="tokens per prefill chunk (default: chosen by the engine)")
+    add("--repeats", type=int, default=5, metavar="N", help="timings per arm (default %(default)s)")
+    add("--json", action="store_true", help="print only the JSON line")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     ratios = parse_ratios(options.cr)
-    for name, minimum in {"batch": 1, "context": 16, "repeats": 1, "layers": 0}.items():
-        if getattr(options, name) < minimum:
-            raise ConfigError(f"--{name} must be at least {minimum}, got {getattr(options, name)}")
+    check_at_least(options, batch=1, context=16, repeats=1, layers=0)
     start_devices(1)
     from benchmarks.models import load, provenance
 

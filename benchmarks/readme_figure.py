@@ -1,11 +1,11 @@
-"""Draw the picture of the README: mean KL to the dense model against live tokens, for each policy that was measured.
+"""Draw the figure of the README: mean KL to the dense model against live tokens, for each policy that was measured.
 
     python -m benchmarks.readme_figure
     python -m benchmarks.readme_figure --measurements FILE.jsonl --output FIGURE.png
 
-Reads the measurements that are committed in docs/measurements/ and needs no model. A policy's KL is its mean over the domains, which
-have equally many tokens. The colors are of medium lightness and the background is transparent, so the same file reads well on a light
-page and on a dark one.
+The command reads the measurements that are committed in docs/measurements/ and needs no model. The KL of a policy is its
+mean over the domains, which all have the same number of tokens. The colors are of medium lightness and the background is
+transparent, so the same file reads well on a light page and on a dark one.
 """
 
 import argparse
@@ -24,14 +24,19 @@ MEASUREMENTS = DOCS / "measurements" / "smollm2-2026-11-25.jsonl"
 FIGURE = DOCS / "figures" / "kl_against_live_tokens.png"
 GRAY, ORANGE, VIOLET = "#7d8590", "#e0701a", "#8b70d6"  # each at least 3:1 against white and against GitHub's dark page
 COLORS = {"dms": ORANGE, "quest": VIOLET}
-LABELS = {"quest": "quest, reads 512\n(keeps all)"}  # its other budget is named beside its other point
+LABELS = {"quest": "quest, reads 512\n(keeps all)"}  # `draw` labels its other point with its other budget
 MIN_GAP = 0.17  # between two labels, in decades of KL
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     add = parser.add_argument
-    add("--measurements", default=str(MEASUREMENTS), metavar="FILE", help="JSON lines with domain, policy, live_tokens")
+    add(
+        "--measurements",
+        default=str(MEASUREMENTS),
+        metavar="FILE",
+        help="JSON lines of measurements (default: the committed ones)",
+    )
     add("--output", default=str(FIGURE), metavar="FILE", help="the PNG to write (default %(default)s)")
     return parser.parse_args(argv)
 
@@ -48,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_curves(path: str) -> dict[str, list[tuple[float, float]]]:
-    """Return (live tokens, mean KL) of each policy at each budget, averaged over domains, by rising KL; `dense` is left out."""
+    """Return (live tokens, mean KL) of each policy but dense at each budget, averaged over domains, by increasing KL."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for where, record in read_jsonl(path):
         if "provenance" in record or record.get("policy") == "dense":
@@ -67,7 +72,7 @@ def read_curves(path: str) -> dict[str, list[tuple[float, float]]]:
 
 
 def draw(curves: dict[str, list[tuple[float, float]]]) -> Any:
-    """Return the matplotlib figure. Each policy is named at its end of lower KL, so that no legend is needed."""
+    """Return the matplotlib figure. Each policy is labeled at its point of lowest KL, so that no legend is needed."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

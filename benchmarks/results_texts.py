@@ -1,12 +1,12 @@
-"""Make the texts of docs/results.md from their sources: training text for its retrofit, besides the default, and three
-held-out domains.
+"""Make the texts of docs/results.md from their sources: three held-out domains, and the part of the training text that is
+not in the default.
 
     python -m benchmarks.results_texts --output runs/texts                                    # from the hub
     python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE
 
-Writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the running Python's
-standard library, unchanged) and maths.txt (problems and solutions of MATH-500). A FILE is a text, or a .jsonl file with
-the columns of the hub's dataset.
+The command writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the standard
+library of the running Python, unchanged) and maths.txt (problems and solutions of MATH-500). Each FILE is a text, or a
+.jsonl file with the columns of the dataset on the hub.
 """
 
 import argparse
@@ -27,15 +27,17 @@ SOURCES = {
     "gsm8k_train": "hf:openai/gsm8k:main:train",
     "math500": "hf:HuggingFaceH4/MATH-500:test",
 }
-NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # about as much maths as there is Python documentation
+NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # to get about as much math as Python documentation
 MAX_CODE_CHARACTERS, MIN_MODULE_CHARACTERS = 400_000, 20_000
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--output", required=True, metavar="FOLDER")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder for the four files")
     for name, source in SOURCES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"default {source}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"the source (default {source})"
+        )
     return parser.parse_args(argv)
 
 
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def records(source: str) -> Iterator[dict]:
-    """Records of a hub dataset or of a .jsonl file; a text file is one record."""
+    """Yield the records of a hub dataset or of a .jsonl file; a text file is a single record."""
     if source.startswith("hf:"):
         from dms_jax.hf.hub_dataset import open_dataset
 
@@ -88,7 +90,7 @@ def detokenized(text: str) -> str:
 
 
 def modules() -> Iterator[str]:
-    """The source of long modules of the standard library, in alphabetical order."""
+    """Yield the source of long modules of the standard library, in alphabetical order."""
     characters = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         text = path.read_text(encoding="utf-8")

@@ -1,15 +1,16 @@
-"""Measure the cost of a retrofit step: tokens/s next to plain dense distillation, and compiled memory over row lengths.
+"""Measure the cost of a retrofit step: tokens/s compared with plain dense distillation, and compiled memory at several
+row lengths.
 
-    python -m benchmarks.retrofit_step                                   # a 4-layer model of SmolLM2's width, random weights
+    python -m benchmarks.retrofit_step                                   # 4 layers of SmolLM2's width, random weights
     python -m benchmarks.retrofit_step --model FOLDER --length 1024 --repeats 7
     python -m benchmarks.retrofit_step --model llama-3.2-1b --length 8192 --arms retrofit_adapter
     python -m benchmarks.retrofit_step --memory-lengths 1024,4096,16384,32768 --mesh 8x1
 
-Plain distillation trains all weights of the same decoder, with the same attention, loss and optimizer and a student that never evicts,
-so it differs from mode `full` by DMS only. The arms alternate, so that other load on the machine slows all of them; look at the ratio
-of the medians. On an accelerator with a known data sheet, each arm also gets its model-FLOPs utilisation: the FLOPs of a forward pass
-of student and teacher and of a backward pass through the student, without recomputation, over the dense bf16 peak. The last line is
-JSON.
+Plain distillation trains all weights of the same decoder, with the same attention, loss and optimizer and a student that
+never evicts, so it differs from mode `full` only by DMS. The arms alternate, so that a busy machine slows down all of
+them; compare the ratios of the medians. On an accelerator with a known data sheet, each arm also gets its model-FLOPs
+utilization: the FLOPs of a forward pass of student and teacher and of a backward pass of the student, without
+recomputation, relative to the dense bf16 peak. The last line is JSON.
 """
 
 import argparse
@@ -17,52 +18,34 @@ import json
 import math
 import statistics
 import time
-from typing import get_args
 
+from benchmarks.benchmark_options import add_model
 from dms_jax.command import Parser, run_command, start_devices
-from dms_jax.config import ImplementationName
 from dms_jax.errors import ConfigError, suggestion
 
 NAME = "benchmarks.retrofit_step"
-ARMS = {
+ARMS = {  # name -> mode of the retrofit, and whether the student never evicts
     "plain_distillation": ("full", True),
     "retrofit_full": ("full", False),
     "retrofit_adapter": ("adapter", False),
-}  # mode, dense
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument(
-        "--model",
-        default="",
-        metavar="FOLDER_OR_SHAPE",
-        help="default: random weights, 4 layers of smollm2-135m's width",
-    )
-    parser.add_argument(
-        "--layers", type=int, default=0, help="layers of a random model; 0: as many as the named one has"
-    )
-    parser.add_argument(
-        "--arms", default=",".join(ARMS), help="comma-separated list of what to time (default %(default)s)"
-    )
-    parser.add_argument(
-        "--implementation", choices=get_args(ImplementationName), default="auto", help="implementation of attention"
-    )
-    parser.add_argument("--memory-mode", default="adapter", choices=["adapter", "full"])
-    parser.add_argument("--mesh", default="1x1")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument(
-        "--remat",
-        default="full",
-        choices=["full", "matmuls"],
-        help="what the backward pass recomputes: whole layers, or all but matrix products",
-    )
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--memory-lengths",
-        default="1024,4096,16384,32768",
-        help="comma-separated row lengths to compile for; empty for none",
-    )
+    add_model(parser, "", "4 layers of smollm2-135m")
+    add = parser.add_argument
+    add("--arms", default=",".join(ARMS), metavar="A,B", help="what to time (default %(default)s)")
+    add("--mesh", default="1x1", metavar="AxB", help="mesh of data x model (default %(default)s)")
+    add("--length", type=int, default=1024, metavar="N", help="tokens per row (default %(default)s)")
+    remat = "what the backward pass recomputes: whole layers, or all but matrix products (default %(default)s)"
+    add("--remat", default="full", choices=["full", "matmuls"], help=remat)
+    repeats = "timings per arm; 0 times nothing (default %(default)s)"
+    add("--repeats", type=int, default=5, metavar="N", help=repeats)
+    lengths = "row lengths at which memory is compiled; an empty list is none (default %(default)s)"
+    add("--memory-lengths", default="1024,4096,16384,32768", metavar="N,M", help=lengths)
+    mode = "mode of the retrofit whose memory is compiled (default %(default)s)"
+    add("--memory-mode", default="adapter", choices=["adapter", "full"], help=mode)
     return parser.parse_args(argv)
 
 
@@ -92,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build(options, mesh, length: int, mode: str, dense: bool = False):
-    """(step functions, parameters that train, frozen parameters); with `dense`, of a student that never evicts."""
+    """Return the step functions, the parameters that train and the frozen ones. With `dense`, the student never evicts."""
     import jax
     import jax.numpy as jnp
 
@@ -153,9 +136,8 @@ def speed(options, mesh, rows: int) -> dict:
                 seconds[name].append(time.perf_counter() - start)
     rates = {name: rows * options.length / statistics.median(times) for name, times in seconds.items()}
     for name, times in seconds.items():
-        print(
-            f"{name:<20}{rates[name]:>10.0f} tokens/s   median of {len(times)}, {min(times):.2f} to {max(times):.2f} s a step"
-        )
+        spread = f"{min(times):.2f} to {max(times):.2f} s per step"
+        print(f"{name:<20}{rates[name]:>10.0f} tokens/s   median of {len(times)}, {spread}")
     result = {"length": options.length, "rows": rows, "tokens_per_s": rates, "seconds_all": seconds}
     if "plain_distillation" in rates:
         ratios = {
@@ -169,24 +151,23 @@ def speed(options, mesh, rows: int) -> dict:
             name: rates[name] * step_flops(steps.math.student.config, options.length, ARMS[name][0]) / peak
             for name, (steps, _) in runs.items()
         }
-        print("model-FLOPs utilisation: " + ", ".join(f"{name} {mfu:.1%}" for name, mfu in result["mfu"].items()))
+        print("model-FLOPs utilization: " + ", ".join(f"{name} {mfu:.1%}" for name, mfu in result["mfu"].items()))
     return result
 
 
 def memory(options, mesh, rows: int, length: int) -> dict:
-    """Bytes per device of the compiled step. XLA's CPU compiler does not count all workspace of matrix products."""
+    """Return the bytes per device of the compiled step. On a CPU, XLA omits some workspace of matrix products."""
     steps, _, frozen = build(options, mesh, length, options.memory_mode)
     analysis = steps.lower(frozen, rows).compile().memory_analysis()
     if analysis is None:
-        raise ConfigError("this backend reports no memory of compiled programs; use --memory-lengths ''")
+        raise ConfigError("--memory-lengths must be empty, because this backend reports no memory of compiled programs")
     result = {
         "length": length,
         "argument_bytes": analysis.argument_size_in_bytes,
         "temporary_bytes": analysis.temp_size_in_bytes,
     }
-    print(
-        f"T = {length:>6}: arguments {result['argument_bytes'] / 2**20:>8.0f} MiB, temporary {result['temporary_bytes'] / 2**20:>8.0f} MiB per device"
-    )
+    arguments, temporary = result["argument_bytes"] / 2**20, result["temporary_bytes"] / 2**20
+    print(f"T = {length:>6}: arguments {arguments:>8.0f} MiB, temporary {temporary:>8.0f} MiB per device")
     return result
 
 

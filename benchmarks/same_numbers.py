@@ -1,11 +1,11 @@
-"""Show that a refactor changes no number, by digests of the results of every path before and after.
+"""Show that a refactor changes no number, with digests of the results of every path before and after it.
 
     python -m benchmarks.same_numbers --write BEFORE.jsonl     # on the old commit
-    python -m benchmarks.same_numbers --against BEFORE.jsonl   # on the new one, on the same machine and with the same packages
+    python -m benchmarks.same_numbers --against BEFORE.jsonl   # on the new commit, same machine, same packages
 
-The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in tests/golden/ (dense,
-hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks, decoding, training-free policies,
-generation). The script uses the public surface and the commands only, so that it runs unchanged on both commits.
+The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in
+tests/golden/ (dense, hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks,
+decoding, training-free policies, generation). The script uses only the public surface and the commands, so that it runs unchanged on both commits.
 """
 
 import argparse
@@ -54,7 +54,7 @@ POLICIES = (
 
 
 def digest(value: object) -> str:
-    """A short digest of an array, dtype and shape included."""
+    """Return a short digest of an array, including its dtype and shape."""
     array = np.asarray(value)
     return hashlib.sha256(f"{array.dtype} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()[
         :16
@@ -62,7 +62,7 @@ def digest(value: object) -> str:
 
 
 def retrofit_runs() -> Iterator[tuple[str, str]]:
-    """(name, digest) of the steps, validations and exported tensors of RUNS."""
+    """Yield (name, digest) of the steps, validations and exported tensors of RUNS."""
     for name, settings in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             np.save(f"{folder}/ids.npy", np.random.default_rng(0).integers(0, 97, (60, 70)).astype(np.int32))
@@ -106,7 +106,7 @@ def retrofit_runs() -> Iterator[tuple[str, str]]:
 
 
 def golden_models() -> Iterator[tuple[str, str]]:
-    """(name, digest) of logits and decisions of the models in tests/golden/."""
+    """Yield (name, digest) of logits and decisions of the models in tests/golden/."""
     for folder in sorted(path.parent for path in GOLDEN.glob("*/config.json")):
         dms = None if "_dms_" in folder.name else dms_jax.DMSConfig(window_size=4, evict_logit_bias=0.0)
         model = dms_jax.load(folder, dms=dms)
@@ -122,7 +122,7 @@ def golden_models() -> Iterator[tuple[str, str]]:
 
 
 def caches(name: str, model, ids: np.ndarray) -> Iterator[tuple[str, str]]:
-    """(name, digest) of prefill and decoding."""
+    """Yield (name, digest) of prefill and decoding."""
     for chunk_size in (None, 13):
         logits, cache = dms_jax.prefill(model, dms_jax.init_cache(model, 2, 64), ids[:, :30], chunk_size=chunk_size)
         yield f"{name}: prefill in chunks of {chunk_size}", digest(logits)
@@ -133,7 +133,7 @@ def caches(name: str, model, ids: np.ndarray) -> Iterator[tuple[str, str]]:
 
 
 def policies() -> Iterator[tuple[str, str]]:
-    """(name, digest) of all policies, of generation and of a cache that overflows."""
+    """Yield (name, digest) of all policies, of generation and of a cache that overflows."""
     model = dms_jax.load(GOLDEN / "qwen3_dms_projection_per_head")
     ids = np.random.default_rng(2).integers(0, model.config.vocab_size, (2, 40)).astype(np.int32)
     for policy in POLICIES:
@@ -173,9 +173,8 @@ def main() -> None:
         return
     before = dict(json.loads(line) for line in Path(options.against).read_text(encoding="utf-8").splitlines())
     differing = [name for name in before.keys() | found.keys() if before.get(name) != found.get(name)]
-    print(
-        f"{len(before.keys() & found.keys()) - len(differing)} of {len(before)} digests are the same; {len(differing)} differ or are missing"
-    )
+    same = sum(found.get(name) == value for name, value in before.items())
+    print(f"{same} of {len(before)} digests are the same; {len(differing)} differ or are missing")
     for name in sorted(differing):
         print(f"  {name}")
     raise SystemExit(bool(differing))

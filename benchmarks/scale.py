@@ -1,11 +1,12 @@
-"""Compile retrofits of large models for accelerators that are not at hand; make the tables of docs/scale.md.
+"""Compile retrofits of large models for accelerators that are not at hand, and make the tables of docs/scale.md.
 
-    python -m benchmarks.scale --output docs/measurements/scale.jsonl             # compiles what the file lacks; minutes each
+    python -m benchmarks.scale --output docs/measurements/scale.jsonl             # compiles the missing lines
     python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from the file
 
-Each line of the file is the JSON of one `python -m train.plan ... --json`, with its arguments and provenance; to measure a line again, delete
-it. Memory and communication in the tables are the compilers', from the file. Estimates and times are computed when a table is printed, with the
-rates of dms_jax/planning/roofline.py. Part `scale` has large models on as many accelerators as they need; part `estimate` has the
+Each line of the file is the JSON of one `python -m train.plan ... --json`, with its arguments and provenance, and takes
+minutes to compile. To measure a line again, delete it. Memory and communication in the tables are read from the file, as
+the compilers reported them. Estimates and times are computed when a table is printed, with the rates of
+dms_jax/planning/roofline.py. Part `scale` has large models on as many accelerators as they need; part `estimate` has the
 settings to which the estimate of memory was fitted.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.benchmark_options import check_output
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
 from dms_jax.files import read_jsonl
@@ -55,9 +57,11 @@ GIB = 2**30
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, to which new ones are appended")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
-    parser.add_argument("--table", action="store_true", help="compile nothing; print the tables of what the file has")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines, to which new lines are appended")
+    parser.add_argument(
+        "--part", choices=PARTS, action="append", help="compile or print only this part; may be repeated"
+    )
+    parser.add_argument("--table", action="store_true", help="compile nothing, and print the tables of the file")
     return parser.parse_args(argv)
 
 
@@ -81,19 +85,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Lines by the arguments of their command."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--output must be a file in an existing folder, got {path}")
+    """Return the lines of the file by the arguments of their command."""
+    check_output(path)
     found = {}
     for where, line in read_jsonl(path) if path.exists() else ():
         if not isinstance(line, dict) or "arguments" not in line:
-            raise ConfigError(f"{where}: not a line of {NAME} (missing key: arguments)")
+            raise ConfigError(f"{where}: the key `arguments` is missing; use a file that {NAME} wrote")
         found[line["arguments"]] = line
     return found
 
 
 def measure(part: str, arguments: str, path: Path) -> int:
-    """Compile in a process of its own, so that the memory of one compiler is free before the next one starts."""
+    """Compile in a process of its own, so that its memory is free before the next compiler starts."""
     from dms_jax.provenance import versions
 
     start = time.perf_counter()
@@ -115,7 +118,7 @@ def measure(part: str, arguments: str, path: Path) -> int:
 
 
 def updated(line: dict[str, Any]) -> dict[str, Any]:
-    """The line with estimates and times computed anew; what the compiler reported stays."""
+    """Return the line with estimates and times computed anew, and with the compiler's figures as they are."""
     from dms_jax.commands import plan
     from dms_jax.planning.figures import as_json
     from dms_jax.planning.memory_estimate import with_compiled
@@ -146,7 +149,8 @@ COLUMNS = (
 
 
 def scale_table(plans: list[dict[str, Any]]) -> str:
-    """Markdown: memory, communication, time, utilization and cost; below it the commands and the cost of the reference."""
+    """Return a Markdown table of memory, communication, time, utilization and cost, followed by the commands and the cost
+    of the reference."""
     lines = _header(COLUMNS)
     for number, plan in enumerate(plans, 1):
         memory, hours = plan["bytes_per_device"], plan["hours_to_cr8"]
@@ -179,7 +183,7 @@ def scale_table(plans: list[dict[str, Any]]) -> str:
 
 
 def reference_text(plan: dict[str, Any]) -> str:
-    """The published cost of the same retrofit, in the same FLOPs, and how far off the prediction may be before the target is missed."""
+    """Compare with the published cost of the same retrofit, and say how slow a step may be before the target is missed."""
     hours, flops = (
         REFERENCE["device_hours"],
         plan["flops_per_step"] / (plan["batch"] * plan["length"]) * REFERENCE["tokens"],
@@ -195,7 +199,7 @@ def reference_text(plan: dict[str, Any]) -> str:
 
 
 def estimate_table(plans: list[dict[str, Any]]) -> str:
-    """Markdown: the memory that the compiler reports, and the estimate."""
+    """Return a Markdown table of the memory that the compiler reports and of the estimate."""
     lines = _header(
         ("model, hardware, mesh, attention", "mode, remat", "rows x length", "compiled, GiB", "estimated, GiB", "ratio")
     )

@@ -1,4 +1,4 @@
-"""Timing for all benchmarks, and the two ceilings of a device: the rates that a copy and a matrix product reach."""
+"""Timing for all benchmarks, and the two ceilings of a device: the rates of a copy and of a matrix product."""
 
 import math
 import statistics
@@ -18,8 +18,11 @@ class Timing(NamedTuple):
 
 
 def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
-    """Time each call `repeats` times, after a first time that compiles. The calls alternate, so that a busy machine slows all of them down.
-    A call must return its arrays, because the timing waits until they are ready."""
+    """Time each call `repeats` times, after a first call that compiles.
+
+    The calls alternate, so that a busy machine slows down all of them. A call must return its arrays, because the timing
+    waits until they are ready.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
         for name, call in calls.items():
@@ -33,13 +36,14 @@ def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 class Chain:
     """A program that applies `f` many times, each time to the results of the time before.
 
-    So the compiler cannot compute anything once for all, and all applications share one launch from the host. Inputs that change are
-    donated, the others are only read, and nothing is copied."""
+    The compiler therefore cannot share work between applications, and all of them need only one launch from the host.
+    Inputs that change are donated, the others are only read, and nothing is copied.
+    """
 
     def __init__(
         self, f: Callable[..., tuple], feed: Callable[[tuple, tuple], dict[int, Any]], inputs: tuple, times: int
     ):
-        """`feed(inputs, outputs)` returns the inputs that change, by their index."""
+        """Compile `times` applications of `f`. `feed(inputs, outputs)` returns the inputs that change, by index."""
         changing = sorted(jax.eval_shape(lambda *x: feed(x, f(*x)), *inputs))
         self.times = times
         self._carry = {index: jax.tree.map(jnp.copy, inputs[index]) for index in changing}
@@ -61,10 +65,12 @@ class Chain:
 
 
 def long_enough(make: Callable[[int], Chain], min_seconds: float, seconds: float = 0.02, max_times: int = 400) -> Chain:
-    """A chain that runs for about `seconds`, so that the time of its launch does not matter; on a CPU, a chain of one application.
+    """Make a chain that runs for about `seconds`, so that the time of its launch does not matter. On a CPU, the chain has
+    one application.
 
-    `min_seconds` is a lower bound for one application. The first guess is four times that; only if it was too high is another chain
-    compiled."""
+    `min_seconds` is a lower bound for one application. The first guess is four times that bound, and another chain is
+    compiled only if the guess was too high.
+    """
     if jax.default_backend() == "cpu":
         return make(1)
     chain = make(max(5, min(max_times, math.ceil(seconds / 4 / max(min_seconds, 1e-5)))))
@@ -80,11 +86,13 @@ class Ceilings(NamedTuple):
 
 
 def measure_ceilings(dtype: jnp.dtype, repeats: int, quick: bool) -> tuple[Ceilings, Sequence[dict]]:
-    """Measure the ceilings now. Returns them, and a record for each with its details."""
+    """Measure the ceilings. Returns them, and a record of each with its details."""
     on_cpu = jax.default_backend() == "cpu"
-    elements = (1 << 22 if on_cpu else 1 << 29) // (2 if quick else 1)  # far beyond any cache
+    elements = (1 << 22 if on_cpu else 1 << 29) // (2 if quick else 1)  # much larger than any cache
     side = (512 if on_cpu else 8192) // (2 if quick else 1)
-    x = jax.random.normal(jax.random.key(0), (elements,), jnp.float32)  # narrower types are copied more slowly
+    x = jax.random.normal(
+        jax.random.key(0), (elements,), jnp.float32
+    )  # fp32, because narrower dtypes are copied more slowly
     a, b = (jax.random.normal(jax.random.key(seed), (side, side), dtype) for seed in (1, 2))
     chains = {
         "copy": long_enough(

@@ -1,4 +1,5 @@
-"""Measure what a cache policy costs: a retrofitted model, its dense self and training-free methods at equal live tokens.
+"""Measure what a cache policy costs: compare a retrofitted model with the dense model, and with training-free methods
+that keep as many live tokens.
 
     python -m infer.evaluate --model runs/retrofit/export --text FILE
     python -m infer.evaluate --model runs/retrofit/export --text prose=A.txt --text code=B.py --policies dense,dms,tova,h2o --budgets cr2,cr4 \\

@@ -1,4 +1,4 @@
-"""Continue text with a model over a compact cache: one prompt, a file of prompts, or a chat.
+"""Generate text with a compact cache: continue one prompt or a file of prompts, or hold a chat.
 
 python -m infer.generate --model runs/retrofit/export --prompt "The capital of France is"
 python -m infer.generate --model runs/retrofit/export --prompts questions.jsonl --as-chat --batch 4 --output answers.jsonl

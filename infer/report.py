@@ -1,4 +1,4 @@
-"""Make one HTML page of everything that was measured, and its figures as PNGs.
+"""Turn files of results into one HTML page, with its figures also as PNGs.
 
 python -m infer.report runs/eval/results.jsonl --output runs/eval/report
 """

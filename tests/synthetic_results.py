@@ -54,12 +54,12 @@ def text_groups(lines: list[dict]) -> list[aggregate.TextGroup]:
     return aggregate.text_groups(map(record_of, lines))
 
 
-def answer_arms(lines: list[dict]) -> list[aggregate.AnswerArm]:
-    return aggregate.answer_arms(map(record_of, lines))
+def answer_results(lines: list[dict]) -> list[aggregate.AnswerResult]:
+    return aggregate.answer_results(map(record_of, lines))
 
 
-def kept_arms(lines: list[dict]) -> list[aggregate.KeptArm]:
-    return aggregate.kept_arms(map(record_of, lines))
+def retention_results(lines: list[dict]) -> list[aggregate.RetentionResult]:
+    return aggregate.retention_results(map(record_of, lines))
 
 
 def records(length=1024, rows=8, repeats=12, layers=12, heads=4, policies=tuple(FORGETS), seed=0) -> list[dict]:

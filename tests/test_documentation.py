@@ -206,6 +206,6 @@ def test_checks_find_planted_faults():
         assert missing_path(token, page), token
     for token in ("dms_jax/config.py", "core/eviction.relax", "dms_jax/kernels/NAME_gpu.py", "runs/mine/export"):
         assert not missing_path(token, page), token
-    assert missing_constant("dispatch.NO_SUCH") and not missing_constant("block_sizes.KERNELS")
+    assert missing_constant("dispatch.NO_SUCH") and not missing_constant("kernel_table.KERNELS")
     assert module_and_options("dms-jax retrofit --resume") == ("train.retrofit", ["--resume"])
     assert module_and_options("python -m train.NAME") is None and anchors("# A b: `c`") == {"a-b-c"}

@@ -1,13 +1,13 @@
-"""Measure what a cache policy costs: a retrofitted model, its dense self and training-free methods at equal live
-tokens.
+"""Measure what a cache policy costs: compare a retrofitted model with the dense model, and with training-free methods
+that keep as many live tokens.
 
     python -m infer.evaluate --model runs/retrofit/export --text FILE
     python -m infer.evaluate --model runs/retrofit/export --text prose=A.txt --text code=B.py --policies dense,dms,tova,h2o --budgets cr2,cr4 \\
         --tasks text,greedy,kept,needle_single --haystack A.txt --output results.jsonl
 
-A budget is a number of live pairs per KV head ("256"), a ratio of the row's length ("cr4"), or "trained": dms with its
-own threshold, the others with as many live tokens as dms kept. Every policy runs online, as in decoding. Results go to
-a .jsonl file; run the same command again to continue one that was stopped.
+A budget is a number of live pairs per KV head ("256"), a compression ratio ("cr4" keeps a quarter of the row), or
+"trained": dms uses its own threshold, and the others keep as many live tokens as dms did. Every policy runs online, as
+in decoding. Results go to a .jsonl file. To continue a run that was stopped, run the same command again.
 """
 
 import argparse
@@ -26,47 +26,55 @@ NAME = "evaluate"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     add = parser.add_argument
-    add("--model", required=True, metavar="FOLDER", help="retrofitted folder, or a plain one, alone or with --adapter")
-    add("--adapter", metavar="FILE", help="adapter of this base model")
+    add("--model", required=True, metavar="FOLDER", help="a retrofitted model, or a base model")
+    add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     add("--tasks", default="text", metavar="A,B", help="text, greedy, kept, or tasks with answers (default text)")
-    policies = "cache policies; prompt:NAME ranks once, after the prompt (default dense,dms,streaming_llm)"
+    policies = "policies; prompt:NAME ranks pairs only once, after the prompt (default dense,dms,streaming_llm)"
     add("--policies", default="", metavar="A,B", help=policies)
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
     add(
         "--output",
         metavar="FILE",
-        help="results, a .jsonl (default evaluation.jsonl in MODEL, or next to a model file)",
+        help="the .jsonl file of results (default evaluation.jsonl in the model's folder)",
     )
-    add("--batch", type=int, default=8, help="rows at a time (default 8)")
-    add("--chunk", type=int, default=16, help="tokens between two rankings of a method with a budget (default 16)")
-    add("--seed", type=int, default=0, help="of problems and sampling (default 0)")
-    add("--json", action="store_true", help="print one JSON object per line of the tables")
-    _add_text_options(parser.add_argument_group("given text"))
+    add("--batch", type=int, default=8, metavar="N", help="rows or prompts that run together (default 8)")
+    chunk = "tokens between two rankings, by methods that rank pairs (default 16)"
+    add("--chunk", type=int, default=16, metavar="N", help=chunk)
+    add("--seed", type=int, default=0, metavar="N", help="seed of generated problems and of sampling (default 0)")
+    add("--json", action="store_true", help="print each line of the tables as a JSON object")
+    _add_text_options(parser.add_argument_group("tasks on given text"))
     _add_answer_options(parser.add_argument_group("tasks with answers"))
     return parser.parse_args(argv)
 
 
 def _add_text_options(group) -> None:
     add = group.add_argument
-    add("--text", action="append", default=[], metavar="[NAME=]FILE", help="UTF-8 text of one domain; repeat for more")
-    add("--length", type=int, default=1024, help="tokens per row, a multiple of --chunk (default 1024)")
-    add("--rows", type=int, default=16, help="rows of each text (default 16)")
-    add("--calibration-rows", type=int, default=2, help="further rows, to calibrate thresholds on (default 2)")
-    add("--greedy-tokens", type=int, default=64, help="tokens by which task greedy continues each row (default 64)")
+    add("--text", action="append", default=[], metavar="[NAME=]FILE", help="UTF-8 text of one domain; may be repeated")
+    add("--length", type=int, default=1024, metavar="N", help="tokens per row, a multiple of --chunk (default 1024)")
+    add("--rows", type=int, default=16, metavar="N", help="rows to measure in each text (default 16)")
+    calibration = "rows after those, on which thresholds are calibrated (default 2)"
+    add("--calibration-rows", type=int, default=2, metavar="N", help=calibration)
+    greedy = "tokens that the task greedy generates for each row (default 64)"
+    add("--greedy-tokens", type=int, default=64, metavar="N", help=greedy)
 
 
 def _add_answer_options(group) -> None:
     add = group.add_argument
-    add("--count", type=int, default=20, help="problems, or repetitions of each cell of a grid (default 20)")
-    add("--lengths", default="1024", metavar="N,M", help="tokens of generated prompts (default 1024)")
-    add("--depths", default="0,0.25,0.5,0.75,1", metavar="X,Y", help="positions of needles; 0 is the start, 1 the end")
-    add("--haystack", metavar="FILE", help="text to hide needles in")
-    add("--data", action="append", default=[], metavar="TASK=FILE", help="problems of a task: a .jsonl or hf:NAME")
-    add("--max-new-tokens", type=int, default=0, help="tokens per answer (default 0, the task's own)")
-    add("--chains", type=int, default=1, help="answers to each problem, for majority vote and pass@k (default 1)")
-    add("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy (default 0)")
-    add("--top-p", type=float, default=1.0, help="of sampling; 1 is off (default 1)")
-    add("--run-code", action="store_true", help="run generated programs, in a limited subprocess")
+    count = "problems; for generated prompts, problems of each length and depth (default 20)"
+    add("--count", type=int, default=20, metavar="N", help=count)
+    add("--lengths", default="1024", metavar="N,M", help="lengths of generated prompts, in tokens (default 1024)")
+    depths = "depths of needles, from 0 (start) to 1 (end) (default %(default)s)"
+    add("--depths", default="0,0.25,0.5,0.75,1", metavar="X,Y", help=depths)
+    add("--haystack", metavar="FILE", help="the text in which needles are hidden")
+    data = "the problems of a task, a .jsonl file or hf:NAME; may be repeated"
+    add("--data", action="append", default=[], metavar="TASK=FILE", help=data)
+    limit = "maximum tokens of an answer; 0 is the task's own limit (default 0)"
+    add("--max-new-tokens", type=int, default=0, metavar="N", help=limit)
+    chains = "answers to each problem, for majority vote and pass@k (default 1)"
+    add("--chains", type=int, default=1, metavar="N", help=chains)
+    add("--temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0 is greedy (default 0)")
+    add("--top-p", type=float, default=1.0, metavar="X", help="probability mass to sample from; 1 is all (default 1)")
+    add("--run-code", action="store_true", help="allow generated programs to run, in a subprocess with limits")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,15 +88,15 @@ def main(argv: list[str] | None = None) -> None:
     evaluation = prepare(options)
     measure(evaluation)
     path = evaluation.file.path
-    lines = summary(evaluation.file.records)  # of everything in the file, whichever run measured it
+    lines = summary(evaluation.file.records)  # includes what earlier runs measured into the same file
     if parsed.json:
         for line in lines:
             print(json.dumps(line))
         return
     print(table(lines))
     print(
-        f"\nOnline: methods that rank pairs do so after every {options.chunk} tokens of a text or prompt and after each "
-        "generated one; prompt:NAME ranks once, after the prompt."
+        f"\nMethods that rank pairs do so after every {options.chunk} tokens of a text or prompt and after each "
+        "generated token; prompt:NAME ranks only once, after the prompt."
     )
     print(f"All measurements are in {path}. Next:\n  {typed_as('report')} {path} --output {path.parent / 'report'}")
 
@@ -104,16 +112,18 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         )
     if "greedy" in tasks and parsed.greedy_tokens >= parsed.length:
         raise ConfigError(
-            f"--greedy-tokens must be less than --length {parsed.length}, got {parsed.greedy_tokens}; use fewer"
+            f"--greedy-tokens must be less than --length {parsed.length}, got {parsed.greedy_tokens}; "
+            f"use --greedy-tokens {parsed.length // 2}"
         )
     check_samples(parsed.chains, parsed.temperature)
     if unknown := [name for name in data if name not in tasks or name in RECORDS]:
         raise ConfigError(
-            f"--data: {unknown[0]!r} is not a task with answers among --tasks {','.join(tasks)}; write --data TASK=FILE"
+            f"--data: {unknown[0]!r} is not one of the tasks with answers in --tasks {','.join(tasks)}; "
+            "write --data TASK=FILE"
         )
     texts = {name: read_text(path) for name, path in named(parsed.text, "--text").items()}
     if (on_text := [task for task in tasks if task in RECORDS]) and not texts:
-        raise ConfigError(f"task {on_text[0]} needs --text [NAME=]FILE")
+        raise ConfigError(f"--text is missing, which --tasks {on_text[0]} needs; give --text [NAME=]FILE")
     return options_of(
         EvaluationOptions,
         parsed,

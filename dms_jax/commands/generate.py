@@ -1,12 +1,12 @@
-"""Continue text with a model over a compact cache: one prompt, a file of prompts, or a chat.
+"""Generate text with a compact cache: continue one prompt or a file of prompts, or hold a chat.
 
     python -m infer.generate --model runs/retrofit/export --prompt "The capital of France is"
     python -m infer.generate --model runs/retrofit/export --prompts questions.jsonl --as-chat --batch 4 --output answers.jsonl
     python -m infer.generate --model runs/retrofit/export --chat --temperature 0.7 --top-p 0.9
 
---prompts: a .txt file has one prompt on each line, a .jsonl file one object with "prompt" (text) or "messages" (a chat).
---chat: Ctrl-C stops an answer, /reset starts a new conversation, /stats shows the costs so far, Ctrl-D ends.
-Text goes to stdout. A table of speed, compression and memory follows on stderr.
+For --prompts, each line of a .txt file is a prompt, and each line of a .jsonl file is an object with "prompt" (text) or
+"messages" (a chat). In a --chat, Ctrl-C stops an answer, /reset starts a new conversation, /stats shows the costs so
+far, and Ctrl-D ends. Text goes to stdout; a table of speed, compression and memory follows on stderr.
 """
 
 import argparse
@@ -36,38 +36,44 @@ SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetit
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
-    parser.add_argument("--adapter", metavar="FILE", help="an adapter of this base model")
+    parser.add_argument("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
-        help="dtype of weights and cache; default: float32 on a CPU, else bfloat16",
+        help="dtype of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",
     )
     parser.add_argument(
         "--implementation",
         choices=get_args(ImplementationName),
         default="auto",
-        help="implementation of attention; auto: the fastest measured on the device",
+        help="implementation of attention; auto is the fastest that was measured on this kind of device (default auto)",
     )
     parser.add_argument(
-        "--json", action="store_true", help="--prompt: print one JSON object; otherwise: print the final table as JSON"
+        "--json",
+        action="store_true",
+        help="with --prompt, print one JSON object; with --prompts or --chat, print the final table as JSON",
     )
-    _add_inputs(parser.add_argument_group("what to continue (one of the first three)"))
+    _add_inputs(parser.add_argument_group("input (give exactly one of the first three)"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_cache(parser.add_argument_group("cache"))
     return parser.parse_args(argv)
 
 
 def _add_inputs(group) -> None:
-    group.add_argument("--prompt", metavar="TEXT", help="one prompt; its continuation is printed as it is generated")
-    group.add_argument("--prompts", metavar="FILE", help="many prompts, .txt or .jsonl; the results are JSON lines")
-    group.add_argument("--chat", action="store_true", help="hold a conversation with the lines of stdin, in one cache")
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt, whose continuation is printed as it is generated")
+    group.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl file of prompts; the results are JSON lines")
+    group.add_argument("--chat", action="store_true", help="hold a conversation with stdin, in one cache")
     group.add_argument(
-        "--as-chat", action="store_true", help="put each plain prompt into the chat template, as a user message"
+        "--as-chat", action="store_true", help="put each plain prompt into the chat template as a user message"
     )
     group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
-    group.add_argument("--batch", type=int, default=1, metavar="N", help="prompts of a file at a time (default 1)")
-    group.add_argument("--output", metavar="FILE", help="write the results of --prompts there instead of to stdout")
-    group.add_argument("--overwrite", action="store_true", help="replace the files of --output and --save-cache")
+    group.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="prompts of a file that run together (default 1)"
+    )
+    group.add_argument("--output", metavar="FILE", help="write the results of --prompts to this file instead of stdout")
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace the files of --output and --save-cache if they exist"
+    )
 
 
 def _add_sampling(group) -> None:
@@ -80,40 +86,38 @@ def _add_sampling(group) -> None:
         metavar="N",
         help="prompt i of a file, or turn i of a chat, draws with seed + i (default 0)",
     )
-    group.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be given several times"
-    )
-    group.add_argument("--ignore-eos", action="store_true", help="continue after the model's end-of-text token")
+    group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text; may be repeated")
+    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-text token")
 
 
 def _add_cache(group) -> None:
     group.add_argument(
         "--capacity",
         metavar="N[,N...]",
-        help="slots per row and KV head, one number or one per layer; default: enough for all tokens",
+        help="slots per row and KV head, one number or one per layer (default: enough for all tokens)",
     )
     group.add_argument(
         "--overflow",
         choices=OVERFLOWS,
-        help="what to do when a head needs more slots; default: evict, or raise for a dense cache; in a chat and with "
-        "--save-cache grow, unless --capacity is given",
+        help="when a head needs more slots: evict a pair by force, raise an error, or grow the cache (default: grow in "
+        "a chat and with --save-cache, unless --capacity is given; else raise for a dense cache, evict for any other)",
     )
-    group.add_argument("--dense", action="store_true", help="ignore the policy and keep everything")
+    group.add_argument("--dense", action="store_true", help="ignore the policy and keep every pair")
     group.add_argument(
         "--threshold",
         type=float,
         metavar="X",
-        help="a token evicts iff its logit exceeds this (default 0); a lower one evicts more",
+        help="a pair is evicted if its evict logit exceeds this; a lower threshold evicts more (default 0)",
     )
     _add_setting(group, "chunk_size")
-    group.add_argument("--save-cache", metavar="FILE", help="write the cache at the end (with --prompt and --chat)")
+    group.add_argument("--save-cache", metavar="FILE", help="save the cache at the end of --prompt or --chat")
     group.add_argument(
-        "--load-cache", metavar="FILE", help="continue from a saved cache; each prompt of a file gets a copy"
+        "--load-cache", metavar="FILE", help="continue from a saved cache, of which each prompt of a file gets a copy"
     )
 
 
 def _add_setting(group, name: str) -> None:
-    """Add the option of a field of GenerationConfig with the field's type, default, range and meaning."""
+    """Add an option for a field of GenerationConfig, with the type, default, range and meaning of that field."""
     kind = typing.get_type_hints(GenerationConfig, include_extras=True)[name]
     default = getattr(GenerationConfig, name)
     number = int if isinstance(default, int) or default is None else float
@@ -134,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             check_text(Prompt(text or "", f"--{name}"))
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows "?"
+            stream.reconfigure(errors="replace")  # show "?" for what the terminal cannot show
     start_devices(1)
     with _out_of_memory_advice():
         from dms_jax.engine.chat import chat
@@ -155,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _out_of_memory_advice() -> Iterator[None]:
-    """Turn running out of memory, on the host or on the device, into one line that says which options need less."""
+    """Report running out of memory, on the host or on the device, as one line that says which options need less."""
     import jax
 
     try:
@@ -169,7 +173,7 @@ def _out_of_memory_advice() -> Iterator[None]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse what can be refused before anything is read or imported."""
+    """Check the options, as far as that needs no file and no import."""
     if not options.model:
         raise ConfigError(
             "--model is missing; give a Hugging Face folder, a hub id or a .gguf file, e.g. --model runs/retrofit/export"
@@ -177,9 +181,9 @@ def check(options: argparse.Namespace) -> None:
     if (options.prompt is not None) + (options.prompts is not None) + options.chat != 1:
         raise ConfigError("exactly one of --prompt TEXT, --prompts FILE and --chat must be given")
     if options.prompt == "":
-        raise ConfigError("--prompt is empty; give at least one token")
+        raise ConfigError("--prompt is empty; give a text")
     if options.batch < 1:
-        raise ConfigError(f"--batch must be a whole number >= 1, got {options.batch}")
+        raise ConfigError(f"--batch must be at least 1, got {options.batch}; use --batch 1")
     mode = "prompt" if options.prompt is not None else "prompts" if options.prompts else "chat"
     unused = {
         "output": mode != "prompts",
@@ -213,7 +217,7 @@ def _option(name: str) -> str:
 
 
 def one(session: "Session", prompt: "Prompt") -> None:
-    """Continue one prompt, printed as it is generated, or as one JSON object."""
+    """Continue one prompt. Prints the text as it is generated, or one JSON object at the end."""
     options, stream = session.options, session.stream()
     ids = session.encoder()(prompt)
     config = session.config_for([len(ids)], more_to_come=bool(options.save_cache))
@@ -232,12 +236,12 @@ def one(session: "Session", prompt: "Prompt") -> None:
 
 
 def many(session: "Session", prompts: "list[Prompt]") -> None:
-    """Continue a file of prompts, batch by batch; each batch is written when it is done."""
+    """Continue a file of prompts, batch by batch. Each batch is written as soon as it is done."""
     from tqdm import tqdm
 
     rows = list(map(session.encoder(), prompts))
     session.check_lengths(rows, [prompt.where for prompt in prompts])
-    config = session.config_for(list(map(len, rows)))  # one capacity for all batches: another one would compile anew
+    config = session.config_for(list(map(len, rows)))  # one capacity for all batches, since each capacity is compiled
     size = min(session.options.batch, len(prompts))
     with (
         _results_file(session.options.output) as file,
@@ -245,7 +249,7 @@ def many(session: "Session", prompts: "list[Prompt]") -> None:
     ):
         for start in range(0, len(prompts), size):
             batch = rows[start : start + size]
-            # The last batch is filled up with its last prompt: another number of rows would compile anew.
+            # The last batch is filled up with copies of its last prompt, since each number of rows is compiled.
             padded = batch + [batch[-1]] * (size - len(batch))
             result = session.generate(padded, config, session.start_from_loaded(size), first=start)
             for row, ids in enumerate(batch):
@@ -258,7 +262,7 @@ def many(session: "Session", prompts: "list[Prompt]") -> None:
 
 @contextlib.contextmanager
 def _results_file(path: str | None) -> Iterator[TextIO]:
-    """Open the file of --output, or give stdout; an error in writing to it names it."""
+    """Open the file of --output, or give stdout. An error while writing becomes a ConfigError that names it."""
     try:
         if path is None:
             yield sys.stdout
@@ -267,6 +271,6 @@ def _results_file(path: str | None) -> Iterator[TextIO]:
             with open(path, "w", encoding="utf-8") as file:
                 yield file
     except BrokenPipeError:
-        raise  # nobody reads on, which is not an error; `run_command` ends quietly
+        raise  # the reader has closed the pipe, which is not an error; `run_command` ends quietly
     except OSError as why:
         raise ConfigError(f"cannot write {path or 'stdout'}: {why.strerror or why}") from why

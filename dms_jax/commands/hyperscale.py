@@ -1,12 +1,12 @@
-"""Hyper-scaling: what more or longer answers gain when a compressed cache makes them cheap (arXiv:2506.05345).
+"""Hyper-scaling: measure what more or longer answers gain once a compressed cache makes them cheap (arXiv:2506.05345).
 
     python -m infer.hyperscale --model runs/retrofit/export --task gsm8k --configs 1-256-1,1-256-4,4-256-4 --output scaling.jsonl
     python -m infer.hyperscale --results scaling.jsonl            # the tables again, without a model
 
-A configuration W-L-CR samples W answers of at most L tokens with a cache that keeps 1/CR of prompt and answer; CR 1 is
-the dense model. A vote elects the answer (for code, any sample that passes). Each configuration is a point of accuracy
-over each of three costs per problem: KV reads, peak live tokens and seconds. dms_jax/evaluation/frontier.py states how
-frontiers are compared.
+A configuration W-L-CR samples W answers of at most L tokens to each problem, with a cache that keeps 1/CR of prompt
+and answer; CR 1 is the dense model. A majority vote elects the answer; for code, one sample that passes is enough.
+Each configuration gives a point of accuracy over each of three costs per problem: KV reads, peak live tokens and
+seconds. dms_jax/evaluation/frontier.py defines how the Pareto frontiers of these points are compared.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dms_jax.commands.option_values import check_option_ranges, check_samples, n
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import HyperscaleOptions
 from dms_jax.evaluation.results import read_results
-from dms_jax.evaluation.scaling import analyse, parse_configurations, table
+from dms_jax.evaluation.scaling import analyze, parse_configurations, table
 from dms_jax.files import read_text
 
 NAME = "hyperscale"
@@ -26,23 +26,26 @@ NAME = "hyperscale"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     add = parser.add_argument
-    add("--results", metavar="FILE", help="print the tables of an earlier --output; needs no model")
-    add("--model", metavar="FOLDER", help="retrofitted folder, or a plain one with --adapter")
-    add("--adapter", metavar="FILE", help="adapter of this base model")
+    add("--results", metavar="FILE", help="print the tables of an earlier --output, without a model")
+    add("--model", metavar="FOLDER", help="a retrofitted model, or a base model")
+    add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     add("--task", default="gsm8k", help="a task with answers, e.g. gsm8k, math500, code (default gsm8k)")
-    add("--configs", default="1-256-1,1-256-4,4-256-4", metavar="W-L-CR,...", help="SAMPLES-TOKENS-CR, see above")
-    add("--policies", default="dms", metavar="A,B", help="used at every CR above 1 (default dms)")
-    add("--output", metavar="FILE", default="hyperscale.jsonl", help="results; a stopped run continues from them")
-    add("--count", type=int, default=20, help="problems (default 20)")
-    add("--data", default="", metavar="FILE", help="problems of the task: a .jsonl or hf:NAME")
-    add("--lengths", default="1024", metavar="N,M", help="tokens of generated prompts (default 1024)")
-    add("--haystack", metavar="FILE", help="text to hide needles in")
-    add("--temperature", type=float, default=0.7, help="of sampling (default 0.7)")
-    add("--top-p", type=float, default=0.95, help="of sampling; 1 is off (default 0.95)")
-    add("--run-code", action="store_true", help="run generated programs, in a limited subprocess")
-    add("--batch", type=int, default=8, help="answers at a time (default 8)")
-    add("--chunk", type=int, default=16, help="tokens between two rankings of a method with a budget (default 16)")
-    add("--seed", type=int, default=0, help="of problems and sampling (default 0)")
+    configs = "configurations to compare (default %(default)s)"
+    add("--configs", default="1-256-1,1-256-4,4-256-4", metavar="W-L-CR,...", help=configs)
+    add("--policies", default="dms", metavar="A,B", help="policies to run at each CR above 1 (default dms)")
+    output = "the .jsonl file of results, which the same command continues (default %(default)s)"
+    add("--output", metavar="FILE", default="hyperscale.jsonl", help=output)
+    add("--count", type=int, default=20, metavar="N", help="number of problems (default 20)")
+    add("--data", default="", metavar="FILE", help="the problems of the task, a .jsonl file or hf:NAME")
+    add("--lengths", default="1024", metavar="N,M", help="lengths of generated prompts, in tokens (default 1024)")
+    add("--haystack", metavar="FILE", help="the text in which needles are hidden")
+    add("--temperature", type=float, default=0.7, metavar="X", help="sampling temperature (default 0.7)")
+    add("--top-p", type=float, default=0.95, metavar="X", help="probability mass to sample from (default 0.95)")
+    add("--run-code", action="store_true", help="allow generated programs to run, in a subprocess with limits")
+    add("--batch", type=int, default=8, metavar="N", help="answers that run together (default 8)")
+    chunk = "tokens between two rankings, by methods that rank pairs (default 16)"
+    add("--chunk", type=int, default=16, metavar="N", help=chunk)
+    add("--seed", type=int, default=0, metavar="N", help="seed of generated problems and of sampling (default 0)")
     add("--json", action="store_true", help="print JSON lines instead of the tables")
     return parser.parse_args(argv)
 
@@ -50,7 +53,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     parsed = parse(argv)
     if bool(parsed.results) == bool(parsed.model):
-        raise ConfigError("give either --model, to measure, or --results, to print the tables of earlier results")
+        raise ConfigError(
+            "exactly one of --model, to measure, and --results, to print the tables of earlier results, must be given"
+        )
     if parsed.model:
         options = _options(parsed)
         start_devices(1)
@@ -58,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         from dms_jax.evaluation.scaling_run import measure
 
         measure(options)
-    lines = analyse(read_results(parsed.results or parsed.output))
+    lines = analyze(read_results(parsed.results or parsed.output))
     if parsed.json:
         for line in lines:
             print(json.dumps(line))
@@ -77,7 +82,9 @@ def _options(parsed: argparse.Namespace) -> HyperscaleOptions:
     samples = max(configuration.samples for configuration in configurations)
     check_samples(samples, parsed.temperature)
     if parsed.batch < samples:
-        raise ConfigError(f"--batch must be at least the {samples} samples of one problem, got {parsed.batch}")
+        raise ConfigError(
+            f"--batch must be at least the {samples} samples of one problem, got {parsed.batch}; use --batch {samples}"
+        )
     return options_of(
         HyperscaleOptions,
         parsed,

@@ -1,4 +1,4 @@
-"""Values of options that several commands share. Imports no JAX."""
+"""Parse and check the values of options that several commands share. Imports no JAX."""
 
 import argparse
 import dataclasses
@@ -11,14 +11,14 @@ from dms_jax.errors import ConfigError, shown
 
 
 def named(values: list[str], option: str) -> dict[str, str]:
-    """Parse each NAME=FILE, or FILE, whose stem is then its name."""
+    """Parse values of the form NAME=FILE into name -> file. For FILE alone, the name is its stem."""
     found = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not equals:
             name, path = Path(value).stem, value
         if not name or not path:
-            raise ConfigError(f"{option} must be NAME=FILE, got {value!r}")
+            raise ConfigError(f"{option} must be NAME=FILE or FILE, got {value!r}")
         if name in found:
             raise ConfigError(f"{option}: duplicate name {name!r}; write {option} OTHER_NAME={path}")
         found[name] = path
@@ -34,7 +34,7 @@ def numbers(text: str, kind: type, option: str) -> tuple:
 
 
 def check_option_ranges(kind: type, options: argparse.Namespace) -> None:
-    """Hold parsed options to the ranges of the fields of `kind` that have their names."""
+    """Check parsed options against the ranges of the fields of the dataclass `kind`, matched by name."""
     for name, annotation in typing.get_type_hints(kind, include_extras=True).items():
         allowed, value = range_of(annotation), getattr(options, name, None)
         if allowed is not None and value is not None and value not in allowed:
@@ -42,15 +42,15 @@ def check_option_ranges(kind: type, options: argparse.Namespace) -> None:
 
 
 def options_of(kind: type, options: argparse.Namespace, **parsed: Any) -> Any:
-    """The frozen options of type `kind` from parsed ones; `parsed` are those that are not what was typed."""
+    """Make a `kind` of the parsed options that it has fields for; `parsed` replaces those that needed parsing."""
     given = {field.name for field in dataclasses.fields(kind)} & vars(options).keys()
     return kind(**{name: getattr(options, name) for name in given - parsed.keys()}, **parsed)
 
 
 def check_samples(samples: int, temperature: float) -> None:
-    """Refuse several samples per problem that would all be the same."""
+    """Refuse several greedy samples per problem, since they would all be equal."""
     if samples > 1 and temperature == 0:
         raise ConfigError(
-            f"{samples} samples per problem at --temperature 0 are {samples} times the same answer; "
+            f"--temperature must be above 0 for {samples} samples per problem, which would all be equal; "
             "use e.g. --temperature 0.7"
         )

@@ -1,4 +1,4 @@
-"""Make one HTML page of everything that was measured, and its figures as PNGs.
+"""Turn files of results into one HTML page, with its figures also as PNGs.
 
     python -m infer.report runs/eval/results.jsonl --output runs/eval/report
 
@@ -18,12 +18,14 @@ NAME = "report"
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     parser.add_argument(
-        "results", nargs="+", metavar="RESULTS.jsonl", help="files that infer.evaluate wrote; several make one report"
+        "results", nargs="+", metavar="RESULTS.jsonl", help="files that `evaluate` wrote; several make one report"
     )
     parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="folder for report.html and the PNGs; created if missing"
+        "--output", required=True, metavar="FOLDER", help="the folder to write; it is created if missing"
     )
-    parser.add_argument("--title", default="What DMS forgets, and what it costs", help="title of the page")
+    parser.add_argument(
+        "--title", default="What DMS forgets, and what it costs", help="title of the page (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -33,12 +35,12 @@ def main(argv: list[str] | None = None) -> int:
 
     files = build(options.results, options.title)
     write_files(Path(options.output), files)
-    print(f"{Path(options.output) / 'report.html'} and {len(files) - 1} PNGs")
+    print(f"wrote {Path(options.output) / 'report.html'} and {len(files) - 1} PNGs")
     return 0
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write each file in one step: a reader of the folder never sees half a file."""
+    """Write each file atomically, so that a reader of the folder never sees half a file."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():

@@ -1,7 +1,7 @@
-"""Aggregates of the records of results files, for tables and reports: methods compared on text and on answers, and what
-DMS keeps.
+"""Aggregate the records of results files for tables and reports: methods compared on text and on answers, and the pairs
+that DMS keeps.
 
-An *arm* is one method (a policy at a budget) with everything that was measured of it on one text or task. Imports no
+A *result* is one method (a policy at a budget) with everything that was measured for it on one text or task. Imports no
 JAX.
 """
 
@@ -27,7 +27,7 @@ from dms_jax.evaluation.results import read_results
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean, percentiles, wilson
 from dms_jax.tasks.votes import majority_vote, pass_at_k
 
-NUM_STRETCHES = 4  # of a row, shown apart: an early eviction is missed late
+NUM_STRETCHES = 4  # parts of a row with numbers of their own, because an early eviction costs late in the row
 PASS_AT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     records: list[Record]
 
     def kind(self, kind: str) -> list[Any]:
-        """The records of a task on given text, or all that have a score: "answers"."""
+        """Return the records of a task on given text; for "answers", those of all tasks with answers."""
         return [record for record in self.records if kind_of(record) == kind]
 
 
@@ -50,7 +50,7 @@ class Stretch(NamedTuple):
     perplexity: float
 
 
-class TextArm(NamedTuple):
+class TextResult(NamedTuple):
     """One method on the rows of one domain. KL is KL(dense || method) in nats per predicted token."""
 
     name: str
@@ -74,23 +74,23 @@ class TextArm(NamedTuple):
 
 
 class TextGroup(NamedTuple):
-    """Arms that may be compared: one domain, one length, one budget in live tokens (None: no arm has a budget)."""
+    """Results that can be compared, on one domain and length and at one budget in live tokens (None: without budgets)."""
 
     domain: str
     length: int
     budget: int | None
-    arms: tuple[TextArm, ...]  # by mean KL
+    results: tuple[TextResult, ...]  # by mean KL
 
 
 class Samples(NamedTuple):
     """Several sampled answers to each problem."""
 
-    count: int  # per problem, the fewest of any
+    count: int  # samples of the problem that has the fewest
     vote: Interval  # accuracy of the majority's answer
     pass_at: dict[int, float]  # k -> probability that at least one of k samples is right
 
 
-class AnswerArm(NamedTuple):
+class AnswerResult(NamedTuple):
     """One method on the problems of one task."""
 
     task: str
@@ -106,8 +106,8 @@ class AnswerArm(NamedTuple):
     samples: Samples | None  # None: one sample per problem
 
 
-class GreedyArm(NamedTuple):
-    """One method's free-running continuations of the rows of one domain."""
+class GreedyResult(NamedTuple):
+    """One method's greedy continuations of the rows of one domain."""
 
     domain: str
     name: str
@@ -119,9 +119,9 @@ class GreedyArm(NamedTuple):
     realised_cr: float
 
 
-class KeptArm(NamedTuple):
-    """One learned method's remaining pairs of the rows of one domain; `pieces` and `kept` show the first row token by
-    token."""
+class RetentionResult(NamedTuple):
+    """The pairs of the rows of one domain that remain under one learned method. `pieces` and `kept` show the first row
+    token by token."""
 
     domain: str
     name: str
@@ -143,8 +143,8 @@ def kind_of(record: Record) -> str:
 
 
 def read_measured(paths: Sequence[str]) -> Measured:
-    """All measurements of several files. Raises ConfigError for a record that is damaged or that another file
-    contradicts."""
+    """Read the measurements of several files. Raises ConfigError for a record that is damaged or that contradicts
+    another file."""
     headers: dict[str, dict[str, Any]] = {}
     seen: dict[Any, Record] = {}
     for path in dict.fromkeys(paths):
@@ -162,8 +162,7 @@ def read_measured(paths: Sequence[str]) -> Measured:
 
 
 def clean(value: Any) -> Any:
-    """Make all strings of a JSON value ones that UTF-8 can encode: half a surrogate pair becomes the replacement
-    character."""
+    """Make all strings of a JSON value encodable in UTF-8: half a surrogate pair becomes the replacement character."""
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, dict):
@@ -172,38 +171,41 @@ def clean(value: Any) -> Any:
 
 
 def text_groups(records: Iterable[TextRecord]) -> list[TextGroup]:
-    """Groups by domain, length and budget; dense is in each, an arm without a budget in that of the nearest number of
-    live tokens."""
+    """Group results by domain, length and budget. Dense is in every group. A result without a budget joins the group
+    whose budget is nearest to its live tokens."""
     groups = []
-    for (domain, length), rows in _grouped(records, lambda r: (r.domain, r.length)).items():
+    for (domain, length), rows in grouped(records, lambda r: (r.domain, r.length)).items():
         dense = {r.unit: r for r in rows if r.policy == "dense"}
-        by_method = _grouped(rows, lambda r: (r.method, _budget_tokens(r.budget, r.length)))
-        arms = {name: (budget, _text_arm(found, dense)) for (name, budget), found in by_method.items()}
-        budgets = _merged({budget for budget, _ in arms.values() if budget})
+        by_method = grouped(rows, lambda r: (r.method, _budget_tokens(r.budget, r.length)))
+        results = {name: (budget, _text_result(found, dense)) for (name, budget), found in by_method.items()}
+        budgets = _merged({budget for budget, _ in results.values() if budget})
         members = defaultdict(list)
-        for budget, arm in arms.values():
-            if arm.policy == "dense":
+        for budget, result in results.values():
+            if result.policy == "dense":
                 continue
-            members[budgets[budget] if budget else _nearest(set(budgets.values()), arm.live_tokens)].append(arm)
+            members[budgets[budget] if budget else _nearest(set(budgets.values()), result.live_tokens)].append(result)
         for budget in sorted(members, key=lambda b: b or 0, reverse=True) or [None]:
-            compared = members[budget] + [arm for _, arm in arms.values() if arm.policy == "dense"]
-            groups.append(TextGroup(domain, length, budget, tuple(sorted(compared, key=lambda arm: arm.kl.value))))
+            compared = members[budget] + [result for _, result in results.values() if result.policy == "dense"]
+            groups.append(
+                TextGroup(domain, length, budget, tuple(sorted(compared, key=lambda result: result.kl.value)))
+            )
     return groups
 
 
-def answer_arms(records: Iterable[ScoredRecord]) -> list[AnswerArm]:
-    """Arms by task, in the order of the file, the most accurate first."""
-    arms = [
-        _answer_arm(task, name, rows) for (task, name), rows in _grouped(records, lambda r: (r.task, r.method)).items()
+def answer_results(records: Iterable[ScoredRecord]) -> list[AnswerResult]:
+    """Measurements by task, in the order of the file, the most accurate first."""
+    results = [
+        _answer_result(task, name, rows)
+        for (task, name), rows in grouped(records, lambda r: (r.task, r.method)).items()
     ]
-    tasks = list(dict.fromkeys(arm.task for arm in arms))
-    return sorted(arms, key=lambda arm: (tasks.index(arm.task), -arm.accuracy.value, arm.live_tokens))
+    tasks = list(dict.fromkeys(result.task for result in results))
+    return sorted(results, key=lambda result: (tasks.index(result.task), -result.accuracy.value, result.live_tokens))
 
 
-def greedy_arms(records: Iterable[GreedyRecord]) -> list[GreedyArm]:
-    """Arms by domain, the one that agrees most with dense first."""
-    arms = [
-        GreedyArm(
+def greedy_results(records: Iterable[GreedyRecord]) -> list[GreedyResult]:
+    """Measurements by domain, the one that agrees most with dense first."""
+    results = [
+        GreedyResult(
             domain=domain,
             name=name,
             policy=rows[0].policy,
@@ -213,15 +215,15 @@ def greedy_arms(records: Iterable[GreedyRecord]) -> list[GreedyArm]:
             live_tokens=_mean(r.live_tokens for r in rows),
             realised_cr=_mean(r.realised_cr for r in rows),
         )
-        for (domain, name), rows in _grouped(records, lambda r: (r.domain, r.method)).items()
+        for (domain, name), rows in grouped(records, lambda r: (r.domain, r.method)).items()
     ]
-    return sorted(arms, key=lambda arm: (arm.domain, -arm.match.value))
+    return sorted(results, key=lambda result: (result.domain, -result.match.value))
 
 
-def kept_arms(records: Iterable[KeptRecord]) -> list[KeptArm]:
-    found = _grouped(records, lambda r: (r.domain, r.method, r.length, np.shape(r.live_per_head)))
+def retention_results(records: Iterable[KeptRecord]) -> list[RetentionResult]:
+    found = grouped(records, lambda r: (r.domain, r.method, r.length, np.shape(r.live_per_head)))
     return [
-        KeptArm(
+        RetentionResult(
             domain=domain,
             name=name,
             length=length,
@@ -236,7 +238,7 @@ def kept_arms(records: Iterable[KeptRecord]) -> list[KeptArm]:
     ]
 
 
-def _text_arm(rows: list[TextRecord], dense: dict[str, TextRecord]) -> TextArm:
+def _text_result(rows: list[TextRecord], dense: dict[str, TextRecord]) -> TextResult:
     kl = {r.unit: np.asarray(r.kl, float) for r in rows}
     tokens = [len(row) for row in kl.values()]
     p95, p99, largest = percentiles(np.concatenate(list(kl.values())), (95, 99, 100))
@@ -245,7 +247,7 @@ def _text_arm(rows: list[TextRecord], dense: dict[str, TextRecord]) -> TextArm:
     if common:
         change = math.expm1(min(_mean_nll(common) - _mean_nll([dense[r.unit] for r in common]), 700))
     live = _mean(r.live_tokens for r in rows)
-    return TextArm(
+    return TextResult(
         name=rows[0].method,
         policy=rows[0].policy,
         live_tokens=live,
@@ -264,7 +266,7 @@ def _text_arm(rows: list[TextRecord], dense: dict[str, TextRecord]) -> TextArm:
 
 
 def _stretches(rows: list[TextRecord]) -> tuple[Stretch, ...]:
-    """KL and perplexity of each quarter of the rows."""
+    """Return KL and perplexity in each quarter of the rows."""
     if len({len(r.kl) for r in rows}) > 1:
         return ()
     kl, nll = np.array([r.kl for r in rows], float), np.array([r.nll for r in rows], float)
@@ -282,10 +284,10 @@ def _stretches(rows: list[TextRecord]) -> tuple[Stretch, ...]:
     )
 
 
-def _answer_arm(task: str, name: str, rows: list[ScoredRecord]) -> AnswerArm:
+def _answer_result(task: str, name: str, rows: list[ScoredRecord]) -> AnswerResult:
     logprobs = [r.answer_logprob for r in rows if isinstance(r, AnswerRecord) and r.answer_logprob is not None]
-    cells = _grouped([r for r in rows if _has_cell(r)], lambda r: (float(r.groups["length"]), float(r.groups["depth"])))
-    return AnswerArm(
+    cells = grouped([r for r in rows if _has_cell(r)], lambda r: (float(r.groups["length"]), float(r.groups["depth"])))
+    return AnswerResult(
         task=task,
         name=name,
         policy=rows[0].policy,
@@ -301,7 +303,7 @@ def _answer_arm(task: str, name: str, rows: list[ScoredRecord]) -> AnswerArm:
 
 
 def _samples(rows: list[AnswerRecord]) -> Samples | None:
-    problems = list(_grouped(rows, lambda r: r.problem_id).values())
+    problems = list(grouped(rows, lambda r: r.problem_id).values())
     count = min(map(len, problems), default=1)
     if count == 1:
         return None
@@ -315,7 +317,7 @@ def _samples(rows: list[AnswerRecord]) -> Samples | None:
 
 
 def _budget_tokens(budget: str, length: float) -> int | None:
-    """The number of live tokens that a budget means in a row of `length`: "256" is 256, "cr4" a quarter of the row."""
+    """Return the live tokens that a budget means in a row of `length`: "256" is 256, and "cr4" is a quarter of the row."""
     number = budget.removeprefix("cr")
     try:
         value = float(number)
@@ -327,7 +329,7 @@ def _budget_tokens(budget: str, length: float) -> int | None:
 
 
 def _merged(budgets: set[int]) -> dict[int, int]:
-    """Map each budget to the one that it is shown under: budgets within 3% are the same ("341" and "cr3" of 1024)."""
+    """Map each budget to the one under which it is shown. Budgets within 3% are merged ("341" and "cr3" of 1024)."""
     shown = {}
     for budget in sorted(budgets):
         last = next(reversed(shown.values()), None)
@@ -336,8 +338,8 @@ def _merged(budgets: set[int]) -> dict[int, int]:
 
 
 def _nearest(budgets: set[int], live_tokens: float) -> int | None:
-    """The budget under which an arm without one may be compared: at most a quarter away, else its own number of live
-    tokens."""
+    """Return the budget under which a result without one is compared: the nearest budget if it is at most a quarter
+    away, else the result's own live tokens."""
     live = max(1, round(live_tokens))
     near = min(budgets, key=lambda budget: abs(math.log(budget / live)), default=None)
     return near if near is None or 0.8 < near / live < 1.25 else live
@@ -352,8 +354,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _accuracy(rows: list[ScoredRecord]) -> Interval:
-    """Accuracy over problems: the samples of one problem depend on each other, so their mean is one observation."""
-    problems = _grouped(rows, lambda r: r.problem_id).values()
+    """Return the accuracy over problems. The samples of one problem depend on each other, so their mean is one trial."""
+    problems = grouped(rows, lambda r: r.problem_id).values()
     return wilson(sum(_mean(r.score for r in samples) for samples in problems), len(problems))
 
 
@@ -362,8 +364,9 @@ def _has_cell(record: ScoredRecord) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
 
 
-def _grouped(records: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+def grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> dict[Any, list[Any]]:
+    """Group items by their key, in the order of the first item of each group."""
     groups = defaultdict(list)
-    for record in records:
-        groups[key(record)].append(record)
+    for item in items:
+        groups[key(item)].append(item)
     return groups

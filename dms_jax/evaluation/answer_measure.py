@@ -1,8 +1,9 @@
-"""Tasks with a right answer: each prompt is prefilled once per method, answered in one or more samples, and its
-reference scored.
+"""Measure tasks with answers. For each method, a prompt is prefilled once and answered in one or more samples, which are
+scored; the log-probability of the reference answer is measured as well.
 
 The cost of a sample is counted as in the paper (arXiv:2506.05345, section 4): the pairs that the attention of its
-generated tokens reads, and the most pairs held at once; both per KV head, mean over layers and heads.
+generated tokens reads, and the maximum number of pairs held at once. Both are per KV head, averaged over layers and
+heads.
 """
 
 import itertools
@@ -36,7 +37,7 @@ CALIBRATION_ROWS = 2
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     samples: int = 1  # per problem
     temperature: float = 0.0
@@ -54,7 +55,7 @@ class Group:
     prompts: list[np.ndarray]
     length: int  # tokens of the longest prompt and its answer
     new_tokens: int
-    longest_answer: int  # tokens of a reference
+    longest_answer: int  # tokens of the longest reference
 
     def batches(self, size: int) -> Iterator[tuple[list[Problem], list[np.ndarray]]]:
         for start in range(0, len(self.problems), size):
@@ -63,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class AnswerMeasure:
-    """Everything that the groups and methods of one run share."""
+    """The model and the settings that all groups and methods of one run share."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -75,8 +76,8 @@ class AnswerMeasure:
 
 
 def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> list[Group]:
-    """Group by prompt length if the problems state it, else all together. Raises ConfigError for prompts beyond the
-    model's context."""
+    """Group the problems by the prompt length that they state; those that state none form one group. Raises ConfigError
+    for prompts beyond the model's context."""
     prompts = [_prompt_ids(run.tokenizer, problem) for problem in problems]
     limit = run.model.config.context_limit()[0]
     groups = []
@@ -87,8 +88,8 @@ def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> l
         length = len(prompts[longest]) + new_tokens
         if length > limit:
             raise ConfigError(
-                f"{task.name}/{problems[longest].unit} takes {length} tokens with its answer, "
-                f"beyond this model's context of {limit}; use shorter prompts or answers"
+                f"{task.name}/{problems[longest].unit} must fit into this model's context of {limit} tokens, "
+                f"but takes {length} with its answer; use shorter prompts or answers"
             )
         groups.append(
             Group(
@@ -107,8 +108,8 @@ def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> l
 def measure_answers(
     run: AnswerMeasure, file: ResultsFile, groups: list[Group], method: Method, on_problems: Callable[[int], Any]
 ) -> None:
-    """Append the answers of one method that the file lacks; `on_problems` is called with the number of problems
-    finished."""
+    """Append the answers of one method that the file lacks. Calls `on_problems` with the number of finished
+    problems."""
     for group in groups:
         for problems, prompts in group.batches(run.batch_size):
             units = [
@@ -127,9 +128,11 @@ def unit_of(problem: Problem, sample: int, samples: int) -> str:
 
 
 def answer_setup(run: AnswerMeasure, group: Group, method: Method, dms_records: list[Record]) -> Setup:
-    """The policy and threshold for a group. Other methods keep as many live tokens as dms did, which `dms_records`
-    tell, unless their budget is a number of pairs: prompts and answers differ in length, so a ratio alone would not
-    give them as many."""
+    """Return the policy and threshold for a group.
+
+    Unless its budget is a number of pairs, a method keeps as many live tokens as dms did according to `dms_records`.
+    The ratio alone would not ensure that, because prompts and answers differ in length.
+    """
     units = {problem.unit for problem in group.problems}
 
     def dms_live_tokens() -> float | None:
@@ -137,7 +140,7 @@ def answer_setup(run: AnswerMeasure, group: Group, method: Method, dms_records: 
         return float(np.mean(mine)) if mine and not method.budget.isdecimal() else None
 
     def calibration_rows() -> np.ndarray:
-        """Rows cut from the prompts themselves, repeated if they are too few."""
+        """Cut rows from the prompts themselves, which are repeated if they are too short."""
         stream = np.concatenate(group.prompts)
         return np.resize(stream, CALIBRATION_ROWS * group.length).reshape(CALIBRATION_ROWS, group.length)
 
@@ -162,8 +165,7 @@ def sample_answers(
     problems: list[Problem],
     prompts: list[np.ndarray],
 ) -> list[AnswerRecord]:
-    """Answer some problems of a group: one record per sample, the samples of a problem next to each other. Writes
-    nothing."""
+    """Answer some problems of a group. Returns one record per sample, in the order of the problems; writes nothing."""
     answered, samples = _answered(run, group, setup, problems, prompts), run.sampling.samples
     out, records = answered.generation, []
     for row, (b, sample) in enumerate(itertools.product(range(len(problems)), range(samples))):
@@ -200,7 +202,7 @@ def _answered(
     run: AnswerMeasure, group: Group, setup: Setup, problems: list[Problem], prompts: list[np.ndarray]
 ) -> Answered:
     clock, before = run.clock, dict(run.clock.seconds)
-    # The last prompt fills up a batch: one shape, one compiled program.
+    # Copies of the last prompt fill up the batch, so that all batches have one shape and share a compiled program.
     rows = prompts + [prompts[-1]] * (min(run.batch_size, len(group.problems)) - len(prompts))
     clock.start()
     cache, last = _prefilled(run, rows, group, setup)
@@ -244,12 +246,12 @@ def _generated(
 
 
 def _seed(run: AnswerMeasure, task: Task, problem: Problem, sample: int) -> int:
-    """The seed of a sample, which does not depend on what else is in its batch."""
+    """Return the seed of a sample, which does not depend on the rest of its batch."""
     return zlib.crc32(f"{run.sampling.seed}/{task.name}/{problem.unit}#{sample}".encode())
 
 
 def _answer_text(run: AnswerMeasure, problem: Problem, tokens: np.ndarray) -> str:
-    """The generated text, without an end-of-text token and up to the first stop string."""
+    """Decode a generated answer up to its end-of-text token or its first stop string."""
     ended = tokens.size and int(tokens[-1]) in run.model.config.eos_token_ids
     text = run.tokenizer.decode(tokens[:-1] if ended else tokens)
     return trim_at_stop(text, problem.stop_strings)
@@ -264,7 +266,7 @@ def _prompt_ids(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
 def _prefilled(
     run: AnswerMeasure, rows: list[np.ndarray], group: Group, setup: Setup
 ) -> tuple[CompactCache, np.ndarray]:
-    """The cache after all of each prompt but its last token, and those last tokens, with which the answers begin."""
+    """Prefill all of each prompt but its last token. Returns the cache and the last tokens, with which answers begin."""
     lengths = np.array([len(row) - 1 for row in rows])
     padded = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)
     for target, row in zip(padded, rows, strict=True):
@@ -288,7 +290,7 @@ def _answer_logprobs(
     last: np.ndarray,
     threshold: float,
 ) -> list[float | None]:
-    """log p of each whole reference answer, teacher-forced after the prompt."""
+    """Return log p of each whole reference answer, teacher-forced after its prompt."""
     ids = [np.asarray(run.tokenizer.encode(problem.answer), np.int32) for problem in problems]
     ids += [ids[-1]] * (len(rows) - len(ids))
     width = max(map(len, ids))

@@ -1,5 +1,5 @@
-"""One run of `infer.evaluate`: `prepare` checks everything that can be checked before the first measurement, `measure`
-does the work."""
+"""One run of the command `evaluate`: `prepare` checks everything that can be checked before the first measurement, and
+`measure` does the work."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ from dms_jax.tasks.registry import TASKS
 
 DEFAULT_POLICIES = "dense,dms,streaming_llm"
 BINDING = ("base_sha256", "evict_head_sha256", "dms")  # header entries that all results of one file share
-FIXED = (  # options that say what a measurement means, so that they may not change within one file
+FIXED = (  # options that must not change within one file, because they define what its measurements mean
     "length",
     "rows",
     "calibration_rows",
@@ -52,7 +52,7 @@ class Job:
     """One task, ready to measure any method."""
 
     name: str
-    num_rows: int  # or problems, per method; for the progress bar
+    num_rows: int  # rows or problems per method, for the progress bar
     measure: Callable[[Method, Callable[[int], Any]], None]
 
 
@@ -64,7 +64,7 @@ class Evaluation:
 
 
 def prepare(options: EvaluationOptions) -> Evaluation:
-    """Load the model, cut the texts, make the problems and open the results file. Raises ConfigError for whatever
+    """Load the model, cut the texts, make the problems and open the results file. Raises ConfigError for settings that
     cannot work."""
     model, tokenizer = load_model(options.model, options.adapter)
     methods = _methods(options, model)
@@ -79,7 +79,8 @@ def prepare(options: EvaluationOptions) -> Evaluation:
     file = open_results(options.model, model, path, _fixed(options, model, problems))
     text = TextMeasure(model, tokenizer, domains, calibrator, file, options.batch, options.chunk, options.greedy_tokens)
     jobs = []
-    for name in sorted(options.tasks, key=lambda name: name != "text"):  # it measures how many live tokens dms keeps
+    # The task "text" comes first, because it measures how many live tokens dms keeps.
+    for name in sorted(options.tasks, key=lambda name: name != "text"):
         if name in TEXT_TASKS:
             jobs.append(Job(name, TEXT_TASKS[name].num_rows(text), partial(TEXT_TASKS[name].measure, text)))
         else:
@@ -88,7 +89,7 @@ def prepare(options: EvaluationOptions) -> Evaluation:
 
 
 def measure(evaluation: Evaluation) -> None:
-    """Append to the results file what it lacks."""
+    """Append the measurements that the results file lacks."""
     for job in evaluation.jobs:
         total = job.num_rows * len(evaluation.methods)
         with tqdm(total=total, desc=job.name, unit="row", disable=None if total else True) as bar:
@@ -98,15 +99,15 @@ def measure(evaluation: Evaluation) -> None:
 
 
 def load_model(name: str, adapter: str | None) -> tuple[Decoder, Tokenizer]:
-    """Load --model and --adapter, in the platform's default dtype."""
+    """Load the tokenizer, and the model with its adapter in the platform's default dtype."""
     tokenizer = dms_jax.load_tokenizer(name)
     model = dms_jax.load(name, dtype=jnp.dtype(platform_defaults().dtype))
     return (dms_jax.load_adapter(model, adapter) if adapter else model), tokenizer
 
 
 def open_results(name: str, model: Decoder, path: str, fixed: dict) -> ResultsFile:
-    """Begin or continue the results file of the model that --model names. Raises ConfigError if it holds results of
-    another model, or of other `fixed` options."""
+    """Begin or continue the results file of the model `name`. Raises ConfigError if the file holds results of another
+    model or of other `fixed` options."""
     return ResultsFile(path, {**versions(), "model": name, **identity(model)}, fixed, BINDING)
 
 
@@ -121,7 +122,7 @@ def dtype_name(model: Decoder) -> str:
 def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
     if model.config.dms is None and not options.policies:
         raise ConfigError(
-            f"{options.model} has no eviction policy; "
+            f"--model {options.model} has no eviction policy; "
             "give a retrofitted folder, --adapter FILE, or --policies with --budgets"
         )
     methods = parse_methods(options.policies or DEFAULT_POLICIES, options.budgets)
@@ -129,7 +130,8 @@ def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
     for method in methods:
         if method.kind.reads_subset and options.chunk > Quest.page_size:
             raise ConfigError(
-                f"{method} chooses what to read in chunks of at most a page; use --chunk {Quest.page_size} or less"
+                f"--chunk must be at most the page size {Quest.page_size} of {method}, got {options.chunk}; "
+                f"use --chunk {Quest.page_size}"
             )
     return methods
 
@@ -150,7 +152,7 @@ def _domains(options: EvaluationOptions, model: Decoder, tokenizer: Tokenizer) -
 
 
 def _problems(options: EvaluationOptions, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
-    """The problems of each task with answers."""
+    """Make the problems of each task with answers."""
     found = {}
     for name in options.tasks:
         if name in TASKS:
@@ -169,7 +171,7 @@ def _problems(options: EvaluationOptions, tokenizer: Tokenizer) -> dict[str, lis
 
 
 def _fixed(options: EvaluationOptions, model: Decoder, problems: dict[str, list[Problem]]) -> dict[str, Any]:
-    """Everything that may not change within one file. Methods, tasks and texts may be added to it."""
+    """Return the settings that must not change within one file. Methods, tasks and texts may be added to a file."""
     fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
     fixed |= {f"text:{name}": digest(text) for name, text in options.texts.items()}
     if options.haystack:
@@ -180,7 +182,7 @@ def _fixed(options: EvaluationOptions, model: Decoder, problems: dict[str, list[
 def _check_budgets(
     options: EvaluationOptions, model: Decoder, methods: list[Method], groups: dict[str, list[Group]]
 ) -> None:
-    """Refuse methods that the texts or the prompts do not suit."""
+    """Refuse methods that cannot run on the texts or on the prompts."""
     for method in methods:
         if options.texts:
             check_budget(model, method, options.length)
@@ -198,6 +200,6 @@ def _check_budgets(
 
 
 def _default_output(model: str) -> str:
-    """The file of results in the model's folder, next to a model file, or, for a hub id, in the working directory."""
+    """Return the path of evaluation.jsonl in the model's folder or, for a hub id, in the working directory."""
     folder = model if os.path.isdir(model) else os.path.dirname(model) if os.path.isfile(model) else ""
     return os.path.join(folder, "evaluation.jsonl")

@@ -1,9 +1,9 @@
 """Pareto frontiers of accuracy over cost, and the distance between two of them.
 
-The paper (arXiv:2506.05345) states no rule, so this is ours. The frontier of a method is the set of its points that no
-cheaper point of it equals or beats. Between two of them accuracy is linear in the logarithm of the cost. The gap
-between two methods is the difference of their frontiers, averaged over the logarithm of the cost, where both exist.
-Without a common range of costs there is no gap.
+The paper (arXiv:2506.05345) states no rule, so we use our own. The frontier of a policy is the set of its points whose
+accuracy no cheaper point equals or exceeds. Between two points of a frontier, accuracy is linear in the logarithm of the
+cost. The gap between two policies is the difference of their frontiers, averaged over the logarithm of the cost, in the
+range of costs that both cover. If they cover no common range, there is no gap.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ class Point(NamedTuple):
 
 
 class Gap(NamedTuple):
-    mean: float  # accuracy of the first method minus that of the second
+    mean: float  # accuracy of the first policy minus that of the second
     low: float  # the common range of costs
     high: float
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """The points that nothing cheaper equals or beats, by increasing cost."""
+    """Return the points whose accuracy no cheaper point equals or exceeds, by increasing cost."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda p: (p.cost, -p.accuracy)):
         if not kept or point.accuracy > kept[-1].accuracy:
@@ -34,12 +34,14 @@ def frontier(points: Sequence[Point]) -> list[Point]:
 
 
 def gap(one: Sequence[Point], other: Sequence[Point]) -> Gap | None:
-    """How much more accurate the frontier of `one` is than that of `other`. A single common cost is a range of width
-    0."""
+    """Return by how much the frontier of `one` is more accurate than that of `other`; None without a common cost.
+
+    A single common cost counts as a range of width 0.
+    """
     a, b = frontier(one), frontier(other)
     if not a or not b:
         return None
-    # Beyond its last point more cost gains nothing, so a frontier continues, level, to the method's most expensive point.
+    # Cost beyond the last point of a frontier gains nothing, so the frontier stays level up to the most expensive point.
     low, high = max(a[0].cost, b[0].cost), min(max(p.cost for p in one), max(p.cost for p in other))
     if low > high:
         return None

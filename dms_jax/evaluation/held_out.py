@@ -1,6 +1,7 @@
-"""How far a retrofitted model is from its dense base on held-out rows, next to StreamingLLM with as many live tokens.
+"""Measure how far a retrofitted model is from its dense base on held-out rows, and how far StreamingLLM is with as many
+live tokens.
 
-A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers what they return for many
+A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers their results over many
 batches.
 """
 
@@ -20,7 +21,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.policies.streaming_llm import StreamingLLM
 
 STREAMING_LLM = "streaming_llm"
-METRICS_GROUPS = {STREAMING_LLM: "sliding_window"}  # metrics.jsonl files hold the baseline under this name
+METRICS_GROUPS = {STREAMING_LLM: "sliding_window"}  # the group name of the baseline in metrics.jsonl, a file format
 
 
 class RowMetrics(NamedTuple):
@@ -32,7 +33,7 @@ class RowMetrics(NamedTuple):
 
 
 class EvaluationBatch(NamedTuple):
-    """Rows to measure on. Any object with these fields serves as well, such as a training batch."""
+    """Rows to measure on. Any object with these fields will do, such as a training batch."""
 
     tokens: np.ndarray  # int32 [B, T]
     segment_ids: np.ndarray  # int32 [B, T]
@@ -40,7 +41,7 @@ class EvaluationBatch(NamedTuple):
 
     @classmethod
     def whole(cls, tokens: np.ndarray) -> "EvaluationBatch":
-        """Rows that hold one document each, without padding."""
+        """Make a batch of rows that hold one document each, without padding."""
         return cls(tokens, np.zeros_like(tokens), np.ones(tokens.shape, bool))
 
 
@@ -55,7 +56,7 @@ def retrofit_rows(
     segment_ids: Int[Array, "B T"],
     threshold: float | Float[Array, ""] = 0.0,
 ) -> RowMetrics:
-    """Compare the student, with hard decisions, with the dense teacher."""
+    """Compare the student under its hard decisions with the dense teacher."""
     dms = student.config.require_dms()
     hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
     tokens_out = token_metrics(
@@ -71,7 +72,7 @@ def retrofit_rows(
 def streaming_llm_rows(
     teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], policy: StreamingLLM
 ) -> TokenMetrics:
-    """Compare the dense teacher with itself under a sliding window with sinks, [B T] each."""
+    """Compare the dense teacher under StreamingLLM with itself without eviction. All metrics are [B T]."""
     marked = policy.marked(jnp.arange(tokens.shape[1]))
     hidden = teacher.marked_hidden(tokens, marked, policy.window_size, segment_ids)
     dense = teacher.dense_hidden(tokens, segment_ids)
@@ -79,7 +80,7 @@ def streaming_llm_rows(
 
 
 @dataclass(frozen=True)
-class HeldOutArm:
+class HeldOutResult:
     """One line of the held-out table. KL is KL(teacher || student) in nats per token, over all tokens of all rows."""
 
     name: str
@@ -102,30 +103,29 @@ class HeldOutArm:
 
 @dataclass(frozen=True)
 class HeldOutReport:
-    """The retrofitted model and the baseline on the same rows, and how many pairs each head of the retrofitted model
-    keeps."""
+    """Results of the retrofitted model and of the baseline on the same rows, and the pairs that each head keeps."""
 
     length: int
     num_tokens: int
-    arms: tuple[HeldOutArm, ...]
+    results: tuple[HeldOutResult, ...]
     live_per_head: np.ndarray  # [L K] mean live pairs
     evict_per_head: np.ndarray  # [L K] mean fraction of decisions that evict
 
     def as_metrics(self) -> dict[str, float | list]:
         """Metrics under `group/name` keys, for metrics.jsonl."""
-        dms = self.arms[0]
+        dms = self.results[0]
         metrics: dict[str, Any] = {f"held_out/{key}": value for key, value in asdict(dms).items() if key != "name"}
         metrics["held_out/perplexity_change"] = dms.perplexity_change
         metrics["held_out/realised_cr_per_layer"] = (self.length / self.live_per_head.mean(axis=1)).round(4).tolist()
-        for arm in self.arms[1:]:
+        for result in self.results[1:]:
             metrics |= {
-                f"{METRICS_GROUPS.get(arm.name, arm.name)}/{key}": getattr(arm, key)
+                f"{METRICS_GROUPS.get(result.name, result.name)}/{key}": getattr(result, key)
                 for key in ("live_tokens", "kl_mean", "perplexity", "perplexity_change")
             }
         return metrics
 
     def table(self) -> str:
-        """The table that a run prints at its end."""
+        """Return the table that a run prints at its end."""
 
         def line(name, live, cr, nominal, *kl, ppl, change, agree):
             tails = "".join(f"{value:>8.3f}" for value in kl[1:])
@@ -135,18 +135,27 @@ class HeldOutReport:
         title = f"held out, {self.num_tokens} tokens"
         columns = f"{'live':>6}{'CR':>7}{'nominal':>9}{'KL mean':>9}{'p95':>8}{'p99':>8}{'max':>8}"
         lines = [f"{title:<28}{columns}{'ppl':>8}{'vs dense':>9}{'top-1':>8}"]
-        lines.append(line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.arms[0].dense_perplexity, change=0, agree=1))
-        for arm in self.arms:
-            kl = arm.kl_mean, arm.kl_p95, arm.kl_p99, arm.kl_max
-            size = arm.live_tokens, arm.realised_cr, arm.nominal_cr
+        lines.append(
+            line("dense", self.length, 1, 1, 0, 0, 0, 0, ppl=self.results[0].dense_perplexity, change=0, agree=1)
+        )
+        for result in self.results:
+            kl = result.kl_mean, result.kl_p95, result.kl_p99, result.kl_max
+            size = result.live_tokens, result.realised_cr, result.nominal_cr
             lines.append(
-                line(arm.name, *size, *kl, ppl=arm.perplexity, change=arm.perplexity_change, agree=arm.top1_agreement)
+                line(
+                    result.name,
+                    *size,
+                    *kl,
+                    ppl=result.perplexity,
+                    change=result.perplexity_change,
+                    agree=result.top1_agreement,
+                )
             )
         return "\n".join(lines)
 
 
 class Gathered:
-    """Per-token metrics of many batches, on the host, without the tokens that do not count."""
+    """Per-token metrics of many batches on the host, restricted to the tokens that count."""
 
     def __init__(self):
         self.rows: list[TokenMetrics] = []
@@ -154,11 +163,11 @@ class Gathered:
     def add(self, metrics: TokenMetrics, counted: Bool[Array, "B T"]) -> None:
         self.rows.append(TokenMetrics(*(np.asarray(x, np.float64)[np.asarray(counted)] for x in metrics)))
 
-    def arm(self, name: str, length: int, live: float, evict_fraction: float) -> HeldOutArm:
+    def result(self, name: str, length: int, live: float, evict_fraction: float) -> HeldOutResult:
         all_rows = TokenMetrics(*(np.concatenate(parts) for parts in zip(*self.rows, strict=True)))
         kl = all_rows.kl_teacher_student
         p95, p99 = np.percentile(kl, [95, 99])
-        return HeldOutArm(
+        return HeldOutResult(
             name=name,
             live_tokens=live,
             realised_cr=length / live,
@@ -187,8 +196,8 @@ def held_out_report(
     retrofit: Callable[[EvaluationBatch], RowMetrics],
     streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
 ) -> HeldOutReport:
-    """Run the retrofitted model over `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens
-    as the model kept. The callables run one batch on the devices; without `streaming_llm` the baseline is left out."""
+    """Measure the retrofitted model on `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens
+    as the model kept. The callables run one batch on the devices. If `streaming_llm` is None, there is no baseline."""
     batches = list(batches)
     gathered, live, evict = Gathered(), [], []
     for batch in batches:
@@ -197,7 +206,7 @@ def held_out_report(
         live.append(metrics.live)
         evict.append(metrics.evict_fraction)
     live, evict = np.concatenate(live, axis=1).mean(axis=1), np.concatenate(evict, axis=1).mean(axis=1)
-    arms = [gathered.arm("dms", length, float(live.mean()), float(evict.mean()))]
+    results = [gathered.result("dms", length, float(live.mean()), float(evict.mean()))]
     if streaming_llm is not None:
         policy = StreamingLLM(budget=max(round(float(live.mean())), StreamingLLM.num_sinks + 1))
         baseline = Gathered()
@@ -205,5 +214,5 @@ def held_out_report(
             baseline.add(
                 jax.device_get(streaming_llm(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids)
             )
-        arms.append(baseline.arm(STREAMING_LLM, length, min(policy.budget, length), 1 - policy.budget / length))
-    return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(arms), live, evict)
+        results.append(baseline.result(STREAMING_LLM, length, min(policy.budget, length), 1 - policy.budget / length))
+    return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(results), live, evict)

@@ -1,5 +1,5 @@
-"""The methods that an evaluation compares: a policy at a budget, and what the budget means for rows of a given
-length."""
+"""The methods that an evaluation compares. A method is a policy at a budget; this module says what the budget means for
+rows of a given length."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -15,14 +15,14 @@ from dms_jax.models.decoder import Decoder, with_window
 from dms_jax.policies import POLICIES, CachePolicy, policy_of
 
 DENSE = "dense"  # the reference: no budget
-DMS = "dms"  # the policy whose live tokens the others match at the budget TRAINED
-TRAINED = "trained"  # dms with the threshold it was trained for; the others with as many live tokens as dms then kept
+DMS = "dms"  # at the budget TRAINED, the other policies match the live tokens of this one
+TRAINED = "trained"  # dms uses the threshold that it was trained for; the others keep as many live tokens as dms did
 PROMPT = "prompt:"  # begins the name of a policy that ranks once, after the prompt
 
 
 @dataclass(frozen=True)
 class Method:
-    """A policy at a budget: pairs per KV head ("256"), a realised ratio ("cr4"), TRAINED, or "" for the dense model."""
+    """A policy at a budget: pairs per KV head ("256"), a realised CR ("cr4"), TRAINED, or "" for the dense model."""
 
     policy: str
     budget: str
@@ -39,13 +39,13 @@ class Method:
         return self.policy.startswith(PROMPT)
 
     def pairs(self, length: int) -> int:
-        """Live pairs that a row of `length` tokens may end with."""
+        """Return the number of live pairs with which a row of `length` tokens may end."""
         return round(length / float(self.budget[2:])) if self.budget.startswith("cr") else int(self.budget)
 
 
 def parse_methods(policies: str, budgets: str) -> list[Method]:
-    """Every policy at every budget, both comma-separated. Within a budget dms comes first, since the others may match
-    its live tokens."""
+    """Combine every policy with every budget, both comma-separated. Within a budget dms comes first, since the others
+    may have to match its live tokens."""
     names = [name.strip() for name in policies.split(",") if name.strip()]
     if not names:
         raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
@@ -54,7 +54,7 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
             raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
         if plain != name and not POLICIES[plain].ranks_pairs:
             raise ConfigError(
-                f"--policies: {plain} cannot compress a prompt, since it does not rank pairs; leave {PROMPT} out"
+                f"--policies: {plain} cannot compress a prompt, because it does not rank pairs; write {plain}"
             )
     labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
     for label in labels:
@@ -82,7 +82,7 @@ def _is_budget(label: str) -> bool:
 
 
 def check_learned(model: Decoder, policies: Iterable[str], where: str) -> None:
-    """Refuse learned policies for a plain model, which is named by `where`."""
+    """Refuse learned policies for the model at `where`, if it has none."""
     learned = [policy for policy in policies if Method(policy, "").kind.is_learned]
     if model.config.dms is None and learned:
         raise ConfigError(
@@ -114,7 +114,7 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """A method made concrete for rows of one length."""
+    """The policy and the threshold that a method means for rows of one length."""
 
     policy: CachePolicy
     threshold: float = 0.0
@@ -123,7 +123,7 @@ class Setup:
 
 
 class Calibrator:
-    """Makes methods concrete, and calibrates each learned one once per kind of rows and ratio."""
+    """Turns methods into setups. Calibrates each learned method once for each kind of rows."""
 
     def __init__(self, model: Decoder):
         self.model = model
@@ -140,10 +140,10 @@ class Calibrator:
         rows: Callable[[], np.ndarray],
         dms_live_tokens: Callable[[], float | None],
     ) -> Setup:
-        """The policy and threshold with which `method` meets its budget on rows of `length` tokens.
+        """Return the policy and threshold with which `method` meets its budget on rows of `length` tokens.
 
-        `rows` makes calibration rows [rows, length] of the same kind, which `rows_name` names. `dms_live_tokens`
-        returns how many live tokens dms kept on that kind of rows, if the other methods must keep as many, else None.
+        `rows` makes calibration rows [rows, length] of the same kind, and `rows_name` names that kind. `dms_live_tokens`
+        returns how many live tokens dms kept on that kind of rows if the other methods must keep as many, else None.
         Raises ConfigError.
         """
         if method.policy == DENSE:

@@ -1,4 +1,4 @@
-"""The options of an evaluation and of a hyper-scaling run, as the commands parse them. Imports no JAX."""
+"""The options of `evaluate` and of `hyperscale`, as the commands parse them. Imports no JAX."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -10,11 +10,24 @@ TopP = Annotated[float, Range(0, 1, exclusive_min=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions:
-    """Names are those of the options of `infer.evaluate`, whose `--help` explains them."""
+class CommonOptions:
+    """The options that both commands have, by their names on the command line; `--help` explains them."""
 
     model: str
     adapter: str | None = None
+    count: Annotated[int, AtLeast(1)] = 20
+    lengths: tuple[int, ...] = (1024,)
+    haystack: str = ""  # content
+    run_code: bool = False
+    batch: Annotated[int, AtLeast(1)] = 8
+    chunk: Annotated[int, AtLeast(1)] = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions(CommonOptions):
+    """The options of `evaluate`."""
+
     tasks: tuple[str, ...] = ("text",)
     policies: str = ""
     budgets: str = ""
@@ -24,38 +37,22 @@ class EvaluationOptions:
     rows: Annotated[int, AtLeast(1)] = 16
     calibration_rows: Annotated[int, AtLeast(0)] = 2
     greedy_tokens: Annotated[int, AtLeast(1)] = 64
-    count: Annotated[int, AtLeast(1)] = 20
-    lengths: tuple[int, ...] = (1024,)
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    haystack: str = ""  # content
     data: dict[str, str] = field(default_factory=dict)  # task -> file or hf: name
-    max_new_tokens: Annotated[int, AtLeast(0)] = 0  # 0: the task's own
+    max_new_tokens: Annotated[int, AtLeast(0)] = 0  # 0: the task's own limit
     chains: Annotated[int, AtLeast(1)] = 1
     temperature: Annotated[float, AtLeast(0)] = 0.0
     top_p: TopP = 1.0
-    run_code: bool = False
-    batch: Annotated[int, AtLeast(1)] = 8
-    chunk: Annotated[int, AtLeast(1)] = 16
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class HyperscaleOptions:
-    """Names are those of the options of `infer.hyperscale`, whose `--help` explains them."""
+class HyperscaleOptions(CommonOptions):
+    """The options of `hyperscale`."""
 
-    model: str
-    adapter: str | None = None
     task: str = "gsm8k"
     configs: tuple[Configuration, ...]
     policies: str = "dms"
     output: str = "hyperscale.jsonl"
-    count: Annotated[int, AtLeast(1)] = 20
     data: str = ""
-    lengths: tuple[int, ...] = (1024,)
-    haystack: str = ""  # content
     temperature: Annotated[float, AtLeast(0)] = 0.7
     top_p: TopP = 0.95
-    run_code: bool = False
-    batch: Annotated[int, AtLeast(1)] = 8
-    chunk: Annotated[int, AtLeast(1)] = 16
-    seed: int = 0

@@ -1,4 +1,4 @@
-"""The lines of a results file as typed records: one dataclass per kind of measurement.
+"""The lines of a results file as typed records, with one dataclass for each kind of measurement.
 
 `ResultsFile.append` writes a record with `asdict`, so the fields are the keys of the file; `record_of` reads it back.
 Keys that no field has are ignored, and fields with a default may be absent. Imports no JAX.
@@ -24,7 +24,7 @@ class Record:
 
     task: str
     policy: str
-    budget: str  # "256", "cr4", "trained"; "" for the dense model; SAMPLES-TOKENS-CR of hyper-scaling
+    budget: str  # "256", "cr4", "trained", or "" for the dense model; in hyper-scaling, SAMPLES-TOKENS-CR
     unit: str  # the example that was measured, e.g. "prose/3"
 
     @property
@@ -61,7 +61,7 @@ class TextRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyRecord(Record):
-    """One free-running continuation of a row, next to that of the dense model."""
+    """One greedy continuation of a row, compared with that of the dense model."""
 
     domain: str
     tokens: int
@@ -73,7 +73,7 @@ class GreedyRecord(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class KeptRecord(Record):
-    """The pairs of one row that a learned policy retains."""
+    """The pairs of one row that remain in the cache under a learned policy."""
 
     domain: str
     length: Annotated[int, AtLeast(1)]  # T, tokens of the row
@@ -101,7 +101,7 @@ class ScoredRecord(Record):
 
     score: Annotated[float, Between(0, 1)]
     live_tokens: float  # pairs after the answer
-    peak_live: float  # the most pairs at any time
+    peak_live: float  # the maximum number of pairs at any time
     realised_cr: float
     kv_reads: float  # pairs that the attention of the generated tokens read
     groups: dict = field(default_factory=dict)  # what tables group by: "length", "depth", ...
@@ -118,7 +118,7 @@ class ScoredRecord(Record):
 class AnswerRecord(ScoredRecord):
     """One sampled answer to one problem."""
 
-    problem: str = ""  # its unit, where several samples of one problem have units of their own
+    problem: str = ""  # the unit of the problem, if its samples have units of their own
     extracted: str = ""  # the answer in normal form, by which samples vote
     answer_logprob: float | None = None  # log p of the reference answer; None if the task does not measure it
     text: str = ""
@@ -136,8 +136,8 @@ class AnswerRecord(ScoredRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class HyperscaleRecord(ScoredRecord):
-    """All sampled answers to one problem under one configuration: costs are sums over samples, `score` that of the
-    answer they elect."""
+    """All sampled answers to one problem under one configuration. Costs are sums over the samples; `score` is that of
+    the answer that they elect."""
 
     new_tokens: float
     prefill_seconds: float
@@ -150,12 +150,12 @@ RECORDS: dict[str, type[Record]] = {"text": TextRecord, "greedy": GreedyRecord, 
 
 
 def method_name(policy: str, budget: str) -> str:
-    """How a policy at a budget is written: "tova@256", "dms@cr4", "dense"."""
+    """Return the name of a policy at a budget, such as "tova@256", "dms@cr4" or "dense"."""
     return f"{policy}@{budget}" if budget else policy
 
 
 def record_of(raw: dict[str, Any]) -> Record:
-    """The record of a line. Raises ConfigError, naming the key, for one that is not a record."""
+    """Convert a line to its record. Raises ConfigError that names the key which is missing or wrong."""
     names = [name.name for name in dataclasses.fields(Record)]
     if missing := [name for name in names if name not in raw]:
         raise ConfigError(f"not an evaluation record (missing keys: {', '.join(missing)})")
@@ -169,7 +169,7 @@ def record_of(raw: dict[str, Any]) -> Record:
         if missing := [name for name in required if name not in raw]:
             raise ConfigError(f"missing keys: {', '.join(missing)}")
         values = {name: value for name, value in raw.items() if name in fields}
-        # NaN and infinity are measurements of a model that diverged, though no values of a configuration.
+        # `build` refuses NaN and infinity, but here they are measurements of a model that diverged.
         odd = {name: value for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
         return dataclasses.replace(build(kind, values | dict.fromkeys(odd, 0.0)), **odd)
 
@@ -179,7 +179,7 @@ def _has_no_default(known: dataclasses.Field) -> bool:
 
 
 def _require_numbers(record: Record, *names: str, dimensions: int = 1) -> None:
-    """At least one number, in a list, or in a list of lists of equal length. NaN is a number: a model may diverge."""
+    """Require a list of at least one number, or a list of such lists of equal length. NaN is allowed."""
     for name in names:
         try:
             array = np.asarray(getattr(record, name))

@@ -4,9 +4,8 @@ measurement.
     {"header": {versions, device, commit, model and its sha256, ...}, "options": {...}}
     {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...the fields of that task's record}
 
-(task, policy, budget, unit) names a measurement, so a run that was stopped continues with the measurements that are
-missing. A later run that adds measurements with other versions or options adds a header line of its own. Imports no
-JAX.
+(task, policy, budget, unit) identifies a measurement, so a run that was stopped continues with those that are missing. A
+later run that adds measurements under other versions or options first adds a header line of its own. Imports no JAX.
 """
 
 import json
@@ -19,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dms_jax.errors import ConfigError, naming
+from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.evaluation.result_records import Key, Record, record_of
 from dms_jax.files import read_jsonl
 
@@ -37,7 +36,8 @@ class Results(NamedTuple):
 
 
 def read_results(path: str | os.PathLike[str]) -> Results:
-    """Header and measurements, without the half line that a killed run leaves. Raises ConfigError, naming the line."""
+    """Read the header and the measurements; a half line at the end, which a killed run leaves, is ignored. Raises
+    ConfigError that names the damaged line."""
     headers: list[dict[str, Any]] = []
     records, places = [], []
     for where, line in read_jsonl(path, torn_tail_ok=True):
@@ -45,7 +45,7 @@ def read_results(path: str | os.PathLike[str]) -> Results:
         if not headers and not is_header:
             break
         if not isinstance(line, dict):
-            raise ConfigError(f"{where}: not an evaluation record; {WAY_OUT}")
+            raise ConfigError(f"{where}: a line must be a JSON object, got {shown(line)}; {WAY_OUT}")
         if is_header:
             for name in ("header", "options"):
                 if not isinstance(line.get(name, {}), dict):
@@ -59,17 +59,17 @@ def read_results(path: str | os.PathLike[str]) -> Results:
             raise ConfigError(f"{why}; {WAY_OUT}") from why
         places.append(where)
     if not headers:
-        raise ConfigError(f"{path} does not begin with the header of an evaluation; use another file")
+        raise ConfigError(f"{path} must begin with the header of an evaluation; use a file that `evaluate` wrote")
     options = {key: value for line in headers for key, value in line.get("options", {}).items()}
     return Results(headers[0]["header"], options, records, places)
 
 
 class ResultsFile:
-    """Appends measurements, each at once and whole."""
+    """A results file to which measurements are appended, each one as soon as it is made."""
 
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
-        """Begin a file, or continue one whose header has the same `binding` entries and whose options, where it has
-        them, are these. Raises ConfigError for any other file, and leaves it as it is."""
+        """Begin a file, or continue one whose header has the same `binding` entries and whose options do not contradict
+        `options`. Raises ConfigError for any other file, which is then left unchanged."""
         self.path = Path(path)
         self.records: list[Record] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
@@ -95,7 +95,7 @@ class ResultsFile:
         self.done: set[Key] = {record.key for record in self.records}
 
     def records_of(self, task: str, policy: str, budget: str) -> list[Record]:
-        """Everything measured so far of one task and method."""
+        """Return everything that was measured so far for one task and method."""
         return [record for record in self.records if record.key[:3] == (task, policy, budget)]
 
     def append(self, record: Record) -> None:
@@ -106,7 +106,7 @@ class ResultsFile:
             self._write(line)
         except OSError as why:
             raise ConfigError(
-                f"cannot write {self.path}: {why}; all results so far are in it, run the same command again to continue"
+                f"cannot write {self.path}: {why}; earlier results are safe, so run the same command again to continue"
             ) from why
 
     def _write(self, line: str) -> None:
@@ -115,12 +115,12 @@ class ResultsFile:
 
 
 def rounded(values: ArrayLike, digits: int = 4) -> list[float]:
-    """Numbers with `digits` significant digits: people read files of measurements too."""
+    """Round to `digits` significant digits, because people read files of measurements too."""
     return [float(f"{value:.{digits}g}") for value in np.asarray(values, np.float64).ravel()]
 
 
 def _changes(old: Results, new: dict, binding: tuple[str, ...]) -> list[str]:
-    """The settings, as "name: old -> new", that make new measurements incomparable with those of the file."""
+    """List the settings, as "name: old -> new", that make new measurements incomparable with those of the file."""
     header, options = new["header"], new["options"]
     changed = [
         f"{name}: {old.header.get(name)} -> {header[name]}" for name in binding if old.header.get(name) != header[name]
@@ -138,5 +138,5 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers and arrays as those of Python."""
+    """Convert NumPy numbers and arrays to Python numbers and lists."""
     return np.asarray(value).tolist()

@@ -1,4 +1,4 @@
-"""The tables that `infer.evaluate` prints, with 95% intervals: one line per method."""
+"""The tables that the command `evaluate` prints: one line per method, with 95% intervals."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ ANSWER_TABLE = AnswerTable()
 
 
 def summary(records: Sequence[Record]) -> list[Line]:
-    """One plain mapping per line of the tables, of all records of a file."""
+    """Return the lines of the tables of all records, each as a plain mapping."""
     tables = [task.table for task in TEXT_TASKS.values() if task.table is not None]
     return [line for table in [*tables, ANSWER_TABLE] for line in table.lines(records)]
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines of `summary` as text."""
+    """Format the lines of `summary` as text."""
     out: list[str] = []
     for _, group in itertools.groupby(lines, lambda line: (line["task"], line.get("domain"), line.get("budget"))):
         group = list(group)

@@ -1,6 +1,6 @@
-"""Hyper-scaling: configurations, and the tables of accuracy over cost that compare them. Imports no JAX.
+"""Hyper-scaling: the configurations, and the tables of accuracy over cost that compare them. Imports no JAX.
 
-`scaling_run` measures; `frontier` states how frontiers are compared.
+`scaling_run` measures; `frontier` defines how frontiers are compared.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Configuration:
-    """W-L-CR: W samples of at most L tokens per problem, at compression ratio CR; 1 is the dense model."""
+    """W-L-CR: W samples of at most L tokens per problem at compression ratio CR, where 1 is the dense model."""
 
     samples: int
     new_tokens: int
@@ -46,15 +46,16 @@ def _configuration(part: str) -> Configuration:
     except ValueError:
         found = None
     if found is None or found.samples < 1 or found.new_tokens < 1 or not 1 <= found.cr < float("inf"):
-        raise ConfigError(f"--configs: {part!r} is not SAMPLES-TOKENS-CR, e.g. 4-512-2 (CR 1 is the dense model)")
+        raise ConfigError(f"--configs must be SAMPLES-TOKENS-CR,..., got {part!r}; write e.g. 4-512-2 (CR 1 is dense)")
     return found
 
 
-def analyse(results: Results) -> list[Line]:
-    """One line per configuration, then one per gap, for every task of the file. Raises ConfigError if it holds none."""
+def analyze(results: Results) -> list[Line]:
+    """Return one line per configuration and then one per gap, for every task of the file. Raises ConfigError if the
+    file has no such task."""
     records = [record for record in results.records if isinstance(record, HyperscaleRecord)]
     if not records:
-        raise ConfigError("no measurement of infer.hyperscale in this file; give the --output of one")
+        raise ConfigError("the file of results has no measurement of infer.hyperscale; give its --output")
     by_task: dict[str, list[HyperscaleRecord]] = {}
     for record in records:
         by_task.setdefault(record.task, []).append(record)
@@ -65,7 +66,7 @@ def _task_lines(task: str, records: list[HyperscaleRecord]) -> list[Line]:
     by_configuration: dict[tuple[str, str], list[HyperscaleRecord]] = {}
     for record in records:
         by_configuration.setdefault((record.policy, record.budget), []).append(record)
-    # An interrupted run has configurations with fewer problems, so only those that all of them have are compared.
+    # After an interrupted run, some configurations have fewer problems. Only those that all of them have are compared.
     common = set.intersection(*({record.unit for record in mine} for mine in by_configuration.values()))
     if not common:
         raise ConfigError(
@@ -113,7 +114,7 @@ def _gap_lines(task: str, points: dict[str, dict[str, list[Point]]]) -> Iterable
 
 
 def table(lines: Sequence[Line]) -> str:
-    """The lines of `analyse` as text."""
+    """Format the lines of `analyze` as text."""
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
         mine = [line for line in lines if line["task"] == task]

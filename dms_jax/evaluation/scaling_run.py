@@ -1,5 +1,5 @@
-"""One run of `infer.hyperscale`: each configuration answers each problem with several samples, and one record adds up
-what they cost."""
+"""One run of the command `hyperscale`: each configuration answers each problem with several samples, and one record adds
+up their costs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ FIXED = ("temperature", "top_p", "chunk", "seed", "count")  # options that may n
 
 
 def measure(options: HyperscaleOptions) -> None:
-    """Append to the results file what it lacks. Raises ConfigError."""
+    """Append the measurements that the results file lacks. Raises ConfigError."""
     model, tokenizer = load_model(options.model, options.adapter)
     task_options = TaskOptions(
         count=options.count,
@@ -88,8 +88,8 @@ def _measure_group(
 
 
 def combined(task: str, budget: str, problem: Problem, samples: list[AnswerRecord]) -> HyperscaleRecord:
-    """One record of all samples of a problem: costs are added up; a vote elects the answer or, for code, any sample
-    that passes."""
+    """Combine all samples of a problem into one record. Costs are added up. A majority vote elects the answer; for code,
+    a sample that passes is elected."""
     scores = [sample.score for sample in samples]
     total = lambda name: float(sum(getattr(sample, name) for sample in samples))
     return HyperscaleRecord(

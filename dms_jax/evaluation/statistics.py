@@ -1,5 +1,4 @@
-"""Measured numbers with their uncertainty: bootstrap over units, Wilson intervals for accuracies, percentiles for
-tails."""
+"""Statistics of measurements: bootstrap intervals over units, Wilson intervals for accuracies, percentiles for tails."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -11,8 +10,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval. A single unit says nothing about others, so `low` and `high` are then
-    nan."""
+    """A mean with its confidence interval. For a single unit there is no interval, so `low` and `high` are nan."""
 
     value: float
     low: float
@@ -27,10 +25,10 @@ def bootstrap_mean(
     draws: int = 4000,
     seed: int = 0,
 ) -> Interval:
-    """The mean over units (rows, problems), with the percentile interval of `draws` resamples of whole units.
+    """Return the mean over units (rows, problems) with the percentile interval of `draws` resamples of whole units.
 
-    Tokens of one row depend on each other, so whole rows are resampled. `weights` are the numbers of tokens, if the
-    units differ in length. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
+    Whole rows are resampled because the tokens of one row depend on each other. If units differ in length, `weights` are
+    their numbers of tokens. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
     instead of 95%.
     """
     x = np.asarray(values, np.float64)
@@ -42,11 +40,10 @@ def bootstrap_mean(
     value = float(x @ w / w.sum())
     if len(x) == 1 or not np.isfinite(x).all():
         return Interval(value, float("nan"), float("nan"), len(x))
-    if np.ptp(x) == 0:  # exactly, not up to rounding
+    if np.ptp(x) == 0:  # the mean of equal values may differ from them by rounding, so skip the resampling
         return Interval(value, value, value, len(x))
-    drawn = (
-        np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws) * w
-    )  # [draws, units]
+    counts = np.random.default_rng(seed).multinomial(len(x), np.full(len(x), 1 / len(x)), size=draws)
+    drawn = counts * w  # [draws, units]
     sums = drawn.sum(axis=1)
     means = (drawn @ x)[sums > 0] / sums[sums > 0]
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
@@ -54,11 +51,11 @@ def bootstrap_mean(
 
 
 def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
-    """The accuracy `hits / trials` with Wilson's score interval (1927), which also holds at 0% and 100% and for few
-    trials.
+    """Return the accuracy `hits / trials` with Wilson's score interval (1927), which is also valid at 0% and 100% and for
+    few trials.
 
-    `hits` may be a sum of scores between 0 and 1: their variance is at most that of scores of 0 or 1, so the interval
-    is wide enough.
+    `hits` may be a sum of fractional scores between 0 and 1. Their variance is at most that of scores of 0 or 1, so the
+    interval is wide enough.
     """
     if trials < 1 or not -1e-9 <= hits <= trials + 1e-9:
         raise ValueError(f"wilson needs 0 <= hits <= trials and trials >= 1, got {hits} of {trials}")
@@ -70,12 +67,11 @@ def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
 
 
 def percentiles(values: np.ndarray, points: Sequence[float] = (50, 95, 99)) -> tuple[float, ...]:
-    """Percentiles of all values together, linear between neighbors in rank: 0 is the smallest value, 100 the
-    largest."""
+    """Return percentiles of all values, with linear interpolation: 0 is the smallest value, 100 the largest."""
     return tuple(float(value) for value in np.percentile(np.asarray(values, np.float64), points))
 
 
 def fraction_above(values: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    """The fraction of values above each threshold, as a tail plot shows it."""
+    """Return the fraction of values above each threshold, which a tail plot shows."""
     ordered = np.sort(np.asarray(values, np.float64).ravel())
     return 1 - np.searchsorted(ordered, thresholds, side="right") / len(ordered)

@@ -1,11 +1,18 @@
-"""The tables of an evaluation: which lines, as plain values, and how a line is printed. One class per kind of task.
-Imports no JAX."""
+"""The tables of an evaluation, with one class for each kind of task: which lines a table has, as plain values, and how a
+line is printed. Imports no JAX."""
 
 import math
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from dms_jax.evaluation.aggregate import AnswerArm, TextArm, TextGroup, answer_arms, greedy_arms, text_groups
+from dms_jax.evaluation.aggregate import (
+    AnswerResult,
+    TextGroup,
+    TextResult,
+    answer_results,
+    greedy_results,
+    text_groups,
+)
 from dms_jax.evaluation.result_records import GreedyRecord, Record, ScoredRecord, TextRecord
 from dms_jax.evaluation.statistics import Interval
 
@@ -14,7 +21,7 @@ Line = dict[str, Any]
 
 class Table(Protocol):
     def lines(self, records: Iterable[Record]) -> list[Line]:
-        """One line per method, of all records; those of other tasks are left out."""
+        """Return one line per method. Records of other tasks are ignored."""
         ...
 
     def header(self, line: Line) -> str: ...
@@ -22,38 +29,38 @@ class Table(Protocol):
     def row(self, line: Line) -> str: ...
 
     def footer(self, lines: list[Line]) -> list[str]:
-        """Lines of text below the rows of one header."""
+        """Return the lines of text that follow the rows of a header."""
         ...
 
 
 class TextTable:
-    """KL tails and perplexity on given text, and again by position in the row."""
+    """KL with its tails and perplexity on given text, first over whole rows and then by position in the row."""
 
     def lines(self, records: Iterable[Record]) -> list[Line]:
         groups = text_groups([record for record in records if isinstance(record, TextRecord)])
-        return [self._line(group, arm) for group in groups for arm in group.arms]
+        return [self._line(group, result) for group in groups for result in group.results]
 
-    def _line(self, group: TextGroup, arm: TextArm) -> Line:
+    def _line(self, group: TextGroup, result: TextResult) -> Line:
         return {
             "task": "text",
             "domain": group.domain,
             "length": group.length,
             "budget": group.budget,
-            "arm": arm.name,
-            "rows": arm.kl.units,
-            "live_tokens": arm.live_tokens,
-            "realised_cr": arm.realised_cr,
-            "nominal_cr": arm.nominal_cr,
-            **_interval("kl_mean", arm.kl),
-            "kl_p95": arm.kl_p95,
-            "kl_p99": arm.kl_p99,
-            "kl_max": arm.kl_max,
-            "perplexity": arm.perplexity,
-            "perplexity_change": _none_for_nan(arm.perplexity_change),
-            **_interval("top1_agreement", arm.agree),
+            "arm": result.name,
+            "rows": result.kl.units,
+            "live_tokens": result.live_tokens,
+            "realised_cr": result.realised_cr,
+            "nominal_cr": result.nominal_cr,
+            **_interval("kl_mean", result.kl),
+            "kl_p95": result.kl_p95,
+            "kl_p99": result.kl_p99,
+            "kl_max": result.kl_max,
+            "perplexity": result.perplexity,
+            "perplexity_change": _none_for_nan(result.perplexity_change),
+            **_interval("top1_agreement", result.agree),
             "by_position": [
                 {"from": s.first, "to": s.last, "kl_mean": s.kl_mean, "kl_p99": s.kl_p99, "perplexity": s.perplexity}
-                for s in arm.stretches
+                for s in result.stretches
             ],
         }
 
@@ -72,7 +79,7 @@ class TextTable:
         return f"{line['arm']:<34}{sizes}{kl}{line['perplexity']:>8.2f}{change:>9}{line['top1_agreement']:>8.1%}"
 
     def footer(self, lines: list[Line]) -> list[str]:
-        """The tails again, by where in the row a token is."""
+        """Return a second table, with KL and perplexity by position in the row."""
         buckets = "".join(f"{bucket['from']:>11}-{bucket['to']:<11}" for bucket in lines[0]["by_position"])
         rows = ["", f"{'by position: KL mean, p99, ppl':<34}{buckets}"]
         for line in lines:
@@ -82,21 +89,21 @@ class TextTable:
 
 
 class GreedyTable:
-    """Agreement with the dense model's own continuation."""
+    """Agreement of greedy continuations with those of the dense model."""
 
     def lines(self, records: Iterable[Record]) -> list[Line]:
         return [
             {
                 "task": "greedy",
-                "domain": arm.domain,
-                "arm": arm.name,
-                "live_tokens": arm.live_tokens,
-                "realised_cr": arm.realised_cr,
-                **_interval("match", arm.match),
-                "median_divergence": arm.divergence,
-                "tokens": arm.tokens,
+                "domain": result.domain,
+                "arm": result.name,
+                "live_tokens": result.live_tokens,
+                "realised_cr": result.realised_cr,
+                **_interval("match", result.match),
+                "median_divergence": result.divergence,
+                "tokens": result.tokens,
             }
-            for arm in greedy_arms([record for record in records if isinstance(record, GreedyRecord)])
+            for result in greedy_results([record for record in records if isinstance(record, GreedyRecord)])
         ]
 
     def header(self, line: Line) -> str:
@@ -117,24 +124,25 @@ class AnswerTable:
 
     def lines(self, records: Iterable[Record]) -> list[Line]:
         return [
-            self._line(arm) for arm in answer_arms([record for record in records if isinstance(record, ScoredRecord)])
+            self._line(result)
+            for result in answer_results([record for record in records if isinstance(record, ScoredRecord)])
         ]
 
-    def _line(self, arm: AnswerArm) -> Line:
+    def _line(self, result: AnswerResult) -> Line:
         line = {
-            "task": arm.task,
-            "arm": arm.name,
-            "live_tokens": arm.live_tokens,
-            "realised_cr": arm.realised_cr,
-            **_interval("score", arm.accuracy),
-            "problems": arm.accuracy.units,
-            "answer_logprob": _none_for_nan(arm.answer_logprob),
-            "kv_reads": arm.kv_reads,
-            "peak_live": arm.peak_live,
+            "task": result.task,
+            "arm": result.name,
+            "live_tokens": result.live_tokens,
+            "realised_cr": result.realised_cr,
+            **_interval("score", result.accuracy),
+            "problems": result.accuracy.units,
+            "answer_logprob": _none_for_nan(result.answer_logprob),
+            "kv_reads": result.kv_reads,
+            "peak_live": result.peak_live,
         }
-        if arm.samples is not None:
-            line |= {"chains": arm.samples.count, **_interval("vote", arm.samples.vote)}
-            line |= {f"pass@{k}": value for k, value in arm.samples.pass_at.items()}
+        if result.samples is not None:
+            line |= {"chains": result.samples.count, **_interval("vote", result.samples.vote)}
+            line |= {f"pass@{k}": value for k, value in result.samples.pass_at.items()}
         return line
 
     def header(self, line: Line) -> str:

@@ -1,8 +1,8 @@
 """Read given text through a compact cache, a few tokens at a time, and compare any policy with the dense model.
 
-Every policy runs as in decoding, at its budget from the first token to the last, but the next token is the text's, not
-the model's own. Methods that rank pairs do so after each chunk, so a query sees the budget and at most `chunk` - 1
-pairs more.
+Every policy runs as in decoding, at its budget from the first token to the last, except that the next token comes from
+the text, not from the model. Methods that rank pairs do so after each chunk, so a query sees at most `chunk` - 1 pairs
+more than the budget.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 from dms_jax.policies import CachePolicy
 
-CHUNK = 16  # tokens between two rankings: close to decoding, at a fraction of its time
+CHUNK = 16  # tokens between two rankings; small, to stay close to decoding, which ranks after each token
 
 
 class OnlineRows(NamedTuple):
@@ -43,9 +43,10 @@ def online_rows(
     threshold: float = 0.0,
     chunk: int = CHUNK,
 ) -> OnlineRows:
-    """Run rows under `policy` and compare them with `dense_hidden`, the hidden states of `model.dense_hidden`.
+    """Run rows under `policy` and compare its predictions with those of `dense_hidden`, which `model.dense_hidden`
+    returned for the same rows.
 
-    The last token of a row has no next token, so its metrics mean nothing. Raises ConfigError unless T is a multiple of
+    The metrics of the last token of a row are meaningless, because it has no next token. Raises ConfigError unless T is a multiple of
     `chunk`.
     """
     rows, length = np.shape(tokens)
@@ -84,5 +85,5 @@ def _online(
 
 
 def dense_hidden(model: Decoder, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """`model.dense_hidden`, compiled."""
+    """Return the hidden states of the dense model, from a compiled program."""
     return jitted(model, "dense_hidden")(jnp.asarray(tokens))

@@ -1,5 +1,5 @@
-"""Rows of given text, and what the measurements on them share: batches, setups and the results file. `text_tasks`
-measures with it."""
+"""Rows of given text, and what the tasks of `text_tasks` share when they measure on them: batches, setups and the
+results file."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,8 +17,7 @@ from dms_jax.models.decoder import Decoder
 
 @dataclass(frozen=True)
 class Domain:
-    """Rows [rows T] of one text to measure on, and rows that follow them in the text, on which thresholds are
-    calibrated."""
+    """Rows [rows T] of one text: those to measure on, and those after them, on which thresholds are calibrated."""
 
     name: str
     rows: np.ndarray
@@ -26,8 +25,8 @@ class Domain:
 
 
 def cut_domain(name: str, ids: np.ndarray, begin: np.ndarray, length: int, rows: int, calibration_rows: int) -> Domain:
-    """Cut a stream of tokens into rows of `length`, each beginning with `begin` (bos, if the model expects it). Raises
-    ConfigError for too short a text."""
+    """Cut a stream of tokens into rows of `length`, each of which begins with `begin` (bos, if the model expects it).
+    Raises ConfigError if the text is too short."""
     num_rows, take = rows + calibration_rows, length - len(begin)
     if len(ids) < num_rows * take:
         fitting, shorter = max(0, len(ids) // take - calibration_rows), len(ids) // (1 + calibration_rows) // 16 * 16
@@ -50,13 +49,12 @@ class Batch:
 
     domain: Domain
     start: int
-    size: int  # rows to compute, which may be more than there are
+    size: int  # rows to compute; the last batch of a domain may have fewer
     units: list[str]
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows [size T]; the last row is repeated where the text has no more, so that one compiled program serves all
-        batches."""
+        """Rows [size T]. If the text has fewer, the last one is repeated, so that one compiled program serves all."""
         rows = self.domain.rows[self.start : self.start + self.size]
         return np.concatenate([rows, np.repeat(rows[-1:], self.size - len(rows), axis=0)])
 
@@ -67,7 +65,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TextMeasure:
-    """Everything that the tasks on given text share."""
+    """The model, the rows and the settings that all tasks on given text share."""
 
     model: Decoder
     tokenizer: Tokenizer
@@ -76,10 +74,9 @@ class TextMeasure:
     file: ResultsFile
     batch_size: int
     chunk: int  # tokens between two rankings
-    greedy_tokens: int  # that the task "greedy" continues rows by
-    dense_results: dict[tuple[str, tuple[str, int]], Any] = field(
-        default_factory=dict
-    )  # of the dense model, which every method is compared with
+    greedy_tokens: int  # that the task "greedy" generates for each row
+    # (task, batch) -> what the dense model computed, with which every method is compared
+    dense_results: dict[tuple[str, tuple[str, int]], Any] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -93,7 +90,7 @@ class TextMeasure:
                 yield Batch(domain, start, size, [f"{domain.name}/{i}" for i in range(start, stop)])
 
     def missing(self, task: str, method: Method, units: list[str]) -> list[str]:
-        """The units that the results file lacks."""
+        """Return the units for which the results file has no measurement yet."""
         return [unit for unit in units if (task, method.policy, method.budget, unit) not in self.file.done]
 
     def setup(self, method: Method, domain: Domain) -> Setup:

@@ -1,6 +1,7 @@
-"""The tasks on given text, by the names that --tasks knows: what each measures, and the table it prints.
+"""The tasks on given text, under their names in --tasks: what each measures, and the table that it prints.
 
-A task is added here and in `result_records.RECORDS`. Tasks that have answers are in `dms_jax.tasks.registry`.
+To add a task, write its class here and its record in `result_records.RECORDS`. Tasks that have answers are in
+`dms_jax.tasks.registry`.
 """
 
 from collections.abc import Callable, Iterable
@@ -28,45 +29,45 @@ class TextTask(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def table(self) -> Table | None: ...  # None: it is shown in a report only
+    def table(self) -> Table | None: ...  # None: only a report shows the task
 
     def num_rows(self, run: TextMeasure) -> int:
-        """Rows that each method is measured on, for the progress bar; 0 for a task that takes no time to speak of."""
+        """Return the rows on which each method is measured, for the progress bar; 0 for a task that is quick."""
         ...
 
     def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        """Append what the results file lacks; `on_rows` is called with the number of rows finished."""
+        """Append the measurements that the results file lacks. Calls `on_rows` with the number of finished rows."""
         ...
 
 
-def _append_missing(
-    run: TextMeasure,
-    task: str,
-    method: Method,
-    records: Callable[[TextMeasure, Method, Batch], Iterable[Record]],
-    on_rows: Callable[[int], Any],
-) -> None:
-    for batch in run.batches():
-        if missing := run.missing(task, method, batch.units):
-            for record in records(run, method, batch):
-                if record.unit in missing:
-                    run.file.append(record)
-        on_rows(len(batch.units))
+class RowTask:
+    """A task that measures every row of every domain; its subclasses make the records of a batch."""
 
-
-class TeacherForced:
-    """KL and perplexity against the dense model, at every position of each row, through the cache as in decoding."""
-
-    name = "text"
-    table = TextTable()
+    name: str
 
     def num_rows(self, run: TextMeasure) -> int:
         return run.num_rows
 
     def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        _append_missing(run, self.name, method, self._records, on_rows)
+        for batch in run.batches():
+            if missing := run.missing(self.name, method, batch.units):
+                for record in self.records(run, method, batch):
+                    if record.unit in missing:
+                        run.file.append(record)
+            on_rows(len(batch.units))
 
-    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[TextRecord]:
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[Record]:
+        """Measure all rows of a batch and yield a record of each."""
+        raise NotImplementedError
+
+
+class TeacherForced(RowTask):
+    """Measure KL to the dense model and perplexity at every position of each row, with the cache of decoding."""
+
+    name = "text"
+    table = TextTable()
+
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[TextRecord]:
         rows = batch.rows
         if (self.name, batch.key) not in run.dense_results:
             run.dense_results[self.name, batch.key] = np.asarray(dense_hidden(run.model, rows))
@@ -96,19 +97,13 @@ class TeacherForced:
             )
 
 
-class GreedyMatch:
-    """Free-running: rows, cut `greedy_tokens` before their end, are continued by the dense model and by the method."""
+class GreedyMatch(RowTask):
+    """Compare greedy continuations by the method and by the dense model of rows whose last `greedy_tokens` are cut."""
 
     name = "greedy"
     table = GreedyTable()
 
-    def num_rows(self, run: TextMeasure) -> int:
-        return run.num_rows
-
-    def measure(self, run: TextMeasure, method: Method, on_rows: Callable[[int], Any]) -> None:
-        _append_missing(run, self.name, method, self._records, on_rows)
-
-    def _records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[GreedyRecord]:
+    def records(self, run: TextMeasure, method: Method, batch: Batch) -> Iterable[GreedyRecord]:
         rows = batch.rows[:, : -run.greedy_tokens]
         if (self.name, batch.key) not in run.dense_results:
             run.dense_results[self.name, batch.key] = _continued(run, rows, run.calibrator.dense()).tokens
@@ -144,8 +139,7 @@ def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
 
 
 class Retention:
-    """The pairs that a learned policy still holds after the first row of each domain, token by token and head by
-    head."""
+    """Record which pairs a learned policy still holds after the first row of each domain, by token and by head."""
 
     name = "kept"
     table = None
@@ -185,13 +179,15 @@ class Retention:
 
 @dataclass(frozen=True)
 class RetainedPairs:
-    fraction: np.ndarray  # [T] of layers and heads that hold each token's pair after the row
+    """The pairs of one row that remain in the cache."""
+
+    fraction: np.ndarray  # [T] fraction of (layer, head) that hold each token's pair after the row
     live_per_head: np.ndarray  # int [L K] after the row
     live_by_position: np.ndarray  # [T] pairs after each token, mean over layers and heads
 
 
 def retention(evict: np.ndarray, window_size: int, shift: int) -> RetainedPairs:
-    """Which pairs the decisions [L K T] of one row retain: token t's own decision marks pair t - `shift`."""
+    """Return which pairs the decisions [L K T] of one row retain. The decision of token t marks pair t - `shift`."""
     length = evict.shape[-1]
     marked = np.zeros_like(evict)
     marked[..., : length - shift] = evict[..., shift:]

@@ -1,5 +1,5 @@
-"""Colors and line styles of a report. A policy looks the same in every figure, and no two policies differ by hue alone, so that
-colorblind readers can tell them apart."""
+"""Colors and line styles of a report. A policy looks the same in every figure. No two policies differ by hue alone, so
+that colorblind readers can tell them apart."""
 
 import zlib
 from typing import Any, NamedTuple
@@ -37,25 +37,24 @@ LOOKS = {  # after Okabe and Ito (2008)
     "random": Look("#8b929c", "#a3abb5", (0, (1, 1)), "d"),
     "immediate_eviction": Look("#e09a00", "#f2bd42", (0, (4, 2)), "h"),
 }
-FALLBACK_LOOKS = (  # of policies that are not in LOOKS
+FALLBACK_LOOKS = (  # for policies that are not in LOOKS
     Look("#117a8c", "#4fc0d4", (0, (6, 2)), "*"),
     Look("#556b2e", "#a9c46e", (0, (3, 1, 1, 1)), "8"),
     Look("#7a3b4e", "#cf8ea2", (0, (1, 2)), "H"),
 )
-# Color -> the CSS variable that stands for it in the SVGs of the page, so that they follow the reader's light or dark theme.
+# Color -> the CSS variable that replaces it in the SVGs of the page, so that they follow the light or dark theme.
 VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"} | {
     look.color: f"p{index}" for index, look in enumerate([*LOOKS.values(), *FALLBACK_LOOKS])
 }
 
 LEVELS = 20  # shades for the fraction of heads that keep a token
-EVICTED, KEPT = (
-    ("#ffffff", "#15181b"),
-    ("#f39a4a", "#a2530a"),
-)  # light, dark; INK is readable on every shade between them
+# On the light and on the dark page; INK is readable on every shade between the two.
+EVICTED, KEPT = ("#ffffff", "#15181b"), ("#f39a4a", "#a2530a")
 
 
 def policy_look(policy: str) -> Look:
-    """The look of a policy. Names that are not in LOOKS always get the same fallback; "prompt:tova" looks like "tova", dotted."""
+    """Return the look of a policy. A name that is not in LOOKS always gets the same fallback. "prompt:tova" looks like
+    "tova", but dotted."""
     name = policy.removeprefix("prompt:")
     look = LOOKS.get(name) or FALLBACK_LOOKS[zlib.crc32(name.encode()) % len(FALLBACK_LOOKS)]
     return look if name == policy else look._replace(dash=(0, (1, 1.5)), first=False)
@@ -66,7 +65,7 @@ def css_variable(policy: str) -> str:
 
 
 def kept_level(fraction: float) -> int:
-    """The shade, 0 to LEVELS, of a fraction of heads; nan counts as 0."""
+    """Return the shade, from 0 to LEVELS, of a fraction of heads; nan counts as 0."""
     return round(LEVELS * min(max(float(np.nan_to_num(fraction)), 0.0), 1.0))
 
 
@@ -77,7 +76,7 @@ def kept_color(fraction: float, dark: bool = False) -> str:
 
 
 def css_values(dark: bool) -> dict[str, str]:
-    """CSS variable -> color, on the light or on the dark page."""
+    """Return CSS variable -> color, for the light or for the dark page."""
     values = {VARIABLES[color]: DARK[color] if dark else color for color in DARK}
     values |= {VARIABLES[look.color]: look.dark if dark else look.color for look in (*LOOKS.values(), *FALLBACK_LOOKS)}
     return values | {f"k{level}": kept_color(level / LEVELS, dark) for level in range(LEVELS + 1)}

@@ -1,5 +1,5 @@
-"""The figures of a report. Each is drawn once and rendered twice: as an SVG for the page, whose colors follow the light or dark theme,
-and as a PNG."""
+"""The figures of a report. Each is drawn once and rendered twice: as a PNG, and as an SVG for the page, whose colors
+follow the reader's light or dark theme."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, SymmetricalLogLocator
 
-from dms_jax.evaluation.aggregate import AnswerArm, KeptArm, TextArm, TextGroup
+from dms_jax.evaluation.aggregate import AnswerResult, RetentionResult, TextGroup, TextResult
 from dms_jax.evaluation.statistics import fraction_above
 from dms_jax.reporting.report_colors import INK, MUTED, PAPER, RULE, VARIABLES, kept_color, policy_look
 
@@ -40,37 +40,37 @@ class Drawing(NamedTuple):
 
 @matplotlib.rc_context(STYLE)
 def kl_tails(groups: list[TextGroup]) -> Drawing:
+    """One panel for each group: the fraction of tokens whose KL is above a value."""
     figure, panels = _panels(len(groups), height=3.0)
-    finite = [arm.kl_max for group in groups for arm in group.arms if math.isfinite(arm.kl_max)]
-    top = max([3.0, *finite])
+    results = [result for group in groups for result in group.results]
+    top = max([3.0, *(result.kl_max for result in results if math.isfinite(result.kl_max))])
     thresholds = np.geomspace(1e-3, 1.2 * top, 120)
-    max_tokens = max(arm.kl_tokens.size for group in groups for arm in group.arms)
+    bottom = 0.5 / max(result.kl_tokens.size for result in results)
     for panel, group in zip(panels, groups, strict=True):
-        for arm in _drawn(group):
-            above = fraction_above(arm.kl_tokens, thresholds)
-            _line(panel, thresholds[above > 0], above[above > 0], arm.policy)
-        panel.set(title=_title(group), xscale="log", yscale="log", xlim=(1e-3, 1.3 * top), ylim=(0.5 / max_tokens, 1.3))
+        for result in _drawn(group):
+            above = fraction_above(result.kl_tokens, thresholds)
+            panel.plot(thresholds[above > 0], above[above > 0], **_style(result.policy))
+        panel.set(title=_title(group), xscale="log", yscale="log", xlim=(1e-3, 1.3 * top), ylim=(bottom, 1.3))
         _plain_numbers(panel.xaxis, panel.yaxis)
-    figure.supxlabel("KL(dense || policy) of a token, nats")
-    figure.supylabel("fraction of tokens above")
-    _legend(figure, [arm.policy for group in groups for arm in _drawn(group)])
+    _label(figure, "KL(dense || policy) of a token, nats", "fraction of tokens above")
+    _legend(figure, [result for group in groups for result in _drawn(group)])
     return _rendered(figure, "kl_tails", "Fraction of tokens whose KL is above a value, one line for each policy")
 
 
 @matplotlib.rc_context(STYLE)
-def kl_by_position(groups: list[TextGroup], buckets: int = 16) -> Drawing:
+def kl_by_position(groups: list[TextGroup]) -> Drawing:
+    """One panel for each group: the mean KL of 16 equal parts of the row."""
     figure, panels = _panels(len(groups), height=2.8)
     top = 1e-3
     for panel, group in zip(panels, groups, strict=True):
-        edges = np.linspace(0, group.length, min(buckets, group.length) + 1)
+        edges = np.linspace(0, group.length, min(16, group.length) + 1)
         centers = (edges[:-1] + edges[1:]) / 2
-        for arm in _drawn(group):
-            positions = np.concatenate([np.arange(len(row)) for row in arm.kl_rows.values()])
-            count, _ = np.histogram(positions, edges)
-            total, _ = np.histogram(positions, edges, weights=arm.kl_tokens)
+        for result in _drawn(group):
+            positions = np.concatenate([np.arange(len(row)) for row in result.kl_rows.values()])
+            count, total = (np.histogram(positions, edges, weights=kl)[0] for kl in (None, result.kl_tokens))
             means = total[count > 0] / count[count > 0]
             top = max(top, means.max())
-            _line(panel, centers[count > 0], means, arm.policy)
+            panel.plot(centers[count > 0], means, **_style(result.policy))
         if group.budget and group.budget < group.length:
             panel.axvline(group.budget, color=MUTED, lw=1, ls=":")
         panel.set(title=_title(group), xlim=(0, group.length))
@@ -78,33 +78,33 @@ def kl_by_position(groups: list[TextGroup], buckets: int = 16) -> Drawing:
         panel.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1e-3))
         _plain_numbers(panel.yaxis)
     panels[0].set_ylim(0, 1.4 * top if math.isfinite(top) else None)
-    figure.supxlabel("position in the row, tokens")
-    figure.supylabel("mean KL, nats")
-    _legend(figure, [arm.policy for group in groups for arm in _drawn(group)])
+    _label(figure, "position in the row, tokens", "mean KL, nats")
+    _legend(figure, [result for group in groups for result in _drawn(group)])
     return _rendered(figure, "kl_by_position", "Mean KL by position in the row, one line for each policy")
 
 
 @matplotlib.rc_context(STYLE)
-def accuracy(arms: list[AnswerArm]) -> Drawing:
-    """One panel for each task: accuracy with its interval against live tokens; a line joins the budgets of one policy."""
-    tasks = list(dict.fromkeys(arm.task for arm in arms))
+def accuracy(results: list[AnswerResult]) -> Drawing:
+    """One panel for each task: accuracy with its interval against live tokens. A line joins the budgets of a policy."""
+    tasks = list(dict.fromkeys(result.task for result in results))
     figure, panels = _panels(len(tasks), height=3.0)
     for panel, task in zip(panels, tasks, strict=True):
-        here = [arm for arm in arms if arm.task == task]
-        for policy in sorted({arm.policy for arm in here}, key=_order):
-            points = sorted((arm for arm in here if arm.policy == policy), key=lambda arm: arm.live_tokens)
-            value, low, high = np.array([arm.accuracy[:3] for arm in points]).T
+        here = [result for result in results if result.task == task]
+        for policy in sorted({result.policy for result in here}, key=_order):
+            points = sorted(
+                (result for result in here if result.policy == policy), key=lambda result: result.live_tokens
+            )
+            value, low, high = np.array([result.accuracy[:3] for result in points]).T
             look = policy_look(policy)
             if policy == "dense":
                 panel.axhline(value[-1], color=look.color, lw=1.2, ls=look.dash, zorder=2)
-            live, errors = [arm.live_tokens for arm in points], [value - low, high - value]
+            live, errors = [result.live_tokens for result in points], [value - low, high - value]
             panel.errorbar(live, value, errors, **_style(policy, marker=True), elinewidth=1, ms=7 if look.first else 5)
         panel.set(title=task, ylim=(-0.03, 1.03))
         panel.set_xscale("log", base=2)
         _plain_numbers(panel.xaxis)
-    figure.supxlabel("live tokens per KV head (log scale; fewer is a smaller cache)")
-    figure.supylabel("accuracy")
-    _legend(figure, [arm.policy for arm in arms], marker=True)
+    _label(figure, "live tokens per KV head (log scale; fewer is a smaller cache)", "accuracy")
+    _legend(figure, results, marker=True)
     return _rendered(figure, "accuracy", "Accuracy against live tokens, one panel for each task")
 
 
@@ -113,46 +113,44 @@ def needles_name(task: str) -> str:
 
 
 @matplotlib.rc_context(MAPS)
-def needles(task: str, arms: list[AnswerArm]) -> Drawing:
-    """Maps of depth x length, one for each arm: DMS and dense first."""
-    arms = sorted(
-        (arm for arm in arms if arm.task == task and arm.cells), key=lambda arm: (_order(arm.policy), -arm.live_tokens)
-    )
-    lengths = sorted({length for arm in arms for length, _ in arm.cells})
-    depths = sorted({depth for arm in arms for _, depth in arm.cells})
+def needles(task: str, results: list[AnswerResult]) -> Drawing:
+    """One map of depth x length for each result, first those of DMS and of the dense model."""
+    results = [result for result in results if result.task == task and result.cells]
+    results.sort(key=lambda result: (_order(result.policy), -result.live_tokens))
+    lengths = sorted({length for result in results for length, _ in result.cells})
+    depths = sorted({depth for result in results for _, depth in result.cells})
     columns, width = max(2, min(5, 20 // len(lengths))), max(2.15, 0.46 * len(lengths))
-    figure, panels = _panels(len(arms), height=0.34 * len(depths) + 0.65, columns=columns, width=width)
+    figure, panels = _panels(len(results), height=0.34 * len(depths) + 0.65, columns=columns, width=width)
     label = lambda value: f"{value:.2f}".removeprefix("0") if 0 < value < 1 else f"{value:g}"
-    for panel, arm in zip(panels, arms, strict=True):
-        found = {cell: accuracy.value for cell, accuracy in arm.cells.items()}
+    for panel, result in zip(panels, results, strict=True):
+        found = {cell: accuracy.value for cell, accuracy in result.cells.items()}
         _cells(panel, np.array([[found.get((x, y), np.nan) for x in lengths] for y in depths]), 1, label)
         panel.set_xticks(np.arange(len(lengths)), [f"{length:g}" for length in lengths])
         panel.set_yticks(np.arange(len(depths)), [f"{depth:.0%}" for depth in depths])
-        weight = "bold" if policy_look(arm.policy).first else "normal"
-        panel.set_title(f"{arm.name}: {arm.accuracy.value:.0%}", fontsize=9, fontweight=weight)
-    figure.supxlabel("length of the prompt, tokens")
-    figure.supylabel("depth of the needle")
-    return _rendered(figure, needles_name(task), f"Accuracy of {task} by length and depth, one map for each arm")
+        weight = "bold" if policy_look(result.policy).first else "normal"
+        panel.set_title(f"{result.name}: {result.accuracy.value:.0%}", fontsize=9, fontweight=weight)
+    _label(figure, "length of the prompt, tokens", "depth of the needle")
+    return _rendered(figure, needles_name(task), f"Accuracy of {task} by length and depth, one map for each method")
 
 
 @matplotlib.rc_context(MAPS)
-def cr_by_head(arms: list[KeptArm]) -> Drawing:
-    """A map of layers x heads for each arm, and beside it the compression ratio of each layer."""
-    layers, heads = np.max([arm.live_per_head.shape for arm in arms], axis=0)
-    top = max(float(np.max(arm.length / np.maximum(arm.live_per_head, 1))) for arm in arms)
-    width, columns, rows = max(2.4, 0.48 * heads + 0.4), min(2, len(arms)), -(-len(arms) // 2)
-    size = (width + 2.0) * columns, max(2.4, 0.235 * layers + 1.3) * rows
-    figure = Figure(figsize=size, layout="constrained")
+def cr_by_head(results: list[RetentionResult]) -> Drawing:
+    """A map of layers x heads for each result, and beside it the compression ratio of each layer."""
+    layers, heads = np.max([result.live_per_head.shape for result in results], axis=0)
+    top = max(float(np.max(result.length / np.maximum(result.live_per_head, 1))) for result in results)
+    width, columns, rows = max(2.4, 0.48 * heads + 0.4), min(2, len(results)), -(-len(results) // 2)
+    height = max(2.4, 0.235 * layers + 1.3)
+    figure = Figure(figsize=((width + 2.0) * columns, height * rows), layout="constrained")
     grid = figure.subplots(rows, 2 * columns, squeeze=False, width_ratios=[width, 1.6] * columns)
-    for panel in grid.ravel()[2 * len(arms) :]:
+    for panel in grid.ravel()[2 * len(results) :]:
         panel.remove()
     label = lambda value: f"{np.exp(value):.{1 if np.exp(value) >= 9.995 else 2}f}"
-    for (left, right), arm in zip(grid.reshape(-1, 2), arms, strict=False):
-        ratio = arm.length / np.maximum(arm.live_per_head, 1e-9)
+    for (left, right), result in zip(grid.reshape(-1, 2), results, strict=False):
+        ratio = result.length / np.maximum(result.live_per_head, 1e-9)
         _cells(left, np.log(ratio), np.log(max(top, 1.01)), label, size=7.5)
-        left.set(title=f"{arm.domain}, {arm.name}: CR {arm.realised_cr:.2f}", xlabel="KV head", ylabel="layer")
+        left.set(title=f"{result.domain}, {result.name}: CR {result.realised_cr:.2f}", xlabel="KV head", ylabel="layer")
         left.set(xticks=np.arange(ratio.shape[1]), yticks=np.arange(0, len(ratio), 1 if len(ratio) <= 32 else 4))
-        layer = arm.length / arm.live_per_head.mean(axis=1)
+        layer = result.length / result.live_per_head.mean(axis=1)
         right.barh(np.arange(len(layer)), layer, color=policy_look("dms").color, height=0.7)
         right.axvline(1, color=MUTED, lw=1, ls=":")
         right.set(ylim=left.get_ylim(), yticks=[], xlabel="CR of the layer", xlim=(0, None))
@@ -161,21 +159,22 @@ def cr_by_head(arms: list[KeptArm]) -> Drawing:
 
 
 @matplotlib.rc_context(STYLE)
-def cr_by_position(arms: list[KeptArm]) -> Drawing:
+def cr_by_position(results: list[RetentionResult]) -> Drawing:
+    """Live tokens (left) and compression ratio (right) after each token, one line for each result."""
     figure = Figure(figsize=(9.8, 3.2), layout="constrained")
     live, ratio = figure.subplots(1, 2, gridspec_kw={"wspace": 0.06})
-    longest, color = max(arm.length for arm in arms), policy_look("dms").color
+    longest, color = max(result.length for result in results), policy_look("dms").color
     dense = {"color": policy_look("dense").color, "ls": ":", "lw": 1.3}
     live.plot([0, longest], [0, longest], **dense)
-    middle = (longest * 0.5, longest * 0.5)
-    live.annotate(
-        "dense: keeps every token", middle, xytext=(-6, 4), textcoords="offset points", ha="right", fontsize=9
-    )
+    beside = {"xytext": (-6, 4), "textcoords": "offset points", "ha": "right", "fontsize": 9}
+    live.annotate("dense: keeps every token", (longest * 0.5, longest * 0.5), **beside)
     ratio.axhline(1, **dense)
-    for arm, dash in zip(arms, ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))] * len(arms), strict=False):
-        x = np.arange(1, arm.length + 1)
-        live.plot(x, arm.live_by_position, color=color, ls=dash, lw=2, label=f"{arm.domain}, {arm.name}")
-        ratio.plot(x, x / np.maximum(arm.live_by_position, 1e-9), color=color, ls=dash, lw=2)
+    for result, dash in zip(
+        results, ["-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1))] * len(results), strict=False
+    ):
+        x = np.arange(1, result.length + 1)
+        live.plot(x, result.live_by_position, color=color, ls=dash, lw=2, label=f"{result.domain}, {result.name}")
+        ratio.plot(x, x / np.maximum(result.live_by_position, 1e-9), color=color, ls=dash, lw=2)
     for axes, label in ((live, "live tokens per KV head"), (ratio, "realised CR (tokens seen / live)")):
         axes.set(xlabel="tokens seen", ylabel=label, xlim=(0, longest), ylim=(0, None))
     live.legend(loc="upper left", fontsize=9)
@@ -183,11 +182,11 @@ def cr_by_position(arms: list[KeptArm]) -> Drawing:
     return _rendered(figure, "cr_by_position", alt)
 
 
-def kept_text(arm: KeptArm, name: str, columns: int = 110, lines: int = 48) -> bytes:
-    """PNG of the beginning of a text, each token on the color of its kept fraction; the page shows the whole text."""
+def kept_text(result: RetentionResult, columns: int = 110, lines: int = 48) -> bytes:
+    """Draw the beginning of a text as a PNG, each token on the color of its kept fraction. The page shows all of it."""
     with matplotlib.rc_context(MAPS | {"font.family": ["DejaVu Sans Mono"]}), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # this font lacks the letters of some scripts: boxes here, correct on the page
-        cells = list(_text_cells(arm.pieces, columns))
+        cells = list(_text_cells(result.pieces, columns))
         rows = min(cells[-1][0] + 1, lines) if cells else 1
         letter = 10 / 72 * 0.602  # width in inches of a letter of this font at 10 points
         height = rows * 0.21 + 0.4
@@ -197,15 +196,16 @@ def kept_text(arm: KeptArm, name: str, columns: int = 110, lines: int = 48) -> b
         axes.axis("off")
         for row, column, chunk, position in cells:
             if row < rows:
-                color = kept_color(arm.kept[position])
+                color = kept_color(result.kept[position])
                 axes.add_patch(Rectangle((column, row + 0.05), len(chunk), 0.9, color=color, lw=0))
                 axes.text(column, row + 0.52, chunk, fontsize=10, va="center", ha="left")
-        figure.text(0.02, 0.985, f"{name}; the stronger the color, the more heads keep the token", va="top")
+        title = f"{result.domain}, {result.name}; the stronger the color, the more heads keep the token"
+        figure.text(0.02, 0.985, title, va="top")
         return _png(figure)
 
 
 def _text_cells(pieces: Iterable[str], columns: int) -> Iterable[tuple[int, int, str, int]]:
-    """(row, column, text, token) of each part of a text that is wrapped at `columns` letters."""
+    """Wrap a text at `columns` letters. Yields (row, column, part of a token, position of the token)."""
     row, column = 0, 0
     for position, piece in enumerate(pieces):
         for part in re.split("(\n)", piece):
@@ -221,7 +221,7 @@ def _text_cells(pieces: Iterable[str], columns: int) -> Iterable[tuple[int, int,
 
 
 def _panels(count: int, height: float, columns: int = 0, width: float = 0) -> tuple[Figure, list]:
-    """Panels beside each other; `columns` 0 chooses a number that fills the rows."""
+    """Make `count` panels of `height` inches, in rows of at most `columns`; 0 is 3, or 2 where that fills the rows."""
     columns = min(count, columns or (2 if count == 4 else 3))
     width = width or {1: 6.0, 2: 5.0}.get(columns, 3.5)
     rows = -(-count // columns)
@@ -232,9 +232,11 @@ def _panels(count: int, height: float, columns: int = 0, width: float = 0) -> tu
     return figure, list(axes[:count])
 
 
-def _drawn(group: TextGroup) -> list[TextArm]:
-    """The arms that have a KL; DMS comes last and so lies on top."""
-    return sorted((arm for arm in group.arms if arm.policy != "dense"), key=lambda arm: -_order(arm.policy)[0])
+def _drawn(group: TextGroup) -> list[TextResult]:
+    """All results but dense, to which they are compared. DMS comes last, so that its line lies on top."""
+    return sorted(
+        (result for result in group.results if result.policy != "dense"), key=lambda result: -_order(result.policy)[0]
+    )
 
 
 def _order(policy: str) -> tuple[int, str]:
@@ -251,37 +253,35 @@ def _style(policy: str, marker: bool = False) -> dict:
     return style | ({"marker": look.marker} if marker else {})
 
 
-def _line(panel, x: np.ndarray, y: np.ndarray, policy: str) -> None:
-    panel.plot(x, y, **_style(policy))
+def _label(figure: Figure, x: str, y: str) -> None:
+    """Label the axes that all panels share."""
+    figure.supxlabel(x)
+    figure.supylabel(y)
 
 
-def _legend(figure: Figure, policies: Iterable[str], marker: bool = False) -> None:
-    handles = [Line2D([], [], label=policy, **_style(policy, marker)) for policy in sorted(set(policies), key=_order)]
+def _legend(figure: Figure, results: Iterable[TextResult | AnswerResult], marker: bool = False) -> None:
+    policies = sorted({result.policy for result in results}, key=_order)
+    handles = [Line2D([], [], label=policy, **_style(policy, marker)) for policy in policies]
     columns = max(1, int(figure.get_figwidth() / 1.75))
     figure.legend(handles=handles, loc="outside upper left", ncols=columns, fontsize=9.5, handlelength=2.8)
 
 
 def _plain_numbers(*axes) -> None:
-    """Label ticks 0.01 and 100, not as powers."""
+    """Label ticks with plain numbers, such as 0.01, instead of powers of ten."""
     for axis in axes:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_minor_formatter(NullFormatter())
 
 
 def _cells(panel, values: np.ndarray, top: float, label, size: float = 8.5) -> None:
-    """A heat map from 0 to `top` with the number in each cell; a nan stays empty."""
+    """Draw a heat map of values from 0 to `top`, with `label(value)` in each cell; the cell of a nan stays empty."""
     colors = matplotlib.colormaps["cividis"]
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
             shade = min(max(value / top, 0.0), 1.0)
             cell = Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=colors(shade), edgecolor="none")
-            style = {
-                "ha": "center",
-                "va": "center_baseline",
-                "fontsize": size,
-                "color": "#fff" if shade < 0.55 else "#000",
-            }
-            number = panel.text(column, row, label(value), **style)
+            ink = "#fff" if shade < 0.55 else "#000"
+            number = panel.text(column, row, label(value), color=ink, fontsize=size, ha="center", va="center_baseline")
             for part in (panel.add_patch(cell), number):
                 part.set_in_layout(False)  # it lies inside the axes; measuring hundreds of parts takes seconds
     panel.set(xlim=(-0.5, values.shape[1] - 0.5), ylim=(values.shape[0] - 0.5, -0.5))
@@ -294,13 +294,9 @@ def _rendered(figure: Figure, name: str, alt: str) -> Drawing:
     figure.patch.set_visible(False)
     figure.set_layout_engine("none")  # keep the layout of the PNG
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    for (
-        color,
-        variable,
-    ) in VARIABLES.items():  # the style sheet of the page gives each variable a light and a dark value
-        svg = svg.replace(color, f"var(--{variable})")
+    svg = re.sub(r"\A.*?(?=<svg)|<metadata>.*?</metadata>", "", file.getvalue(), flags=re.S)
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")  # the style sheet of the page has its light and its dark value
     return Drawing(name, svg, png, alt)
 
 

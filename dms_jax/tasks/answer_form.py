@@ -1,22 +1,21 @@
 r"""The normal form of an answer: `0.5`, `\frac12` and `$\dfrac{1}{2}$` all become `1/2`.
 
-Numbers become exact fractions. Of LaTeX only the spelling is unified (the convention of Hendrycks et al.,
-arXiv:2103.03874), never the algebra: `2\sqrt{3}` and `\sqrt{12}` remain different. When in doubt, two answers remain
-different.
+Numbers become exact fractions. The spelling of LaTeX is unified, following Hendrycks et al. (arXiv:2103.03874), but its
+algebra is not: `2\sqrt{3}` and `\sqrt{12}` remain different. In doubtful cases, answers remain different.
 """
 
 import re
 from fractions import Fraction
 
 DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
-MAX_DIGITS = 100  # longer numbers stay text: no problem has them, and Python refuses to print very long integers
-MAX_LENGTH = 1000  # a longer text rambles instead of answering
+MAX_DIGITS = 100  # longer numbers remain text: no problem has them, and Python refuses to print very long integers
+MAX_LENGTH = 1000  # a longer text is not an answer and remains as it is
 TEXT = r"\\(?:text|textrm|textbf|textit|mbox)\s*\{([^{}]*)\}"
 UNIT = rf"(?<=[0-9A-Za-z}}\])])\s*(?:{TEXT}|\\mathrm\s*\{{([^{{}}]{{2,}})\}})(?:\^\{{?\d\}}?)?\s*$"  # \mathrm{{i}} may be a number
 WORDS = r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt)\b)[A-Za-z]{3,}(?:\s[A-Za-z]+)*"
-SIMPLE = r"\w|\\(?!sqrt)[A-Za-z]+"  # what \frac takes without braces
+SIMPLE = r"\w|\\(?!sqrt)[A-Za-z]+"  # an argument that \frac takes without braces
 
-SPELLINGS = (  # in this order
+SPELLINGS = (  # replacements, which apply in this order
     (r",\\!\s*", ","),  # 10,\!080
     (r"\\\$|\$|(?<!\\)\\[()\[\]]", ""),  # dollars and other delimiters of a formula; not the \\[ of a matrix
     (r"\\(?:left|right|displaystyle)(?![a-z])", ""),
@@ -30,7 +29,7 @@ SPELLINGS = (  # in this order
 
 
 def normal_form(answer: str) -> str:
-    """Return the same text for answers that mean the same but are written differently; "" for an empty answer."""
+    """Return one text for all spellings of an answer; "" for an empty answer."""
     text = answer.strip().strip("*").strip()
     if len(text) > MAX_LENGTH:
         return text
@@ -52,8 +51,8 @@ def normal_form(answer: str) -> str:
 
 
 def as_fraction(text: str) -> Fraction | None:
-    r"""The value of texts like 1,234.50, -3/4, 1\frac{4}{5} and 6.7 \times 10^{-5}; None for anything else."""
-    text = _braced(text) if "," not in text else text.strip()  # "1, 200" are two numbers
+    r"""Return the value of texts like 1,234.50, -3/4, 1\frac{4}{5} and 6.7 \times 10^{-5}; None for other texts."""
+    text = _braced(text) if "," not in text else text.strip()  # the blank in "1, 200" separates two numbers
     if len(text) > MAX_DIGITS:
         return None
     if re.fullmatch(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?", text):

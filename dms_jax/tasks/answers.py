@@ -12,12 +12,12 @@ ANSWER_IS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
 
 
 def after_thinking(text: str) -> str:
-    """The part of a text that follows a reasoning model's thoughts."""
+    """Return the part of a text that follows the thoughts of a reasoning model."""
     return text.rpartition("</think>")[2]
 
 
 def math_answer(text: str) -> str:
-    """The answer of a text in its normal form; "" if there is none."""
+    """Return the answer of a text in its normal form; "" if the text has no answer."""
     text = after_thinking(text)
     boxed = last_boxed(text)
     if boxed is not None:
@@ -31,7 +31,7 @@ def math_answer(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last \boxed{...} that is not empty and whose braces close; None without one."""
+    r"""Return the content of the last \boxed{...} that is closed and not empty; None if there is none."""
     for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
         inside = _until_closed(text[start:])
         if inside.strip():
@@ -40,7 +40,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _until_closed(text: str) -> str:
-    """The text before the brace that closes an outer one; "" if no brace does."""
+    """Return the text before the brace that closes the one in front of it; "" if it is not closed."""
     depth = 1
     for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is not a brace
         depth += {"{": 1, "}": -1}.get(found.group(), 0)
@@ -50,10 +50,9 @@ def _until_closed(text: str) -> str:
 
 
 def _formula(line: str) -> str:
-    """The answer at the beginning of the rest of a line: a formula in dollars, a number before words, or a sentence."""
-    if formula := re.match(
-        r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", line
-    ):  # in "$5 and $6" no dollar ends a formula
+    """Return the answer with which a line begins: a formula in dollar signs, a number before words, or a sentence."""
+    # A dollar sign before a digit does not end a formula, as in "$5 and $6".
+    if formula := re.match(r"\$\$?((?:\\.|[^$\\])*[^$\s])\$(?!\d)|\\\((.+?)\\\)", line):
         return formula[1] or formula[2]
     if number := re.match(rf"({NUMBER})(?:\*\*)?(?:,?\s+[A-Za-z]{{2,}}.*|[.,;!]?\s*|[.;!]\s.*)$", line):
         return number[1]

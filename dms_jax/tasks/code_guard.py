@@ -1,9 +1,10 @@
-"""Run one generated program under limits. `code_runner` starts this file as a process of its own; it imports nothing of
-the package.
+"""Run one generated program under limits. `code_runner` starts this file in a process of its own, so it imports nothing
+from the package.
 
     python -I -B code_guard.py PROGRAM CPU_SECONDS MEMORY_BYTES FILE_BYTES
 
-The limits are set here, not between fork and exec: the parent runs JAX, whose threads make code there unsafe.
+The limits are set here and not between fork and exec, where code would be unsafe: the parent runs JAX, which has
+threads.
 """
 
 import os
@@ -11,7 +12,7 @@ import resource
 import runpy
 import sys
 
-NUM_THREADS = 64  # that may be started beyond those that the machine runs already
+NUM_THREADS = 64  # that the program may add to those that already run on the machine
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 REFUSED = (
     "os.exec",
@@ -42,16 +43,16 @@ CHANGES += ("shutil.move", "shutil.rmtree")
 
 
 def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
-    # First SIGXCPU, from which the parent learns the reason, then SIGKILL.
+    # The soft limit sends SIGXCPU, which tells the parent the reason; the hard limit sends SIGKILL.
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
     for limit, value in (
         (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_FSIZE, file_bytes),  # also of the output, which goes to a file
+        (resource.RLIMIT_FSIZE, file_bytes),  # also limits the output, which goes to a file
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    # "0.5 0.4 0.3 2/1234 ...": the limit applies to all processes and threads of the user, so it counts those that run.
+    # RLIMIT_NPROC covers all processes and threads of the user, so add those that already run: "0.5 0.4 0.3 2/1234 ...".
     with open("/proc/loadavg") as file:
         tasks = int(file.read().split()[3].partition("/")[2]) + NUM_THREADS
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
@@ -60,8 +61,8 @@ def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 
 def refuse_outside(folder: str):
-    """An audit hook that refuses Python's own ways to start processes, use the network and change files outside the
-    folder."""
+    """Make an audit hook that refuses Python's own ways to start processes, to use the network and to change files
+    outside the folder."""
 
     def is_outside(path: object) -> bool:
         if not isinstance(path, str | bytes | os.PathLike):

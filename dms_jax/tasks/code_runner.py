@@ -1,13 +1,13 @@
 """Run generated programs, each in a fresh Python process, in an empty folder, under limits. Linux only.
 
-A program gets an isolated interpreter (-I) with an empty environment, without a terminal and without our open files; a
-temporary folder, which is removed afterwards; and limits on CPU and wall time, memory, file and output size, and
-threads. At the end its whole process group is killed. Attempts to start processes, use the network or change files
-outside the folder are refused if they go through Python.
+A program gets an isolated interpreter (-I) with an empty environment, without a terminal and without our open files. It
+runs in a temporary folder, which is removed afterwards, with limits on CPU and wall time, memory, threads, and the size
+of files and output. At the end its whole process group is killed. Attempts to start processes, to use the network or to
+change files outside the folder are refused if they go through Python.
 
-This is not a sandbox. It limits the accidents of a language model. A malicious program can get around it (through
-`ctypes`, for example), can read every file that you can read, and has no limit on processes as root. Against malice,
-run the whole evaluation in a container or virtual machine without network.
+This is not a sandbox: it protects from accidents, not from attacks. A malicious program can get around it, for example
+through `ctypes`; it can read every file that you can read; and as root it has no limit on processes. If programs may be
+malicious, run the whole evaluation in a container or a virtual machine without network.
 """
 
 import contextlib
@@ -32,33 +32,33 @@ PASSED, TIMED_OUT = "passed", "timed out"
 
 @dataclass(frozen=True)
 class Limits:
-    """Resources that one program may use."""
+    """The resources that one program may use."""
 
-    seconds: float = 10.0  # wall time; one second more of CPU time
+    seconds: float = 10.0  # wall time; the limit on CPU time is one second more
     memory_mib: int = 2048  # address space
-    output_mib: int = 16  # of each file, and of the output
+    output_mib: int = 16  # size of each file, and of the output
 
 
 class Outcome(NamedTuple):
     """How a program ended, and what it printed."""
 
-    verdict: str  # "passed" (ended by itself, without an error), "failed: REASON" or "timed out"
+    verdict: str  # "passed" (it ended by itself and without an error), "failed: REASON" or "timed out"
     output: str
 
 
 def require_run_code(name: str, options: TaskOptions) -> None:
-    """Refuse unless the user has allowed generated code to run."""
+    """Raise ConfigError unless the user has allowed generated code to run."""
     if not options.run_code:
         raise ConfigError(
-            f"{name} runs the programs that the model writes on this machine, each in a subprocess with limited time, "
-            "memory and files, which is not a sandbox; allow it with --run-code"
+            f"{name} runs programs that the model writes, on this machine, each in a subprocess with limits on time, "
+            "memory and files, which is not a sandbox; give --run-code to allow it"
         )
     if sys.platform != "linux":
-        raise ConfigError(f"{name} runs generated code on Linux only, this is {sys.platform}; use a container")
+        raise ConfigError(f"{name} must run on Linux, got {sys.platform}; use a container or a virtual machine")
 
 
 def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Outcome:
-    """Run a program to its end, or to its limits."""
+    """Run a program until it ends or reaches a limit."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as outside:
         folder = Path(outside, "folder")
         folder.mkdir()
@@ -101,7 +101,7 @@ def run_program(program: str, stdin: str = "", limits: Limits = Limits()) -> Out
 
 
 def run_tests(program: str, limits: Limits = Limits()) -> str:
-    """The verdict on a program that ends with its tests: it passes only if it reaches its last line."""
+    """Return the verdict on a program whose tests are at its end. It passes only if it reaches its last line."""
     token = secrets.token_hex(16)  # a program that exits early cannot have printed it
     outcome = run_program(f"{program}\n__import__('sys').stdout.write({token!r})\n", limits=limits)
     if outcome.verdict == PASSED and not outcome.output.endswith(token):
@@ -117,7 +117,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def generated_code(text: str) -> str:
-    """The program in an answer: the last fenced block, even if it was cut off; without a fence, the whole answer."""
+    """Return the program in an answer: the last fenced block, even if it is not closed, or else the whole answer."""
     text = after_thinking(text)
     parts = text.split("```")
     if len(parts) == 1:

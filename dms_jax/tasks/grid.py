@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dms_jax.errors import ConfigError
 from dms_jax.tasks.problem import TaskOptions
 
-MAX_GUESSES = 8  # by interpolation; after that the bracket is halved, so that the search ends soon for every tokenizer
+MAX_GUESSES = 8  # by interpolation; afterwards the search bisects, so that it ends soon with every tokenizer
 
 
 class Cell(NamedTuple):
@@ -16,7 +16,7 @@ class Cell(NamedTuple):
     unit: str
     length: int
     depth: float
-    rng: random.Random  # depends on (seed, task, unit) only, not on the other cells
+    rng: random.Random  # depends on (seed, task, unit) only, so a cell is the same in every grid
 
     @property
     def groups(self) -> dict[str, float | str]:
@@ -24,13 +24,15 @@ class Cell(NamedTuple):
 
 
 def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
-    """All cells of a task, with units like `1024/0.25/3`."""
+    """Yield all cells of a task, whose units look like `1024/0.25/3`."""
     for depth in options.depths:
         if not 0 <= depth <= 1:
-            raise ConfigError(f"--depths must be in [0, 1], got {depth:g}; 0 is the start of the text, 1 its end")
+            raise ConfigError(
+                f"--depths must be in [0, 1], got {depth:g}; 0 is the start of the text, and 1 is its end"
+            )
     if options.count < 1 or not options.lengths or not options.depths:
         raise ConfigError(
-            f"{name} needs --count of at least 1 and at least one of --lengths and of --depths, got {options.count}, "
+            f"--count must be at least 1, and --lengths and --depths must not be empty for {name}, got {options.count}, "
             f"{options.lengths} and {options.depths}"
         )
     places = {f"{length}/{depth:g}": (length, depth) for length in options.lengths for depth in options.depths}
@@ -43,8 +45,8 @@ def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
 def fill(
     prompt_of: Callable[[int], str], length: int, count_tokens: Callable[[str], int], name: str, smallest: int = 0
 ) -> int:
-    """Find the largest n with count_tokens(prompt_of(n)) <= length; prompts grow with n. Raises ConfigError if
-    `smallest` is too large."""
+    """Find the largest n with count_tokens(prompt_of(n)) <= length, where prompts grow with n. Raises ConfigError if
+    the prompt of `smallest` is already too long."""
     low, low_tokens = smallest, count_tokens(prompt_of(smallest))
     if low_tokens > length:
         raise ConfigError(

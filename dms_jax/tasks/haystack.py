@@ -1,5 +1,4 @@
-"""Text to hide needles in: the sentences of --haystack, beginning with a random one, and from the start again at its
-end."""
+"""The text in which needles are hidden: the sentences of --haystack from a random one on, starting over at the end."""
 
 import random
 import re
@@ -9,25 +8,25 @@ from dms_jax.errors import ConfigError
 from dms_jax.tasks.grid import fill
 
 SENTENCE_END = r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+|\n\s*\n"
-MAX_WORDS = 80  # longer sentences (a table, code) are cut, so that prompts come close to their length
+MAX_WORDS = 80  # longer sentences (tables, code) are split, so that prompts come close to their length
 
 
 def sentences_of(text: str, name: str) -> list[str]:
-    """Split a text into sentences, with single blanks for white space. `name` is the task that needs them."""
+    """Split a text into sentences and collapse white space. `name` is the task, for the error message."""
     found = []
     for sentence in re.split(SENTENCE_END, text):
         words = sentence.split()
         found += [" ".join(words[start : start + MAX_WORDS]) for start in range(0, len(words), MAX_WORDS)]
     if not found:
         raise ConfigError(
-            f"{name} hides its needles in a text; "
-            "give one with --haystack FILE (UTF-8, preferably longer than the longest prompt)"
+            f"--haystack must be a text in which {name} can hide its needles; "
+            "give --haystack FILE (UTF-8, preferably longer than the longest prompt)"
         )
     return found
 
 
 class Haystack:
-    """An endless supply of sentences, of which a prompt takes as many as fit."""
+    """An endless supply of sentences, from which a prompt takes as many as fit."""
 
     def __init__(self, text: str, name: str):
         self.sentences, self.name = sentences_of(text, name), name
@@ -40,18 +39,18 @@ class Haystack:
         count_tokens: Callable[[str], int],
         rng: random.Random,
     ) -> str:
-        """Apply `frame` to a text in which each (depth, needle) is hidden: a fraction `depth` of the sentences precedes
-        the needle.
+        """Apply `frame` to a text in which each (depth, needle) is hidden, with a fraction `depth` of the sentences
+        before the needle.
 
-        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError if nothing
-        fits.
+        Needles of equal depth keep their order. The prompt has at most `length` tokens. Raises ConfigError if not even
+        the needles fit.
         """
         start = rng.randrange(len(self.sentences))
 
         def prompt_of(count: int) -> str:
             text = [self.sentences[(start + i) % len(self.sentences)] for i in range(count)]
             places = sorted((round(depth * count), order) for order, (depth, _) in enumerate(needles))
-            for place, order in reversed(places):  # from the end, so that earlier places stay valid
+            for place, order in reversed(places):  # backwards, so that earlier places stay valid
                 text.insert(place, needles[order][1])
             return frame(" ".join(text))
 

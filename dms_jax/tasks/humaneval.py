@@ -9,8 +9,8 @@ A record is {"task_id", "prompt", "test", "entry_point", "canonical_solution"}. 
         0.5
         \"\"\"
 
-"    return number % 1.0" scores 1. As in the paper, the prompt is not a chat. A whole program, fenced or not, is
-accepted as well.
+The text "    return number % 1.0" scores 1. As in the paper, the prompt is not a chat. A whole program, fenced or not,
+is accepted as well.
 """
 
 import re
@@ -39,14 +39,14 @@ class HumanEval:
             if unit in found:
                 raise ConfigError(f"{record.where}: duplicate task_id {unit!r}; give each problem its own")
             tests = (f"{record.text('test')}\ncheck({record.text('entry_point')})",)
-            stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # begin what follows the function
+            stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # the first line after the function
             found[unit] = Problem(
                 unit, prompt, solution, options.max_new_tokens or self.max_new_tokens, stop_strings=stops, tests=tests
             )
         return list(found.values())
 
     def extract(self, text: str) -> str:
-        """The rest of the function, up to the first line that is not indented; or a whole program."""
+        """Return the rest of the function, up to the first line that is not indented, or else a whole program."""
         body = re.sub(r"\A(?:[ \t]*\n)+", "", after_thinking(text))
         if re.match(r"  |\t", body):
             return re.split(r"\n(?=[^\s)\]}])", body, maxsplit=1)[0].rstrip()
@@ -54,6 +54,6 @@ class HumanEval:
 
     def score(self, problem: Problem, text: str) -> float:
         code = self.extract(text)
-        # A whole program follows the prompt too, whose imports and helpers it may use.
+        # A whole program is put after the prompt too, so that it can use the prompt's imports and helpers.
         joint = "" if code[:1].isspace() else "\n"
         return float(run_tests(f"{problem.prompt}{joint}{code}\n\n{problem.tests[0]}") == PASSED)

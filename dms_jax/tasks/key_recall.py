@@ -1,4 +1,4 @@
-"""Associative recall: many names with a word each, one of which is asked for at the end.
+"""Associative recall: a list of names, each with a word; at the end, the word of one name is asked for.
 
     Each line has a name and its word.
 
@@ -23,7 +23,7 @@ from dms_jax.tasks.grid import Cell, cells, fill
 from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.words import ADJECTIVES, NOUNS
 
-MAX_PAIRS = len(ADJECTIVES) * len(NOUNS) // 2  # half of the possible keys, so that drawing different ones stays quick
+MAX_PAIRS = len(ADJECTIVES) * len(NOUNS) // 2  # half of the possible names, so that drawing a new one stays quick
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Recall:
         def shown(count: int) -> list[tuple[str, str]]:
             if count > MAX_PAIRS:
                 raise ConfigError(
-                    f"{self.name}: --lengths {cell.length} needs more than the {MAX_PAIRS} names there are; use less"
+                    f"{self.name}: --lengths must be shorter, got {cell.length}, which needs more than the "
+                    f"{MAX_PAIRS} available names; use shorter prompts"
                 )
             while len(pairs) < count:
                 key = f"{cell.rng.choice(ADJECTIVES)} {cell.rng.choice(NOUNS)}"
@@ -61,7 +62,7 @@ class Recall:
         )
 
     def extract(self, text: str) -> str:
-        """The first word of the text, in lower case."""
+        """Return the first word of the text, in lower case."""
         found = re.search(r"\w+", text.lower())
         return found.group() if found else ""
 

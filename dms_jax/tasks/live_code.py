@@ -6,10 +6,10 @@ first two are required:
     question_content:  Read n and print the sum of the integers from 1 to n.
     public_test_cases: [{"input": "4", "output": "10", "testtype": "stdin"}]
 
-"```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or what
-LiveCodeBench hides it in: base64 of zlib of a pickled JSON string. With the testtype "stdin" the program reads the
-input and prints the output. With "functional" each line of the input is the JSON of one argument to `metadata`'s
-"func_name", a function or a method of a class `Solution`, and the output is the JSON of its result.
+A text like "```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or the
+encoding of LiveCodeBench: base64 of zlib of a pickled JSON string. With the testtype "stdin", the program reads the
+input and prints the output. With "functional", each line of the input is the JSON of one argument of the function
+"func_name" in `metadata`, which may be a method of a class `Solution`; the output is the JSON of its result.
 """
 
 import base64
@@ -28,7 +28,7 @@ from dms_jax.tasks.code_runner import PASSED, generated_code, require_run_code, 
 from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.records import Record, chosen, read_records
 
-PRELUDE = (  # what the sites that the problems come from import already
+PRELUDE = (  # the imports that the websites of these problems provide
     "import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys\n"
     "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\nfrom itertools import *\n"
     "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides it
@@ -44,7 +44,7 @@ REQUEST = "Write a Python program that solves this. {how} Give the whole program
 
 
 class CodeTest(NamedTuple):
-    """One input and the output that a right program gives."""
+    """One input, and the output of a correct program."""
 
     given: str
     wanted: str
@@ -85,14 +85,14 @@ class LiveCode:
         return generated_code(text)
 
     def score(self, problem: Problem, text: str) -> float:
-        """1 if the program passes every test."""
+        """Return 1 if the program passes every test, else 0."""
         code = self.extract(text)
         return float(bool(code) and all(passes(code, test) for test in problem.tests))
 
 
 def passes(code: str, test: CodeTest) -> bool:
-    """Whether a program gives the output of a test."""
-    token = secrets.token_hex(16)  # tells the result from what the program prints itself
+    """Return whether a program gives the output of a test."""
+    token = secrets.token_hex(16)  # separates the result from what the program itself prints
     call = CALL.format(name=test.function, token=token) if test.function else ""
     verdict, output = run_program(f"{PRELUDE}{code}{call}", test.given)
     if verdict != PASSED:
@@ -107,7 +107,7 @@ def passes(code: str, test: CodeTest) -> bool:
 
 
 def same_output(output: str, wanted: str) -> bool:
-    """Compare line by line and word by word: numbers by value, ignoring blanks around lines and around the whole."""
+    """Compare line by line and word by word, ignoring extra blanks. Numbers are compared by value."""
     lines, wanted_lines = ([line.split() for line in text.strip().splitlines()] for text in (output, wanted))
     return [len(line) for line in lines] == [len(line) for line in wanted_lines] and all(
         same_word(*pair) for both in zip(lines, wanted_lines, strict=True) for pair in zip(*both, strict=True)
@@ -162,10 +162,10 @@ def _cases(record: Record, key: str) -> list[dict[str, Any]]:
 
 
 class _TextOnly(pickle.Unpickler):
-    """Refuses every pickle that names something to call. A pickled string names nothing."""
+    """An unpickler that refuses every pickle that names something to call, which a pickled string never does."""
 
     def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, as no list of tests does")
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no list of tests does")
 
 
 def _unpacked(packed: str) -> str:

@@ -12,7 +12,7 @@ An example of GSM8K:
               Working 50 minutes, she earned 0.2 x 50 = $<<0.2*50=10>>10.
               #### 10
 
-"So she earned \boxed{10}" scores 1. Answers are compared in the normal form of `answer_form`.
+A text like "So she earned \boxed{10}" scores 1. Answers are compared in the normal form of `answer_form`.
 """
 
 from collections.abc import Callable

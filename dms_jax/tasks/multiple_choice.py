@@ -12,7 +12,7 @@ choice itself}, whose order is kept.
 
     Please reason step by step, and put the letter of the right choice within \boxed{}.
 
-"... \boxed{B}", "The answer is (B)." and "B" score 1.
+Texts like "... \boxed{B}", "The answer is (B)." and "B" score 1.
 """
 
 import random
@@ -34,7 +34,7 @@ ANSWER_KEYS = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "In
 @dataclass(frozen=True)
 class MultipleChoice:
     name: str = "gpqa"
-    default_data: str = "hf:Idavidrein/gpqa:gpqa_diamond:train"  # its license must be accepted on the hub
+    default_data: str = "hf:Idavidrein/gpqa:gpqa_diamond:train"  # the user must accept its license on the hub
     max_new_tokens: int = 4096
     measures_answer: bool = False
 
@@ -66,8 +66,8 @@ class MultipleChoice:
         )
 
     def extract(self, text: str) -> str:
-        """The letter that is boxed, else the last one called the answer, else one that begins the text ("B", "B)
-        red")."""
+        """Return the letter that is boxed, else the last one that is called the answer, else the one with which the text
+        begins ("B", "B) red")."""
         text = after_thinking(text)
         boxed = last_boxed(text)
         if boxed is not None:
@@ -82,7 +82,7 @@ class MultipleChoice:
 
 
 def _given(record: Record) -> tuple[list[str], int]:
-    """The choices of a record, and the index of the right one."""
+    """Return the choices of a record, and the index of the right one."""
     choices, answer = record.value["choices"], record.value.get("answer")
     if (
         not isinstance(choices, list)

@@ -1,4 +1,4 @@
-"""Needle in a haystack: numbers that are hidden somewhere in a long text.
+"""Needle in a haystack: numbers are hidden in a long text, and the prompt asks for some of them.
 
     Special magic numbers are hidden in the text below. Remember them.
 
@@ -6,11 +6,11 @@
 
     The special magic number for the calm tiger mentioned in the text is
 
-A text that names 48213 scores 1. This is Kamradt's test in the three forms of RULER (Hsieh et al., arXiv:2404.06654):
-one needle; several keys, one of which is asked for; several values of one key, all of them asked for. Deviations:
+A text that names 48213 scores 1. This is Kamradt's test in three forms of RULER (Hsieh et al., arXiv:2404.06654): one
+needle; several keys, one of which is asked for; and several values of one key, all of which are asked for. Deviations:
 numbers have five digits, and each prompt ends with the beginning of its answer, so that base models and small models
-know what to do. The needle that is asked for (of several values, the first) is at the given depth; the others are
-anywhere.
+know what to do. The needle that is asked for is at the given depth (with several values, the first of them); the other
+needles are anywhere.
 """
 
 import random
@@ -67,11 +67,11 @@ class Needles:
         return f"Special magic numbers are hidden in the text below. Remember them.\n\n{text}\n\n{end}"
 
     def extract(self, text: str) -> str:
-        """All numbers of the text, each once."""
+        """Return all numbers of the text, each once."""
         return ", ".join(dict.fromkeys(re.findall(r"\d+", text)))
 
     def score(self, problem: Problem, text: str) -> float:
-        """The fraction of the reference numbers that the text names."""
+        """Return the fraction of the reference numbers that the text names."""
         reference = problem.answer.strip().split(", ")
         return len(set(reference) & set(self.extract(text).split(", "))) / len(reference)
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and its reference answer, as text; the evaluation tokenizes.
+    """One prompt and its reference answer, as text.
 
         Problem(
             unit="1024/0.5/0",
@@ -17,31 +17,31 @@ class Problem:
             groups={"length": 1024, "depth": 0.5},
         )
 
-    Results files store a hash of the `repr` of their problems. Renaming a field would keep old files from being
-    continued.
+    Results files store a hash of the `repr` of their problems, so a run could not continue an old file after a field was
+    renamed.
     """
 
-    unit: str  # its name, unique within the task; equal options give equal names, so that a stopped run can continue
+    unit: str  # its name, unique within the task; depends on the options only, so that a stopped run can continue
     prompt: str
-    answer: str  # the reference, as a continuation of the prompt
+    answer: str  # the reference answer, as a continuation of the prompt
     max_new_tokens: int
     as_chat: bool = False  # put the prompt into the model's chat template as the user's turn
     stop_strings: tuple[str, ...] = ()
     groups: dict[str, float | str] = field(default_factory=dict)  # what tables group by: "length", "depth", ...
-    tests: tuple[Any, ...] = ()  # of a generated program; only the task that made them reads them
+    tests: tuple[Any, ...] = ()  # tests of a generated program, in a form that only their task knows
 
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """The options of a command that concern problems. A task takes what it needs."""
+    """The options of a command that concern problems. A task uses those that it needs."""
 
     count: int = 20  # problems, or repetitions of each cell of a grid
     seed: int = 0
     lengths: tuple[int, ...] = (1024,)  # tokens of a prompt, for tasks that generate their own
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # position of a needle; 0 is the start of the text
-    data: str = ""  # file or hf: name, for tasks that read one; "" is the task's default
-    haystack: str = ""  # text to hide needles in
-    max_new_tokens: int = 0  # 0: the task's own
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  # positions of needles; 0 is the start of the text
+    data: str = ""  # file or hf: name, for tasks that read their problems; "" is the task's default
+    haystack: str = ""  # the text in which needles are hidden
+    max_new_tokens: int = 0  # 0: the task's own limit
     run_code: bool = False  # whether generated code may be executed
 
 
@@ -51,18 +51,18 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...  # as in --tasks
     @property
-    def measures_answer(self) -> bool: ...  # whether to measure log p(answer) too
+    def measures_answer(self) -> bool: ...  # whether to measure log p(answer) as well
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
         """Make the problems. Raises ConfigError for files and options that cannot work, before any model runs."""
         ...
 
     def extract(self, text: str) -> str:
-        """The answer within a generated text, in a normal form, so that equal answers vote together; "" if there is
-        none."""
+        """Return the answer within a generated text, in a normal form, so that equal answers vote together; "" if the
+        text has no answer."""
         ...
 
     def score(self, problem: Problem, text: str) -> float:
-        """How right a generated text is, from 0 to 1. It depends on `extract(text)` only, since a vote elects an
-        extracted answer."""
+        """Return the score of a generated text, from 0 to 1. It may depend on `extract(text)` only, because a vote elects
+        an extracted answer."""
         ...

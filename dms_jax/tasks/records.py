@@ -1,4 +1,4 @@
-"""Read the records of problems from files or from the hub, each with its place, which error messages name."""
+"""Read records of problems from files or from the hub. Each record knows its place, so that errors can name it."""
 
 import gzip
 import random
@@ -23,7 +23,7 @@ class Record(NamedTuple):
     value: dict[str, Any]
 
     def text(self, key: str) -> str:
-        """The value of a key that must hold text, or a number, which becomes text. Raises ConfigError."""
+        """Return the value of a key as text. Raises ConfigError unless it is text or a number."""
         value = self.value.get(key)
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             if key not in self.value:
@@ -34,13 +34,13 @@ class Record(NamedTuple):
         return str(value)
 
     def groups(self, *keys: str) -> dict[str, float | str]:
-        """The values of those keys that hold text or a number."""
+        """Return the values of those `keys` that hold text or a number."""
         return {key: self.value[key] for key in keys if isinstance(self.value.get(key), str | int | float)}
 
 
 def read_records(data: str) -> list[Record]:
-    """All records of a .jsonl, .jsonl.gz or .json file (a list), or of an hf:NAME[:CONFIG][:SPLIT] dataset. Raises
-    ConfigError."""
+    """Read all records of a .jsonl, .jsonl.gz or .json file (a list of objects), or of an hf:NAME[:CONFIG][:SPLIT]
+    dataset. Raises ConfigError."""
     if data.startswith("hf:"):
         values: Iterator[tuple[str, Any]] = (
             (f"{data}: row {number}", value) for number, value in enumerate(open_dataset(data), 1)
@@ -54,15 +54,15 @@ def read_records(data: str) -> list[Record]:
     records = []
     for where, value in values:
         if not isinstance(value, dict):
-            raise ConfigError(f"{where}: must be a JSON object, got {shown(value)}")
+            raise ConfigError(f"{where}: a record must be a JSON object, got {shown(value)}")
         records.append(Record(len(records) + 1, where, value))
     if not records:
-        raise ConfigError(f"{data} has no records; use another file")
+        raise ConfigError(f"{data} must have at least one record, got none; use another file")
     return records
 
 
 def chosen(records: list[Record], options: TaskOptions) -> list[Record]:
-    """Draw `count` records by the seed, and keep their order. A larger count adds to the records of a smaller one."""
+    """Draw `options.count` records with the seed, in their original order. A larger count extends a smaller one."""
     if options.count < 1:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
     order = random.Random(f"{options.seed}/records").sample(range(len(records)), len(records))

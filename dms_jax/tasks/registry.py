@@ -1,6 +1,6 @@
-"""The tasks that have answers, by the names that --tasks knows.
+"""The tasks that have answers, under their names in --tasks.
 
-To add one, write a class like those of this folder in a file of its own and put an instance of it here.
+To add one, write a class like those of this folder, in a file of its own, and put an instance of it here.
 """
 
 from dms_jax.tasks.humaneval import HumanEval

@@ -5,9 +5,9 @@ chain?
 
     Variables with the value 52817:
 
-The answer is " KLP, ZRM, QQA, ...", four names. Deviations from RULER: the text holds a second chain with another
-value, and the score counts wrong names, so that naming every variable does not pay; the first statement of the chain
-that is asked for is at the given depth and its other statements anywhere after it; a worked example precedes the text.
+The answer is " KLP, ZRM, QQA, ...", four names. Deviations from RULER: the text has a second chain with another value,
+and wrong names lower the score, so that naming every variable does not pay. The first statement of the chain that is
+asked for is at the given depth, and its other statements follow anywhere after it. A worked example precedes the text.
 """
 
 import random
@@ -55,12 +55,12 @@ class Variables:
         return found
 
     def extract(self, text: str) -> str:
-        """The names in the first line that is not blank, each once, in alphabetical order."""
+        """Return the names in the first line that is not blank, each once, in alphabetical order."""
         first = next((line for line in text.split("\n") if line.strip()), "")
         return ", ".join(sorted(set(re.findall(r"\b[A-Z]{3}\b", first)) - {"VAR"}))
 
     def score(self, problem: Problem, text: str) -> float:
-        """Right names over all names of the reference or the text (Jaccard index)."""
+        """Return the Jaccard index of the names in the reference and in the text."""
         reference = set(problem.answer.strip().split(", "))
         answer = set(self.extract(text).split(", ")) - {""}
         return len(reference & answer) / len(reference | answer)

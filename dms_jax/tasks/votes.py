@@ -8,9 +8,10 @@ from dms_jax.errors import ConfigError
 
 
 def majority_vote(answers: Sequence[str]) -> int:
-    """The index of the first sample with the most frequent answer (self-consistency, Wang et al., arXiv:2203.11171).
+    """Return the index of the first sample with the most frequent answer (self-consistency, Wang et al.,
+    arXiv:2203.11171).
 
-    Ties go to the answer that came first. "" means no answer, and counts only if there is no other.
+    Ties go to the answer that came first. "" stands for no answer, which wins only if no sample has one.
     """
     if not answers:
         raise ValueError("majority_vote needs at least one answer")
@@ -19,9 +20,10 @@ def majority_vote(answers: Sequence[str]) -> int:
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The probability that at least one of k samples, drawn from these without replacement, is right.
+    """Return the probability that at least one of k samples, drawn without replacement, is right.
 
-    This is the unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al., arXiv:2107.03374. Raises ConfigError.
+    It is the unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al., arXiv:2107.03374. Raises ConfigError unless
+    1 <= k <= n.
     """
     if not 1 <= k <= num_samples:
         raise ConfigError(

@@ -4,9 +4,9 @@
 
     A part of the same list again: tiger red lamp old river
 
-The answer is " happy bread noisy drum tall ship ...", 8 words; the score is the fraction that is right. This is the
-induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. Only
-the cache can know the words.
+The answer is " happy bread noisy drum tall ship ...", 8 words, and the score is the fraction that is right. This is the
+induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. The words
+are random, so a model can know them only from its cache.
 """
 
 import re
@@ -19,7 +19,7 @@ from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.words import ADJECTIVES, NOUNS
 
 WORDS = ADJECTIVES + NOUNS
-NUM_CUE, NUM_COPY = 5, 8  # words that end the prompt, words that must follow
+NUM_CUE, NUM_COPY = 5, 8  # words at the end of the prompt, and words that must follow
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Copy:
         words: list[str] = []
 
         def split(count: int) -> tuple[list[str], int]:
-            """The first `count` words, and the index at which the repeated part begins."""
+            """Return the first `count` words, and the index at which the repeated part begins."""
             while len(words) < count:
                 words.append(cell.rng.choice(WORDS))
             return words[:count], round(cell.depth * (count - NUM_CUE - NUM_COPY))
@@ -55,10 +55,10 @@ class Copy:
         return Problem(cell.unit, prompt_of(count), answer, limit, stop_strings=("\n",), groups=cell.groups)
 
     def extract(self, text: str) -> str:
-        """The first words of the text, as many as the reference has."""
+        """Return the first words of the text, as many as the reference has."""
         return " ".join(re.findall(r"\w+", text.lower())[:NUM_COPY])
 
     def score(self, problem: Problem, text: str) -> float:
-        """The fraction of words that are right, each in its place."""
+        """Return the fraction of words that are right and in the right place."""
         reference, answer = problem.answer.split(), self.extract(text).split()
         return sum(a == b for a, b in zip(reference, answer, strict=False)) / len(reference)

@@ -1,4 +1,4 @@
-"""Ordinary English words for generated problems, short and frequent, so that the tokenizer of a small model knows them."""
+"""Short and frequent English words for generated problems, which tokenizers of small models know too."""
 
 ADJECTIVES = tuple(
     """

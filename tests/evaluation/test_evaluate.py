@@ -1,4 +1,4 @@
-"""`python -m infer.evaluate` on a golden model with a byte tokenizer: methods, resuming, what it prints and refuses."""
+"""Run `python -m infer.evaluate` on a golden model with a byte tokenizer: methods, resuming, output and refusals."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text
     np.testing.assert_allclose(np.mean(kept.live_per_head), want[0])
     assert "".join(kept.pieces).startswith("0 the quick")
 
-    # A run that was killed in the middle of a line: the same command measures what is missing, and only that.
+    # After a run was killed in the middle of a line, the same command measures only what is missing.
     lines = whole.read_text().splitlines(keepends=True)
     resumed.write_text("".join(lines[:6]) + lines[6][:40])
     evaluate(folder, text, resumed, *argv)
@@ -166,12 +166,12 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
             np.testing.assert_allclose(record.answer_logprob, logprobs[np.arange(len(answer)), answer].sum(), rtol=1e-4)
 
 
-def test_retention_is_the_cache_of_each_prefix(rng):
+def test_retention_equals_the_cache_after_each_prefix(rng):
     for shift in (0, 1):
         evict = rng.random((2, 3, 20)) < 0.6
         retained = retention(evict, 4, shift)
         for t in range(20):
-            # With shift 1 the last decision of a prefix is about the pair before it, so the decisions of a prefix are complete.
+            # With shift 1 the last decision of a prefix is about the pair before it, so a prefix has all its decisions.
             want = np.asarray(live_counts(evict[:, None, :, : t + 1], 4, shift))
             np.testing.assert_allclose(retained.live_by_position[t], want.mean())
         np.testing.assert_array_equal(retained.live_per_head, want[:, 0])
@@ -259,7 +259,7 @@ def test_another_model_or_text_needs_another_file(folder, text, tmp_path):
             evaluate(plain, text, tmp_path / "n.jsonl", *argv)
 
 
-def test_damaged_results_are_named_and_kept(tmp_path):
+def test_damaged_results_file_is_refused_and_left_unchanged(tmp_path):
     path = tmp_path / "r.jsonl"
     identity = '"task": "text", "policy": "tova", "budget": "256"'
     for content, named in [
@@ -284,7 +284,7 @@ ANSWER = AnswerRecord(
 )
 
 
-def test_records_survive_the_file(tmp_path):
+def test_records_are_read_back_as_they_were_written(tmp_path):
     path = tmp_path / "r.jsonl"
     path.write_text("")
     file = ResultsFile(path, {"jax": "1"}, {}, ())
@@ -292,7 +292,9 @@ def test_records_survive_the_file(tmp_path):
     for record in (ANSWER, diverged):
         file.append(record)
     assert json.loads(path.read_text().splitlines()[1]) == dataclasses.asdict(ANSWER)
-    assert repr(read_results(path).records) == repr([ANSWER, diverged])  # nan differs from itself
+    assert repr(read_results(path).records) == repr(
+        [ANSWER, diverged]
+    )  # compared as text, because nan differs from itself
     with open(path, "a") as other:  # a key of a later version, and a line that was not finished
         other.write(json.dumps(dataclasses.asdict(ANSWER) | {"unit": "2", "new_key": 1}) + '\n{"task": "t", "pol')
     assert [record.unit for record in ResultsFile(path, {"jax": "1"}, {}, ()).records] == ["0", "1", "2"]

@@ -9,25 +9,25 @@ from dms_jax.commands.hyperscale import main
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.frontier import Point, frontier, gap
 from dms_jax.evaluation.results import read_results
-from dms_jax.evaluation.scaling import Configuration, analyse, parse_configurations, table
+from dms_jax.evaluation.scaling import Configuration, analyze, parse_configurations, table
 
 
 def points(*pairs):
     return [Point(cost, accuracy) for cost, accuracy in pairs]
 
 
-def test_frontier_holds_what_nothing_cheaper_equals():
+def test_frontier_has_the_points_that_no_cheaper_point_equals():
     mine = points((4, 0.5), (1, 0.2), (2, 0.2), (3, 0.6), (8, 0.6), (1, 0.1))
     assert frontier(mine) == points((1, 0.2), (3, 0.6))
     assert frontier([]) == []
 
 
 def test_gap_is_the_mean_over_the_logarithm_of_the_common_costs():
-    # 0.2 to 0.8 over costs 1 to 16, a line in log2: 0.2, 0.35, 0.5, 0.65, 0.8. The other is 0.3 at 2 and at 8 and beyond.
+    # The first is a line in log2 of the cost: 0.2, 0.35, 0.5, 0.65, 0.8 at 1, 2, 4, 8, 16. The other is 0.3 from 2 on.
     found = gap(points((1, 0.2), (16, 0.8)), points((2, 0.3), (8, 0.3)))
     assert (found.low, found.high) == (2, 8)
     np.testing.assert_allclose(found.mean, (0.35 + 0.65) / 2 - 0.3)
-    # A kink inside: the other rises from 0.3 to 0.5 between 2 and 4, then stays.
+    # Here the other has a kink: it rises from 0.3 to 0.5 between costs 2 and 4, and then stays level.
     found = gap(points((1, 0.2), (16, 0.8)), points((2, 0.3), (4, 0.5), (8, 0.4)))
     np.testing.assert_allclose(found.mean, ((0.05 + 0.0) / 2 + (0.0 + 0.15) / 2) / 2)
 
@@ -83,7 +83,7 @@ def saved(path):
 
 def test_tables_come_from_saved_results(tmp_path, capsys):
     saved(tmp_path / "s.jsonl")
-    lines = analyse(read_results(tmp_path / "s.jsonl"))
+    lines = analyze(read_results(tmp_path / "s.jsonl"))
     on = {line["config"]: line["on_frontier"] for line in lines if "config" in line and line["policy"] == "dms"}
     assert "kv_reads" in on["2-64-4"] and "kv_reads" in on["4-64-2"] and not on["4-64-4"]
     found = next(line for line in lines if line.get("cost") == "kv_reads")["gap"]

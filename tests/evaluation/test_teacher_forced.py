@@ -1,4 +1,4 @@
-"""Policies on given text: through a cache, in chunks, compared with the full-sequence paths."""
+"""Policies that read given text in chunks through a cache, compared with the full-sequence paths."""
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def test_dms_equals_the_hard_path_at_any_chunk(rng, shift, chunk):
     equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.cache.live_counts, want.live)
     assert got.tokens.kl_teacher_student[:, :-1].mean() > 1e-4, "the model evicts nothing"
-    # Decisions that no later token can make (shift 1: the last pair's) evict nothing.
+    # With shift 1, no token decides about the last pair, so it is not evicted.
     evicting = np.asarray(want.evict_fraction) * T - (
         np.asarray(model.hard(ids, threshold=0.1)[1])[..., 0] if shift else 0
     )
@@ -67,7 +67,7 @@ def test_immediate_eviction_equals_a_window_of_zero(rng):
 
 
 @pytest.mark.parametrize("name", ["tova:9", "h2o:9", "quest:32"])
-def test_budgets_hold_and_cost_something(rng, name):
+def test_policies_keep_to_their_budget_and_diverge_from_dense(rng, name):
     model, ids = tiny_model(None, 3, num_layers=2), tokens(rng, B, T)
     policy = policy_of(model.config, name)
     got = online_rows(model, dense_hidden(model, ids), ids, policy)

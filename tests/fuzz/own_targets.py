@@ -324,13 +324,13 @@ def make_results(folder: Path) -> None:
 
 def read_report(folder: Path) -> Any:
     measured = report_data.read_measured([str(folder / RESULTS)])
-    for kind, arms in (
+    for kind, results in (
         ("text", report_data.text_groups),
-        ("answers", report_data.answer_arms),
-        ("greedy", report_data.greedy_arms),
-        ("kept", report_data.kept_arms),
+        ("answers", report_data.answer_results),
+        ("greedy", report_data.greedy_results),
+        ("kept", report_data.retention_results),
     ):
-        assert (len(arms(measured.kind(kind))) > 0) == (len(measured.kind(kind)) > 0)
+        assert (len(results(measured.kind(kind))) > 0) == (len(measured.kind(kind)) > 0)
     return repr(measured.records)
 
 

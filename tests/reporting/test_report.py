@@ -1,4 +1,4 @@
-"""Tests of `python -m infer.report` on invented results: the numbers of the tables, missing parts, hostile text, broken files."""
+"""Run `python -m infer.report` on invented results: numbers of the tables, missing parts, hostile text, broken files."""
 
 import html
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from markupsafe import escape
-from synthetic_results import HEADER, records, write
+from synthetic_results import HEADER, answer_results, records, retention_results, text_groups, write
 
 from dms_jax.command import DOORS
 from dms_jax.commands.report import NAME, main, write_files
@@ -76,7 +76,7 @@ def cells(page: str) -> list[list[str]]:
     ]
 
 
-def test_text_table_by_hand(tmp_path):
+def test_text_table_equals_numbers_worked_by_hand(tmp_path):
     dense = [
         text_record("dense", "", unit, [0, 0, 0], nll, 4, 1.0) for unit, nll in (("a", [1, 2, 3]), ("b", [1, 1, 1]))
     ]
@@ -87,13 +87,17 @@ def test_text_table_by_hand(tmp_path):
     half = [text_record("tova", "2", "a", [1, 1, 1], [2, 3, 4], 2)]  # stopped before row b
     (group,) = text_groups(dense + dms + half)
     assert (group.domain, group.length, group.budget) == ("prose", 4, 2)
-    assert [arm.name for arm in group.arms] == ["dense", "dms@cr2", "tova@2"]
-    _, arm, tova = group.arms
-    assert arm.kl.value == pytest.approx(0.25) and arm.kl_max == 0.9 and arm.kl_p95 == pytest.approx(0.3 + 0.75 * 0.6)
-    assert arm.perplexity == pytest.approx(math.exp(12 / 6)) and arm.perplexity_change == pytest.approx(
+    assert [result.name for result in group.results] == ["dense", "dms@cr2", "tova@2"]
+    _, result, tova = group.results
+    assert (
+        result.kl.value == pytest.approx(0.25)
+        and result.kl_max == 0.9
+        and result.kl_p95 == pytest.approx(0.3 + 0.75 * 0.6)
+    )
+    assert result.perplexity == pytest.approx(math.exp(12 / 6)) and result.perplexity_change == pytest.approx(
         math.exp(3 / 6) - 1
     )
-    assert (arm.live_tokens, arm.realised_cr, arm.nominal_cr, arm.agree.value) == (2, 2, 2.5, 0.5)
+    assert (result.live_tokens, result.realised_cr, result.nominal_cr, result.agree.value) == (2, 2, 2.5, 0.5)
     assert tova.perplexity_change == pytest.approx(math.exp(1) - 1), "dense on row a alone"
     assert tova.kl.units == 1 and math.isnan(tova.kl.low)
     page = build([str(write(tmp_path / "r.jsonl", dense + dms + half))], "t")["report.html"].decode()
@@ -117,32 +121,32 @@ def test_text_table_by_hand(tmp_path):
 def test_page_shows_every_number_of_the_tables(lines, page):
     shown = cells(page)
     for group in text_groups([line for line in lines if line["task"] == "text"]):
-        for arm in group.arms:
+        for result in group.results:
             want = {
-                f"{arm.live_tokens:.0f}",
-                f"{arm.realised_cr:.2f}",
-                f"{arm.nominal_cr:.2f}",
-                digits(arm.kl_p95),
-                digits(arm.kl_p99),
-                digits(arm.kl_max),
-                digits(arm.perplexity, 4),
-                f"{arm.perplexity_change:+.2%}",
+                f"{result.live_tokens:.0f}",
+                f"{result.realised_cr:.2f}",
+                f"{result.nominal_cr:.2f}",
+                digits(result.kl_p95),
+                digits(result.kl_p99),
+                digits(result.kl_max),
+                digits(result.perplexity, 4),
+                f"{result.perplexity_change:+.2%}",
             }
-            row = next(row for row in shown if row and row[0] == arm.name and want <= set(row))
-            assert row[4].startswith(digits(arm.kl.value)) and row[-1].startswith(f"{100 * arm.agree.value:.1f}")
-            assert arm.policy == "dense" or f"[{digits(arm.kl.low)}, {digits(arm.kl.high)}]" in row[4]
-    for arm in answer_arms([line for line in lines if "score" in line]):
+            row = next(row for row in shown if row and row[0] == result.name and want <= set(row))
+            assert row[4].startswith(digits(result.kl.value)) and row[-1].startswith(f"{100 * result.agree.value:.1f}")
+            assert result.policy == "dense" or f"[{digits(result.kl.low)}, {digits(result.kl.high)}]" in row[4]
+    for result in answer_results([line for line in lines if "score" in line]):
         assert any(
             row[:5]
             == [
-                arm.name,
-                f"{100 * arm.accuracy.value:.1f} [{100 * arm.accuracy.low:.1f}, {100 * arm.accuracy.high:.1f}]",
-                str(arm.accuracy.units),
-                f"{arm.live_tokens:.0f}",
-                f"{arm.peak_live:.0f}",
+                result.name,
+                f"{100 * result.accuracy.value:.1f} [{100 * result.accuracy.low:.1f}, {100 * result.accuracy.high:.1f}]",
+                str(result.accuracy.units),
+                f"{result.live_tokens:.0f}",
+                f"{result.peak_live:.0f}",
             ]
             for row in shown
-        ), arm
+        ), result
     for value in HEADER.values():
         assert str(value) in page
 
@@ -156,14 +160,15 @@ def test_budgets_in_tokens_and_as_ratios_share_a_group(lines):
         ("code", 16),
     ]
     for group in groups:
-        assert {"dense", "dms", "tova", "quest"} <= {arm.policy for arm in group.arms}
-        assert [arm.kl.value for arm in group.arms] == sorted(arm.kl.value for arm in group.arms)
+        assert {"dense", "dms", "tova", "quest"} <= {result.policy for result in group.results}
+        assert [result.kl.value for result in group.results] == sorted(result.kl.value for result in group.results)
 
 
 @pytest.mark.parametrize("tokens, groups", [("341", 1), ("350", 1), ("360", 2)])
 def test_budgets_within_3_percent_share_a_group(tokens, groups):
     rows = [
-        text_record(*arm, "a", [0.1, 0.1], [1, 1], 341.0, length=1024) for arm in (("dms", "cr3"), ("tova", tokens))
+        text_record(*result, "a", [0.1, 0.1], [1, 1], 341.0, length=1024)
+        for result in (("dms", "cr3"), ("tova", tokens))
     ]
     assert len(text_groups(rows)) == groups
 
@@ -173,7 +178,7 @@ def test_arm_without_a_budget_joins_the_group_of_its_size(live, budget):
     tova = text_record("tova", "256", "a", [1, 1], [1, 1], 256.0, length=1024)
     dms = text_record("dms", "", "a", [0, 0], [1, 1], live, length=1024)
     groups = text_groups([tova, dms])
-    assert budget in {group.budget for group in groups for arm in group.arms if arm.policy == "dms"}
+    assert budget in {group.budget for group in groups for result in group.results if result.policy == "dms"}
 
 
 def test_page_loads_nothing_and_shows_every_figure(page, files):
@@ -193,7 +198,7 @@ def test_page_loads_nothing_and_shows_every_figure(page, files):
         "kept_text_1",
     ):
         assert files[f"{name}.png"].startswith(b"\x89PNG")
-    assert page.count("<svg ") == len(files) - 2  # all but the page and the text, which is there as text
+    assert page.count("<svg ") == len(files) - 2  # all but the page itself and the text, which the page has as text
 
 
 def test_figures_follow_the_theme_of_the_page(page):
@@ -241,17 +246,17 @@ def test_template_escapes_text_and_shows_control_characters():
 
 
 def test_tokens_are_colored_by_the_fraction_of_heads_that_keep_them(lines, page):
-    (arm,) = kept_arms([line for line in lines if line["task"] == "kept"])
-    assert arm.rows == 2
+    (result,) = retention_results([line for line in lines if line["task"] == "kept"])
+    assert result.rows == 2
     spans = re.findall(r'<span class="k(\d+)( w)?" title="token (\d+): kept by (\d+)% of the heads">', page)
-    assert len(spans) == arm.length
+    assert len(spans) == result.length
     for position, (level, window, at, percent) in enumerate(spans):
         assert (
             int(at) == position
-            and int(level) == kept_level(arm.kept[position])
-            and percent == f"{100 * arm.kept[position]:.0f}"
+            and int(level) == kept_level(result.kept[position])
+            and percent == f"{100 * result.kept[position]:.0f}"
         )
-        assert bool(window) == (arm.length - 1 - position <= arm.window_size)
+        assert bool(window) == (result.length - 1 - position <= result.window_size)
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -276,7 +281,7 @@ def test_text_is_readable_on_every_color(dark):
     assert (steps > 0).all() if dark else (steps < 0).all()
 
 
-def test_looks_differ_between_policies_also_without_color():
+def test_looks_of_policies_differ_even_without_color():
     looks = [*LOOKS.values(), *FALLBACK_LOOKS]
     assert (
         len({look.color for look in looks}) == len({look.marker for look in looks}) == len(looks)
@@ -309,7 +314,7 @@ def test_report_of_one_policy_is_complete(lines, tmp_path, policy):
     assert policy in page and not re.search(r"\bnan\b", page)
 
 
-def test_summary_also_says_that_dms_is_behind():
+def test_summary_says_so_if_dms_is_behind():
     rows = [text_record("dms", "", unit, [0.4, 0.4], [1, 1], 2) for unit in "ab"] + [
         text_record("tova", "2", unit, [0.1, 0.1], [1, 1], 2) for unit in "ab"
     ]
@@ -345,7 +350,7 @@ def test_several_files_make_one_report_that_names_their_differences(lines, tmp_p
 @pytest.mark.parametrize(
     "task, change, named",
     [
-        ("text", {"kl": [0.1]}, "127"),  # as many values of the log-likelihood
+        ("text", {"kl": [0.1]}, "127"),  # the length of the log-likelihoods
         ("text", {"kl": ["a"]}, "kl"),
         ("text", {"kl": [[0.1], [0.2]]}, "kl"),
         ("text", {"kl": []}, "kl"),
@@ -376,7 +381,7 @@ def test_errors_are_one_line_with_exit_code_2(lines, tmp_path):
     out = str(tmp_path / "out")
     for argv, message in (
         ([str(tmp_path / "none.jsonl"), "--output", out], "none.jsonl"),
-        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1: "),
+        ([str(tmp_path / "text.jsonl"), "--output", out], "text.jsonl, line 1 "),
         ([str(write(tmp_path / "empty.jsonl", [])), "--output", out], "empty.jsonl"),
         ([str(good), "--output", str(tmp_path / "file")], str(tmp_path / "file")),
         ([str(good)], "--output"),
@@ -420,7 +425,7 @@ def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["report", "plan"])
-def test_help_loads_no_jax_and_takes_half_a_second_of_cpu(name):
+def test_help_loads_no_jax_and_takes_less_than_half_a_second_of_cpu(name):
     code = f"""
 import sys, time
 sys.modules["jax"] = None  # importing it raises

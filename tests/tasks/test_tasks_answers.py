@@ -1,3 +1,5 @@
+"""Answers found in generated texts, their normal form, and votes over them."""
+
 import itertools
 from fractions import Fraction
 
@@ -205,7 +207,7 @@ def test_math_answer_is_found_in_a_text(text, answer):
     assert math_answer(text) == answer
 
 
-def test_normal_form_takes_very_long_answers():
+def test_normal_form_accepts_very_long_answers():
     assert math_answer("1" * 100_000) and math_answer("the answer is " + "1," * 50_000 + "x")
 
 

@@ -93,14 +93,14 @@ print(os.getcwd(), dict(os.environ).keys() - {'LC_CTYPE'}, sorted(os.listdir()))
 
 
 def test_program_leaves_no_process_behind(tmp_path):
-    """A child that ctypes starts past all refusals is killed with its group."""
+    """A child process that gets past all refusals, through ctypes, is killed with its group."""
     program = "import ctypes, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(1.5)\n    print('alive', flush=True)\n    time.sleep(99)\n"
     started = time.monotonic()
     assert run_program(program, limits=SHORT) == ("passed", "")
     assert time.monotonic() - started < 1.5
 
 
-def test_tests_cannot_be_skipped():
+def test_program_cannot_skip_its_tests():
     assert run_tests("assert 1 + 1 == 2") == "passed"
     assert run_tests("assert 1 + 1 == 3, 'sum'") == "failed: AssertionError: sum"
     for early in ("raise SystemExit", "import sys; sys.exit(0)", "import os; os._exit(0)", "quit()"):
@@ -151,11 +151,11 @@ def humaneval(tmp_path):
         ("", 0),
     ],
 )
-def test_humaneval_scores(humaneval, text, score):
+def test_humaneval_scores_1_if_the_tests_pass(humaneval, text, score):
     assert TASKS["humaneval"].score(humaneval, text) == score
 
 
-def test_humaneval_problems(humaneval, tmp_path):
+def test_humaneval_problems_have_unique_task_ids(humaneval, tmp_path):
     assert humaneval.unit == "own/0" and humaneval.prompt == HUMANEVAL[0]["prompt"] and not humaneval.as_chat
     with pytest.raises(ConfigError, match="line 2: .*'own/0'"):
         TASKS["humaneval"].problems(
@@ -210,7 +210,7 @@ def live(tmp_path, record):
         (FUNCTIONAL, "def other(a, b): return 1", 0),
     ],
 )
-def test_live_code_scores(tmp_path, record, code, score):
+def test_live_code_scores_1_if_every_test_passes(tmp_path, record, code, score):
     problem = live(tmp_path, record)
     assert (
         problem.as_chat
@@ -220,7 +220,7 @@ def test_live_code_scores(tmp_path, record, code, score):
     assert TASKS["code"].score(problem, f"```python\n{code}\n```") == score
 
 
-def test_live_code_counts_every_test(tmp_path):
+def test_live_code_has_public_and_private_tests(tmp_path):
     assert [test.given for test in live(tmp_path, STDIN).tests] == ["2\n", "5"]
     assert live(tmp_path, STDIN).groups == {"difficulty": "easy"}
 

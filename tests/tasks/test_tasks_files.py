@@ -1,4 +1,4 @@
-"""Tasks that read their problems: GSM8K, MATH, AIME, GPQA. A fault in a file is one line that names the place."""
+"""Tasks that read their problems: GSM8K, MATH, AIME, GPQA. An error in a file is one line that names the place."""
 
 import gzip
 import json

@@ -74,7 +74,7 @@ def sentences_around(prompt, needle):
     return before.count("ends here."), before.count("ends here.") + after.count("ends here.")
 
 
-def test_needle_is_there_once_at_its_depth():
+def test_needle_occurs_once_at_its_depth():
     for problem in made("needle_single"):
         needle = re.search(r"The special magic number for the \w+ \w+ is (\d{5})\.", problem.prompt)
         assert problem.answer == f" {needle[1]}" and problem.prompt.count(needle[1]) == 1
@@ -106,7 +106,7 @@ def test_multivalue_counts_each_value_of_one_key():
         assert score(problem, values[3] + values[2]) == 0  # ten digits are another number
 
 
-def test_variables_hold_the_value_along_their_chain():
+def test_variables_get_their_value_along_a_chain():
     for problem in made("variables"):
         text = problem.prompt.split("The text:")[1]
         value = re.search(r"Variables with the value (\d{5}):$", problem.prompt)[1]
@@ -140,7 +140,7 @@ def test_copied_words_follow_their_cue():
         assert TASKS["copy"].score(problem, " ".join(words[1:])) < 0.5  # each at its place
 
 
-def test_recall_asks_a_line_of_the_list():
+def test_recall_asks_for_a_line_of_the_list():
     for problem in made("recall"):
         pairs = re.findall(r"^(\w+ \w+): (\w+)$", problem.prompt, re.MULTILINE)
         asked = problem.prompt.split("\n")[-1].removesuffix(":")
