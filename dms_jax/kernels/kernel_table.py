@@ -54,17 +54,18 @@ class PallasKernel(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel and its three implementations, which give the same result."""
+    """One kernel and its implementations, which give the same result."""
 
     summary: str
     xla: str  # "module:function" of the portable function that the kernel stands for, and is tested against
-    gpu: PallasKernel
-    tpu: PallasKernel
+    gpu: PallasKernel | None = None  # None: there is no such version, and XLA runs there
+    tpu: PallasKernel | None = None
     blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has none
 
-    def written_for(self, implementation: str) -> PallasKernel:
-        """The version of `implementation`, which is `GPU` or `TPU`."""
-        return {GPU: self.gpu, TPU: self.tpu}[implementation]
+    @property
+    def versions(self) -> dict[str, PallasKernel]:
+        """The versions for accelerators that exist, by implementation."""
+        return {name: version for name, version in ((GPU, self.gpu), (TPU, self.tpu)) if version is not None}
 
 
 def load(function: str) -> Any:
