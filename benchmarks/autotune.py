@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if (why := unavailable_because("train_attention", names[0], KernelQuery(128, jnp.bfloat16))) is not None:
         raise ConfigError(f"no kernel runs on this device: {names[0]} {why}")
     deadline, found_any = time.monotonic() + 60 * options.minutes, False
-    written = [kernel for kernel in options.kernel or KERNELS if names[0] in KERNELS[kernel].versions]
+    written = [kernel for kernel in options.kernel or KERNELS if names[0] in KERNELS[kernel].implementations]
     for make in cases(written, options.head_dim or (128, 64)):
         found = best_entry(make(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
@@ -99,7 +99,7 @@ def best_entry(case, implementation: str, repeats: int, deadline: float, quick: 
 
     tolerance = max(TOLERANCE, 1.5 * error_of(case.run(XLA)))
     xla = long_enough(lambda times: Chain(case.run(XLA), case.feed, case.inputs, times), case.min_seconds)
-    candidates = KERNELS[case.kernel].versions[implementation].candidates(head_dim, cached)
+    candidates = KERNELS[case.kernel].written_for(implementation).candidates(head_dim, cached)
     for blocks in candidates[: 1 if quick else None]:
         if time.monotonic() > deadline:
             print(f"{label}: no time for {blocks}; use more --minutes, or a single --kernel")

@@ -222,7 +222,7 @@ def decode_update(
 
 def _kernel(kernel: str, implementation: str) -> Any:
     """The function of the record in `KERNELS`, jitted."""
-    return _jitted(KERNELS[kernel].versions[implementation].function)
+    return _jitted(KERNELS[kernel].written_for(implementation).function)
 
 
 @functools.cache

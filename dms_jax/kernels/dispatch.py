@@ -98,12 +98,11 @@ def unavailable_because(kernel: str, implementation: str, query: KernelQuery, in
     """Why `implementation` cannot run on the device at hand (or on the mesh that is set); None if it can."""
     if implementation == XLA:
         return None
-    versions = KERNELS[kernel].versions
-    if implementation not in versions:
-        return f"does not exist; this kernel has {', '.join((*versions, XLA))}"
+    if implementation not in (existing := KERNELS[kernel].implementations):
+        return f"does not exist; this kernel has {', '.join(existing)}"
     if query.xla_only_because is not None or interpret:
         return query.xla_only_because
-    max_slots = versions[implementation].max_slots
+    max_slots = KERNELS[kernel].written_for(implementation).max_slots
     if max_slots is not None and query.capacity > max_slots:
         return f"takes at most {max_slots} slots per head, got {query.capacity}"
     found, (platform, kind) = IMPLEMENTATIONS[implementation], target_device()
@@ -154,7 +153,7 @@ def select_implementation(
     entry = tuned_entry(kernel, name, target_device()[1], query.head_dim, query.kv_dtype)
     if entry is not None:
         return Selected(name, entry.blocks)
-    return Selected(name, KERNELS[kernel].versions[name].default_blocks(query.head_dim, query.kv_dtype))
+    return Selected(name, KERNELS[kernel].written_for(name).default_blocks(query.head_dim, query.kv_dtype))
 
 
 def is_available(kernel: str, query: KernelQuery, implementation: str = AUTO, interpret: bool = False) -> bool:

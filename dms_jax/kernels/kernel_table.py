@@ -63,9 +63,15 @@ class Kernel(NamedTuple):
     blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has none
 
     @property
-    def versions(self) -> dict[str, PallasKernel]:
-        """The versions for accelerators that exist, by implementation."""
-        return {name: version for name, version in ((GPU, self.gpu), (TPU, self.tpu)) if version is not None}
+    def implementations(self) -> tuple[str, ...]:
+        """The implementations that exist, in order of preference."""
+        return (*[name for name, version in ((GPU, self.gpu), (TPU, self.tpu)) if version is not None], XLA)
+
+    def written_for(self, implementation: str) -> PallasKernel:
+        """The version of `implementation`, which is `GPU` or `TPU` and one of `implementations`."""
+        version = {GPU: self.gpu, TPU: self.tpu}[implementation]
+        assert version is not None, f"there is no {implementation} version"
+        return version
 
 
 def load(function: str) -> Any:

@@ -27,6 +27,7 @@ from dms_jax.policies import (
     policy_of,
 )
 from dms_jax.policies.cache_policy import CachePolicy
+from dms_jax.reporting.report_summary import LEARNED
 
 B, K, G, H, T, C, BUDGET = 2, 2, 2, 8, 30, 12, 9
 METHODS = {
@@ -195,6 +196,7 @@ def test_flags_say_which_questions_a_policy_answers():
         assert kind.reads_subset == (kind.read is not CachePolicy.read), kind
         assert kind.has_budget == ("budget" in kind.__dataclass_fields__), kind
         assert kind.is_learned == ("dms" in kind.__dataclass_fields__), kind
+    assert set(LEARNED) == {name for name, kind in POLICIES.items() if kind.is_learned}
 
 
 def test_policy_names_are_parsed_or_refused():
