@@ -28,8 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="retrofitted folder, or a plain one, alone or with --adapter")
     add("--adapter", metavar="FILE", help="adapter of this base model")
-    on_text = ", ".join(RECORDS)
-    add("--tasks", default="text", metavar="A,B", help=f"{on_text}, or tasks with answers (default text)")
+    add("--tasks", default="text", metavar="A,B", help="text, greedy, kept, or tasks with answers (default text)")
     policies = "cache policies; prompt:NAME ranks once, after the prompt (default dense,dms,streaming_llm)"
     add("--policies", default="", metavar="A,B", help=policies)
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
