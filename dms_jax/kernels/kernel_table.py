@@ -57,10 +57,10 @@ class Kernel(NamedTuple):
     """One kernel and its implementations, which give the same result."""
 
     summary: str
-    xla: str  # "module:function" of the portable function that the kernel stands for, and is tested against
+    xla: str  # "module:function" of the portable function, which the kernels are tested against
     gpu: PallasKernel | None = None  # None: there is no such version, and XLA runs there
     tpu: PallasKernel | None = None
-    blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has none
+    blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has no block sizes
 
     @property
     def implementations(self) -> tuple[str, ...]:
@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
         return (*[name for name, version in ((GPU, self.gpu), (TPU, self.tpu)) if version is not None], XLA)
 
     def written_for(self, implementation: str) -> PallasKernel:
-        """The version of `implementation`, which is `GPU` or `TPU` and one of `implementations`."""
+        """Return the kernel for `implementation`, which is `GPU` or `TPU` and one of `implementations`."""
         version = {GPU: self.gpu, TPU: self.tpu}[implementation]
         assert version is not None, f"there is no {implementation} version"
         return version
