@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     if (why := unavailable_because("train_attention", names[0], KernelQuery(128, jnp.bfloat16))) is not None:
         raise ConfigError(f"no kernel runs on this device: {names[0]} {why}")
     deadline, found_any = time.monotonic() + 60 * options.minutes, False
-    for make in cases(options.kernel or KERNELS, options.head_dim or (128, 64)):
+    written = [kernel for kernel in options.kernel or KERNELS if names[0] in KERNELS[kernel].implementations]
+    for make in cases(written, options.head_dim or (128, 64)):
         found = best_entry(make(), names[0], options.repeats, deadline, options.quick)
         if found is not None:
             found_any, entries[found[:5]] = True, found

@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_import_layers import LEVELS
 
 from benchmarks import readme_figure
 from dms_jax.command import DOORS
+from dms_jax.evaluation.result_records import RECORDS
 from dms_jax.files import read_jsonl
+from dms_jax.policies import POLICIES
+from dms_jax.tasks.registry import TASKS
 from dms_jax.training.retrofit_config import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +168,19 @@ def test_tree_names_every_folder_and_flat_module():
     places = [ROOT, ROOT / "dms_jax", *(ROOT / folder for folder in PACKAGE_FOLDERS)]
     stale = sorted(name for name in named if not any((place / name).exists() for place in places))
     assert not stale, f"the tree of docs/README.md names {', '.join(stale)}, which do not exist"
+
+
+def test_contributing_lists_the_layers_of_the_layer_test():
+    lines = re.findall(r"^\d+\. ((?:`\w+`,? ?)+):", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert [re.findall(r"\w+", line) for line in lines] == [line.split() for line in LEVELS]
+
+
+def test_pages_list_every_policy_and_task():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "policies.md").read_text(), re.MULTILINE)
+    assert [row.strip("`") for row in rows] == list(POLICIES)
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "evaluate.md").read_text(), re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert not (missing := [name for name in (*RECORDS, *TASKS) if name not in named]), missing
 
 
 def test_pages_are_all_listed_in_the_index():

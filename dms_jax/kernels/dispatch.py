@@ -99,6 +99,8 @@ def unavailable_because(kernel: str, implementation: str, query: KernelQuery, in
     """Say why `implementation` cannot run on this device, or on the mesh that is set; None if it can."""
     if implementation == XLA:
         return None
+    if implementation not in (existing := KERNELS[kernel].implementations):
+        return f"does not exist; this kernel has {', '.join(existing)}"
     if query.xla_only_because is not None or interpret:
         return query.xla_only_because
     max_slots = KERNELS[kernel].written_for(implementation).max_slots

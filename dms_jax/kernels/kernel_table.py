@@ -55,17 +55,24 @@ class PallasKernel(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One kernel and its three implementations, which give the same result."""
+    """One kernel and its implementations, which give the same result."""
 
     summary: str
     xla: str  # "module:function" of the portable function, which the kernels are tested against
-    gpu: PallasKernel
-    tpu: PallasKernel
+    gpu: PallasKernel | None = None  # None: there is no such version, and XLA runs there
+    tpu: PallasKernel | None = None
     blocks: Callable[..., Blocks] | None = None  # the type of its block sizes; None: it has no block sizes
 
+    @property
+    def implementations(self) -> tuple[str, ...]:
+        """The implementations that exist, in order of preference."""
+        return (*[name for name, version in ((GPU, self.gpu), (TPU, self.tpu)) if version is not None], XLA)
+
     def written_for(self, implementation: str) -> PallasKernel:
-        """Return the kernel for `implementation`, which is `GPU` or `TPU`."""
-        return {GPU: self.gpu, TPU: self.tpu}[implementation]
+        """Return the kernel for `implementation`, which is `GPU` or `TPU` and one of `implementations`."""
+        version = {GPU: self.gpu, TPU: self.tpu}[implementation]
+        assert version is not None, f"there is no {implementation} version"
+        return version
 
 
 def load(function: str) -> Any:

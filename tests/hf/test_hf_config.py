@@ -122,7 +122,7 @@ def test_sliding_window_of_the_model(family, keys, window):
 @pytest.mark.parametrize(
     "keys, words",
     [
-        ({"model_type": "gemma3"}, "gemma3.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gemma3"}, f"gemma3.*{', '.join(FAMILIES)}"),
         ({"rms_norm_epz": 1e-5}, "rms_norm_epz.*did you mean rms_norm_eps"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping.*HARMLESS"),
         ({"dms_window_sise": 8}, "dms_window_sise.*did you mean dms_window_size"),
@@ -208,9 +208,9 @@ def test_fresh_config_reads_back(family):
         16,
         rope_theta=5e5,
         rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 32),
-        qkv_bias=family == "qwen2",
-        qk_norm=family == "qwen3",
-        sliding_window=None if family == "llama" else 64,
+        qkv_bias=FAMILIES[family].qkv_bias,
+        qk_norm=FAMILIES[family].qk_norm,
+        sliding_window=64 if "sliding_window" in FAMILIES[family].extra_keys else None,
         eos_token_ids=(3, 5),
         bos_token_id=1,
         tie_word_embeddings=True,

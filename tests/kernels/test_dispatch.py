@@ -129,10 +129,10 @@ def test_optional_kernel_is_unavailable_where_it_cannot_run(on):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_record_names_functions_that_exist_and_candidates_of_its_block_type(kernel):
     record = KERNELS[kernel]
-    for function in (record.xla, record.gpu.function, record.tpu.function):
+    versions = [record.written_for(implementation) for implementation in record.implementations[:-1]]
+    for function in (record.xla, *(version.function for version in versions)):
         assert callable(load(function)), function
-    for implementation in (GPU, TPU):
-        version = record.written_for(implementation)
+    for version in versions:
         for head_dim in (64, 128):
             for dtype in ("bfloat16", "float8_e4m3fn", "float32"):
                 default, *others = version.candidates(head_dim, dtype)
@@ -144,12 +144,24 @@ def test_record_names_functions_that_exist_and_candidates_of_its_block_type(kern
                     assert len({default, *others}) == 1 + len(others) > 1
 
 
+def test_kernel_without_a_gpu_version_runs_on_xla_there(on, monkeypatch):
+    on("gpu", H100)
+    record = KERNELS["decode_attention"]
+    monkeypatch.setitem(KERNELS, "decode_attention", record._replace(gpu=None))
+    assert KERNELS["decode_attention"].implementations == (TPU, "xla")
+    assert select_implementation("decode_attention", QUERY).name == "xla"
+    message = refusal(GPU, QUERY)
+    assert GPU in message and f"{TPU}, xla" in message
+    assert unavailable_because("decode_attention", GPU, QUERY, interpret=True) is not None
+
+
 def test_documented_kernels_are_those_of_the_table():
     page = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
     rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
     assert list(rows) == list(KERNELS)
     for kernel, record in KERNELS.items():
-        for function in (record.xla, record.gpu.function, record.tpu.function):
+        versions = [record.written_for(implementation) for implementation in record.implementations[:-1]]
+        for function in (record.xla, *(version.function for version in versions)):
             path = function.partition(":")[0].replace(".", "/") + ".py"
             assert f"`{path}`" in rows[kernel], (kernel, path)
 

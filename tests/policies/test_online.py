@@ -27,6 +27,7 @@ from dms_jax.policies import (
     policy_of,
 )
 from dms_jax.policies.cache_policy import CachePolicy
+from dms_jax.reporting.report_summary import LEARNED
 
 B, K, G, H, T, C, BUDGET = 2, 2, 2, 8, 30, 12, 9
 METHODS = {
@@ -212,3 +213,7 @@ def test_policy_names_are_parsed_or_refused():
     }.items():
         with pytest.raises(dms_jax.ConfigError, match=message):
             policy_of(config, bad)
+
+
+def test_reports_know_every_learned_policy():
+    assert set(LEARNED) == {name for name, kind in POLICIES.items() if kind.is_learned}
