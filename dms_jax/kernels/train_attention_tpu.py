@@ -253,10 +253,8 @@ def _dq_kernel(plan: BlockPlan, *refs):
 # transposed, [k, q], so the numbers of queries are rows, as in memory, and no product has to transpose a block of
 # scores.
 def _dkv_kernel(plan: BlockPlan, *refs):
-    x, (dk_ref, dv_ref, dkeep_ref, dk_acc_ref, dv_acc_ref, dkeep_acc_ref, keep_ref, segment_ref) = (
-        Inputs(*refs[:10]),
-        refs[10:],
-    )
+    x = Inputs(*refs[:10])
+    dk_ref, dv_ref, dkeep_ref, dk_acc_ref, dv_acc_ref, dkeep_acc_ref, keep_ref, segment_ref = refs[10:]
     b, h, j, g, i = (pl.program_id(axis) for axis in range(5))
 
     @pl.when((g == 0) & (i == 0))
@@ -391,13 +389,8 @@ def _attend_bwd(window_size, blocks, interpret, saved, d_out):
     (dq,) = _call(_dq_kernel, plan, layout, inputs, [(layout.inputs.q, like(q))], scratch, interpret)
 
     layout = _holding_keys(plan, q)
-    scratch = [
-        floats(plan.k, h),
-        floats(plan.k, h),
-        floats(plan.k, min(LANES, plan.q)),
-        floats(plan.k, LANES),
-        _segment_column(plan.k, segments),
-    ]
+    scratch = [floats(plan.k, h), floats(plan.k, h), floats(plan.k, min(LANES, plan.q)), floats(plan.k, LANES)]
+    scratch += [_segment_column(plan.k, segments)]
     outputs = [(layout.inputs.k, like(k)), (layout.inputs.v, like(v)), (layout.inputs.keep, like(inputs.keep))]
     dk, dv, dkeep = _call(_dkv_kernel, plan, layout, inputs, outputs, scratch, interpret)
     return dq, dk, dv, dkeep[:, :, 0], None

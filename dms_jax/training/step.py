@@ -98,18 +98,15 @@ class RetrofitStep:
         # is evicted.
         ramping = step < c.first_gated_step
 
+        layers, heads = student.config.num_layers, student.config.num_kv_heads
+
         def free():
-            hidden = student.ramped_hidden(
-                micro.tokens, borrowed_channel_scale(step, c.first_gated_step), micro.segment_ids, self.remat
-            )
-            return hidden, jnp.zeros(
-                (student.config.num_layers, len(micro.tokens), student.config.num_kv_heads, c.length)
-            )
+            scale = borrowed_channel_scale(step, c.first_gated_step)
+            hidden = student.ramped_hidden(micro.tokens, scale, micro.segment_ids, self.remat)
+            return hidden, jnp.zeros((layers, len(micro.tokens), heads, c.length))
 
         def gate():
-            noise = eviction.logistic_noise(
-                c.seed, step, micro.examples, student.config.num_layers, student.config.num_kv_heads, c.length
-            )
+            noise = eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
             return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, self.remat)
 
         hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
@@ -129,19 +126,16 @@ class RetrofitStep:
         compression = jnp.where(ramping, 0.0, compression)
 
         # The evicted fraction, and the number of pairs that a cache would hold.
-        evicted = jnp.sum(evict * micro.loss_mask[None, :, None].astype(evict.dtype)) / (
-            num_tokens * evict.shape[0] * evict.shape[2]
-        )
-        live = (
-            jnp.mean(live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)) / c.accumulate
-        )
+        mask = micro.loss_mask[None, :, None].astype(evict.dtype)
+        evicted = jnp.sum(evict * mask) / (num_tokens * layers * heads)
+        live = live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)
         total = distill + c.loss.compression_weight * compression
         return total, {
             "loss/total": total,
             "loss/distill": distill,
             "loss/compression": compression,
             "cache/evict_fraction": evicted,
-            "cache/live_tokens": live,
+            "cache/live_tokens": jnp.mean(live) / c.accumulate,
             "cache/evict_per_head": jnp.mean(evict, axis=(1, 3)) / c.accumulate,
         }
 
