@@ -6,9 +6,8 @@ keys and loops over the queries of all heads of the group. For each query row, t
 log-sum-exp of the scores and delta = rowsum(dO * O). Both are stored as rows of length T; a kernel that holds queries
 turns them into columns, once per block that it holds.
 
-Some blocks are not needed: blocks in the future, and blocks outside the window in which every key is evicted. Their
-grid steps compute nothing. The index map of such a step names a block that is already in VMEM or that will be needed
-next, so the step fetches nothing, either.
+Grid steps of blocks that are not needed, in the future or outside the window with only evicted keys, compute nothing.
+The index map of such a step names a block that is in VMEM already or will be needed next, so it fetches nothing.
 """
 
 import math
@@ -163,8 +162,7 @@ def _spread(column, width):
 def _block_scores(plan, i, j, place, query_axis, held, other, keep, held_segment, other_segment):
     """Return the gated and masked scores [n m] of `held` [n H] and `other` [m H], and q_pos - k_pos of a MIXED block.
 
-    Scores are exponents of 2. The gate `keep` broadcasts against [n m]. `held_segment` is a reference to a column, and
-    `other_segment` is a reference to a row.
+    Scores are exponents of 2, and the gate `keep` broadcasts against them. Segments are references to column and row.
     """
     same_segment = None
     if held_segment is not None:
@@ -297,10 +295,7 @@ class Layout(NamedTuple):
 
 
 def _layout(plan, q, grid, sequential: int, indices: Callable) -> Layout:
-    """Make a layout whose last `sequential` grid axes are sequential.
-
-    `indices` maps the grid's indices and the table of `next_alive` to (b, head, g, i, j).
-    """
+    """Make a layout. `indices` maps the grid's indices and the table of `next_alive` to (b, head, g, i, j)."""
     h = q.shape[4]
 
     def spec(shape, choose):
@@ -334,10 +329,7 @@ def _holding_keys(plan, q) -> Layout:
 
 
 def _call(kernel, plan, layout, inputs: Inputs, outputs, scratch, interpret):
-    """Run `kernel` with the table of `next_alive` in scalar memory.
-
-    `outputs` are pairs of a spec and a shape. `scratch` ends with the column of segments.
-    """
+    """Run `kernel`. `outputs` are pairs of a spec and a shape; `scratch` ends with the column of segments."""
     in_specs = [None if x is None else spec for x, spec in zip(inputs, layout.inputs, strict=True)][1:]
     out_specs, out_shape = zip(*outputs, strict=True)
     return pl.pallas_call(
