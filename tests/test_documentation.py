@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_import_layers import LEVELS
+from layers import LEVELS
 
 from benchmarks import readme_figure
 from dms_jax.command import DOORS

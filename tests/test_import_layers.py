@@ -4,21 +4,9 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from layers import LEVELS
+
 ROOT = Path(__file__).parent.parent
-# The folders and flat modules of dms_jax, one level per line. A module may import from the lines above its own and from
-# its own folder. On the first line, the modules may also import each other.
-LEVELS = [
-    "axes errors files config_reader config sharding platform_defaults command provenance",
-    "core",
-    "kernels policies",
-    "models",
-    "hf checkpoint",
-    "engine planning tasks",
-    "evaluation",
-    "training reporting",
-    "commands",
-    "__main__",
-]
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
 PLANNING_MAY_IMPORT = "dms_jax.core.cr_schedule"  # and level 0 only, so that a plan needs neither model nor engine
 ONLY_IN_HF = {"torch", "transformers", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
@@ -142,3 +130,14 @@ def long_functions() -> Iterator[str]:
 
 def test_functions_are_short():
     assert not (found := list(long_functions())), found
+
+
+def test_no_test_imports_another_test():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    wrong = [
+        f"{path} imports {module}"
+        for path in files
+        for module in imports(path)
+        if any(part.startswith("test_") for part in module.split("."))
+    ]
+    assert not wrong, wrong

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from commands.test_generate_command import DMS, model_folder
+from golden_folders import DMS, model_folder
 
 PAGE = Path(__file__).parent.parent / "docs" / "python.md"
 

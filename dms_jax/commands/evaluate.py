@@ -28,7 +28,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="a retrofitted model, or a base model")
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
-    add("--tasks", default="text", metavar="A,B", help="text, greedy, kept, or tasks with answers (default text)")
+    add("--tasks", default="text", metavar="A,B", help=f"{', '.join(RECORDS)}, or tasks with answers (default text)")
     policies = "policies; prompt:NAME ranks pairs only once, after the prompt (default dense,dms,streaming_llm)"
     add("--policies", default="", metavar="A,B", help=policies)
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')

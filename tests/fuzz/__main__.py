@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 from fuzz.fuzz_case import Wrong, run_case, tally
-from fuzz.test_fuzz import TARGETS
+from fuzz.targets import TARGETS
 
 warnings.simplefilter("ignore")
 name, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -9,14 +9,9 @@ import time
 from collections import defaultdict
 
 import pytest
-from fuzz import config_targets, data_targets, gguf_targets, model_targets, own_targets, text_targets
 from fuzz.fuzz_case import run_case, tally
+from fuzz.targets import TARGETS
 
-TARGETS = [
-    target
-    for group in (config_targets, text_targets, model_targets, gguf_targets, own_targets, data_targets)
-    for target in group.TARGETS
-]
 QUICK = 12  # seeds per target in the default suite
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fuzz.fuzz_case import Target, listing
 from fuzz.model_targets import make_folder, make_tokenizer
-from fuzz.test_fuzz import TARGETS
+from fuzz.targets import TARGETS
 from train_runs import ROOT, run_settings
 
 SEEDS = 8  # seeds per command, of which the default suite runs the first
