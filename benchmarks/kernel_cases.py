@@ -130,7 +130,7 @@ def slot_case(
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (batch, queries, heads, head_dim), dtype)
     k, v = (jax.random.normal(key, (batch, kv_heads, queries, head_dim), dtype).astype(cache_dtype) for key in keys[1:])
-    position = seen[:, None] + jnp.arange(queries)
+    position = seen[:, None] + jnp.arange(queries)[None]
     marked = jnp.asarray(numbers.random((batch, kv_heads, queries)) < 0.5)
     expiry = expiry_of(marked, position[:, None], queries // 4)
     chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)

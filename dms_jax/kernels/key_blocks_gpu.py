@@ -40,8 +40,8 @@ def is_live(log_keep: Float[Array, "B K T"], block: int) -> Array:
 def live_blocks(log_keep: Float[Array, "B K T"], block: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K n"]]:
     """Order the n = T/block blocks: the live ones first, both groups ascending; and count the live ones before each."""
     live = is_live(log_keep, block)
-    before = jnp.cumsum(live, -1, dtype=jnp.int32) - live
-    return jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32), before.astype(jnp.int32)
+    before = jnp.cumsum(live, -1, dtype=jnp.int32) - live.astype(jnp.int32)
+    return jnp.argsort(~live, axis=-1, stable=True).astype(jnp.int32), before
 
 
 class KeySections(NamedTuple):

@@ -222,7 +222,7 @@ def test_methods_are_parsed_from_policies_and_budgets():
         ),
         (["--budgets", "cr3000", "--policies", "dms"], ["--budgets cr3000", "0 pairs", "1 to 64", "cr1 to cr64"]),
         (["--budgets", "100", "--policies", "tova"], ["--budgets 100", "100 pairs", "64 tokens"]),
-        (["--budgets", "3", "--policies", "streaming_llm"], ["3 pairs", "4 sinks", "> 4"]),
+        (["--budgets", "3", "--policies", "streaming_llm"], ["StreamingLLM", "4 sinks", "got 3"]),
         (["--greedy-tokens", "64", "--tasks", "greedy"], ["--greedy-tokens", "--length 64", "got 64"]),
         (["--temperature", "nan"], ["temperature", "nan"]),
         (["--top-p", "0"], ["--top-p", "got 0"]),

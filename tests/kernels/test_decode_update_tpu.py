@@ -41,7 +41,7 @@ def by_core(layer, q, k, v, position, frequency, logit, seen, count, shift, wind
 
 @partial(jax.jit, static_argnames=("shift", "window"))
 def by_kernel(layer, q, k, v, position, frequency, logit, seen, count, shift, window):
-    angle = position * frequency[None]
+    angle = position.astype(jnp.float32) * frequency[None]
     q, slots, forced = decode_update(
         Token(q, k, v, jnp.cos(angle), jnp.sin(angle), logit),
         Pairs.of_layer(layer),

@@ -132,7 +132,7 @@ def test_slots_from_used_on_are_not_read(rng):
     used = jnp.asarray([[11, 0], [24, 5]])
     rows = fold_queries(q, K)
     attend = jax.jit(partial(attend_slots, rows, position, blocks=SlotBlocks(8, 8, 1), interpret=True))
-    hidden = (jnp.arange(24) >= used[..., None])[..., None]
+    hidden = (jnp.arange(24)[None, None] >= used[..., None])[..., None]
     actual = attend(
         jnp.where(hidden, jnp.nan, layer.k), jnp.where(hidden, jnp.nan, layer.v), layer.position, layer.expiry, used
     )

@@ -73,7 +73,7 @@ def test_model_that_never_evicts_is_dense(rng):
     np.testing.assert_array_equal(model.relaxed(ids, zeros(model, 2, 30))[0], model.dense(ids))
     base = tiny_model(None, 3)
     np.testing.assert_array_equal(model.dense(ids), base.dense(ids))
-    with pytest.raises(ValueError, match="no eviction policy"):
+    with pytest.raises(ValueError, match="dms=DMSConfig"):
         base.hard(ids)
 
 
