@@ -43,7 +43,7 @@ def few_mappings():
 def optimized():
     """All of XLA's optimizations, which `make test` switches off, for a test that measures a compiled program or trains long
     enough for rounding to matter."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -190,7 +190,11 @@ def folder_writes(model) -> list[Write]:
         return tensors.dtype(name) if name in source_names and EVICT not in name else ours
 
     def untouched(name, value):
-        if name not in source_names or np.promote_types(tensors.dtype(name), value.dtype) == value.dtype:
+        if name not in source_names:
+            return None
+        with jax.numpy_dtype_promotion("standard"):
+            common = jnp.promote_types(tensors.dtype(name), value.dtype)
+        if common == value.dtype:
             return None  # loading was exact, so casting back is exact too
         original = tensors.read(name)
         return original if np.array_equal(original.astype(value.dtype), value) else None
