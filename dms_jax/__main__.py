@@ -30,9 +30,9 @@ commands:
 def main() -> None:
     name, *argv = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        run_command("", lambda: print(USAGE))
     elif name == "--version":
-        print(f"dms-jax {__version__}")
+        run_command("", lambda: print(f"dms-jax {__version__}"))
     elif name in DOORS:
         run_command(name, functools.partial(importlib.import_module(f"dms_jax.commands.{name}").main, argv))
     else:

@@ -5,6 +5,7 @@ Importing this module does not load JAX, so that `--help` is instant.
 
 import argparse
 import contextlib
+import errno
 import os
 import re
 import signal
@@ -72,12 +73,23 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     A ConfigError becomes one line on stderr and code 2.
     """
     name = typed_as(name).removeprefix("python -m ")
+    if sys.stdout is None:  # it was closed when the process started
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     try:
-        code = main() or 0
+        try:
+            code = main() or 0
+        except SystemExit as stop:  # argparse, after `--help` or a wrong option
+            code = int(stop.code or 0)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         code = 141  # 128 + SIGPIPE, as a shell reports it
+    except OSError as why:
+        if why.errno != errno.ENOSPC:
+            raise
+        _discard_stdout()
+        print(f"{name}: cannot write: {why.strerror}; free some space", file=sys.stderr)
+        code = 2
     except ConfigError as why:
         print(f"{name}: {one_line(why)}", file=sys.stderr)
         code = 2
@@ -87,6 +99,11 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def _discard_stdout() -> None:
+    """Let what is left in the buffer of stdout go nowhere, so that flushing it when the process ends cannot fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(why: Exception | str, limit: int = 1000) -> str:

@@ -107,7 +107,9 @@ def parse_yaml(text: str, complaint: str) -> Any:
     except RecursionError as why:
         raise ConfigError(f"{complaint}: it is nested too deeply") from why
     except Exception as why:  # YAMLError, or what int(), datetime() and others raise for a scalar
-        raise ConfigError(f"{complaint}: {' '.join(str(why).split())}") from why
+        mark, problem = getattr(why, "problem_mark", None), getattr(why, "problem", None)
+        reason = f"line {mark.line + 1}: {problem}" if mark is not None and problem else str(why)
+        raise ConfigError(f"{complaint}: {' '.join(reason.split())}") from why
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int | None = 2) -> None:

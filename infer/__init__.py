@@ -1,1 +1,4 @@
-"""Commands that use a trained model, as they are typed in a checkout; their code is in `dms_jax.commands`."""
+"""Commands that use a trained model, as they are typed in a checkout.
+
+Their code is in `dms_jax.commands`; begin with `generate`.
+"""

@@ -84,13 +84,36 @@ def test_exit_code_and_line_of_a_command(main, code, line, capsys):
     assert stop.value.code == code and line in error and len(error.splitlines()) == bool(line)
 
 
-def test_closed_pipe_ends_a_command_quietly():
-    code = "import sys; from dms_jax.command import run_command; run_command('report', lambda: print('x' * 10**6))"
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-c", "from dms_jax.command import run_command; run_command('report', lambda: print('x' * 10**6))"],
+        ["-m", "dms_jax"],
+        ["-m", "dms_jax", "--version"],
+        ["-m", "dms_jax", "report", "--help"],
+    ],
+)
+def test_closed_pipe_ends_a_command_quietly(command):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=120)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, *command], stdout=write, stderr=subprocess.PIPE, env=env, timeout=120)
     os.close(write)
     assert done.returncode == 141 and not done.stderr
+
+
+def test_stdout_that_was_closed_at_the_start_is_no_error():
+    code = "import os, subprocess, sys; sys.exit(subprocess.call([sys.executable, '-m', 'dms_jax'], close_fds=False))"
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{code}" >&-'], stderr=subprocess.PIPE, timeout=120)
+    assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_under_stdout_is_one_line():
+    code = "from dms_jax.command import run_command; run_command('report', lambda: print('x'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space" in done.stderr
 
 
 def test_one_line_is_printable_and_short():

@@ -112,8 +112,9 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
     """Return the ModelConfig of a folder, a single `config.json`, a `.gguf` file or a hub id. No weights are read."""
     path = resolve(path, CONFIG_FILES)
     if os.path.isfile(path) and path.endswith(".json"):
+        raw = read_json(path)
         with naming(path):
-            return hf_config.model_config(read_json(path))
+            return hf_config.model_config(raw)
     if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
         return hf_config.read_folder(path)[1]
     return open_source(path)[1]
