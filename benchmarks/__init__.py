@@ -18,7 +18,8 @@ def _stand_in_for_shape_checks() -> None:
     jaxtyping, beartype = types.ModuleType("jaxtyping"), types.ModuleType("beartype")
     for name in ("Bool", "Float", "Int", "Key", "Shaped"):
         setattr(jaxtyping, name, Shape)
-    jaxtyping.jaxtyped = lambda typechecker: lambda f: f  # pyrefly: ignore[missing-attribute] - a module takes attributes
+    # A module takes attributes.
+    jaxtyping.jaxtyped = lambda typechecker: lambda f: f  # pyrefly: ignore[missing-attribute]
     beartype.beartype = lambda f: f  # pyrefly: ignore[missing-attribute]
     sys.modules |= {"jaxtyping": jaxtyping, "beartype": beartype}
 

@@ -3,10 +3,11 @@
     python -m benchmarks.autotune                          # all kernels, head sizes 64 and 128, bf16 (and fp8 caches)
     python -m benchmarks.autotune --kernel decode_attention --head-dim 128
 
-Each candidate must first agree with the fp32 reference, row by row (2e-2 for bf16). Then its timings alternate with those
-of the XLA path. The best candidate for each kernel, head size and cache dtype goes into dms_jax/kernels/tuned.json, with
-the device, the date, its error and its speed relative to XLA. It replaces an older line for the same kernel, device, head
-size and cache dtype; lines of other devices stay. If XLA is faster, the line is still written, but XLA stays the default.
+Each candidate must first agree with the fp32 reference, row by row (2e-2 for bf16). Then its timings alternate with
+those of the XLA path. The best candidate for each kernel, head size and cache dtype goes into
+dms_jax/kernels/tuned.json, with the device, the date, its error and its speed relative to XLA. It replaces an older
+line for the same kernel, device, head size and cache dtype; lines of other devices stay. If XLA is faster, the line is
+still written, but XLA stays the default.
 """
 
 import argparse

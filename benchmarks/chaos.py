@@ -2,11 +2,11 @@
 
     python -m benchmarks.chaos --kills 30 --seed 0
 
-The real command retrofits a tiny random model in a process of its own. Each process gets SIGTERM, SIGINT or SIGKILL at a
-random moment, which may be during its start, compilation, training, saving, evaluation or export. After the last kill,
-the run is resumed once more and finishes. Exit code 0 means that every step is logged once, that losses and export equal
-those of the undisturbed run (1e-5), that no kill cost more steps than the distance between two checkpoints plus one, and
-that no checkpoint was found damaged. The last line is JSON.
+The real command retrofits a tiny random model in a process of its own. Each process gets SIGTERM, SIGINT or SIGKILL at
+a random moment, which may be during its start, compilation, training, saving, evaluation or export. After the last
+kill, the run is resumed once more and finishes. Exit code 0 means that every step is logged once, that losses and
+export equal those of the undisturbed run (1e-5), that no kill cost more steps than the distance between two checkpoints
+plus one, and that no checkpoint was found damaged. The last line is JSON.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Measure decode steps with dense and with compact caches of the same engine, and compare this engine with transformers.
+"""Measure decode steps with dense and with compact caches of the same engine, and compare this engine with
+transformers.
 
     python -m benchmarks.decode --model smollm2-135m --batch 1 --context 4096 --cr 1,2,4,8
     python -m benchmarks.decode --model FOLDER --transformers --prompt-tokens 512 --new-tokens 32
@@ -8,10 +9,10 @@ step appends one pair. One arm is `dense` (no policy, all pairs), and there is o
 roofline of an arm is the speed at which a step could read its bytes, which are the weights and the live pairs.
 --equal-memory adds arms with CR times as many rows, which hold as many pairs as the dense arm.
 
-The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together. An
-arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate` of
-both engines in fp32, on the same weights and random prompts. Prefill is the time of a call for one token, and decode is
-the time that further tokens add. Compare the ratios of the medians. The last line is JSON.
+The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together.
+An arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate`
+of both engines in fp32, on the same weights and random prompts. Prefill is the time of a call for one token, and decode
+is the time that further tokens add. Compare the ratios of the medians. The last line is JSON.
 """
 
 import argparse
@@ -72,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def filled_cache(model, batch: int, context: int, live: int, room: int, dense: bool):
-    """Make a cache of random numbers that has seen `context` tokens and holds `live` of them: the oldest and the newest,
-    half each."""
+    """Make a cache of random numbers that has seen `context` tokens and holds `live` of them: the oldest and the
+    newest, half each."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -216,8 +217,8 @@ def cache_bytes(model, batch: int, capacity: int) -> int:
 
 
 def step_bytes(model, batch: int, live: int) -> int:
-    """Return the bytes that a decode step must read: the weights of the layers and of the output, and the live pairs with
-    position and expiry."""
+    """Return the bytes that a decode step must read: the weights of the layers and of the output, and the live pairs
+    with position and expiry."""
     import jax
     from flax import nnx
 
@@ -239,7 +240,8 @@ def free_bytes() -> float:
 
 
 def against_transformers(options, model, show) -> dict:
-    """Time `generate` of both engines, greedy and without stop tokens: a call for one token, and a call for all tokens."""
+    """Time `generate` of both engines, greedy and without stop tokens: a call for one token, and a call for all
+    tokens."""
     import importlib.util
     import tempfile
 
@@ -256,7 +258,8 @@ def against_transformers(options, model, show) -> dict:
         model.config.dms is not None and model.config.dms.variant == "borrowed"
     ):
         raise ConfigError(
-            "--transformers requires an fp32 model without a borrowed policy; set JAX_PLATFORMS=cpu, or use another --model"
+            "--transformers requires an fp32 model without a borrowed policy; set JAX_PLATFORMS=cpu, or use another "
+            "--model"
         )
     try:
         torch = importlib.import_module("torch")
@@ -317,7 +320,8 @@ def against_transformers(options, model, show) -> dict:
         }
         medians[name] = {"one_token_s": first, "all_tokens_s": whole}
         show(
-            f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode {rates[name]['decode_tokens_per_s']:>8.1f} tokens/s"
+            f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode "
+            f"{rates[name]['decode_tokens_per_s']:>8.1f} tokens/s"
         )
     ratios = {
         f"{name}_{part}": rates[name][f"{part}_tokens_per_s"] / rates["transformers"][f"{part}_tokens_per_s"]

@@ -5,9 +5,9 @@
 
 The parts are kernels (each kernel compared with XLA, dense attention and the ceilings of the device), train (a retrofit
 step of the shape of Llama-3.2-1B, and its model-FLOPs utilization), and decode and prefill (the shapes of Llama-3.2-1B
-and Qwen3-8B with random weights, dense and at CR 2, 4 and 8). The command ends within --minutes. A measurement for which
-no time is left gets a line that says so; run its part alone with --part. Lines are appended whenever a measurement ends.
-On a CPU the shapes are small.
+and Qwen3-8B with random weights, dense and at CR 2, 4 and 8). The command ends within --minutes. A measurement for
+which no time is left gets a line that says so; run its part alone with --part. Lines are appended whenever a
+measurement ends. On a CPU the shapes are small.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: the inputs, the reference and the cost of each kernel, and in
-`SUITES` the shapes.
+"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: the inputs, the reference and the cost of each kernel, and
+in `SUITES` the shapes.
 
 A new kernel needs a function that makes a `Case`, and an entry of `SUITES`.
 """
@@ -22,7 +22,8 @@ from dms_jax.kernels import attention_api, decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.operands import Token
 
-# Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense model.
+# Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense
+# model.
 DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}
 BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
@@ -272,8 +273,8 @@ def update_case(
 def filled_layer(
     numbers: np.random.Generator, batch: int, kv_heads: int, capacity: int, live: int, head_dim: int, dtype: jnp.dtype
 ) -> tuple[LayerCache, jax.Array]:
-    """Make a layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows. Returns
-    the layer and the tokens seen [B]."""
+    """Make a layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows.
+    Returns the layer and the tokens seen [B]."""
     slots = (batch, kv_heads, capacity)
     spread = min(live // 4, capacity - live)
     counts = live + numbers.integers(-spread, spread + 1, (batch, kv_heads))

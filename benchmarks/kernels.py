@@ -7,9 +7,10 @@ limits of the device.
 Two ceilings of the device are measured first: the bandwidth of a copy (bytes read plus written) and the FLOP/s of a
 matrix product. One line for each kernel, shape and implementation follows. `max_error` is the largest error of any row
 against the fp32 reference, relative to the norm of that row. `ratio_to_xla` is the speed relative to the XLA path.
-`fraction_of_copy_bandwidth` is the minimum number of bytes that the kernel must move, divided by its time and by the copy
-bandwidth; `fraction_of_matmul` compares its FLOPs with the matrix product in the same way. dense_xla and dense_cudnn are
-`jax.nn.dot_product_attention`, which has no gate and no lengths per head; they show the cost of a dense model.
+`fraction_of_copy_bandwidth` is the minimum number of bytes that the kernel must move, divided by its time and by the
+copy bandwidth; `fraction_of_matmul` compares its FLOPs with the matrix product in the same way. dense_xla and
+dense_cudnn are `jax.nn.dot_product_attention`, which has no gate and no lengths per head; they show the cost of a dense
+model.
 
 On a CPU the Pallas kernels run in interpret mode, which shows that they are correct, but their times mean nothing. With
 --json, the output is JSON lines only, each with its provenance.
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
-    """Yield the records, each as soon as it is measured. A case for which no time is left yields a record that says so."""
+    """Yield the records, each as soon as it is measured. A case for which no time is left yields a record that says
+    so."""
     import jax.numpy as jnp
 
     from benchmarks.timing import measure_ceilings
@@ -109,8 +111,8 @@ def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
 
 
 def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
-    """Yield a record for XLA, for each kernel that runs here and for dense attention, or only for those in `only`. Their
-    timings alternate."""
+    """Yield a record for XLA, for each kernel that runs here and for dense attention, or only for those in `only`.
+    Their timings alternate."""
     import jax
 
     from benchmarks.kernel_cases import DENSE, error, in_fp32
@@ -206,7 +208,10 @@ def described(record: dict) -> str:
     text = f"{'WRONG' if 'wrong' in record else f'error {wrong}'}, {1e3 * record['seconds']:.3f} ms"
     text += "" if record["ratio_to_xla"] is None else f", {record['ratio_to_xla']:.2f}x xla"
     if "fraction_of_copy_bandwidth" in record:
-        text += f", {record['fraction_of_copy_bandwidth']:.0%} of copy bandwidth, {record['fraction_of_matmul']:.0%} of matmul"
+        text += (
+            f", {record['fraction_of_copy_bandwidth']:.0%} of copy bandwidth, {record['fraction_of_matmul']:.0%} "
+            "of matmul"
+        )
     return start + text + (" (interpreted)" if record.get("interpreted") else "")
 
 

@@ -3,8 +3,8 @@
     python -m benchmarks.prefill --model llama-3.2-1b --batch 1 --context 8192 --cr 2,4,8 --json
 
 The evict head is random. Its threshold is set so that a fraction 1 - 1/CR of the decisions on a sample of tokens evict;
-the output reports the realised CR. Prompts are random tokens. The capacity is 1.5 times what the CR needs. The last line
-is JSON.
+the output reports the realised CR. Prompts are random tokens. The capacity is 1.5 times what the CR needs. The last
+line is JSON.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python -m benchmarks.readme_figure
     python -m benchmarks.readme_figure --measurements FILE.jsonl --output FIGURE.png
 
-The command reads the measurements that are committed in docs/measurements/ and needs no model. The KL of a policy is its
-mean over the domains, which all have the same number of tokens. The colors are of medium lightness and the background is
-transparent, so the same file reads well on a light page and on a dark one.
+The command reads the measurements that are committed in docs/measurements/ and needs no model. The KL of a policy is
+its mean over the domains, which all have the same number of tokens. The colors are of medium lightness and the
+background is transparent, so the same file reads well on a light page and on a dark one.
 """
 
 import argparse
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_curves(path: str) -> dict[str, list[tuple[float, float]]]:
-    """Return (live tokens, mean KL) of each policy but dense at each budget, averaged over domains, by increasing KL."""
+    """Return (live tokens, mean KL) of each policy but dense at each budget, averaged over domains, by increasing
+    KL."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     for where, record in read_jsonl(path):
         if "provenance" in record or record.get("policy") == "dense":
@@ -112,7 +113,8 @@ def draw(curves: dict[str, list[tuple[float, float]]]) -> Any:
 
 
 def spread(heights: dict[str, float]) -> dict[str, float]:
-    """Return heights for the labels of points at `heights`, at least MIN_GAP decades apart, in the order of the points."""
+    """Return heights for the labels of points at `heights`, at least MIN_GAP decades apart, in the order of the
+    points."""
     placed: dict[str, float] = {}
     above = math.inf
     for policy, height in sorted(heights.items(), key=lambda item: -item[1]):

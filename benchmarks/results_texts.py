@@ -1,5 +1,5 @@
-"""Make the texts of docs/results.md from their sources: three held-out domains, and the part of the training text that is
-not in the default.
+"""Make the texts of docs/results.md from their sources: three held-out domains, and the part of the training text that
+is not in the default.
 
     python -m benchmarks.results_texts --output runs/texts                                    # from the hub
     python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE

@@ -6,11 +6,11 @@ row lengths.
     python -m benchmarks.retrofit_step --model llama-3.2-1b --length 8192 --arms retrofit_adapter
     python -m benchmarks.retrofit_step --memory-lengths 1024,4096,16384,32768 --mesh 8x1
 
-Plain distillation trains all weights of the same decoder, with the same attention, loss and optimizer and a student that
-never evicts, so it differs from mode `full` only by DMS. The arms alternate, so that a busy machine slows down all of
-them; compare the ratios of the medians. On an accelerator with a known data sheet, each arm also gets its model-FLOPs
-utilization: the FLOPs of a forward pass of student and teacher and of a backward pass of the student, without
-recomputation, relative to the dense bf16 peak. The last line is JSON.
+Plain distillation trains all weights of the same decoder, with the same attention, loss and optimizer and a student
+that never evicts, so it differs from mode `full` only by DMS. The arms alternate, so that a busy machine slows down all
+of them; compare the ratios of the medians. On an accelerator with a known data sheet, each arm also gets its
+model-FLOPs utilization: the FLOPs of a forward pass of student and teacher and of a backward pass of the student,
+without recomputation, relative to the dense bf16 peak. The last line is JSON.
 """
 
 import argparse
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def build(options, mesh, length: int, mode: str, dense: bool = False):
-    """Return the step functions, the parameters that train and the frozen ones. With `dense`, the student never evicts."""
+    """Return the step functions, the parameters that train and the frozen ones. With `dense`, the student never
+    evicts."""
     import jax
     import jax.numpy as jnp
 

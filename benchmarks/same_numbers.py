@@ -5,7 +5,8 @@
 
 The digests cover ten retrofit steps in every mode (metrics of each step and all exported tensors), the models in
 tests/golden/ (dense, hard and relaxed logits, decisions), and the paths of inference (prefill whole and in chunks,
-decoding, training-free policies, generation). The script uses only the public surface and the commands, so that it runs unchanged on both commits.
+decoding, training-free policies, generation). The script uses only the public surface and the commands, so that it runs
+unchanged on both commits.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python -m benchmarks.scale --output docs/measurements/scale.jsonl --table     # prints the tables from the file
 
 Each line of the file is the JSON of one `python -m train.plan ... --json`, with its arguments and provenance, and takes
-minutes to compile. To measure a line again, delete it. Memory and communication in the tables are read from the file, as
-the compilers reported them. Estimates and times are computed when a table is printed, with the rates of
-dms_jax/planning/roofline.py. Part `scale` has large models on as many accelerators as they need; part `estimate` has the
-settings to which the estimate of memory was fitted.
+minutes to compile. To measure a line again, delete it. Memory and communication in the tables are read from the file,
+as the compilers reported them. Estimates and times are computed when a table is printed, with the rates of
+dms_jax/planning/roofline.py. Part `scale` has large models on as many accelerators as they need; part `estimate` has
+the settings to which the estimate of memory was fitted.
 """
 
 import argparse
@@ -28,9 +28,12 @@ NAME = "benchmarks.scale"
 PARTS = {
     "scale": (
         "--model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8",
-        "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 8x1 --length 32768 --batch 8 --implementation pallas_tpu",
-        "--model configs/models/r1-distill-qwen-32b.json --hardware v5p-64 --mesh 8x4x2 --length 32768 --batch 8 --implementation pallas_tpu",
-        "--model configs/models/llama-3.1-70b.json --hardware v5p-256 --mesh 8x8x4 --length 32768 --batch 8 --implementation pallas_tpu",
+        "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 8x1 --length 32768 --batch 8 "
+        "--implementation pallas_tpu",
+        "--model configs/models/r1-distill-qwen-32b.json --hardware v5p-64 --mesh 8x4x2 --length 32768 --batch 8 "
+        "--implementation pallas_tpu",
+        "--model configs/models/llama-3.1-70b.json --hardware v5p-256 --mesh 8x8x4 --length 32768 --batch 8 "
+        "--implementation pallas_tpu",
         "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 8x1 --length 32768 --batch 8",
     ),
     "estimate": (
@@ -44,7 +47,8 @@ PARTS = {
         "--model configs/models/llama-3.2-1b.json --hardware v5e-8 --mesh 8x1 --length 4096 --batch 8 --mode full",
         "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 1x8 --length 8192 --batch 8",
         "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 2x2x2 --length 8192 --batch 8",
-        "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 8x1 --length 4096 --batch 32 --accumulate 4 --mode full",
+        "--model configs/models/llama-3.2-1b.json --hardware h100x8 --mesh 8x1 --length 4096 --batch 32 "
+        "--accumulate 4 --mode full",
         "--model configs/models/llama-3.2-1b.json --hardware h200x1 --length 4096 --batch 4 --mode borrowed",
         "--model configs/models/llama-3.2-1b.json --hardware v5e-8 --mesh 2x4 --length 8192 --batch 8",
         "--model configs/models/qwen3-8b.json --hardware v5p-8 --mesh 2x4 --length 8192 --batch 8",
@@ -149,8 +153,8 @@ COLUMNS = (
 
 
 def scale_table(plans: list[dict[str, Any]]) -> str:
-    """Return a Markdown table of memory, communication, time, utilization and cost, followed by the commands and the cost
-    of the reference."""
+    """Return a Markdown table of memory, communication, time, utilization and cost, followed by the commands and the
+    cost of the reference."""
     lines = _header(COLUMNS)
     for number, plan in enumerate(plans, 1):
         memory, hours = plan["bytes_per_device"], plan["hours_to_cr8"]
@@ -183,7 +187,8 @@ def scale_table(plans: list[dict[str, Any]]) -> str:
 
 
 def reference_text(plan: dict[str, Any]) -> str:
-    """Compare with the published cost of the same retrofit, and say how slow a step may be before the target is missed."""
+    """Compare with the published cost of the same retrofit, and say how slow a step may be before the target is
+    missed."""
     hours, flops = (
         REFERENCE["device_hours"],
         plan["flops_per_step"] / (plan["batch"] * plan["length"]) * REFERENCE["tokens"],
@@ -192,9 +197,9 @@ def reference_text(plan: dict[str, Any]) -> str:
     ours = plan["hours_to_cr8"] * plan["devices"]
     slowest = hours / REFERENCE["wanted"] / plan["devices"] * 3600 / REFERENCE["steps"]
     return (
-        f"Reference: {hours:g} H100-hours, {theirs:.1%} of the peak in the same count of FLOPs. Predicted: {ours:.1f} H100-hours, "
-        f"{hours / ours:.1f} times cheaper. It stays {REFERENCE['wanted']:g} times cheaper up to {slowest:.1f} s per step, which is "
-        f"{plan['seconds_per_step'] / slowest * plan['mfu']:.0%} of the peak."
+        f"Reference: {hours:g} H100-hours, {theirs:.1%} of the peak in the same count of FLOPs. Predicted: {ours:.1f} "
+        f"H100-hours, {hours / ours:.1f} times cheaper. It stays {REFERENCE['wanted']:g} times cheaper up to "
+        f"{slowest:.1f} s per step, which is {plan['seconds_per_step'] / slowest * plan['mfu']:.0%} of the peak."
     )
 
 

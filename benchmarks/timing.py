@@ -20,8 +20,8 @@ class Timing(NamedTuple):
 def time_all(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
     """Time each call `repeats` times, after a first call that compiles.
 
-    The calls alternate, so that a busy machine slows down all of them. A call must return its arrays, because the timing
-    waits until they are ready.
+    The calls alternate, so that a busy machine slows down all of them. A call must return its arrays, because the
+    timing waits until they are ready.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repeat in range(repeats + 1):
@@ -65,8 +65,8 @@ class Chain:
 
 
 def long_enough(make: Callable[[int], Chain], min_seconds: float, seconds: float = 0.02, max_times: int = 400) -> Chain:
-    """Make a chain that runs for about `seconds`, so that the time of its launch does not matter. On a CPU, the chain has
-    one application.
+    """Make a chain that runs for about `seconds`, so that the time of its launch does not matter. On a CPU, the chain
+    has one application.
 
     `min_seconds` is a lower bound for one application. The first guess is four times that bound, and another chain is
     compiled only if the guess was too high.

@@ -25,8 +25,8 @@ class DMSConfig:
 
     variant: Annotated[
         Literal["projection", "borrowed"],
-        "where the evict logit comes from. projection: a linear map of its own; borrowed: the last channel of the first query "
-        "head of each group",
+        "where the evict logit comes from. projection: a linear map of its own; borrowed: the last channel of the "
+        "first query head of each group",
     ] = "projection"
     window_size: Annotated[
         int,

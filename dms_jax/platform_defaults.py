@@ -37,5 +37,6 @@ DEFAULTS = {
 
 
 def platform_defaults(platform: str | None = None) -> PlatformDefaults:
-    """Return the defaults of "cpu", "gpu" or "tpu"; if None, of the platform for which the current program is traced."""
+    """Return the defaults of "cpu", "gpu" or "tpu"; if None, of the platform for which the current program is
+    traced."""
     return DEFAULTS[platform or target_device()[0]]

@@ -41,8 +41,8 @@ def few_mappings():
 
 @pytest.fixture
 def optimized():
-    """All of XLA's optimizations, which `make test` switches off, for a test that measures a compiled program or trains long
-    enough for rounding to matter."""
+    """All of XLA's optimizations, which `make test` switches off, for a test that measures a compiled program or trains
+    long enough for rounding to matter."""
     before = jax.config.values["jax_disable_most_optimizations"]
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -94,6 +94,7 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"collected, by directory: {', '.join(f'{name} {n}' for name, n in found.items())}")
     if missing := _fewer(found, json.loads(COLLECTED.read_text())):
         terminalreporter.write_line(
-            f"fewer tests than {COLLECTED.name} says ({'; '.join(missing)}); if they were removed on purpose, run once with --write-collected",
+            f"fewer tests than {COLLECTED.name} says ({'; '.join(missing)}); if they were removed on purpose, run "
+            "once with --write-collected",
             red=True,
         )

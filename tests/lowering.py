@@ -1,4 +1,5 @@
-"""Lower inference steps for hardware that need not be present, so that tests can compile them and ask what they need."""
+"""Lower inference steps for hardware that need not be present, so that tests can compile them and ask what they
+need."""
 
 from functools import partial
 

@@ -92,8 +92,8 @@ def train(run, steps=3, packed=False):
 def outcome(run, steps=3) -> dict[str, np.ndarray]:
     """Return all results of a run of `steps` steps, on the host of every process.
 
-    These are the metrics of each step, and, after the first step, the gradients (as Adam's first moment, which starts at
-    0) and the updated parameters.
+    These are the metrics of each step, and, after the first step, the gradients (as Adam's first moment, which starts
+    at 0) and the updated parameters.
     """
     found = {}
     for i in range(steps):

@@ -38,14 +38,17 @@ HEADER = {
 }
 TEXT = """The lighthouse at Skarvøya was built in 1868, after the brig Maren had gone down within sight of the harbour.
 
-Its keeper, Anders Lund, wrote in his log each evening: the wind, the ships, the oil that was left. "Nothing passed," he wrote on
-most days, and on some days "Two barques, northbound." When the lamp was made electric in 1951 nobody thought of the log; it lay in
+Its keeper, Anders Lund, wrote in his log each evening: the wind, the ships, the oil that was left. "Nothing passed," \
+he wrote on
+most days, and on some days "Two barques, northbound." When the lamp was made electric in 1951 \
+nobody thought of the log; it lay in
 a drawer under the stairs until Ingrid Lund, a granddaughter, found 31 volumes of it.
 
 def oil_left(days, start=480):
 \treturn start - 3.5 * days
 
-She counted. In 83 years the lamp had failed on 6 nights, and on one of them, the 14th of November 1893, the Thetis ran aground.
+She counted. In 83 years the lamp had failed on 6 nights, and on one of them, the 14th of November 1893, \
+the Thetis ran aground.
 The log of that night has a single line: "Lamp dark from two to five. A.L. asleep."
 """
 

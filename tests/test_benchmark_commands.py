@@ -275,7 +275,8 @@ def test_benchmarks_import_without_the_shape_checkers():
         "import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
-        "import benchmarks.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, benchmarks.retrofit_step, dms_jax.training.step\n"
+        "import benchmarks.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, "
+        "benchmarks.retrofit_step, dms_jax.training.step\n"
         "import benchmarks.autotune, benchmarks.everything, benchmarks.kernels\n"
         "print(benchmarks.kernel_cases.Case)"
     )

@@ -34,7 +34,8 @@ def page_id(path: Path) -> str:
 
 
 def code_of(text: str) -> tuple[list[str], list[str]]:
-    """Return the lines of the fenced blocks of shell and Python code, with continuations joined, and the inline code."""
+    """Return the lines of the fenced blocks of shell and Python code, with continuations joined, and the inline
+    code."""
     blocks = re.findall(r"^```(?:bash|python)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n\s*", " ", block).splitlines()]
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)

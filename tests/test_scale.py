@@ -1,4 +1,5 @@
-"""Tests of benchmarks.scale: its tables show the plans, and plans that are already in the file are not compiled again."""
+"""Tests of benchmarks.scale: its tables show the plans, and plans that are already in the file are not compiled
+again."""
 
 import json
 import subprocess

@@ -16,7 +16,8 @@ GOLDEN = ROOT / "tests" / "golden"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> tuple[Path, Path]:
-    """The Python of an environment that holds the wheel and the dependencies of this environment, and an empty folder."""
+    """The Python of an environment that holds the wheel and the dependencies of this environment, and an empty
+    folder."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"  # a copy, because setuptools leaves a build folder in the tree that it builds
     source.mkdir()
@@ -68,7 +69,8 @@ def test_wheel_retrofits_in_three_steps(installed):
     work = installed[1]
     np.save(work / "ids.npy", np.random.default_rng(0).integers(0, 97, (60, 70)).astype(np.int32))
     pairs = f"""
-        model={GOLDEN / "llama3_rope_scaled"} data=ids.npy data.cache_dir=cache output=run steps=3 length=32 batch_size=2
+        model={GOLDEN / "llama3_rope_scaled"} data=ids.npy data.cache_dir=cache output=run \
+steps=3 length=32 batch_size=2
         dms.window_size=4 dms.target_cr=2 eval_rows=1
     """
     settings = [part for pair in pairs.split() for part in ("--set", pair)]

@@ -51,5 +51,8 @@ def test_planted_offenses_are_found():
         'class C:\n    """The same for rows."""\n    parser.error("a " f"{x} is none; " "b")\n'
     )
     assert [text.split(": ")[0] for text in offenses(source, "x.py")] == ["x.py:2", "x.py:3", "x.py:5", "x.py:6"]
-    fine = '"""Inside, a whole sentence."""\nraise ConfigError("x is no longer supported, nor is none_such")\nlog.info("x wants y")\n'
+    fine = (
+        '"""Inside, a whole sentence."""\nraise ConfigError("x is no longer supported, nor is none_such")\n'
+        'log.info("x wants y")\n'
+    )
     assert offenses(fine, "x.py") == []

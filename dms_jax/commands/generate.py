@@ -1,7 +1,8 @@
 """Generate text with a compact cache: continue one prompt or a file of prompts, or hold a chat.
 
     python -m infer.generate --model runs/retrofit/export --prompt "The capital of France is"
-    python -m infer.generate --model runs/retrofit/export --prompts questions.jsonl --as-chat --batch 4 --output answers.jsonl
+    python -m infer.generate --model runs/retrofit/export --prompts questions.jsonl --as-chat --batch 4 \\
+        --output answers.jsonl
     python -m infer.generate --model runs/retrofit/export --chat --temperature 0.7 --top-p 0.9
 
 For --prompts, each line of a .txt file is a prompt, and each line of a .jsonl file is an object with "prompt" (text) or
@@ -176,7 +177,8 @@ def check(options: argparse.Namespace) -> None:
     """Check the options, as far as that needs no file and no import."""
     if not options.model:
         raise ConfigError(
-            "--model is missing; give a Hugging Face folder, a hub id or a .gguf file, e.g. --model runs/retrofit/export"
+            "--model is missing; give a Hugging Face folder, a hub id or a .gguf file, e.g. "
+            "--model runs/retrofit/export"
         )
     if (options.prompt is not None) + (options.prompts is not None) + options.chat != 1:
         raise ConfigError("exactly one of --prompt TEXT, --prompts FILE and --chat must be given")

@@ -115,7 +115,8 @@ def hardware_and_mesh(options: argparse.Namespace) -> "tuple[Hardware, tuple[int
     mesh = parse_mesh(options.mesh) if options.mesh else (hardware.count, 1)
     if math.prod(mesh) != hardware.count:
         raise ConfigError(
-            f"--mesh {options.mesh} needs {math.prod(mesh)} devices, but {hardware.name} has {hardware.count}; use --mesh {hardware.count}x1"
+            f"--mesh {options.mesh} needs {math.prod(mesh)} devices, but {hardware.name} has {hardware.count}; use "
+            f"--mesh {hardware.count}x1"
         )
     return hardware, mesh
 

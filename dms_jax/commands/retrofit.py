@@ -1,6 +1,7 @@
 """Retrofit a pretrained model with a learned eviction policy, by distillation from itself.
 
-    python -m train.retrofit                                   # embedded default: SmolLM2-135M, Wikipedia and Python docs
+    python -m train.retrofit                                   # embedded default: SmolLM2-135M, Wikipedia and
+                                                               # Python docs
     python -m train.retrofit --mesh 8x1                        # on 8 devices, which a CPU simulates
     python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows, each split over the context axis
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
@@ -57,8 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--distributed",
         default="",
         metavar="auto|HOST:PORT,COUNT,INDEX",
-        help="form one mesh from several processes, each started with this option; auto: detect them from Slurm, Open MPI, "
-        "Kubernetes or a TPU pod; COUNT: number of processes, INDEX: index of this one",
+        help="form one mesh from several processes, each started with this option; auto: detect them from Slurm, Open "
+        "MPI, Kubernetes or a TPU pod; COUNT: number of processes, INDEX: index of this one",
     )
     return parser.parse_args(argv)
 
@@ -95,7 +96,8 @@ def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
         sizes = parse_mesh(config.mesh)
         if config.length % (context := math.prod(sizes[2:])):
             raise ConfigError(
-                f"length {config.length} must be a multiple of {context}, the number of parts into which mesh {config.mesh} splits a row"
+                f"length {config.length} must be a multiple of {context}, the number of parts into which mesh "
+                f"{config.mesh} splits a row"
             )
         start_devices(math.prod(sizes), distributed)
     multiple = sizes[0] * config.accumulate

@@ -74,7 +74,8 @@ class TextResult(NamedTuple):
 
 
 class TextGroup(NamedTuple):
-    """Results that can be compared, on one domain and length and at one budget in live tokens (None: without budgets)."""
+    """Results that can be compared, on one domain and length and at one budget in live tokens (None: without
+    budgets)."""
 
     domain: str
     length: int
@@ -317,7 +318,8 @@ def _samples(rows: list[AnswerRecord]) -> Samples | None:
 
 
 def _budget_tokens(budget: str, length: float) -> int | None:
-    """Return the live tokens that a budget means in a row of `length`: "256" is 256, and "cr4" is a quarter of the row."""
+    """Return the live tokens that a budget means in a row of `length`: "256" is 256, and "cr4" is a quarter of the
+    row."""
     number = budget.removeprefix("cr")
     try:
         value = float(number)
@@ -354,7 +356,8 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _accuracy(rows: list[ScoredRecord]) -> Interval:
-    """Return the accuracy over problems. The samples of one problem depend on each other, so their mean is one trial."""
+    """Return the accuracy over problems. The samples of one problem depend on each other, so their mean is one
+    trial."""
     problems = grouped(rows, lambda r: r.problem_id).values()
     return wilson(sum(_mean(r.score for r in samples) for samples in problems), len(problems))
 

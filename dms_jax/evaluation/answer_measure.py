@@ -1,5 +1,5 @@
-"""Measure tasks with answers. For each method, a prompt is prefilled once and answered in one or more samples, which are
-scored; the log-probability of the reference answer is measured as well.
+"""Measure tasks with answers. For each method, a prompt is prefilled once and answered in one or more samples, which
+are scored; the log-probability of the reference answer is measured as well.
 
 The cost of a sample is counted as in the paper (arXiv:2506.05345, section 4): the pairs that the attention of its
 generated tokens reads, and the maximum number of pairs held at once. Both are per KV head, averaged over layers and
@@ -266,7 +266,8 @@ def _prompt_ids(tokenizer: Tokenizer, problem: Problem) -> np.ndarray:
 def _prefilled(
     run: AnswerMeasure, rows: list[np.ndarray], group: Group, setup: Setup
 ) -> tuple[CompactCache, np.ndarray]:
-    """Prefill all of each prompt but its last token. Returns the cache and the last tokens, with which answers begin."""
+    """Prefill all of each prompt but its last token. Returns the cache and the last tokens, with which answers
+    begin."""
     lengths = np.array([len(row) - 1 for row in rows])
     padded = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)
     for target, row in zip(padded, rows, strict=True):

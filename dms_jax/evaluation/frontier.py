@@ -1,9 +1,9 @@
 """Pareto frontiers of accuracy over cost, and the distance between two of them.
 
 The paper (arXiv:2506.05345) states no rule, so we use our own. The frontier of a policy is the set of its points whose
-accuracy no cheaper point equals or exceeds. Between two points of a frontier, accuracy is linear in the logarithm of the
-cost. The gap between two policies is the difference of their frontiers, averaged over the logarithm of the cost, in the
-range of costs that both cover. If they cover no common range, there is no gap.
+accuracy no cheaper point equals or exceeds. Between two points of a frontier, accuracy is linear in the logarithm of
+the cost. The gap between two policies is the difference of their frontiers, averaged over the logarithm of the cost, in
+the range of costs that both cover. If they cover no common range, there is no gap.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,8 @@ def gap(one: Sequence[Point], other: Sequence[Point]) -> Gap | None:
     a, b = frontier(one), frontier(other)
     if not a or not b:
         return None
-    # Cost beyond the last point of a frontier gains nothing, so the frontier stays level up to the most expensive point.
+    # Cost beyond the last point of a frontier gains nothing, so the frontier stays level up to the most expensive
+    # point.
     low, high = max(a[0].cost, b[0].cost), min(max(p.cost for p in one), max(p.cost for p in other))
     if low > high:
         return None

@@ -142,9 +142,9 @@ class Calibrator:
     ) -> Setup:
         """Return the policy and threshold with which `method` meets its budget on rows of `length` tokens.
 
-        `rows` makes calibration rows [rows, length] of the same kind, and `rows_name` names that kind. `dms_live_tokens`
-        returns how many live tokens dms kept on that kind of rows if the other methods must keep as many, else None.
-        Raises ConfigError.
+        `rows` makes calibration rows [rows, length] of the same kind, and `rows_name` names that kind.
+        `dms_live_tokens` returns how many live tokens dms kept on that kind of rows if the other methods must keep as
+        many, else None. Raises ConfigError.
         """
         if method.policy == DENSE:
             return self.dense()

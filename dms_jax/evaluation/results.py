@@ -4,8 +4,8 @@ measurement.
     {"header": {versions, device, commit, model and its sha256, ...}, "options": {...}}
     {"task": "text", "policy": "tova", "budget": "256", "unit": "prose/3", ...the fields of that task's record}
 
-(task, policy, budget, unit) identifies a measurement, so a run that was stopped continues with those that are missing. A
-later run that adds measurements under other versions or options first adds a header line of its own. Imports no JAX.
+(task, policy, budget, unit) identifies a measurement, so a run that was stopped continues with those that are missing.
+A later run that adds measurements under other versions or options first adds a header line of its own. Imports no JAX.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""One run of the command `hyperscale`: each configuration answers each problem with several samples, and one record adds
-up their costs."""
+"""One run of the command `hyperscale`: each configuration answers each problem with several samples, and one record
+adds up their costs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,8 +88,8 @@ def _measure_group(
 
 
 def combined(task: str, budget: str, problem: Problem, samples: list[AnswerRecord]) -> HyperscaleRecord:
-    """Combine all samples of a problem into one record. Costs are added up. A majority vote elects the answer; for code,
-    a sample that passes is elected."""
+    """Combine all samples of a problem into one record. Costs are added up. A majority vote elects the answer; for
+    code, a sample that passes is elected."""
     scores = [sample.score for sample in samples]
     total = lambda name: float(sum(getattr(sample, name) for sample in samples))
     return HyperscaleRecord(

@@ -1,4 +1,5 @@
-"""Statistics of measurements: bootstrap intervals over units, Wilson intervals for accuracies, percentiles for tails."""
+"""Statistics of measurements: bootstrap intervals over units, Wilson intervals for accuracies, percentiles for
+tails."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -27,8 +28,8 @@ def bootstrap_mean(
 ) -> Interval:
     """Return the mean over units (rows, problems) with the percentile interval of `draws` resamples of whole units.
 
-    Whole rows are resampled because the tokens of one row depend on each other. If units differ in length, `weights` are
-    their numbers of tokens. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
+    Whole rows are resampled because the tokens of one row depend on each other. If units differ in length, `weights`
+    are their numbers of tokens. Percentile intervals from few units are too narrow: those from 10 units cover about 90%
     instead of 95%.
     """
     x = np.asarray(values, np.float64)
@@ -51,8 +52,8 @@ def bootstrap_mean(
 
 
 def wilson(hits: float, trials: int, level: float = LEVEL) -> Interval:
-    """Return the accuracy `hits / trials` with Wilson's score interval (1927), which is also valid at 0% and 100% and for
-    few trials.
+    """Return the accuracy `hits / trials` with Wilson's score interval (1927), which is also valid at 0% and 100% and
+    for few trials.
 
     `hits` may be a sum of fractional scores between 0 and 1. Their variance is at most that of scores of 0 or 1, so the
     interval is wide enough.

@@ -1,5 +1,5 @@
-"""The tables of an evaluation, with one class for each kind of task: which lines a table has, as plain values, and how a
-line is printed. Imports no JAX."""
+"""The tables of an evaluation, with one class for each kind of task: which lines a table has, as plain values, and how
+a line is printed. Imports no JAX."""
 
 import math
 from collections.abc import Iterable

@@ -46,8 +46,8 @@ def online_rows(
     """Run rows under `policy` and compare its predictions with those of `dense_hidden`, which `model.dense_hidden`
     returned for the same rows.
 
-    The metrics of the last token of a row are meaningless, because it has no next token. Raises ConfigError unless T is a multiple of
-    `chunk`.
+    The metrics of the last token of a row are meaningless, because it has no next token. Raises ConfigError unless T is
+    a multiple of `chunk`.
     """
     rows, length = np.shape(tokens)
     if length % chunk:

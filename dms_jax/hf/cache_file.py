@@ -33,7 +33,8 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     path = new_path(path, overwrite)
     if len(cache.layers) != model.config.num_layers:
         raise ConfigError(
-            f"this cache belongs to another model: it has {len(cache.layers)} layers, the model {model.config.num_layers}"
+            f"this cache belongs to another model: it has {len(cache.layers)} layers, the model "
+            f"{model.config.num_layers}"
         )
     tensors = {
         f"layers.{i}.{name}": np.asarray(getattr(layer, name))
@@ -61,7 +62,8 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     for key, expected in identity(model).items():
         if metadata.get(key) != expected:
             raise ConfigError(
-                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model has {expected[:60]}"
+                f"{path} belongs to another model: its {key} is {str(metadata.get(key))[:60]}, this model has "
+                f"{expected[:60]}"
             )
     config, overflow = model.config, metadata.get("overflow")
     try:
@@ -85,7 +87,8 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
             shapes["statistic"] = (*shape[:3], policy.features)
         if misshapen := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(
-                f"{path} is damaged: layer {i} has {misshapen[0]} of shape {list(tensors.shape(f'layers.{i}.{misshapen[0]}'))}"
+                f"{path} is damaged: layer {i} has {misshapen[0]} of shape "
+                f"{list(tensors.shape(f'layers.{i}.{misshapen[0]}'))}"
             )
         layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
     tensors.verify()

@@ -140,14 +140,15 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
     for field in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
         if getattr(own, field) != getattr(given, field):
             raise ConfigError(
-                f"the policy of this folder was trained with dms.{field}={getattr(own, field)}, got {getattr(given, field)}; "
-                f"only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
+                f"the policy of this folder was trained with dms.{field}={getattr(own, field)}, got "
+                f"{getattr(given, field)}; only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
             )
     return given
 
 
 def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for transformers.
+    """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for
+    transformers.
 
     Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
     written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
@@ -162,7 +163,8 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
     if config.dms is not None and config.dms.variant == "borrowed":
         warnings.warn(
             f"{path}: transformers will load this folder without an error but compute wrong logits, because the "
-            f"borrowed-channel policy is not stored in any tensor that it knows; load it with dms_jax or Model-Optimizer",
+            "borrowed-channel policy is not stored in any tensor that it knows; load it with dms_jax or "
+            "Model-Optimizer",
             stacklevel=2,
         )
     original = json.loads(source.config_json) if source and source.config_json else None

@@ -59,18 +59,20 @@ FIXED = {
     "dms_disable_eviction": False,
 }
 HARMLESS = {
-    "names and versions": "architectures auto_map transformers_version transformers.js_config finetuning_task task_specific_params "
-    "problem_type tokenizer_class prefix is_llama_config unsloth_fixed unsloth_version model_name",
+    "names and versions": "architectures auto_map transformers_version transformers.js_config finetuning_task "
+    "task_specific_params problem_type tokenizer_class prefix is_llama_config unsloth_fixed unsloth_version "
+    "model_name",
     "the tensors carry their own dtype": "torch_dtype dtype use_bfloat16",
     "training only": "attention_dropout initializer_range tf_legacy_loss id2label label2id num_labels",
-    "how to run, not what to compute": "use_cache pretraining_tp torchscript chunk_size_feed_forward return_dict output_attentions "
-    "output_hidden_states output_router_logits",
-    "generation defaults, which old files keep here": "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty "
-    "do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id "
-    "length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores "
-    "remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id suppress_tokens temperature top_k top_p typical_p",
-    "run-time settings of NVIDIA's own cache": "dms_manual_inference_mode dms_chunked_prefill dms_paged_attention_block_size "
-    "dms_preallocate_for_tokens",
+    "how to run, not what to compute": "use_cache pretraining_tp torchscript chunk_size_feed_forward return_dict "
+    "output_attentions output_hidden_states output_router_logits",
+    "generation defaults, which old files keep here": "bad_words_ids begin_suppress_tokens decoder_start_token_id "
+    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
+    "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate "
+    "sep_token_id suppress_tokens temperature top_k top_p typical_p",
+    "run-time settings of NVIDIA's own cache": "dms_manual_inference_mode dms_chunked_prefill "
+    "dms_paged_attention_block_size dms_preallocate_for_tokens",
 }
 HARMLESS_KEYS = {key for keys in HARMLESS.values() for key in keys.split()}
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -82,7 +84,8 @@ ROPE_KIND_KEYS = {
 
 
 def read_folder(folder: str) -> tuple[dict, ModelConfig]:
-    """Return the raw `config.json` of a folder, and its ModelConfig with the stop tokens of `generation_config.json`."""
+    """Return the raw `config.json` of a folder, and its ModelConfig with the stop tokens of
+    `generation_config.json`."""
     path, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
     raw = read_json(path)
     more = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
@@ -160,7 +163,8 @@ def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
 
 
 def fresh_config(config: ModelConfig) -> dict:
-    """Make a `config.json` for a model without one (GGUF or random), in a spelling that transformers 4 and 5 both read."""
+    """Make a `config.json` for a model without one (GGUF or random), in a spelling that transformers 4 and 5 both
+    read."""
     scaling = config.rope_scaling
     rope = None
     if scaling is not None:

@@ -26,7 +26,8 @@ class Tokenizer:
         return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
 
     def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
-        """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the answer."""
+        """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the
+        answer."""
         return self.encode(self.chat_text(messages, reply=reply))
 
     def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:

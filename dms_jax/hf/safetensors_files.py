@@ -37,7 +37,8 @@ class SafetensorsFiles:
     def __init__(self, where: str, paths: list[str]):
         self.where = where
         self.handles = {path: _open(path) for path in paths}
-        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118  # not a dict
+        # A handle is not a dict.
+        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118
 
     def names(self) -> Iterable[str]:
         return self.handle_of.keys()
@@ -49,7 +50,8 @@ class SafetensorsFiles:
         dtype = self.handle_of[name].get_slice(name).get_dtype()
         if dtype not in DTYPES:
             raise ConfigError(
-                f"tensor {name} in {self.where} must be one of {', '.join(DTYPES)}, got {dtype}; convert it to BF16 first"
+                f"tensor {name} in {self.where} must be one of {', '.join(DTYPES)}, got {dtype}; convert it to BF16 "
+                "first"
             )
         return DTYPES[dtype]
 
@@ -93,7 +95,8 @@ def open_folder(folder: str) -> SafetensorsFiles:
         if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
     ]:
         raise ConfigError(
-            f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder again"
+            f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder "
+            "again"
         )
     files = sorted(set(file_of.values()))
     missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]

@@ -192,7 +192,8 @@ def target_mesh(name: str, shape: tuple[int, ...], axes: tuple[str, ...] = ("dat
             ).devices
         except NotImplementedError as why:
             raise ConfigError(
-                f"{name}: JAX did not load its CUDA plugin because this machine has no GPU; set JAX_PLATFORMS=cpu to compile for one"
+                f"{name}: JAX did not load its CUDA plugin because this machine has no GPU; set JAX_PLATFORMS=cpu to "
+                "compile for one"
             ) from why
     else:
         # Without this, libtpu asks a metadata server which TPU this machine has.

@@ -30,13 +30,15 @@ FITS = {
 FORMULAS = {
     "weights": "shards of the parameters: bf16 if frozen, fp32 if they train",
     "optimizer": "shards of the two fp32 moments of each parameter that trains",
-    "activations": "2 bytes (CPU: 4, here and below) x L x tokens x width / size of the model axis; width by remat: full: D (the residual "
-    "stream); matmuls: 2 D + 2 (N + K) H + 2 F; none: 9 D + 2 (N + K) H (x 6 if queries and keys have norms) + 5 F; TPU: x 1.25",
-    "logits": "the output embeddings, gathered over the data and context axes; the model axis splits each row into parts: 3 (CPU: 4) copies "
-    "of the fp32 logits of one chunk of tokens of each part, and 3 hidden states of the parts; if all weights train, also their bf16 shards "
-    "and 2 (TPU: 1, CPU: 1.25) copies of the fp32 gradient of the embedding",
-    "temporary": "what the backward pass of a layer needs beyond `logits`: two copies of the gathered weights of the layer, "
-    "2 (3 F + 5 D) bytes per token, and fp32 gradients; TPU: plus 0.75 of the smaller of `logits` and this",
+    "activations": "2 bytes (CPU: 4, here and below) x L x tokens x width / size of the model axis; width by remat: "
+    "full: D (the residual stream); matmuls: 2 D + 2 (N + K) H + 2 F; none: 9 D + 2 (N + K) H (x 6 if queries and "
+    "keys have norms) + 5 F; TPU: x 1.25",
+    "logits": "the output embeddings, gathered over the data and context axes; the model axis splits each row into "
+    "parts: 3 (CPU: 4) copies of the fp32 logits of one chunk of tokens of each part, and 3 hidden states of the "
+    "parts; if all weights train, also their bf16 shards and 2 (TPU: 1, CPU: 1.25) copies of the fp32 gradient of "
+    "the embedding",
+    "temporary": "what the backward pass of a layer needs beyond `logits`: two copies of the gathered weights of the "
+    "layer, 2 (3 F + 5 D) bytes per token, and fp32 gradients; TPU: plus 0.75 of the smaller of `logits` and this",
 }
 
 

@@ -155,10 +155,11 @@ def weight_bytes(config: ModelConfig, model: int, mode: str, remat: str) -> floa
 
 
 EXCHANGED = (
-    "bytes that each device sends in a step. Weights, per micro-batch: the bf16 weights of each layer are all-gathered for two forward passes "
-    "and the backward pass, and the output embedding once for each model; gradients are reduce-scattered in bf16, that of the embedding in "
-    "fp32; all x (n - 1) / n, where n is the size of the data and context axes together. Residual stream, per layer: 8 all-gathers and 7 "
-    "reduce-scatters x (m - 1) / m, where m is the size of the model axis. Context axis: 4 all-to-alls of queries, keys, values and outputs"
+    "bytes that each device sends in a step. Weights, per micro-batch: the bf16 weights of each layer are all-gathered "
+    "for two forward passes and the backward pass, and the output embedding once for each model; gradients are "
+    "reduce-scattered in bf16, that of the embedding in fp32; all x (n - 1) / n, where n is the size of the data and "
+    "context axes together. Residual stream, per layer: 8 all-gathers and 7 reduce-scatters x (m - 1) / m, where m "
+    "is the size of the model axis. Context axis: 4 all-to-alls of queries, keys, values and outputs"
 )
 
 

@@ -89,15 +89,18 @@ def serving_plan(
     if sizes.data * sizes.weights >= memory:
         copies = f"{sizes.data} x {sizes.weights / 2**30:.1f} GiB of weights"
         raise ConfigError(
-            f"{memory / 2**30:.1f} GiB of memory cannot hold {copies}; use more or larger devices, or a mesh with a larger model axis"
+            f"{memory / 2**30:.1f} GiB of memory cannot hold {copies}; use more or larger devices, or a mesh with a "
+            "larger model axis"
         )
     window = config.require_dms().window_size
     multiple = platform_defaults(hardware.platform).capacity_multiple
     rates = decode_rates(hardware)
     formulas = {
-        "capacity_per_layer": f"mean live pairs at window {window}, if decisions do not depend on the position, x {headroom:g}, because heads "
-        f"differ, rounded up to a multiple of {multiple}; generate grows the cache when a head needs more",
-        "most_users": f"(memory - weights) / cache of one user; memory: {'given' if budget is not None else hardware.source}",
+        "capacity_per_layer": f"mean live pairs at window {window}, if decisions do not depend on the position, x "
+        f"{headroom:g}, because heads differ, rounded up to a multiple of {multiple}; generate grows the cache when "
+        "a head needs more",
+        "most_users": "(memory - weights) / cache of one user; memory: "
+        f"{'given' if budget is not None else hardware.source}",
         "tokens_per_second": "users / max(bytes of weights and live pairs / bandwidth, FLOPs / rate of products); "
         + rates.source,
     }
@@ -222,7 +225,8 @@ def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) ->
     dense, best = arms[0], arms[-1]
     if context <= window + 1:
         return [
-            f"DMS will not help: a context of {context} tokens lies within the window of {window}, where nothing is evicted."
+            f"DMS will not help: a context of {context} tokens lies within the window of {window}, where nothing is "
+            "evicted."
         ]
     sentences, ratio = [], f"CR {best['nominal_cr']:g}"
     if not dense["fits"] and best["fits"]:
@@ -238,7 +242,8 @@ def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) ->
         if gain < MIN_SPEEDUP:
             load = f"{users} user{'s' * (users > 1)} at {context} tokens"
             sentences.append(
-                f"DMS will not make this faster ({gain:.2f}x at {ratio}): with {load}, a step reads little besides the weights. It pays "
+                f"DMS will not make this faster ({gain:.2f}x at {ratio}): with {load}, a step reads little besides "
+                "the weights. It pays "
                 "off with more users or longer contexts."
             )
         else:

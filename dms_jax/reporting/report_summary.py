@@ -71,7 +71,8 @@ def gap_sentence(group: TextGroup) -> str:
 
 
 def _headline(groups: list[TextGroup], domain: str) -> TextGroup:
-    """Return the group of a domain with the smallest budget, preferably one that has DMS and a rival, or at least DMS."""
+    """Return the group of a domain with the smallest budget, preferably one that has DMS and a rival, or at least
+    DMS."""
     own = [group for group in groups if group.domain == domain]
     return min(own, key=lambda group: (not _rivals(group), not _smallest_dms(group.results), group.budget or math.inf))
 
@@ -99,7 +100,10 @@ def _text_sentence(group: TextGroup, is_brief: bool) -> str:
         best = next((result for result in group.results if result.policy != "dense"), None)
         if best is None:
             return ""
-        return f"At {_size(best, group)}, {best.name} stays nearest to the dense model on {group.domain}: {_distance(best)}."
+        return (
+            f"At {_size(best, group)}, {best.name} stays nearest to the dense model on {group.domain}: "
+            f"{_distance(best)}."
+        )
     if is_brief and rivals:
         size = f"at {dms.live_tokens:.0f} live tokens (CR {dms.realised_cr:.1f})"
         return f"On {group.domain}, {size}: DMS {_distance(dms)}, {rivals[0].policy} {_distance(rivals[0])}."

@@ -11,7 +11,8 @@ DECIMAL = r"(?:\d+(?:\.\d*)?|\.\d+)"
 MAX_DIGITS = 100  # longer numbers remain text: no problem has them, and Python refuses to print very long integers
 MAX_LENGTH = 1000  # a longer text is not an answer and remains as it is
 TEXT = r"\\(?:text|textrm|textbf|textit|mbox)\s*\{([^{}]*)\}"
-UNIT = rf"(?<=[0-9A-Za-z}}\])])\s*(?:{TEXT}|\\mathrm\s*\{{([^{{}}]{{2,}})\}})(?:\^\{{?\d\}}?)?\s*$"  # \mathrm{{i}} may be a number
+# \mathrm{i} may be a number.
+UNIT = rf"(?<=[0-9A-Za-z}}\])])\s*(?:{TEXT}|\\mathrm\s*\{{([^{{}}]{{2,}})\}})(?:\^\{{?\d\}}?)?\s*$"
 WORDS = r"(?!(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt)\b)[A-Za-z]{3,}(?:\s[A-Za-z]+)*"
 SIMPLE = r"\w|\\(?!sqrt)[A-Za-z]+"  # an argument that \frac takes without braces
 

@@ -52,7 +52,8 @@ def set_limits(cpu_seconds: int, memory_bytes: int, file_bytes: int) -> None:
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(limit, (value, value))
-    # RLIMIT_NPROC covers all processes and threads of the user, so add those that already run: "0.5 0.4 0.3 2/1234 ...".
+    # RLIMIT_NPROC covers all processes and threads of the user, so add those that already run:
+    # "0.5 0.4 0.3 2/1234 ...".
     with open("/proc/loadavg") as file:
         tasks = int(file.read().split()[3].partition("/")[2]) + NUM_THREADS
     hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]

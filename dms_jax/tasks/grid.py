@@ -32,8 +32,8 @@ def cells(name: str, options: TaskOptions) -> Iterator[Cell]:
             )
     if options.count < 1 or not options.lengths or not options.depths:
         raise ConfigError(
-            f"--count must be at least 1, and --lengths and --depths must not be empty for {name}, got {options.count}, "
-            f"{options.lengths} and {options.depths}"
+            f"--count must be at least 1, and --lengths and --depths must not be empty for {name}, got "
+            f"{options.count}, {options.lengths} and {options.depths}"
         )
     places = {f"{length}/{depth:g}": (length, depth) for length in options.lengths for depth in options.depths}
     for place, (length, depth) in places.items():

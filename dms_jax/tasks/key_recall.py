@@ -53,7 +53,10 @@ class Recall:
 
         def prompt_of(count: int) -> str:
             lines = "".join(f"{key}: {word}\n" for key, word in shown(count))
-            return f"Each line has a name and its word.\n\n{lines}\nThe same names again, in another order.\n\n{asked(count)[0]}:"
+            return (
+                f"Each line has a name and its word.\n\n{lines}\nThe same names again, in another order.\n\n"
+                f"{asked(count)[0]}:"
+            )
 
         count = fill(prompt_of, cell.length, count_tokens, self.name, smallest=1)
         answer = f" {asked(count)[1]}"

@@ -6,8 +6,8 @@ first two are required:
     question_content:  Read n and print the sum of the integers from 1 to n.
     public_test_cases: [{"input": "4", "output": "10", "testtype": "stdin"}]
 
-A text like "```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or the
-encoding of LiveCodeBench: base64 of zlib of a pickled JSON string. With the testtype "stdin", the program reads the
+A text like "```python\\nn = int(input())\\nprint(n * (n + 1) // 2)\\n```" scores 1. Test cases are a list, its JSON, or
+the encoding of LiveCodeBench: base64 of zlib of a pickled JSON string. With the testtype "stdin", the program reads the
 input and prints the output. With "functional", each line of the input is the JSON of one argument of the function
 "func_name" in `metadata`, which may be a method of a class `Solution`; the output is the JSON of its result.
 """
@@ -30,8 +30,9 @@ from dms_jax.tasks.records import Record, chosen, read_records
 
 PRELUDE = (  # the imports that the websites of these problems provide
     "import bisect, collections, functools, heapq, itertools, json, math, operator, random, re, string, sys\n"
-    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\nfrom itertools import *\n"
-    "from math import *\nfrom typing import *\nfrom builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides it
+    "from bisect import *\nfrom collections import *\nfrom functools import *\nfrom heapq import *\n"
+    "from itertools import *\nfrom math import *\nfrom typing import *\n"
+    "from builtins import *\nsys.setrecursionlimit(50_000)\n"  # math.pow hides it
 )
 CALL = (
     "\nimport json as _json, sys as _sys\n"

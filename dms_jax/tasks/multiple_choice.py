@@ -66,8 +66,8 @@ class MultipleChoice:
         )
 
     def extract(self, text: str) -> str:
-        """Return the letter that is boxed, else the last one that is called the answer, else the one with which the text
-        begins ("B", "B) red")."""
+        """Return the letter that is boxed, else the last one that is called the answer, else the one with which the
+        text begins ("B", "B) red")."""
         text = after_thinking(text)
         boxed = last_boxed(text)
         if boxed is not None:

@@ -17,8 +17,8 @@ class Problem:
             groups={"length": 1024, "depth": 0.5},
         )
 
-    Results files store a hash of the `repr` of their problems, so a run could not continue an old file after a field was
-    renamed.
+    Results files store a hash of the `repr` of their problems, so a run could not continue an old file after a field
+    was renamed.
     """
 
     unit: str  # its name, unique within the task; depends on the options only, so that a stopped run can continue
@@ -63,6 +63,6 @@ class Task(Protocol):
         ...
 
     def score(self, problem: Problem, text: str) -> float:
-        """Return the score of a generated text, from 0 to 1. It may depend on `extract(text)` only, because a vote elects
-        an extracted answer."""
+        """Return the score of a generated text, from 0 to 1. It may depend on `extract(text)` only, because a vote
+        elects an extracted answer."""
         ...

@@ -23,7 +23,8 @@ from dms_jax.tasks.problem import Problem, TaskOptions
 NUM_HOPS = 3  # a chain has one name more
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 EXAMPLE = (
-    "Some variables are set in the text below. Remember them.\n\nFor example, after VAR AXB = 31415. VAR QRT = AXB. VAR MNO = 27182.\n"
+    "Some variables are set in the text below. Remember them.\n\n"
+    "For example, after VAR AXB = 31415. VAR QRT = AXB. VAR MNO = 27182.\n"
     "Variables with the value 31415: AXB, QRT\n\n"
 )
 

@@ -5,8 +5,8 @@
     A part of the same list again: tiger red lamp old river
 
 The answer is " happy bread noisy drum tall ship ...", 8 words, and the score is the fraction that is right. This is the
-induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. The words
-are random, so a model can know them only from its cache.
+induction task of Olsson et al., "In-context Learning and Induction Heads" (arXiv:2209.11895), at a given depth. The
+words are random, so a model can know them only from its cache.
 """
 
 import re
@@ -41,7 +41,10 @@ class Copy:
 
         def prompt_of(count: int) -> str:
             shown, start = split(count)
-            return f"A list of words: {' '.join(shown)}\n\nA part of the same list again: {' '.join(shown[start : start + NUM_CUE])}"
+            return (
+                f"A list of words: {' '.join(shown)}\n\n"
+                f"A part of the same list again: {' '.join(shown[start : start + NUM_CUE])}"
+            )
 
         count = fill(prompt_of, cell.length, count_tokens, self.name, smallest=NUM_CUE + NUM_COPY)
         shown, start = split(count)

@@ -28,7 +28,8 @@ def dry_run_text(run: PreparedRun) -> str:
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
     lines += [
         "",
-        f"{c.steps} steps; a checkpoint every {c.save_every} steps, of which the last {c.keep} are kept; {every}; output {run.output}",
+        f"{c.steps} steps; a checkpoint every {c.save_every} steps, of which the last {c.keep} are kept; {every}; "
+        f"output {run.output}",
     ]
     return "\n".join(lines + _step_memory(run))
 

@@ -12,7 +12,8 @@ FINAL_RATE = 0.1  # learning rate after the decay, as a fraction of the peak
 
 
 def rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Return the learning rate by step: linear warm-up, then constant, then linear decay over the last part of `steps`."""
+    """Return the learning rate by step: linear warm-up, then constant, then linear decay over the last part of
+    `steps`."""
     peak, decay = config.learning_rate, round(config.decay_fraction * steps)
     rise = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
     fall = optax.linear_schedule(peak, peak * FINAL_RATE, max(decay, 1))

@@ -123,7 +123,8 @@ def trained_policy(config: RetrofitConfig, base: ModelConfig, path: str) -> DMSC
     dms = dataclasses.replace(base.dms, window_size=given.window_size, target_cr=given.target_cr, tau=given.tau)
     if config.mode != "full" and (config.mode == "borrowed") != (dms.variant == "borrowed"):
         raise ConfigError(
-            f"mode {config.mode} cannot train the {dms.variant} policy that {path} already has; use its base model, or mode=full"
+            f"mode {config.mode} cannot train the {dms.variant} policy that {path} already has; use its base model, "
+            "or mode=full"
         )
     return dms
 

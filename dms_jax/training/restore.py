@@ -59,5 +59,6 @@ def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> 
         changed = ["data: other data under the same paths"]
     if changed and not accept_changes:
         raise ConfigError(
-            f"{where} was saved with different settings ({'; '.join(changed)}); use the same settings, or add --accept-changes"
+            f"{where} was saved with different settings ({'; '.join(changed)}); use the same settings, or add "
+            "--accept-changes"
         )

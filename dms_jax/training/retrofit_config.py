@@ -30,7 +30,8 @@ class LossConfig:
     compression_weight: Annotated[float, AtLeast(0), "weight of the compression loss"] = 1.0
     scope: Annotated[
         Literal["global", "layer", "head"],
-        "where the target evict fraction must hold. global: over the whole model; layer: in each layer; head: in each KV head",
+        "where the target evict fraction must hold. global: over the whole model; layer: in each layer; head: in "
+        "each KV head",
     ] = "global"
     decidable_only: Annotated[
         bool, "exclude decisions that cannot take effect within the row from the compression loss"
@@ -71,14 +72,16 @@ class RetrofitConfig:
 
     model: Annotated[
         str,
-        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct, for which dms.decision_shift is 0 by default',
+        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct, for which '
+        "dms.decision_shift is 0 by default",
     ] = ""
     data: DataConfig = DataConfig()
     output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
     mode: Annotated[
         Mode,
-        "what is trained. adapter: only the evict head, while the base stays frozen; full: all weights, against a separate frozen "
-        "teacher; borrowed: all weights, after freeing a channel of a query head to carry the decisions",
+        "what is trained. adapter: only the evict head, while the base stays frozen; full: all weights, against a "
+        "separate frozen teacher; borrowed: all weights, after freeing a channel of a query head to carry the "
+        "decisions",
     ] = "adapter"
     steps: Annotated[int, AtLeast(1), "number of optimizer steps"] = 55
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
@@ -91,18 +94,18 @@ class RetrofitConfig:
     seed: Annotated[int, AtLeast(0), "seed of the noise, the order of rows and the held-out split"] = 0
     mesh: Annotated[
         str,
-        "devices as DATAxMODEL[xCONTEXT]. DATA splits the batch and shards the parameters, MODEL splits the KV heads, CONTEXT "
-        "splits the length of rows; auto: DATA is the number of devices",
+        "devices as DATAxMODEL[xCONTEXT]. DATA splits the batch and shards the parameters, MODEL splits the KV heads, "
+        "CONTEXT splits the length of rows; auto: DATA is the number of devices",
     ] = "auto"
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"],
-        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. The master copy of weights "
-        "that train is always float32",
+        "precision of weights and activations; auto: float32 on a CPU, bfloat16 on accelerators. The master copy of "
+        "weights that train is always float32",
     ] = "auto"
     remat: Annotated[
         Remat,
-        "what the backward pass recomputes. full: whole layers; matmuls: everything but matrix products; none: nothing; "
-        "auto: matmuls on a CPU, full on accelerators",
+        "what the backward pass recomputes. full: whole layers; matmuls: everything but matrix products; none: "
+        "nothing; auto: matmuls on a CPU, full on accelerators",
     ] = "auto"
     implementation: Annotated[
         ImplementationName,
@@ -127,8 +130,8 @@ class RetrofitConfig:
     calibration_rows: Annotated[
         int,
         AtLeast(0),
-        "number of training rows on which the eviction threshold is raised after training until the realised compression "
-        "ratio is not above its target; 0: keep the threshold at 0",
+        "number of training rows on which the eviction threshold is raised after training until the realised "
+        "compression ratio is not above its target; 0: keep the threshold at 0",
     ] = 4
     save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
     keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
@@ -207,7 +210,8 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:
-    """List what a resumed run would change in the saved configuration, as `key: old -> new`, except for FREE_ON_RESUME."""
+    """List what a resumed run would change in the saved configuration, as `key: old -> new`, except for
+    FREE_ON_RESUME."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = f"{path}{key}", old.get(key), new.get(key)

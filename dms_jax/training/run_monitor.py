@@ -30,8 +30,9 @@ def target_advice(length: int, dms: DMSConfig) -> str | None:
         return None
     protected = min(length, dms.window_size + 1)
     return (
-        f"dms.target_cr={dms.target_cr:g} is out of reach in rows of {length} tokens: the window of {dms.window_size} protects "
-        f"{protected} tokens, so at most CR {best:.2f} is realised; use longer rows or a smaller dms.window_size"
+        f"dms.target_cr={dms.target_cr:g} is out of reach in rows of {length} tokens: the window of {dms.window_size} "
+        f"protects {protected} tokens, so at most CR {best:.2f} is realised; use longer rows or a smaller "
+        "dms.window_size"
     )
 
 
@@ -70,7 +71,8 @@ class RunMonitor:
         return events
 
     def _stuck_heads(self, metrics: dict[str, float], per_head: np.ndarray) -> list[tuple[str, str]]:
-        """Find heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did neither."""
+        """Find heads that evicted nothing, or everything, for STUCK_STEPS steps while the model as a whole did
+        neither."""
         if _target_fraction(metrics) <= 0.2 or not 0.05 < metrics["cache/evict_fraction"] < 0.95:
             return []
         keeps = "right for heads that look far back; for others, raise loss.compression_weight, or set loss.scope=head"

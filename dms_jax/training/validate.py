@@ -17,7 +17,8 @@ from dms_jax.training.step import TrainState
 
 
 def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> HeldOutReport:
-    """Compare the retrofitted model under `threshold` with the dense model and with StreamingLLM at equal live tokens."""
+    """Compare the retrofitted model under `threshold` with the dense model and with StreamingLLM at equal live
+    tokens."""
 
     def retrofitted(batch: Any) -> RowMetrics:
         return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))

@@ -81,7 +81,8 @@ reordered = jax.jit(lambda cache, order: jax.tree.map(lambda x: x[order], cache)
 
 
 def padded_chunk(rng, ids, seen, count, any_width):
-    """Return rows of a chunk, padded left, right or, with a mask, on both sides. Padding holds ids that no vocabulary has.
+    """Return rows of a chunk, padded left, right or, with a mask, on both sides. Padding holds ids that no vocabulary
+    has.
 
     A chunk is of `any_width` that its rows fit into, or of one of two widths, which compiles less.
     """

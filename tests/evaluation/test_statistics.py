@@ -47,7 +47,8 @@ def test_fraction_above_counts_strictly_larger_values():
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
-    """Means of 25 exponential units, skewed like KL, whose true mean is 1: percentile intervals cover it in 92 to 93%."""
+    """Means of 25 exponential units, skewed like KL, whose true mean is 1: percentile intervals cover it in 92 to
+    93%."""
     rng = np.random.default_rng(0)
     hit = [
         low <= 1 <= high

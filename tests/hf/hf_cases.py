@@ -85,7 +85,10 @@ def write_gguf(path: Path, name: str, *, edit=None, quantize=None, skip_fields=(
     return path
 
 
-TEMPLATE = "{% for m in messages %}{% if m['role'] == 'villain' %}{{ raise_exception('no\nvillains') }}{% endif %}hello {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}reply{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'villain' %}{{ raise_exception('no\n"
+    "villains') }}{% endif %}hello {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}reply{% endif %}"
+)
 VOCABULARY = {"[unk]": 0, "hello": 1, "world": 2, "reply": 3, "</s>": 4}
 
 

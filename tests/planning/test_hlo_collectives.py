@@ -29,13 +29,16 @@ def test_groups_shapes_and_starts_are_read_in_every_form():
         + """ENTRY %main (p: bf16[4,256], q: f8e4m3fn[16]) -> bf16[4,256] {
   %p = bf16[4,256]{1,0:T(8,128)(2,1)} parameter(0)
   %q = f8e4m3fn[16]{0} parameter(1)
-  %listed = bf16[8,256]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  %listed = bf16[8,256]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=1, \
+replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
   %iota = bf16[1,256]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, to_apply=%add
-  %named = bf16[4,256]{1,0} all-reduce(%p), replica_groups=mesh['data'=2,'model'=2,'context'=2] {'data','context'}, to_apply=%add
+  %named = bf16[4,256]{1,0} all-reduce(%p), \
+replica_groups=mesh['data'=2,'model'=2,'context'=2] {'data','context'}, to_apply=%add
   %part = bf16[4,256]{1,0} all-reduce(%p), replica_groups=mesh['x'=8] {'x':(1)2}, to_apply=%add
   %all = f8e4m3fn[16]{0} all-to-all(%q), replica_groups={}, dimensions={0}
   %ring = bf16[4,256]{1,0} collective-permute(%p), source_target_pairs={{0,1},{1,0}}
-  %start = ((bf16[4,256]{1,0}, f8e4m3fn[16]{0}), (bf16[16,256]{1,0}, /*index=1*/f8e4m3fn[64]{0})) all-gather-start(%p, %q), replica_groups=[2,4]<=[8]
+  %start = ((bf16[4,256]{1,0}, f8e4m3fn[16]{0}), (bf16[16,256]{1,0}, /*index=1*/f8e4m3fn[64]{0})) \
+all-gather-start(%p, %q), replica_groups=[2,4]<=[8]
   %done = (bf16[16,256]{1,0}, f8e4m3fn[64]{0}) all-gather-done(%start)
   ROOT %r = bf16[4,256]{1,0} add(%ring, %named)
 }
@@ -60,7 +63,10 @@ def loop(name, body, attributes=""):
 def test_nested_loops_multiply_and_unstated_trip_counts_come_from_the_condition():
     known = ', backend_config={"known_trip_count":{"n":"5"},"known_init_step":{"init":"0","step":"1"}}'
     state = "(state: (s32[], f32[8])) -> (s32[], f32[8]) {\n  %state = (s32[]{:T(128)}, f32[8]) parameter(0)\n"
-    condition = "(state: (s32[], f32[8])) -> pred[] {\n  %limit = s32[]{:T(128)} constant(3)\n  %state = (s32[], f32[8]) parameter(0)\n"
+    condition = (
+        "(state: (s32[], f32[8])) -> pred[] {\n  %limit = s32[]{:T(128)} constant(3)\n"
+        "  %state = (s32[], f32[8]) parameter(0)\n"
+    )
     condition += (
         "  %i = s32[] get-tuple-element(%state), index=0\n  ROOT %lt = pred[] compare(%i, %limit), direction=LT\n}\n"
     )
@@ -73,15 +79,22 @@ def test_nested_loops_multiply_and_unstated_trip_counts_come_from_the_condition(
         f"%below_a {condition}%below_b {condition}%below_c {unknown}"
         f"%outer {state}{gather.format(2)}{loop('a', 'inner')}  ROOT %t = (s32[], f32[8]) tuple(%i, %x)\n}}\n"
         f"%free {state}{gather.format(3)}  ROOT %t = (s32[], f32[8]) tuple(%i, %x)\n}}\n"
-        f"ENTRY %main {state}{loop('b', 'outer', known)}{loop('c', 'free')}  ROOT %x = f32[8] get-tuple-element(%b), index=1\n}}\n"
+        f"ENTRY %main {state}{loop('b', 'outer', known)}{loop('c', 'free')}  ROOT %x = f32[8] get-tuple-element(%b), "
+        f"index=1\n}}\n"
     )
     assert {name: (c.executions, c.loops) for name, c in got.items()} == {"g1": (15, 2), "g2": (5, 1), "g3": (1, 1)}
 
 
 def test_called_computations_count_and_a_collective_in_several_fusions_counts_once():
     def part(number, channel, chain):
-        gather = f'all-gather(%x), channel_id={channel}, replica_groups=[1,8]<=[8], frontend_attributes={{chain_id="{chain}"}}'
-        return f"%f{number} (x: f32[8]) -> f32[64] {{\n  %x = f32[8] parameter(0)\n  ROOT %g{number} = f32[64] {gather}\n}}\n"
+        gather = (
+            f"all-gather(%x), channel_id={channel}, replica_groups=[1,8]<=[8], "
+            f'frontend_attributes={{chain_id="{chain}"}}'
+        )
+        return (
+            f"%f{number} (x: f32[8]) -> f32[64] {{\n  %x = f32[8] parameter(0)\n"
+            f"  ROOT %g{number} = f32[64] {gather}\n}}\n"
+        )
 
     got = found(
         part(1, 7, 0)

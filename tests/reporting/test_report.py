@@ -1,4 +1,5 @@
-"""Run `python -m infer.report` on invented results: numbers of the tables, missing parts, hostile text, broken files."""
+"""Run `python -m infer.report` on invented results: numbers of the tables, missing parts, hostile text, broken
+files."""
 
 import html
 import json
@@ -140,7 +141,8 @@ def test_page_shows_every_number_of_the_tables(lines, page):
             row[:5]
             == [
                 result.name,
-                f"{100 * result.accuracy.value:.1f} [{100 * result.accuracy.low:.1f}, {100 * result.accuracy.high:.1f}]",
+                f"{100 * result.accuracy.value:.1f} [{100 * result.accuracy.low:.1f}, "
+                f"{100 * result.accuracy.high:.1f}]",
                 str(result.accuracy.units),
                 f"{result.live_tokens:.0f}",
                 f"{result.peak_live:.0f}",

@@ -56,7 +56,8 @@ def test_verdict_says_how_a_program_ended(program, verdict):
         "import os; os.system('true')",
         "import os; os.execv('/bin/true', ['true'])",
         "import os; os.kill(os.getppid(), 15)",
-        "import multiprocessing as m; m.set_start_method('spawn')\nif __name__ == '__main__': m.Process(target=print).start()",
+        "import multiprocessing as m; m.set_start_method('spawn')\n"
+        "if __name__ == '__main__': m.Process(target=print).start()",
         "import socket; socket.create_connection(('127.0.0.1', 9))",
         "open({outside!r}, 'w')",
         "open('../escaped', 'w')",
@@ -94,7 +95,10 @@ print(os.getcwd(), dict(os.environ).keys() - {'LC_CTYPE'}, sorted(os.listdir()))
 
 def test_program_leaves_no_process_behind(tmp_path):
     """A child process that gets past all refusals, through ctypes, is killed with its group."""
-    program = "import ctypes, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(1.5)\n    print('alive', flush=True)\n    time.sleep(99)\n"
+    program = (
+        "import ctypes, time\nif ctypes.CDLL(None).fork() == 0:\n    time.sleep(1.5)\n"
+        "    print('alive', flush=True)\n    time.sleep(99)\n"
+    )
     started = time.monotonic()
     assert run_program(program, limits=SHORT) == ("passed", "")
     assert time.monotonic() - started < 1.5
@@ -186,7 +190,10 @@ FUNCTIONAL = {
     "public_test_cases": [{"input": '[1, 2]\n"x"', "output": '[[1, "x"], [2, "x"]]', "testtype": "functional"}],
     "metadata": json.dumps({"func_name": "pair"}),
 }
-METHOD = "class Solution:\n    def pair(self, a: List[int], b: str):\n        print('noise')\n        return [(n, b) for n in a]"
+METHOD = (
+    "class Solution:\n    def pair(self, a: List[int], b: str):\n        print('noise')\n"
+    "        return [(n, b) for n in a]"
+)
 
 
 def live(tmp_path, record):

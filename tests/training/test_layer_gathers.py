@@ -63,8 +63,8 @@ def check(config, mode, mesh, dtype):
 @pytest.mark.parametrize("mode, mesh", [("adapter", (2, 2, 2)), ("full", (8, 1))])
 def test_layers_are_gathered_one_at_a_time(mode, mesh):
     temporary, model_bytes, _ = check(SHAPE, mode, mesh_of(*mesh), jnp.float32)
-    # The limit allows the embedding, the activations of 32 tokens, and the weights of two layers instead of six (in mode
-    # full also their gradients).
+    # The limit allows the embedding, the activations of 32 tokens, and the weights of two layers instead of six (in
+    # mode full also their gradients).
     assert temporary < model_bytes * (0.6 if mode == "adapter" else 1.2), (temporary, model_bytes)
 
 

@@ -33,7 +33,8 @@ QWEN = f"{MODELS}/qwen3-8b.json"
 
 @pytest.fixture(autouse=True, scope="module")
 def simulated_devices():
-    """Start the devices of conftest.py first, because `plan.main` asks for one device, which would be left for later tests."""
+    """Start the devices of conftest.py first, because `plan.main` asks for one device, which would be left for later
+    tests."""
     assert jax.device_count() > 1
 
 

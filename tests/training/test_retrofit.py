@@ -333,6 +333,9 @@ def test_command_line_errors_are_one_line():
 
 
 def test_help_does_not_load_jax():
-    code = "import sys, train.retrofit\ntry: train.retrofit.main(['--help'])\nexcept SystemExit: assert 'jax' not in sys.modules"
+    code = (
+        "import sys, train.retrofit\ntry: train.retrofit.main(['--help'])\n"
+        "except SystemExit: assert 'jax' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "dms.window_size" in done.stdout, done.stderr

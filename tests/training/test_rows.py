@@ -137,7 +137,8 @@ def test_batch_has_the_dtypes_that_the_step_is_compiled_for():
 
 
 def test_mix_is_splitmix64_and_never_changes():
-    """The first number is the published first output for seed 0. Splits and row orders of old runs depend on all three."""
+    """The first number is the published first output for seed 0. Splits and row orders of old runs depend on all
+    three."""
     assert mix(np.arange(1)).tolist() == [0xE220A8397B1DCDAF]
     assert mix(np.arange(2), 0).tolist() == [12035550249420947055, 6791897765849424158]
     assert len(set(mix(np.arange(10_000), 7, 1).tolist())) == 10_000  # a bijection for all salts

@@ -45,7 +45,8 @@ class GGUFTensors:
         architecture = self.fields.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ConfigError(
-                f"{path}: GGUF architecture {shown(architecture)} is not supported; supported: {', '.join(ARCHITECTURES)}"
+                f"{path}: GGUF architecture {shown(architecture)} is not supported; supported: "
+                f"{', '.join(ARCHITECTURES)}"
             )
         self.architecture: str = architecture
         self.rope_table = tensors.pop("rope_freqs.weight", None)  # llama3 scaling as a table, which `config` refuses
@@ -154,7 +155,8 @@ class GGUFTensors:
         scaling = self._field("rope.scaling.type", "none")
         if scaling != "none" or self.rope_table is not None:
             raise ConfigError(
-                f"{self.where}: rope scaling {shown(scaling)} in a GGUF file is not supported; use the Hugging Face folder"
+                f"{self.where}: rope scaling {shown(scaling)} in a GGUF file is not supported; use the Hugging Face "
+                "folder"
             )
         hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
         eos = self.token_id("eos")
@@ -197,5 +199,6 @@ def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _shortest(value: float) -> float:
-    """Return the shortest decimal that rounds to the same float32, the number that was meant: 1e-05 for 9.999999747e-06."""
+    """Return the shortest decimal that rounds to the same float32, the number that was meant: 1e-05 for
+    9.999999747e-06."""
     return float(str(np.float32(value)))

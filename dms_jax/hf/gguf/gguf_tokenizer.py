@@ -45,7 +45,8 @@ def write_tokenizer(path: str, folder: str) -> None:
 
 
 def _checked_vocabulary(fields: dict, where: str, ids: Iterable[int | None]) -> list[str]:
-    """Check the vocabulary and return its tokens: distinct texts, one type each, merges of two, special ids in range."""
+    """Check the vocabulary and return its tokens: distinct texts, one type each, merges of two, special ids in
+    range."""
     found: list[Any] = [fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges")]
     tokens, types, merges = found
     if not _texts(tokens):
@@ -86,7 +87,8 @@ def build_tokenizer(fields: dict, where: str):
     }
     if kind != "gpt2" or not isinstance(split, str) or split not in first:
         raise ConfigError(
-            f"{where}: tokenizer {shown(kind)} with pre-tokenizer {shown(split)} is not supported; supported: gpt2 with {', '.join(first)}"
+            f"{where}: tokenizer {shown(kind)} with pre-tokenizer {shown(split)} is not supported; supported: gpt2 "
+            f"with {', '.join(first)}"
         )
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]

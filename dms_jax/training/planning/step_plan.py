@@ -21,10 +21,13 @@ from dms_jax.training.planning import step_program
 from dms_jax.training.planning.step_setting import StepSetting
 
 TOTAL = (
-    "if compiled: arguments + outputs - aliased + temporary, where weights are the arguments without the optimizer state, and activations "
-    "and logits are estimated parts of temporary; otherwise: the sum of the parts"
+    "if compiled: arguments + outputs - aliased + temporary, where weights are the arguments without the optimizer "
+    "state, and activations and logits are estimated parts of temporary; otherwise: the sum of the parts"
 )
-FLOPS = "tokens x (two forward passes of 2 P + 2 L N H T each, and a backward pass of 2 P, or 4 P if all weights train, + 5 L N H T)"
+FLOPS = (
+    "tokens x (two forward passes of 2 P + 2 L N H T each, and a backward pass of 2 P, or 4 P if all weights "
+    "train, + 5 L N H T)"
+)
 MOVED = "devices x bf16 weights x passes, plus what the operations between the matrix products read and write per token"
 STEPS_PER_CR, TOKENS_PER_STEP = 34, 262144  # Model-Optimizer's recipe for Qwen3-8B, configs/train/qwen3_8b.yaml
 RATIOS = (2, 4, 8)
@@ -211,7 +214,8 @@ def _implementation(setting: StepSetting, analytic: bool) -> str:
         found = IMPLEMENTATIONS[named]
         if found.platform not in (None, platform) or found.refuses(KernelQuery(head_dim, jnp.bfloat16), kind):
             raise ConfigError(
-                f"implementation {named} does not run on {setting.hardware.name} with head size {head_dim}; use {XLA} or {AUTO}"
+                f"implementation {named} does not run on {setting.hardware.name} with head size {head_dim}; use "
+                f"{XLA} or {AUTO}"
             )
         return named
     kernel = GPU if platform == "gpu" else TPU

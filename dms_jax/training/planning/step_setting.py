@@ -65,7 +65,10 @@ class StepSetting:
         if length > limit:
             return f"length {length} exceeds the model's {name} of {limit}; use length <= {limit}"
         if length % sizes.context:
-            return f"length {length} must be a multiple of {sizes.context}, the number of parts into which the mesh splits a row"
+            return (
+                f"length {length} must be a multiple of {sizes.context}, the number of parts into which the mesh "
+                "splits a row"
+            )
         multiple = sizes.data * self.step.accumulate
         if batch % multiple:
             parts = f"{sizes.data} data-parallel devices x {self.step.accumulate} micro-batches"
