@@ -115,7 +115,8 @@ def check_ranges(config: Any, path: str = "") -> None:
         if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
             raise ConfigError(f"{path}{name} must be a {'whole ' * whole}number {allowed}, got {shown(value)}")
         if value not in allowed:
-            raise ConfigError(f"{path}{name} must be {allowed}, got {shown(value)}")
+            finite = "" if isinstance(value, int) or math.isfinite(value) else "a finite number "
+            raise ConfigError(f"{path}{name} must be {finite}{allowed}, got {shown(value)}")
         if whole and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
 

@@ -126,3 +126,8 @@ def test_shipped_configs_are_valid_and_begin_with_their_command(file):
     first = file.read_text().splitlines()[0]
     assert first.startswith(f"# python -m train.retrofit --config {file.relative_to(ROOT)}")
     assert isinstance(config.dms, DMSConfig)
+
+
+def test_number_that_is_not_finite_is_refused_as_such():
+    with pytest.raises(ConfigError, match="initial_cr.*finite"):
+        RetrofitConfig(initial_cr=float("inf"))
