@@ -101,6 +101,13 @@ def _as_yaml(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
+def check_range(name: str, value: float, allowed: Range) -> None:
+    """Check one number; `name` is the key or the option that messages begin with."""
+    if value not in allowed:
+        finite = "" if isinstance(value, int) or math.isfinite(value) else "a finite number "
+        raise ConfigError(f"{name} must be {finite}{allowed}, got {shown(value)}")
+
+
 def check_ranges(config: Any, path: str = "") -> None:
     """Check the fields of a configuration against the ranges in their types. Whole numbers must also fit into an int32.
 
@@ -114,9 +121,7 @@ def check_ranges(config: Any, path: str = "") -> None:
         whole = int in kinds
         if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
             raise ConfigError(f"{path}{name} must be a {'whole ' * whole}number {allowed}, got {shown(value)}")
-        if value not in allowed:
-            finite = "" if isinstance(value, int) or math.isfinite(value) else "a finite number "
-            raise ConfigError(f"{path}{name} must be {finite}{allowed}, got {shown(value)}")
+        check_range(f"{path}{name}", value, allowed)
         if whole and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")
 

@@ -6,8 +6,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from dms_jax.config_reader import range_of
-from dms_jax.errors import ConfigError, shown
+from dms_jax.config_reader import check_range, range_of
+from dms_jax.errors import ConfigError
 
 
 def named(values: list[str], option: str) -> dict[str, str]:
@@ -37,8 +37,8 @@ def check_option_ranges(kind: type, options: argparse.Namespace) -> None:
     """Check parsed options against the ranges of the fields of the dataclass `kind`, matched by name."""
     for name, annotation in typing.get_type_hints(kind, include_extras=True).items():
         allowed, value = range_of(annotation), getattr(options, name, None)
-        if allowed is not None and value is not None and value not in allowed:
-            raise ConfigError(f"--{name.replace('_', '-')} must be {allowed}, got {shown(value)}")
+        if allowed is not None and value is not None:
+            check_range(f"--{name.replace('_', '-')}", value, allowed)
 
 
 def options_of(kind: type, options: argparse.Namespace, **parsed: Any) -> Any:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
-from dms_jax.config_reader import AtLeast
+from dms_jax.config_reader import AtLeast, check_range
 from dms_jax.errors import ConfigError
 from dms_jax.training.retrofit_config import Mode, RetrofitConfig
 
@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan must not occupy an accelerator that others use
     for name, allowed in RANGES.items():
-        if getattr(options, name) not in allowed:
-            raise ConfigError(f"--{name.replace('_', '-')} must be {allowed}, got {getattr(options, name)}")
+        check_range(f"--{name.replace('_', '-')}", getattr(options, name), allowed)
     from dms_jax.training.planning import plan_text
 
     hardware, _ = hardware_and_mesh(options)
