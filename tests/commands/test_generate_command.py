@@ -448,7 +448,7 @@ def test_commands_in_pages_and_help_parse():
         text = (ROOT / path).read_text(encoding="utf-8")
         if path.endswith(".py"):  # what the reader of the docstring sees: its escapes resolved
             text = ast.get_docstring(ast.parse(text))
-        lines = re.findall(rf"^ *python -m {re.escape(DOOR)} (.*(?:\\\n.*)*)", text, re.M)
+        lines = re.findall(rf"^ *python -m {re.escape(DOOR)} ((?:.*\\\n)*.*)", text, re.M)
         assert len(lines) >= minimum, path
         for line in lines:
             options = parse(shlex.split(line.replace("\\\n", " "), comments=True))
