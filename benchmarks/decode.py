@@ -21,6 +21,7 @@ import json
 import statistics
 import time
 from functools import partial
+from typing import NamedTuple
 
 from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
 from dms_jax.command import Parser, run_command, start_devices
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     if ratios:
         result["decode"] = decode(options, model, ratios, show)
     if options.transformers:
+        from benchmarks.against_transformers import against_transformers
+
         result["transformers"] = against_transformers(options, model, show)
     print(json.dumps(result))
 
@@ -115,11 +118,11 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
             f"--context plus {total} steps must fit into this model's context of "
             f"{model.config.max_position_embeddings} tokens, got {options.context + total}; use a smaller --context"
         )
-    arms = {"dense": (True, 1.0, options.batch)} | {f"cr {ratio:g}": (False, ratio, options.batch) for ratio in ratios}
+    arms = {"dense": Arm(True, 1.0, options.batch)} | {f"cr {r:g}": Arm(False, r, options.batch) for r in ratios}
     if options.equal_memory:
-        arms |= {f"cr {r:g}, {r:g}x rows": (False, r, round(options.batch * r)) for r in ratios if r > 1}
-    live = {name: max(1, round(options.context / ratio)) for name, (_, ratio, _) in arms.items()}
-    need = {name: cache_bytes(model, batch, live[name] + total) for name, (_, _, batch) in arms.items()}
+        arms |= {f"cr {r:g}, {r:g}x rows": Arm(False, r, round(options.batch * r)) for r in ratios if r > 1}
+    live = {name: max(1, round(options.context / arm.ratio)) for name, arm in arms.items()}
+    need = {name: cache_bytes(model, arm.batch, live[name] + total) for name, arm in arms.items()}
     room = free_bytes()
     left_out = {
         name: f"needs {need[name] / 2**30:.1f} GiB of cache, {room / 2**30:.1f} are free"
@@ -135,46 +138,70 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
         except jax.errors.JaxRuntimeError as why:  # out of memory all the same; the other arms go on
             left_out |= {name: " ".join(str(why).split())[:200] for name in group}
     bandwidth = measure_ceilings(model.embed[...].dtype, 3, quick=True)[0].copy_bytes
-    rows, dense, dense_bytes = [], timed.get("dense"), step_bytes(model, options.batch, options.context)
-    for name, (seconds, counts, size) in timed.items():
-        median, batch = statistics.median(seconds), arms[name][2]
-        row = {
-            "arm": name,
-            "batch": batch,
-            "tokens_seen": options.context,
-            "live_at_start": live[name],
-            "live_at_end": counts,
-            "cache_bytes": size,
-            "step_ms": 1e3 * median,
-            "tokens_per_s": batch / median,
-            "step_ms_all": [1e3 * s for s in seconds],
-            "step_bytes": step_bytes(model, batch, live[name]),
-        }
-        row |= {
-            "roofline_speed_to_dense": batch * dense_bytes / (options.batch * row["step_bytes"]),
-            "fraction_of_copy_bandwidth": row["step_bytes"] / median / bandwidth,
-        }
-        text = f"{name:<16} live {live[name]:>6}  {row['step_ms']:>8.2f} ms per step "
-        text += f"({1e3 * min(seconds):.2f} to {1e3 * max(seconds):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
-        if dense is not None:
-            row["speed_to_dense"] = row["tokens_per_s"] * statistics.median(dense[0]) / options.batch
-            text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
-        # If the dense arm does not fit, it is assumed to run at the device's copy bandwidth, faster than it would.
-        row["dense"] = "measured" if dense is not None else "counted from bytes"
-        row["fraction_of_roofline"] = (
-            row["speed_to_dense"] / row["roofline_speed_to_dense"]
-            if dense is not None
-            else row["fraction_of_copy_bandwidth"]
-        )
+    rows, dense = [], timed.get("dense")
+    for name, timing in timed.items():
+        row = arm_record(name, arms[name].batch, live[name], timing, options.context)
+        row |= compared_with_dense(row, model, dense, options.batch, bandwidth)
         rows.append(row)
-        show(text)
+        show(described(row))
     for name, why in left_out.items():
         rows.append({"arm": name, "skipped": why})
         show(f"{name:<16} left out: {why}")
     return rows
 
 
-def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
+class Arm(NamedTuple):
+    """What one arm of the benchmark decodes with."""
+
+    dense: bool
+    ratio: float  # tokens seen per live pair
+    batch: int
+
+
+def arm_record(name: str, batch: int, live: int, timing: tuple, context: int) -> dict:
+    """Return what was measured on one arm. `timing` is its item of `timed_arms`."""
+    seconds, live_at_end, size = timing
+    median = statistics.median(seconds)
+    return {
+        "arm": name,
+        "batch": batch,
+        "tokens_seen": context,
+        "live_at_start": live,
+        "live_at_end": live_at_end,
+        "cache_bytes": size,
+        "step_ms": 1e3 * median,
+        "tokens_per_s": batch / median,
+        "step_ms_all": [1e3 * s for s in seconds],
+    }
+
+
+def compared_with_dense(row: dict, model, dense: tuple | None, dense_batch: int, bandwidth: float) -> dict:
+    """Return the bytes of an arm's step and its speed relative to the dense arm and to the roofline.
+
+    If the dense arm does not fit, it is assumed to run at the device's copy bandwidth, faster than it would.
+    """
+    size = step_bytes(model, row["batch"], row["live_at_start"])
+    dense_size = step_bytes(model, dense_batch, row["tokens_seen"])
+    roofline = row["batch"] * dense_size / (dense_batch * size)
+    of_bandwidth = size / (row["step_ms"] / 1e3) / bandwidth
+    found = {"step_bytes": size, "roofline_speed_to_dense": roofline, "fraction_of_copy_bandwidth": of_bandwidth}
+    if dense is None:
+        return found | {"dense": "counted from bytes", "fraction_of_roofline": of_bandwidth}
+    speed = row["tokens_per_s"] * statistics.median(dense[0]) / dense_batch
+    return found | {"speed_to_dense": speed, "dense": "measured", "fraction_of_roofline": speed / roofline}
+
+
+def described(row: dict) -> str:
+    """Return the line that shows an arm's record to a person."""
+    times = row["step_ms_all"]
+    text = f"{row['arm']:<16} live {row['live_at_start']:>6}  {row['step_ms']:>8.2f} ms per step "
+    text += f"({min(times):.2f} to {max(times):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
+    if "speed_to_dense" in row:
+        text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
+    return text
+
+
+def timed_arms(model, arms: dict[str, Arm], live: dict, options, total: int) -> dict:
     """Return for each arm the seconds per step, the mean live pairs at the end, and the bytes of the cache."""
     import jax
     import jax.numpy as jnp
@@ -183,8 +210,8 @@ def timed_arms(model, arms: dict, live: dict, options, total: int) -> dict:
     import dms_jax
 
     caches = {
-        name: filled_cache(model, batch, options.context, live[name], total, dense)
-        for name, (dense, _, batch) in arms.items()
+        name: filled_cache(model, arm.batch, options.context, live[name], total, arm.dense)
+        for name, arm in arms.items()
     }
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
@@ -237,115 +264,6 @@ def free_bytes() -> float:
 
     stats = jax.devices()[0].memory_stats() or {}
     return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else float("inf")
-
-
-def against_transformers(options, model, show) -> dict:
-    """Time `generate` of both engines, greedy and without stop tokens: a call for one token, and a call for all
-    tokens."""
-    import importlib.util
-    import tempfile
-
-    import jax.numpy as jnp
-    import numpy as np
-
-    import dms_jax
-    from benchmarks.models import cpu_cores
-    from dms_jax.engine.cache_capacity import round_up
-
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigError("--transformers requires torch; run pip install 'torch>=2.6'")
-    if model.embed[...].dtype != jnp.float32 or (
-        model.config.dms is not None and model.config.dms.variant == "borrowed"
-    ):
-        raise ConfigError(
-            "--transformers requires an fp32 model without a borrowed policy; set JAX_PLATFORMS=cpu, or use another "
-            "--model"
-        )
-    try:
-        torch = importlib.import_module("torch")
-    except ImportError as why:  # e.g. a CUDA build whose libraries are not there
-        raise ConfigError(f"torch is installed but does not load: {why}") from why
-    import transformers
-
-    torch.set_num_threads(cpu_cores())
-    with tempfile.TemporaryDirectory() as folder:
-        dms_jax.save(model, f"{folder}/model")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            f"{folder}/model", dtype=torch.float32, local_files_only=True
-        ).eval()
-    ids = np.random.default_rng(0).integers(
-        3, min(model.config.vocab_size, 40000), (options.batch, options.prompt_tokens)
-    )
-    capacity = round_up(options.prompt_tokens + options.new_tokens)
-
-    def call_theirs(new: int):
-        tokens = torch.tensor(ids)
-        with torch.inference_mode():
-            return theirs.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                do_sample=False,
-                max_new_tokens=new,
-                min_new_tokens=new,
-                pad_token_id=0,
-            )[:, ids.shape[1] :].numpy()
-
-    def call_ours(new: int, dense: bool):
-        config = dms_jax.GenerationConfig(max_new_tokens=new, stop_ids=(), capacity=capacity, dense=dense)
-        return np.stack(dms_jax.generate(model, ids, config).tokens)
-
-    arms = {
-        "transformers": call_theirs,
-        "ours_dense": lambda new: call_ours(new, True),
-        "ours_dms": lambda new: call_ours(new, False),
-    }
-    one, all_tokens, texts = {name: [] for name in arms}, {name: [] for name in arms}, {}
-    for repeat in range(options.repeats + 1):
-        for name, call in arms.items():
-            for new, times in ((1, one[name]), (options.new_tokens, all_tokens[name])):
-                start = time.perf_counter()
-                texts[name] = call(new)
-                if repeat:
-                    times.append(time.perf_counter() - start)
-    rates, medians = {}, {}
-    for name in arms:
-        first, whole = statistics.median(one[name]), statistics.median(all_tokens[name])
-        if whole <= first:
-            raise ConfigError(
-                f"--new-tokens must be large enough to take longer than one token, got {options.new_tokens}; use more"
-            )
-        rates[name] = {
-            "prefill_tokens_per_s": ids.size / first,
-            "decode_tokens_per_s": options.batch * (options.new_tokens - 1) / (whole - first),
-        }
-        medians[name] = {"one_token_s": first, "all_tokens_s": whole}
-        show(
-            f"{name:<13} prefill {rates[name]['prefill_tokens_per_s']:>8.1f} tokens/s, decode "
-            f"{rates[name]['decode_tokens_per_s']:>8.1f} tokens/s"
-        )
-    ratios = {
-        f"{name}_{part}": rates[name][f"{part}_tokens_per_s"] / rates["transformers"][f"{part}_tokens_per_s"]
-        for name in ("ours_dense", "ours_dms")
-        for part in ("prefill", "decode")
-    }
-    same = float(np.mean(texts["ours_dense"] == texts["transformers"]))
-    show(
-        "relative to transformers: "
-        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-        + f"; equal tokens {same:.0%}"
-    )
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "batch": options.batch,
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "rates": rates,
-        "medians": medians,
-        "ratios_to_transformers": ratios,
-        "equal_tokens_dense": same,
-    }
 
 
 if __name__ == "__main__":

@@ -112,6 +112,16 @@ def train_case(
     )
 
 
+def dense_decode(live: int, how: str):
+    """Return dense attention over the first `live` slots of every head, as JAX's implementation `how` computes it."""
+
+    def run(q, layer, position, k, v, expiry):
+        keys, values = (x[:, :, :live].astype(q.dtype).swapaxes(1, 2) for x in (layer.k, layer.v))
+        return (jax.nn.dot_product_attention(q, keys, values, implementation=how),)
+
+    return run
+
+
 def slot_case(
     batch: int,
     queries: int,
@@ -140,30 +150,19 @@ def slot_case(
     def attend_with(attention):
         return lambda q, layer, position, k, v, expiry: (attention(q, layer, position, chunk(k, v, expiry)),)
 
-    def dense(how):
-        if queries > 1:
-            return None
-
-        def run(q, layer, position, k, v, expiry):
-            keys, values = (x[:, :, :live].astype(q.dtype).swapaxes(1, 2) for x in (layer.k, layer.v))
-            return (jax.nn.dot_product_attention(q, keys, values, implementation=how),)
-
-        return run
-
     size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
     pairs = heads // kv_heads * queries * counts + batch * heads * queries * (queries + 1) // 2 * (queries > 1)
-    sizes = {
-        "batch": batch,
-        "queries": queries,
-        "capacity": capacity,
-        "live": live,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "head_dim": head_dim,
-    }
     return Case(
         "decode_attention" if queries == 1 else "chunk_attention",
-        sizes,
+        {
+            "batch": batch,
+            "queries": queries,
+            "capacity": capacity,
+            "live": live,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+        },
         dtype,
         cache_dtype,
         (q, layer, position, k, v, expiry),
@@ -172,7 +171,7 @@ def slot_case(
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype)},
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
         flops=4 * head_dim * pairs,
-        dense=dense,
+        dense=lambda how: dense_decode(live, how) if queries == 1 else None,
     )
 
 

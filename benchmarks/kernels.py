@@ -21,7 +21,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from benchmarks.benchmark_options import check_at_least, check_minutes
@@ -110,12 +110,44 @@ def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
         yield from (partial(make, dtype=dtype) for make in makers)
 
 
+def precise(case, f):
+    """Return f of the case's inputs in fp32, with matrix products of the highest precision."""
+    import jax
+
+    from benchmarks.kernel_cases import in_fp32
+
+    with jax.default_matmul_precision("highest"):
+        return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
+
+
+def dense_functions(case, only: list[str] | None) -> Iterator[tuple[str, Callable]]:
+    """Yield the dense attentions that can run here, by name; only those in `only`, if it is given."""
+    import jax
+
+    from benchmarks.kernel_cases import DENSE
+
+    for name, how in DENSE.items():
+        left_out = (only is not None and name not in only) or (how == "cudnn" and jax.default_backend() != "gpu")
+        if not left_out and (f := case.dense(how)) is not None:
+            yield name, f
+
+
+def dense_reference(case):
+    """Return what dense attention must compute, or None if its reference fails, which is said on stderr."""
+    try:
+        return precise(case, case.dense("xla"))
+    except Exception as why:  # e.g. out of memory
+        reason = " ".join(str(why).split())[:200]
+        print(f"{case.kernel}: dense attention is unchecked, because its reference failed: {reason}", file=sys.stderr)
+        return None
+
+
 def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Iterator[dict]:
     """Yield a record for XLA, for each kernel that runs here and for dense attention, or only for those in `only`.
     Their timings alternate."""
     import jax
 
-    from benchmarks.kernel_cases import DENSE, error, in_fp32
+    from benchmarks.kernel_cases import error
     from benchmarks.timing import Chain, long_enough, time_all
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, KernelQuery, unavailable_because
 
@@ -129,10 +161,6 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
     }
     arms, found, failed = {}, {}, {}
 
-    def precise(f):
-        with jax.default_matmul_precision("highest"):
-            return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
-
     def attempt(name: str, f, wanted, notes: dict) -> None:
         try:  # an error of a compiler or a driver is a result too, and the other arms go on
             wrong = None if wanted is None else error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
@@ -145,30 +173,19 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
             arms.pop(name, None)
             failed[name] = " ".join(str(why).split())[:500]
 
-    wanted = precise(case.reference)
+    wanted = precise(case, case.reference)
     for name in (name for name in IMPLEMENTATIONS if only is None or name in only):
         interpret = on_cpu and name != XLA
         if (why := unavailable_because(case.kernel, name, query, interpret)) is not None:
             print(f"{case.kernel}: {name} {why}", file=sys.stderr)
         else:
             attempt(name, case.run(name, interpret), wanted, {"interpreted": True} if interpret else {})
-    dense = None
-    for name, how in DENSE.items():
-        left_out = (only is not None and name not in only) or (how == "cudnn" and jax.default_backend() != "gpu")
-        f = None if left_out else case.dense(how)
-        if f is None:
-            continue
+    reference = None
+    for name, f in dense_functions(case, only):
         # Longer rows do not fit, because the reference has all scores in memory in fp32.
-        if dense is None and case.shape.get("length", 0) <= 4096:
-            try:
-                dense = precise(case.dense("xla"))
-            except Exception as why:
-                reason = " ".join(str(why).split())[:200]
-                print(
-                    f"{case.kernel}: dense attention is unchecked, because its reference failed: {reason}",
-                    file=sys.stderr,
-                )
-        attempt(name, f, dense, {"dense": True})
+        if reference is None and case.shape.get("length", 0) <= 4096:
+            reference = dense_reference(case)
+        attempt(name, f, reference, {"dense": True})
     slow = {name: arm for name, arm in arms.items() if found[name].get("interpreted")}
     timing = time_all({name: arm for name, arm in arms.items() if name not in slow}, repeats) | time_all(slow, 1)
     seconds = {name: t.median / arms[name].times for name, t in timing.items()}
@@ -179,14 +196,18 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
             "implementation": name,
             "ratio_to_xla": seconds[XLA] / seconds[name] if XLA in seconds else None,
             "seconds": seconds[name],
+            "seconds_all": [t / arm.times for t in timing[name].all],
         }
-        record |= {"seconds_all": [t / arm.times for t in timing[name].all]} | found[name]
-        if not on_cpu:
-            record |= {
-                "fraction_of_copy_bandwidth": case.min_bytes / seconds[name] / ceilings.copy_bytes,
-                "fraction_of_matmul": case.flops / seconds[name] / ceilings.flops,
-            }
+        record |= found[name] | ({} if on_cpu else fractions_of_ceilings(case, seconds[name], ceilings))
         yield record | {"min_bytes": case.min_bytes, "flops": case.flops}
+
+
+def fractions_of_ceilings(case, seconds: float, ceilings) -> dict[str, float]:
+    """Return how close a kernel comes to the measured bandwidth and to the measured speed of matrix products."""
+    return {
+        "fraction_of_copy_bandwidth": case.min_bytes / seconds / ceilings.copy_bytes,
+        "fraction_of_matmul": case.flops / seconds / ceilings.flops,
+    }
 
 
 def described(record: dict) -> str:

@@ -30,6 +30,21 @@ def test_help_imports_no_jax_and_shows_how_to_type_the_command(arguments, withou
     assert ("python -m" in done.stdout) == (len(arguments) == 1)
 
 
+@pytest.mark.parametrize("name", DOORS)
+def test_help_takes_less_than_half_a_second_of_cpu(name, without_jax):
+    code = f"""
+import time
+from dms_jax.commands import {name}
+try:
+    {name}.main(["--help"])
+except SystemExit as done:
+    assert not done.code
+assert time.process_time() < 0.5, time.process_time()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=without_jax, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_unknown_option_is_refused_without_jax(without_jax):
     command = [sys.executable, "-m", "infer.evaluate", "--modle", "x"]
     done = subprocess.run(command, cwd=ROOT, env=without_jax, capture_output=True, text=True)

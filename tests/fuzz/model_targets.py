@@ -189,6 +189,17 @@ def mutate_weights(rng: random.Random, folder: Path) -> str:
     return rewrite(path, lambda data: damage_head(rng, data, 8 + int.from_bytes(data[:8], "little")))
 
 
+def wrong_shapes(shape: list[int]) -> list:
+    count = int(np.prod(shape))
+    wrong = [[HUGE], [-1], "x", [0], [HUGE, HUGE], [*shape[:-1], 1.0]]
+    return [shape[::-1], [*shape, 1], [1, *shape], [count], [], *wrong]
+
+
+def wrong_offsets(begin: int, end: int) -> list:
+    outside = [[0, HUGE], [end, begin], [begin, end - 4], [begin + 4, end], [-4, end]]
+    return [*outside, [0, 0], [begin], None, [begin, 2**64]]
+
+
 def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     """Change a safetensors header as JSON: retype, reshape, rename, move, drop or duplicate one tensor."""
     size = int.from_bytes(data[:8], "little")
@@ -200,40 +211,11 @@ def change_header(rng: random.Random, data: bytes) -> tuple[bytes, str]:
     if how == 0:
         entry["dtype"] = rng.choice(["F16", "BF16", "F64", "I32", "U8", "F8_E4M3", "f32", "Q4", None, 3])
     elif how == 1:
-        entry["shape"] = rng.choice(
-            [
-                entry["shape"][::-1],
-                [*entry["shape"], 1],
-                [1, *entry["shape"]],
-                [int(np.prod(entry["shape"]))],
-                [],
-                [HUGE],
-                [-1],
-                "x",
-                [0],
-                [HUGE, HUGE],
-                [*entry["shape"][:-1], 1.0],
-            ]
-        )
+        entry["shape"] = rng.choice(wrong_shapes(entry["shape"]))
     elif how == 2:
-        entry["data_offsets"] = rng.choice(
-            [
-                [0, HUGE],
-                [end, begin],
-                [begin, end - 4],
-                [begin + 4, end],
-                [-4, end],
-                [0, 0],
-                [begin],
-                None,
-                [begin, 2**64],
-            ]
-        )
+        entry["data_offsets"] = rng.choice(wrong_offsets(begin, end))
     elif how == 3:
-        header[name]["data_offsets"], header[other]["data_offsets"] = (
-            header[other]["data_offsets"],
-            entry["data_offsets"],
-        )
+        header[name]["data_offsets"], header[other]["data_offsets"] = header[other]["data_offsets"], [begin, end]
     elif how == 4:
         header[name], header[other] = header[other], header[name]
     elif how == 5:
