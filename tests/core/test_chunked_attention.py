@@ -1,5 +1,7 @@
 """Chunked attention against the dense reference, values and gradients, and the arrays in its traced program."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +28,46 @@ def inputs(seed, batch, length, kv_heads, group, head_dim, hard=False, segments=
     return q, k, v, jnp.asarray(log_keep, jnp.float32), ids
 
 
-def value_and_gradients(attention, q, k, v, log_keep, ids, **options):
-    def loss(q, k, v, log_keep):
-        out = attention(q, k, v, log_keep, segment_ids=ids, **options)
+@functools.cache
+def compiled(attention, window_size, **options):
+    def loss(q, k, v, log_keep, ids):
+        out = attention(q, k, v, log_keep, segment_ids=ids, window_size=window_size, **options)
         return jnp.sum(jnp.sin(out * 3)), out
 
-    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))(q, k, v, log_keep)
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
 
 
-@settings(max_examples=40, deadline=None)
+def value_and_gradients(attention, *args, window_size, **options):
+    return compiled(attention, window_size, **options)(*args)
+
+
+def assert_equals_the_reference(seed, batch, length, kv_heads, group, head_dim, window, block, hard, segments):
+    args = inputs(seed, batch, length, kv_heads, group, head_dim, hard, segments)
+    (_, expected), expected_grads = value_and_gradients(reference_attention, *args, window_size=window)
+    (_, actual), grads = value_and_gradients(gated_attention, *args, window_size=window, block=block)
+    np.testing.assert_allclose(actual, expected, **TOLERANCE)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(theirs).max())))
+
+
+SHAPES = [  # batch, length, KV heads, query heads per KV head, head size, window, block, segments
+    (1, 1, 1, 1, 8, 0, 16, False),
+    (2, 70, 3, 1, 8, 20, 16, True),
+    (1, 64, 2, 7, 16, 0, 16, False),
+    (2, 37, 1, 3, 20, 80, 64, False),
+    (1, 23, 2, 2, 8, 5, 1, True),
+    (1, 50, 1, 2, 20, 49, 7, False),
+]
+
+
+@pytest.mark.parametrize("batch, length, kv_heads, group, head_dim, window, block, segments", SHAPES)
+def test_chunked_attention_equals_the_reference(batch, length, kv_heads, group, head_dim, window, block, segments):
+    for seed, hard in ((0, False), (1, True), (2, False), (3, True)):
+        assert_equals_the_reference(seed, batch, length, kv_heads, group, head_dim, window, block, hard, segments)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
 @given(
     seed=st.integers(0, 9999),
     batch=st.integers(1, 2),
@@ -47,15 +80,8 @@ def value_and_gradients(attention, q, k, v, log_keep, ids, **options):
     hard=st.booleans(),
     segments=st.booleans(),
 )
-def test_chunked_attention_equals_the_reference(
-    seed, batch, length, kv_heads, group, head_dim, window, block, hard, segments
-):
-    args = inputs(seed, batch, length, kv_heads, group, head_dim, hard, segments)
-    (_, expected), expected_grads = value_and_gradients(reference_attention, *args, window_size=window)
-    (_, actual), grads = value_and_gradients(gated_attention, *args, window_size=window, block=block)
-    np.testing.assert_allclose(actual, expected, **TOLERANCE)
-    for ours, theirs in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1, float(jnp.abs(theirs).max())))
+def test_chunked_attention_equals_the_reference_at_any_shape(**case):
+    assert_equals_the_reference(**case)
 
 
 def test_default_block_works_for_head_sizes_of_real_models():
