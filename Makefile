@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## retrofit SmolLM2-135M on real text, about 11 minute
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow part
 	$(RUN) -m ruff check .
-	$(FAST) $(RUN) -m pytest -q -n 2 --dist loadfile -m "not slow"
+	$(FAST) $(RUN) -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 slow: $(VENV)/.installed-test
 	$(RUN) -m pytest -q -m slow

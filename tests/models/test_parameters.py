@@ -1,5 +1,6 @@
 """The border to Flax NNX: from models to arrays by name, and back."""
 
+import jax
 import numpy as np
 import pytest
 from cases import tiny_model, tokens
@@ -20,6 +21,13 @@ def test_model_built_from_its_own_arrays_gives_equal_logits(rng):
     np.testing.assert_array_equal(structure.build(base, head).hard(ids)[0], model.hard(ids)[0])
     with pytest.raises(KeyError, match="evict"):
         structure.build(base)
+
+
+def test_profile_names_the_parts_of_a_layer(rng):
+    model, ids = tiny_model(DMS, num_layers=1), tokens(rng, 1, 12)
+    program = jax.jit(lambda ids: model.hard(ids)[0]).lower(ids).as_text(debug_info=True)
+    for part in ("qkv", "rope", "evict_head", "attention", "output", "mlp"):
+        assert f"\"{part}/" in program, part
 
 
 def test_jitted_method_equals_the_method(rng):

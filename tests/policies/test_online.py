@@ -215,5 +215,10 @@ def test_policy_names_are_parsed_or_refused():
             policy_of(config, bad)
 
 
+def test_every_policy_with_a_budget_is_compared_with_its_oracle():
+    own_oracle = {"quest"}  # test_quest_reads_the_pages_with_the_largest_bounds
+    assert METHODS.keys() | own_oracle == {name for name, kind in POLICIES.items() if kind.has_budget}
+
+
 def test_reports_know_every_learned_policy():
     assert set(LEARNED) == {name for name, kind in POLICIES.items() if kind.is_learned}
