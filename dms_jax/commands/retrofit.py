@@ -4,21 +4,24 @@
     python -m train.retrofit --mesh 8x1                        # on 8 devices, which a CPU simulates
     python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows, each split over the context axis
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
-    python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
+    python -m train.retrofit --config RECIPE.yaml --mesh 8x1 --resume
 
 The output folder (key `output`) receives metrics.jsonl, checkpoints/, report.json, two plots, and export/, the model
 folder that the other commands load.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config_reader import keys_help
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, suggestion
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
+from dms_jax.writer_lock import only_writer
 
 NAME = "retrofit"
 
@@ -66,19 +69,54 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     config = read_config(options.config, options.assignments, options.mesh)
+    if options.dry_run:
+        _refuse_begun(config, options.resume)
+        config = start_mesh(config, options.distributed)
+        from dms_jax.training.run import dry_run  # late: it loads JAX, and `--help` does not
+
+        dry_run(config)
+        return 0
+    with contextlib.ExitStack() as held:
+        writer = writer_index(options.distributed)
+        if writer == 0:  # before JAX, which takes seconds to start
+            _begin(config, options.resume, held)
+        config = start_mesh(config, options.distributed)
+        from dms_jax.training.run import is_first_process, retrofit
+
+        if writer is None and is_first_process():
+            _begin(config, options.resume, held)
+        stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
+    return 128 + stopped_by if stopped_by else 0
+
+
+def writer_index(distributed: str) -> int | None:
+    """Return the index of this process among those of its run, or None if only JAX will know it.
+
+    The process with index 0 is the one that writes, and it holds the lock for all.
+    """
+    if distributed == "auto":
+        return None
+    index = distributed.rpartition(",")[2]
+    return int(index) if index.strip().isdecimal() else 0
+
+
+def _begin(config: RetrofitConfig, resume: bool, held: contextlib.ExitStack) -> None:
+    """Lock the output folder until `held` ends, and refuse one with another run."""
     output = Path(config.output)
-    if not options.resume and (output / "metrics.jsonl").exists():
+    if resume and not (output / "checkpoints").is_dir():
+        siblings = [str(path.parent) for path in output.parent.glob("*/checkpoints")]
+        hint = f"; {suggestion(str(output), siblings)}" if siblings else ""
+        print(f"nothing to resume in {output}, so the run begins at step 0{hint}", file=sys.stderr)
+    held.enter_context(only_writer(output, "choose another --set output=FOLDER", is_folder=True))
+    _refuse_begun(config, resume)
+
+
+def _refuse_begun(config: RetrofitConfig, resume: bool) -> None:
+    output = Path(config.output)
+    if not resume and (output / "metrics.jsonl").exists():
         raise ConfigError(
             f"{output} already contains a run; continue it with --resume, or choose another --set output=FOLDER"
         )
-    config = start_mesh(config, options.distributed)
-    from dms_jax.training.run import dry_run, retrofit  # late: it loads JAX, and `--help` does not
-
-    if options.dry_run:
-        dry_run(config)
-        return 0
-    stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
-    return 128 + stopped_by if stopped_by else 0
 
 
 def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:
