@@ -84,11 +84,12 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     code: int = 2
     if _replace_closed_streams():
         try:
-            with _signals_unwind():
-                code = main() or 0
+            try:
+                with _signals_unwind():
+                    code = main() or 0
+            except SystemExit as stop:  # argparse, after `--help` or a wrong option
+                code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
             sys.stdout.flush()
-        except SystemExit as stop:  # argparse, after `--help` or a wrong option
-            code = stop.code if isinstance(stop.code, int) else bool(stop.code)
         except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt:

@@ -97,15 +97,19 @@ def _acquire(path: Path, target: Path, me: Holder, way_out: str) -> int:
                 handle, is_new = os.open(path, os.O_RDWR), False
             except FileNotFoundError:  # released just now
                 continue
-        taken = False
         try:
-            if taken := _take(handle, is_new, path, target, way_out):
+            if _take(handle, is_new, path, target, way_out):
                 os.ftruncate(handle, 0)
                 os.write(handle, json.dumps({"dms_jax_lock": 1, **me._asdict()}).encode())
+                if not _flock(handle):  # there are none; then another process may just have judged the same stale lock
+                    time.sleep(0.2)
+                if _read(path) != me:
+                    raise _held(path, target, way_out)
                 return handle
-        finally:
-            if not taken:
-                os.close(handle)
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)
 
 
 def _take(handle: int, is_new: bool, path: Path, target: Path, way_out: str) -> bool:
@@ -120,15 +124,14 @@ def _take(handle: int, is_new: bool, path: Path, target: Path, way_out: str) -> 
         return False
     if is_new and not has_flock:
         return True
-    former = _read(path)
+    former = _read(path) if has_flock else _settled(path)
     if former is None and has_flock:  # new, or its holder was killed before it had written its name
         return True
     if _is_alive(former, path, bool(has_flock)):
         raise _held(path, target, way_out)
-    print(f"taking over {path} from {former or 'a process'}, which has ended", file=sys.stderr)
-    if not has_flock:  # only one of several processes that do the same may make the new file
-        _remove_stale(path, former)
-    return bool(has_flock)
+    if has_flock or _remove_stale(path, former):
+        print(f"taking over {path} from {former or 'a process'}, which has ended", file=sys.stderr)
+    return bool(has_flock)  # without, one of the processes that have come so far makes the new file
 
 
 def _flock(handle: int) -> bool | None:
@@ -161,15 +164,18 @@ def _is_alive(holder: Holder | None, path: Path, has_flock: bool) -> bool:
     return False
 
 
-def _remove_stale(path: Path, judged: Holder | None) -> None:
-    """Remove the lock file of a holder that has ended, unless another process has replaced it in the meantime."""
+def _remove_stale(path: Path, judged: Holder | None) -> bool:
+    """Remove the lock file of a holder that has ended. False if another process has removed or replaced it."""
     aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    with contextlib.suppress(FileNotFoundError):
+    try:
         os.rename(path, aside)
-        if _read(aside) != judged:
-            os.rename(aside, path)
-        else:
-            aside.unlink()
+    except FileNotFoundError:
+        return False
+    if _read(aside) != judged:
+        os.rename(aside, path)
+        return False
+    aside.unlink()
+    return True
 
 
 def _read(path: Path) -> Holder | None:

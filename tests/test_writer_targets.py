@@ -1,4 +1,4 @@
-"""Every function that writes a file refuses what is not a regular file, and leaves it as it is; modes are the umask's."""
+"""Every function that writes a file leaves what is not a regular file as it is, and gives new ones the umask's mode."""
 
 import functools
 import os
