@@ -50,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, doc: str | None, **options):
         description = re.sub(r"python -m (?:train|infer)\.(\w+)", lambda found: typed_as(found[1]), doc or "")
+        if typed_as(name).startswith("dms-jax"):  # a wheel has no configs/
+            description = re.sub(r"configs/\S+(\.\w+)", r"FILE\1", description)
         super().__init__(
             prog=typed_as(name),
             description=description,

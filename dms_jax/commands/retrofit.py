@@ -4,7 +4,7 @@
     python -m train.retrofit --mesh 8x1                        # on 8 devices, which a CPU simulates
     python -m train.retrofit --mesh 2x2x2 --set length=131072  # long rows, each split over the context axis
     python -m train.retrofit --set model=FOLDER --set data=FILE.jsonl --set dms.window_size=256 --set dms.target_cr=4
-    python -m train.retrofit --config RECIPE.yaml --mesh 8x1 --resume
+    python -m train.retrofit --config configs/train/llama3p2_1b.yaml --mesh 8x1 --resume
 
 The output folder (key `output`) receives metrics.jsonl, checkpoints/, report.json, two plots, and export/, the model
 folder that the other commands load.

@@ -43,7 +43,7 @@ def test_default_of_a_plan_is_at_most_the_limit_of_the_model(argv, key, default,
     small = GOLDEN / "llama3_rope_scaled"  # a context of 512
     for model, expected in ((small, 512), ("configs/models/qwen3-8b.json", default)):
         plan.main(["--model", str(model), "--hardware", "h100x1", "--analytic", "--json", *argv])
-        assert json.loads(capsys.readouterr().out)["setting"][key] == expected
+        assert json.loads(capsys.readouterr().out)[key] == expected
     with pytest.raises(ConfigError, match="513.*512|512.*513"):
         plan.main(["--model", str(small), "--hardware", "h100x1", "--analytic", f"--{key}", "513", *argv])
     with pytest.raises(ConfigError, match=f"--{key}.*got 1"):

@@ -115,12 +115,12 @@ def test_error_while_writing_results_names_the_newest_checkpoint(tmp_path):
 def test_ignored_sighup_stays_ignored_while_a_run_trains():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with stop_signals(make_mesh(1, 1)) as stop:
+        with stop_signals(make_mesh(8, 1)) as stop:
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received == 0
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        with stop_signals(make_mesh(1, 1)) as stop:
+        with stop_signals(make_mesh(8, 1)) as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop.received == signal.SIGHUP
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
