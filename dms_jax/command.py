@@ -93,7 +93,7 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
                 code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
             sys.stdout.flush()
         except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
-            code = 128 + signal.SIGPIPE
+            code = 141  # 128 + SIGPIPE, as a shell reports it
         except KeyboardInterrupt:
             _complain(f"{name}: interrupted")
             code = 128 + signal.SIGINT

@@ -62,6 +62,8 @@ def only_writer(target: str | os.PathLike[str], way_out: str, *, is_folder: bool
     me = Holder(platform.node(), os.getpid(), _start_of(os.getpid()), _machine(), uuid.uuid4().hex)
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
+        if not is_folder:
+            check_target(target)
         path.parent.mkdir(parents=True, exist_ok=True)
         check_target(path)
         handle = _acquire(path, target, me, way_out)

@@ -39,6 +39,11 @@ def lock(path: Path) -> None:
         pass
 
 
+def locked(path: Path) -> None:
+    with only_writer(path, "use another file"):
+        raise AssertionError("a command would load its model now")
+
+
 def generated(name: str):
     return lambda path: generate.check(
         generate.parse(["--model", "x", *GENERATED[name], f"--{name}", str(path), "--overwrite"])
@@ -65,10 +70,13 @@ WRITERS = {
     "kept plot": lambda path: plot_kept_fraction(np.ones((2, 2)), 4, path),
     "tuned": lambda path: write_tuned(path, ()),
     "lock": lock,
+    "locked results": locked,
     "generate --output": generated("output"),
     "generate --save-cache": generated("save-cache"),
 }
-CREATES = [name for name in WRITERS if name not in ("new_path", "lock") and not name.startswith("generate")]
+CREATES = [
+    name for name in WRITERS if name not in ("new_path", "lock", "locked results") and not name.startswith("generate")
+]
 
 
 def make(kind: str, path: Path) -> None:

@@ -13,6 +13,7 @@ folder that the other commands load.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from pathlib import Path
@@ -77,27 +78,16 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(config)
         return 0
     with contextlib.ExitStack() as held:
-        writer = writer_index(options.distributed)
-        if writer == 0:  # before JAX, which takes seconds to start
-            _begin(config, options.resume, held)
+        begin = functools.partial(_begin, config, options.resume, held)
+        if not options.distributed:
+            begin()  # before JAX, which takes seconds to start
         config = start_mesh(config, options.distributed)
-        from dms_jax.training.run import is_first_process, retrofit
+        from dms_jax.training.run import by_first_process, retrofit
 
-        if writer is None and is_first_process():
-            _begin(config, options.resume, held)
+        if options.distributed:
+            by_first_process(begin)
         stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
     return 128 + stopped_by if stopped_by else 0
-
-
-def writer_index(distributed: str) -> int | None:
-    """Return the index of this process among those of its run, or None if only JAX will know it.
-
-    The process with index 0 is the one that writes, and it holds the lock for all.
-    """
-    if distributed == "auto":
-        return None
-    index = distributed.rpartition(",")[2]
-    return int(index) if index.strip().isdecimal() else 0
 
 
 def _begin(config: RetrofitConfig, resume: bool, held: contextlib.ExitStack) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dms_jax.errors import ConfigError
 from dms_jax.files import check_target
@@ -46,9 +48,19 @@ def dry_run(config: RetrofitConfig) -> None:
         print(dry_run_text(run))
 
 
-def is_first_process() -> bool:
-    """Whether this process writes the files of the run. JAX must have been started."""
-    return jax.process_index() == 0
+def by_first_process(action: Callable[[], None]) -> None:
+    """Let only the first process of a run do something. If it is refused, no process goes on. JAX must be running."""
+    refusal: ConfigError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except ConfigError as why:
+            refusal = why
+    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)))
+    if refusal is not None:
+        raise refusal
+    if failed:
+        raise ConfigError("the first process of this run was refused, and its line says why; start all of them again")
 
 
 def check_output(output: Path) -> None:

@@ -6,9 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from train_runs import ROOT, arguments, command, main, run_settings, trace
+from train_runs import ROOT, arguments, command, main, run_settings, start_two_processes, trace
 
-from dms_jax.commands.retrofit import writer_index
 from dms_jax.errors import ConfigError
 from dms_jax.sharding import make_mesh
 from dms_jax.training.finish import EXPORT, FILES, writing_results
@@ -53,12 +52,12 @@ def test_dry_run_needs_no_lock(settings, capsys):
     assert "rows of 48 tokens" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "distributed, index",
-    [("", 0), ("auto", None), ("host:1,4,0", 0), ("host:1,4,3", 3), ("host:1,4, 2", 2), ("wrong", 0), ("a,b,c", 0)],
-)
-def test_only_the_first_process_of_a_run_takes_the_lock(distributed, index):
-    assert writer_index(distributed) == index
+def test_all_processes_of_a_run_that_is_refused_end(settings):
+    with only_writer(settings["output"], "", is_folder=True):
+        both = start_two_processes(settings, subprocess.DEVNULL)
+        errors = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [2, 2], errors
+    assert f"process {os.getpid()} on " in errors[0] and "first process" in errors[1]
 
 
 def test_resuming_where_there_is_nothing_says_so_at_once_and_names_a_run_nearby(settings, tmp_path, capsys):
