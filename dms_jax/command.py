@@ -102,7 +102,9 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
             code = 128 + why.number
         except BaseException as why:
             if (line := explained(why)) is None:
-                line, code = _unexpected(why), 1
+                line, code = f"unexpected {type(why).__name__}: {one_line(why, 300)}; please report this defect", 1
+            if code == 1 or isinstance(why, RecursionError) or not isinstance(why, Exception):
+                line += _kept_traceback(why)
             _complain(f"{name}: {one_line(line)}")
     else:
         _complain(f"{name}: stdout is closed; redirect it to a file or to {os.devnull}")
@@ -153,16 +155,16 @@ def _without_device(why: BaseException) -> str:
     return f"JAX found no usable device: {reason}{advice}"
 
 
-def _unexpected(why: BaseException) -> str:
-    """Write the traceback to a file, and return the line that names it."""
+def _kept_traceback(why: BaseException) -> str:
+    """Write the traceback to a file, and return the end of a line that names it. Without a file it goes to stderr."""
     text = "".join(traceback.format_exception(why))
     try:
-        with tempfile.NamedTemporaryFile("w", prefix="dms-jax-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        with tempfile.NamedTemporaryFile("w", prefix="dms-jax-", suffix=".txt", delete=False, errors="replace") as file:
             file.write(text)
-    except OSError:
+    except (OSError, ValueError):
         _complain(text)
-        return "this is a defect of dms_jax; please report it with the lines above"
-    return f"unexpected {type(why).__name__}: {one_line(why, 300)}; please report this defect with the file {file.name}"
+        return ""
+    return f" (details are in {file.name})"
 
 
 class _Ended(BaseException):

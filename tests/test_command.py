@@ -87,11 +87,13 @@ def fail(why: BaseException):
         (fail(PermissionError(errno.EACCES, "Permission denied", "y.json")), 2, "y.json"),
     ],
 )
-def test_exit_code_and_line_of_a_command(main, code, line, capsys):
+def test_exit_code_and_line_of_a_command(main, code, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         run_command("report", main)
     error = capsys.readouterr().err
     assert stop.value.code == code and line in error and len(error.splitlines()) == bool(line)
+    assert all(str(path) in error for path in tmp_path.iterdir())  # details of an error that may be a defect
 
 
 @pytest.mark.parametrize(

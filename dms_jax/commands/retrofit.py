@@ -93,11 +93,12 @@ def main(argv: list[str] | None = None) -> int:
 def _begin(config: RetrofitConfig, resume: bool, held: contextlib.ExitStack) -> None:
     """Lock the output folder until `held` ends, and refuse one with another run."""
     output = Path(config.output)
-    if resume and not (output / "checkpoints").is_dir():
+    is_new = not (output / "checkpoints").is_dir()
+    held.enter_context(only_writer(output, "choose another --set output=FOLDER", is_folder=True))
+    if resume and is_new:
         siblings = [str(path.parent) for path in output.parent.glob("*/checkpoints")]
         hint = f"; {suggestion(str(output), siblings)}" if siblings else ""
         print(f"nothing to resume in {output}, so the run begins at step 0{hint}", file=sys.stderr)
-    held.enter_context(only_writer(output, "choose another --set output=FOLDER", is_folder=True))
     _refuse_begun(config, resume)
 
 
