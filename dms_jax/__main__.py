@@ -6,7 +6,7 @@ import sys
 
 from dms_jax import __version__
 from dms_jax.command import DOORS, run_command
-from dms_jax.errors import suggestion
+from dms_jax.errors import ConfigError, suggestion
 
 SUMMARIES = {
     "retrofit": "train a pretrained model to evict keys and values, by distillation from itself",
@@ -34,10 +34,13 @@ def main() -> None:
     elif name == "--version":
         run_command("", lambda: print(f"dms-jax {__version__}"))
     elif name in DOORS:
-        run_command(name, functools.partial(importlib.import_module(f"dms_jax.commands.{name}").main, argv))
+        run_command(name, lambda: importlib.import_module(f"dms_jax.commands.{name}").main(argv))
     else:
-        print(f"dms-jax: unknown command {name!r}; {suggestion(name, DOORS)}", file=sys.stderr)
-        raise SystemExit(2)
+        run_command("", functools.partial(_unknown, name))
+
+
+def _unknown(name: str) -> None:
+    raise ConfigError(f"unknown command {name!r}; {suggestion(name, DOORS)}")
 
 
 if __name__ == "__main__":

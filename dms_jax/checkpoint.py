@@ -2,12 +2,15 @@
 
 The frozen base is identified by its hash, not copied. A checkpoint is usable only if it has Orbax's commit marker, its
 metadata, and contents that match the fingerprint taken when it was saved. Others are skipped, and the reason is
-reported. An entry of the folder that is in the way but is not a checkpoint is moved aside, never deleted.
+reported. An entry of the folder that is in the way but is not a checkpoint is moved aside, never deleted. An entry that
+another process is just writing or removing is left alone.
 """
 
 import contextlib
 import itertools
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +24,8 @@ from dms_jax.errors import ConfigError
 
 COMMIT_MARKER = "commit_success.txt"
 ASIDE = ".not-a-checkpoint"
+SETTLED = 0.5  # seconds in which an incomplete or unreadable entry must not change to count as damaged
+MAX_OPENINGS = 5  # attempts to open a folder whose entries vanish while it is read
 
 
 class Restored(NamedTuple):
@@ -41,13 +46,15 @@ class Checkpoints:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._aside, self._unreadable = self._move_aside()
-            self._orbax = training.Checkpointer(
-                str(folder.absolute()),
-                # A type checker does not see that Orbax's policies implement its protocols.
-                # pyrefly: ignore[bad-argument-type]
-                save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
-                # pyrefly: ignore[bad-argument-type]
-                preservation_policy=training.preservation_policies.LatestN(keep),
+            self._orbax = _retried(
+                lambda: training.Checkpointer(
+                    str(folder.absolute()),
+                    # A type checker does not see that Orbax's policies implement its protocols.
+                    # pyrefly: ignore[bad-argument-type]
+                    save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),  # the caller decides
+                    # pyrefly: ignore[bad-argument-type]
+                    preservation_policy=training.preservation_policies.LatestN(keep),
+                )
             )
         except OSError as why:
             raise ConfigError(f"cannot write checkpoints to {folder}: {why}") from why
@@ -92,8 +99,9 @@ class Checkpoints:
                 if not metadata:
                     raise ValueError("its metadata is damaged")
             except Exception as why:  # reading damaged files may raise anything inside Orbax
-                damaged.append(f"{step}: {_first_line(why)}")
-                self._damaged.add(step)
+                if _settled([self.folder / str(step)]):
+                    damaged.append(f"{step}: {_first_line(why)}")
+                    self._damaged.add(step)
                 continue
             check(metadata)
             try:
@@ -106,8 +114,9 @@ class Checkpoints:
                 if wrong:
                     raise ValueError(f"the contents of {wrong[0]} do not match the fingerprint taken when it was saved")
             except Exception as why:
-                damaged.append(f"{step}: {_first_line(why)}")
-                self._damaged.add(step)
+                if _settled([self.folder / str(step)]):
+                    damaged.append(f"{step}: {_first_line(why)}")
+                    self._damaged.add(step)
                 continue
             return Restored(step, state, skipped + damaged)
         if damaged:
@@ -126,7 +135,7 @@ class Checkpoints:
 
         Orbax would count incomplete checkpoints and delete them in time, and it cannot open a folder in which a
         checkpoint has damaged metadata. Returns the reasons for the incomplete and for the damaged ones; every process
-        returns the same.
+        returns the same. What changes while it is watched is neither: another process is writing or removing it.
         """
         entries = sorted(
             (p for p in self.folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True
@@ -135,6 +144,9 @@ class Checkpoints:
         unreadable = {
             path: why for path in entries if path not in incomplete and (why := _unreadable(path)) is not None
         }
+        settled = _settled([*incomplete, *unreadable])
+        incomplete = [path for path in incomplete if path in settled]
+        unreadable = {path: why for path, why in unreadable.items() if path in settled}
         # No checkpoint is usable. Move nothing, so that the next run is refused as well.
         if unreadable and len(incomplete) + len(unreadable) == len(entries):
             raise self._none_usable([f"{path.name}: {why}" for path, why in unreadable.items()])
@@ -205,6 +217,31 @@ def _free(path: Path) -> Path:
     """Return an unused path beside `path` whose name says that the entry is not a checkpoint."""
     names = (path.with_name(path.name + ASIDE + (f".{number}" if number else "")) for number in itertools.count())
     return next(name for name in names if not name.exists())
+
+
+def _settled(paths: list[Path]) -> list[Path]:
+    """Return those of some entries that nobody is writing or removing: they exist, and stay as they are for a while."""
+    before = {path: _files_of(path) for path in paths}
+    if before:
+        time.sleep(SETTLED)
+    return [path for path, files in before.items() if os.path.lexists(path) and _files_of(path) == files]
+
+
+def _files_of(path: Path) -> set[tuple[str, int, int]]:
+    found = set()
+    for place in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):  # removed just now
+            status = place.lstat()
+            found.add((str(place), status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _retried(opening: Callable[[], Any]) -> Any:
+    """Open a folder, again if a checkpoint vanishes while it is read, because another process is removing it."""
+    for _ in range(MAX_OPENINGS - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return opening()
+    return opening()
 
 
 def _unreadable(path: Path) -> str | None:

@@ -6,12 +6,17 @@ Importing this module does not load JAX, so that `--help` is instant.
 import argparse
 import contextlib
 import errno
+import io
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from dms_jax.errors import ConfigError, suggestion
 
@@ -45,6 +50,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, name: str, doc: str | None, **options):
         description = re.sub(r"python -m (?:train|infer)\.(\w+)", lambda found: typed_as(found[1]), doc or "")
+        if typed_as(name).startswith("dms-jax"):  # a wheel has no configs/
+            description = re.sub(r"configs/\S+(\.\w+)", r"FILE\1", description)
         super().__init__(
             prog=typed_as(name),
             description=description,
@@ -70,43 +77,169 @@ class Parser(argparse.ArgumentParser):
 def run_command(name: str, main: Callable[[], int | None]) -> None:
     """Run the `main` of the command `name` and exit with its code.
 
-    A ConfigError becomes one line on stderr and code 2.
+    What the user can change becomes one line on stderr and code 2: a ConfigError, a full disk, too little memory, a
+    closed stdout. An exception that nobody expected is a defect of ours: its traceback goes to a file that the line
+    names, so that it can be reported, and the code is 1. SIGTERM and SIGHUP unwind the command like Ctrl-C, so that
+    what it holds is released; a SIGHUP that `nohup` ignores stays ignored.
     """
-    name = typed_as(name).removeprefix("python -m ")
-    if sys.stdout is None:  # it was closed when the process started
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-    try:
+    name = typed_as(name).removeprefix("python -m ").strip() or "dms-jax"
+    code: int = 2
+    if _replace_closed_streams():
         try:
-            code = main() or 0
-        except SystemExit as stop:  # argparse, after `--help` or a wrong option
-            code = int(stop.code or 0)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
-        _discard_stdout()
-        code = 141  # 128 + SIGPIPE, as a shell reports it
-    except OSError as why:
-        if why.errno != errno.ENOSPC:
-            raise
-        _discard_stdout()
-        print(f"{name}: cannot write: {why.strerror}; free some space", file=sys.stderr)
-        code = 2
-    except ConfigError as why:
-        print(f"{name}: {one_line(why)}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        code = 128 + signal.SIGINT
-    sys.stdout.flush()
-    sys.stderr.flush()
+            try:
+                with _signals_unwind():
+                    code = main() or 0
+            except SystemExit as stop:  # argparse, after `--help` or a wrong option
+                code = stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe, e.g. `| head`, has closed it
+            code = 141  # 128 + SIGPIPE, as a shell reports it
+        except KeyboardInterrupt:
+            _complain(f"{name}: interrupted")
+            code = 128 + signal.SIGINT
+        except _Ended as why:
+            _complain(f"{name}: ended by {signal.Signals(why.number).name}")
+            code = 128 + why.number
+        except BaseException as why:
+            if (line := explained(why)) is None:
+                line, code = f"unexpected {type(why).__name__}: {one_line(why, 300)}; please report this defect", 1
+            if code == 1 or isinstance(why, RecursionError) or not isinstance(why, Exception):
+                line += _kept_traceback(why)
+            _complain(f"{name}: {one_line(line)}")
+    else:
+        _complain(f"{name}: stdout is closed; redirect it to a file or to {os.devnull}")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError) as why:  # what is left in its buffer cannot be written, not even when Python ends
+            _discard(stream)
+            if code == 0:
+                _complain(f"{name}: {one_line(explained(why) or why)}")
+                code = 2
     raise SystemExit(code)
 
 
-def _discard_stdout() -> None:
-    """Let what is left in the buffer of stdout go nowhere, so that flushing it when the process ends cannot fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def explained(why: BaseException) -> str | None:
+    """Return the line about an error that the user or the machine can change; None for a defect of this program."""
+    text = str(why)
+    if isinstance(why, ConfigError):
+        return text
+    if isinstance(why, OSError):
+        place = "".join(f" {name}" for name in (why.filename, why.filename2) if name is not None)
+        advice = {errno.ENOSPC: "; free some space", errno.EDQUOT: "; free some space"}.get(why.errno or 0, "")
+        return f"cannot read or write{place or ' a file or stream'}: {why.strerror or why}{advice}"
+    if isinstance(why, MemoryError):
+        return "out of memory; use smaller sizes or batches, or a machine with more memory"
+    if isinstance(why, RecursionError):
+        return "the input is nested too deeply, or refers to itself; make it flatter"
+    if isinstance(why, RuntimeError) and re.search("RESOURCE_EXHAUSTED|CUDA_ERROR_OUT_OF_MEMORY", text):
+        return f"out of device memory; use smaller sizes or batches, or more devices ({text.splitlines()[0][:200]})"
+    if _is_without_device(why):
+        return _without_device(why)
+    if type(why).__name__ == "PanicException":  # Rust's, of tokenizers, safetensors and others; not an Exception
+        return f"a library failed on this input: {text or 'it gave no reason'}; check the files of the model and data"
+    return None
 
 
-def one_line(why: Exception | str, limit: int = 1000) -> str:
+def _is_without_device(why: BaseException) -> bool:
+    """Whether JAX found no backend; for a plugin without a device it fails in an assertion of its own."""
+    frames = traceback.extract_tb(why.__traceback__)
+    in_jax = bool(frames) and Path(frames[-1].filename).name == "xla_bridge.py"
+    return in_jax and isinstance(why, RuntimeError | AssertionError)
+
+
+def _without_device(why: BaseException) -> str:
+    reason = (str(why) or "none of the kind asked for").splitlines()[0]
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    advice = f"; JAX_PLATFORMS is {asked!r}: unset it, or use JAX_PLATFORMS=cpu" if asked else ""
+    return f"JAX found no usable device: {reason}{advice}"
+
+
+def _kept_traceback(why: BaseException) -> str:
+    """Write the traceback to a file, and return the end of a line that names it. Without a file it goes to stderr."""
+    text = "".join(traceback.format_exception(why))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix="dms-jax-", suffix=".txt", delete=False, errors="replace") as file:
+            file.write(text)
+    except (OSError, ValueError):
+        _complain(text)
+        return ""
+    return f" (details are in {file.name})"
+
+
+class _Ended(BaseException):
+    """SIGTERM or SIGHUP, as an exception that unwinds the command. It is no Exception, so that no library eats it."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextlib.contextmanager
+def _signals_unwind() -> Iterator[None]:
+    """Raise _Ended at SIGTERM and SIGHUP where they would end the process at once, and restore that at the end."""
+
+    def unwind(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        raise _Ended(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    taken = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        taken = []
+    for number in taken:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class _ClosedInput(io.TextIOBase):
+    """Stands for a stdin that was closed before the process started."""
+
+    def readline(self, size: int | None = -1) -> str:
+        raise ConfigError("stdin is closed, and there is nothing to read; redirect it from a file or a terminal")
+
+    def read(self, size: int | None = -1) -> str:
+        return self.readline()
+
+
+def _replace_closed_streams() -> bool:
+    """Put something in the place of standard streams that were closed when the process started.
+
+    Their file descriptors are taken, so that no file that the command opens gets them and is mistaken for them. Returns
+    False if stdout was closed, because then the results of the command would be lost.
+    """
+    streams = sys.stdin, sys.stdout, sys.stderr
+    for number, stream in enumerate(streams):
+        if stream is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                other = os.open(os.devnull, os.O_RDWR)
+                if other != number:
+                    os.dup2(other, number)
+                    os.close(other)
+    sys.stdin = sys.stdin or _ClosedInput()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    return streams[1] is not None
+
+
+def _complain(line: str) -> None:
+    """Print a line on stderr, if it can be written to."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what is left in a buffer go nowhere, so that flushing it when the process ends cannot fail."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def one_line(why: BaseException | str, limit: int = 1000) -> str:
     """Return a message as one printable line of at most about `limit` characters.
 
     Unprintable characters are replaced, and the middle of a long message is cut out.
@@ -148,8 +281,8 @@ def start_devices(num_devices: int, distributed: str = "") -> None:
             raise ConfigError(f"--distributed {distributed}: {reason}") from why
     try:
         on_cpu = jax.default_backend() == "cpu"
-    except RuntimeError as why:  # e.g. JAX_PLATFORMS names a backend that is not installed
-        raise ConfigError(f"JAX found no usable device: {str(why).splitlines()[0]}") from why
+    except (RuntimeError, AssertionError) as why:  # JAX_PLATFORMS names a backend without a plugin or a device
+        raise ConfigError(_without_device(why)) from why
     if on_cpu:
         _keep_freed_memory()
 

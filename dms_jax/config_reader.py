@@ -8,6 +8,8 @@ prints ranges and meanings for `--help`. Begin with `build`.
 import dataclasses
 import json
 import math
+import numbers
+import sys
 import textwrap
 import types
 import typing
@@ -111,7 +113,8 @@ def check_range(name: str, value: float, allowed: Range) -> None:
 def check_ranges(config: Any, path: str = "") -> None:
     """Check the fields of a configuration against the ranges in their types. Whole numbers must also fit into an int32.
 
-    `path`, for example "dms.", precedes the names of the fields in messages.
+    `path`, for example "dms.", precedes the names of the fields in messages. Numbers of other types, such as NumPy's
+    scalars, become Python's, which JSON can hold.
     """
     plain = typing.get_type_hints(type(config))
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
@@ -119,8 +122,13 @@ def check_ranges(config: Any, path: str = "") -> None:
         if allowed is None or (value is None and type(None) in kinds):
             continue
         whole = int in kinds
-        if not isinstance(value, int if whole else int | float) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral if whole else numbers.Real) or isinstance(value, bool):
             raise ConfigError(f"{path}{name} must be a {'whole ' * whole}number {allowed}, got {shown(value)}")
+        if not isinstance(value, int | float):
+            value = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(config, name, value)
+        if not whole and abs(value) > sys.float_info.max:
+            raise ConfigError(f"{path}{name} must be a finite number {allowed}, got {shown(value)}")
         check_range(f"{path}{name}", value, allowed)
         if whole and value > MAX_INT:
             raise ConfigError(f"{path}{name} must be below 2**31, got {shown(value)}")

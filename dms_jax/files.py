@@ -8,6 +8,7 @@ for reading, and with `replacing` for writing.
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,59 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield the path of a temporary file beside `path`, for the caller to write.
 
     On success the temporary file replaces `path` in one step. On any error it is removed and `path` stays as it was.
+    A replaced file keeps its mode, and a new one gets that of the umask, whatever the library that writes it does.
     An OSError passes through to the caller, who knows what to tell the user.
     """
     path = Path(path)
+    check_target(path)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    mode = stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else mode_of_new_file(temporary)
     try:
         yield temporary
+        set_mode(temporary, mode)
         os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Refuse to write to anything but a regular file or a path that does not exist.
+
+    Replacing a link or a device would turn it into a regular file, and opening a pipe would wait for its reader.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except (OSError, ValueError):  # it does not exist; or it cannot, and then the writer says why
+        return
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "a special file")
+        raise ConfigError(f"{path} must be a regular file, got {kind}; give another path to write to")
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISLNK, "a symbolic link"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode), "a device"),
+)
+
+
+def mode_of_new_file(path: str | os.PathLike[str]) -> int:
+    """Return the mode that the umask gives to a new file at `path`, which is made and removed for that.
+
+    Reading the umask itself means to change it for a moment, for all threads.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    with open(path, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    os.unlink(path)
+    return stat.S_IMODE(mode)
+
+
+def set_mode(path: str | os.PathLike[str], mode: int) -> None:
+    """Give a file a mode, if it does not have it; a file system where all files have one mode may refuse to set any."""
+    if stat.S_IMODE(os.stat(path).st_mode) != mode:
+        os.chmod(path, mode)

@@ -1,8 +1,11 @@
 """The console script, the shared argument parser, and the exit codes of commands."""
 
+import errno
 import os
+import shlex
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -75,13 +78,22 @@ def fail(why: BaseException):
         (lambda: 3, 3, ""),
         (fail(ConfigError("steps\nmust be >= 1")), 2, "steps must be >= 1"),
         (fail(KeyboardInterrupt()), 130, "interrupted"),
+        (fail(MemoryError()), 2, "out of memory"),
+        (fail(RecursionError("maximum recursion depth exceeded")), 2, "nested too deeply"),
+        (fail(type("PanicException", (BaseException,), {})("index out of range")), 2, "index out of range"),
+        (fail(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes\nmore")), 2, "device"),
+        (fail(RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory")), 2, "device memory"),
+        (fail(OSError(errno.ENOSPC, "No space left on device", "x.png")), 2, "x.png"),
+        (fail(PermissionError(errno.EACCES, "Permission denied", "y.json")), 2, "y.json"),
     ],
 )
-def test_exit_code_and_line_of_a_command(main, code, line, capsys):
+def test_exit_code_and_line_of_a_command(main, code, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         run_command("report", main)
     error = capsys.readouterr().err
     assert stop.value.code == code and line in error and len(error.splitlines()) == bool(line)
+    assert all(str(path) in error for path in tmp_path.iterdir())  # details of an error that may be a defect
 
 
 @pytest.mark.parametrize(
@@ -102,18 +114,87 @@ def test_closed_pipe_ends_a_command_quietly(command):
     assert done.returncode == 141 and not done.stderr
 
 
-def test_stdout_that_was_closed_at_the_start_is_no_error():
-    code = "import os, subprocess, sys; sys.exit(subprocess.call([sys.executable, '-m', 'dms_jax'], close_fds=False))"
-    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{code}" >&-'], stderr=subprocess.PIPE, timeout=120)
-    assert done.returncode == 0 and not done.stderr
+def test_unexpected_error_names_a_file_with_its_traceback(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        run_command("report", fail(KeyError("a defect")))
+    error = capsys.readouterr().err
+    (file,) = tmp_path.iterdir()
+    assert stop.value.code == 1 and error.count("\n") == 1 and str(file) in error and "a defect" in error
+    assert "Traceback" in file.read_text() and "KeyError: 'a defect'" in file.read_text()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(SystemExit):
+        run_command("report", fail(KeyError("a defect")))
+    assert "Traceback" in capsys.readouterr().err  # where no file can be written, nothing is lost
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk_under_stdout_is_one_line():
-    code = "from dms_jax.command import run_command; run_command('report', lambda: print('x'))"
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "No space" in done.stderr
+READS = "input()"
+WRITES = "print('hello')"
+COMPLAINS = "(_ for _ in ()).throw(ConfigError('wrong'))"
+
+
+def under_shell(code: str, redirection: str) -> subprocess.CompletedProcess:
+    code = f"from dms_jax.command import run_command, ConfigError; run_command('report', lambda: {code})"
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {redirection}"
+    return subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    "code, redirection, exit_code, words",
+    [
+        (WRITES, ">&-", 2, "stdout is closed"),
+        (WRITES, "<&- >&-", 2, "stdout is closed"),
+        (READS, "<&-", 2, "stdin is closed"),
+        (WRITES, "<&-", 0, ""),
+        (WRITES, "2>&-", 0, ""),
+        (COMPLAINS, "2>&-", 2, ""),
+        (WRITES, "> /dev/full", 2, "No space left"),
+        (COMPLAINS, "> /dev/full", 2, "wrong"),
+        (WRITES, "2> /dev/full", 0, ""),
+        (COMPLAINS, "2> /dev/full", 2, ""),
+    ],
+)
+def test_closed_and_full_streams_end_in_one_line(code, redirection, exit_code, words):
+    if "/dev/full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    done = under_shell(code, redirection)
+    assert done.returncode == exit_code and words in done.stderr and done.stderr.count("\n") <= 1, done
+    assert done.stdout == ("hello\n" if exit_code == 0 else "")
+
+
+def test_files_do_not_get_the_number_of_a_closed_stream(tmp_path):
+    done = under_shell(f"(print(open({str(tmp_path / 'x')!r}, 'w').fileno()), None)[1]", "<&- 2>&-")
+    assert int(done.stdout) > 2
+
+
+@pytest.mark.parametrize("name, former, code", [("SIGTERM", "DFL", 143), ("SIGHUP", "DFL", 129), ("SIGHUP", "IGN", 0)])
+def test_signal_unwinds_a_command_unless_it_is_ignored(name, former, code, tmp_path):
+    """What the command holds is released; `nohup` ignores SIGHUP."""
+    program = f"""
+import os, signal, sys
+from dms_jax.command import run_command
+from dms_jax.writer_lock import only_writer
+signal.signal(signal.{name}, signal.SIG_{former})
+def main():
+    with only_writer({str(tmp_path / "r.jsonl")!r}, ""):
+        os.kill(os.getpid(), signal.{name})
+        sum(range(10**6))
+run_command("report", main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code and not list(tmp_path.iterdir())
+    assert done.stderr.count("\n") == (code != 0) and (code == 0 or name in done.stderr)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "nonsense"])
+def test_platform_without_a_device_is_one_line(platform):
+    code = "from dms_jax.command import run_command, start_devices; run_command('report', lambda: start_devices(1))"
+    env = os.environ | {"JAX_PLATFORMS": platform}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    if platform != "nonsense" and done.returncode == 0:
+        pytest.skip(f"there is a {platform} here")
+    assert done.returncode == 2 and "JAX_PLATFORMS" in done.stderr and "Traceback" not in done.stderr
+    assert "report: JAX found no usable device" in done.stderr.splitlines()[-1]
 
 
 def test_one_line_is_printable_and_short():

@@ -13,6 +13,8 @@ in decoding. Results go to a .jsonl file. To continue a run that was stopped, ru
 
 import argparse
 import json
+import os
+import sys
 
 from dms_jax.command import Parser, start_devices, typed_as
 from dms_jax.commands.option_values import check_option_ranges, check_samples, named, numbers, options_of
@@ -20,6 +22,7 @@ from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import EvaluationOptions
 from dms_jax.evaluation.result_records import RECORDS
 from dms_jax.files import read_text
+from dms_jax.writer_lock import only_writer
 
 NAME = "evaluate"
 
@@ -36,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--output",
         metavar="FILE",
-        help="the .jsonl file of results (default evaluation.jsonl in the model's folder)",
+        help="the .jsonl file of results (default MODEL.evaluation.jsonl, beside the model's folder)",
     )
     add("--batch", type=int, default=8, metavar="N", help="rows or prompts that run together (default 8)")
     chunk = "tokens between two rankings, by methods that rank pairs (default 16)"
@@ -81,6 +84,12 @@ def _add_answer_options(group) -> None:
 def main(argv: list[str] | None = None) -> None:
     parsed = parse(argv)
     options = _options(parsed)
+    with only_writer(options.output, "use another --output"):
+        _evaluate(options, parsed.json)
+
+
+def _evaluate(options: EvaluationOptions, as_json: bool) -> None:
+    """Measure what the results file lacks, and print the tables of all that it holds."""
     start_devices(1)
 
     from dms_jax.evaluation.evaluation_run import measure, prepare
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     measure(evaluation)
     path = evaluation.file.path
     lines = summary(evaluation.file.records)  # includes what earlier runs measured into the same file
-    if parsed.json:
+    if as_json:
         for line in lines:
             print(json.dumps(line))
         return
@@ -132,9 +141,26 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         texts=texts,
         lengths=numbers(parsed.lengths, int, "--lengths"),
         depths=numbers(parsed.depths, float, "--depths"),
+        output=parsed.output or default_output(parsed.model),
         haystack=read_text(parsed.haystack) if parsed.haystack else "",
         data=data,
     )
+
+
+def default_output(model: str) -> str:
+    """Return the path of the results beside the folder or file of a model, or in the working directory for a hub id.
+
+    Earlier versions wrote `evaluation.jsonl` into the folder itself. A file that is there is continued.
+    """
+    if not os.path.exists(model):
+        return "evaluation.jsonl"
+    path = f"{os.path.abspath(model)}.evaluation.jsonl"
+    folder = model if os.path.isdir(model) else os.path.dirname(model)
+    former = os.path.join(folder, "evaluation.jsonl")
+    if os.path.exists(former) and not os.path.exists(path):
+        print(f"continuing {former}; new results go to {path}, so you may move that file there", file=sys.stderr)
+        return former
+    return path
 
 
 def _tasks(text: str) -> tuple[str, ...]:

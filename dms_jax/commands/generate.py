@@ -24,7 +24,8 @@ from dms_jax.command import Parser, start_devices
 from dms_jax.config import OVERFLOWS, ImplementationName
 from dms_jax.config_reader import meaning_of, range_of
 from dms_jax.engine.generation_config import GenerationConfig
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, naming
+from dms_jax.files import check_target
 
 if TYPE_CHECKING:  # both load JAX
     from dms_jax.engine.prompts import Prompt
@@ -210,8 +211,9 @@ def check(options: argparse.Namespace) -> None:
         path = getattr(options, name)
         if path and os.path.exists(path) and not options.overwrite:
             raise ConfigError(f"{_option(name)} {path} exists; give another file, or --overwrite")
-        if path and os.path.isdir(path):
-            raise ConfigError(f"{_option(name)} must be a file, got the folder {path}")
+        if path:
+            with naming(_option(name)):
+                check_target(path)
 
 
 def _option(name: str) -> str:

@@ -20,6 +20,7 @@ from dms_jax.evaluation.options import HyperscaleOptions
 from dms_jax.evaluation.results import read_results
 from dms_jax.evaluation.scaling import analyze, parse_configurations, table
 from dms_jax.files import read_text
+from dms_jax.writer_lock import only_writer
 
 NAME = "hyperscale"
 
@@ -59,11 +60,12 @@ def main(argv: list[str] | None = None) -> None:
         )
     if parsed.model:
         options = _options(parsed)
-        start_devices(1)
+        with only_writer(options.output, "use another --output"):
+            start_devices(1)
 
-        from dms_jax.evaluation.scaling_run import measure
+            from dms_jax.evaluation.scaling_run import measure
 
-        measure(options)
+            measure(options)
     lines = analyze(read_results(parsed.results or parsed.output))
     if parsed.json:
         for line in lines:

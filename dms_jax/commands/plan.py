@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from dms_jax.training.planning.step_setting import StepSetting
 
 NAME = "plan"
+DEFAULT_LENGTH, DEFAULT_CONTEXT = 4096, 32768
 RANGES = {
     "length": AtLeast(2),
     "batch": AtLeast(0),
@@ -48,10 +49,14 @@ RANGES = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
 
-    def number(group: Any, name: str, default: float, meaning: str, default_meaning: str = "%(default)s") -> None:
-        help = f"{meaning} ({RANGES[name]}; default: {default_meaning})"
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, metavar="N", help=help)
+    def number(
+        group: Any, name: str, default: float, meaning: str, default_meaning: str = "{}", at_most: bool = False
+    ) -> None:
+        help = f"{meaning} ({RANGES[name]}; default: {default_meaning.format(default)})"
+        option = f"--{name.replace('_', '-')}"
+        group.add_argument(option, type=type(default), default=None if at_most else default, metavar="N", help=help)
 
+    or_limit = "{}, or the model's limit if that is lower"
     add = parser.add_argument
     models = "model folder, config.json, .gguf file or hub id; only its configuration is read"
     add("--model", required=True, metavar="FOLDER_OR_CONFIG", help=models)
@@ -59,7 +64,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hardware", required=True, metavar="NAME", help=kinds)
     axes = "devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)"
     add("--mesh", metavar="AxB[xC]", help=axes)
-    number(parser, "length", 4096, "tokens per row")
+    number(parser, "length", DEFAULT_LENGTH, "tokens per row", or_limit, at_most=True)
     number(parser, "batch", 0, "rows per optimizer step", "0, which is one per data-parallel device and micro-batch")
     modes = "train only the evict head, all weights, or all weights with a borrowed channel (default: %(default)s)"
     add("--mode", choices=get_args(Mode), default="adapter", help=modes)
@@ -82,7 +87,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     memory = "memory for weights and caches on all devices together, e.g. 80GiB (default: that of the hardware)"
     server.add_argument("--memory", default="", metavar="SIZE", help=memory)
     number(server, "users", 1, "rows that are decoded together")
-    number(server, "context", 32768, "tokens per row")
+    number(server, "context", DEFAULT_CONTEXT, "tokens per row", or_limit, at_most=True)
     number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
     return parser.parse_args(argv)
 
@@ -91,7 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a plan must not occupy an accelerator that others use
     for name, allowed in RANGES.items():
-        check_range(f"--{name.replace('_', '-')}", getattr(options, name), allowed)
+        if (value := getattr(options, name)) is not None:
+            check_range(f"--{name.replace('_', '-')}", value, allowed)
     from dms_jax.training.planning import plan_text
 
     hardware, _ = hardware_and_mesh(options)
@@ -141,7 +147,7 @@ def setting_of(options: argparse.Namespace) -> "StepSetting":
     model = read_config(options.model, options.window, options.mode)
     step = RetrofitConfig(
         mode=options.mode,
-        length=options.length,
+        length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
         batch_size=options.batch or mesh[0] * options.accumulate,
         accumulate=options.accumulate,
         remat=options.remat if options.remat != "auto" else platform_defaults(hardware.platform).remat,
@@ -189,7 +195,8 @@ def server_plan(options: argparse.Namespace) -> "ServingPlan":
     hardware, mesh = hardware_and_mesh(options)
     budget = parse_bytes(options.memory) if options.memory else None
     config = read_config(options.model, options.window, options.mode)
-    return serving_plan(config, hardware, mesh, budget, options.users, options.context, options.headroom, RATIOS)
+    context = min(DEFAULT_CONTEXT, config.context_limit()[0]) if options.context is None else options.context
+    return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS)
 
 
 def say(text: str) -> None:

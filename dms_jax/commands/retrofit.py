@@ -11,14 +11,18 @@ folder that the other commands load.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import math
+import sys
 from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config_reader import keys_help
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, suggestion
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
+from dms_jax.writer_lock import only_writer
 
 NAME = "retrofit"
 
@@ -66,19 +70,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     config = read_config(options.config, options.assignments, options.mesh)
+    if options.dry_run:
+        _refuse_begun(config, options.resume)
+        config = start_mesh(config, options.distributed)
+        from dms_jax.training.run import dry_run  # late: it loads JAX, and `--help` does not
+
+        dry_run(config)
+        return 0
+    with contextlib.ExitStack() as held:
+        begin = functools.partial(_begin, config, options.resume, held)
+        if not options.distributed:
+            begin()  # before JAX, which takes seconds to start
+        config = start_mesh(config, options.distributed)
+        from dms_jax.training.run import by_first_process, retrofit
+
+        if options.distributed:
+            by_first_process(begin)
+        stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
+    return 128 + stopped_by if stopped_by else 0
+
+
+def _begin(config: RetrofitConfig, resume: bool, held: contextlib.ExitStack) -> None:
+    """Lock the output folder until `held` ends, and refuse one with another run."""
     output = Path(config.output)
-    if not options.resume and (output / "metrics.jsonl").exists():
+    is_new = not (output / "checkpoints").is_dir()
+    held.enter_context(only_writer(output, "choose another --set output=FOLDER", is_folder=True))
+    if resume and is_new:
+        siblings = [str(path.parent) for path in output.parent.glob("*/checkpoints")]
+        hint = f"; {suggestion(str(output), siblings)}" if siblings else ""
+        print(f"nothing to resume in {output}, so the run begins at step 0{hint}", file=sys.stderr)
+    _refuse_begun(config, resume)
+
+
+def _refuse_begun(config: RetrofitConfig, resume: bool) -> None:
+    output = Path(config.output)
+    if not resume and (output / "metrics.jsonl").exists():
         raise ConfigError(
             f"{output} already contains a run; continue it with --resume, or choose another --set output=FOLDER"
         )
-    config = start_mesh(config, options.distributed)
-    from dms_jax.training.run import dry_run, retrofit  # late: it loads JAX, and `--help` does not
-
-    if options.dry_run:
-        dry_run(config)
-        return 0
-    stopped_by = retrofit(config, resume=options.resume, accept_changes=options.accept_changes)
-    return 128 + stopped_by if stopped_by else 0
 
 
 def start_mesh(config: RetrofitConfig, distributed: str) -> RetrofitConfig:

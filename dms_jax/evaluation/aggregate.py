@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dms_jax.command import typed_as
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.result_records import (
     RECORDS,
@@ -158,7 +159,9 @@ def read_measured(paths: Sequence[str]) -> Measured:
                     f"{where}: {' '.join(record.key)} has two different results; make one report per file instead"
                 )
     if not seen:
-        raise ConfigError(f"no measurement in {', '.join(map(str, paths))}; run infer.evaluate with --output first")
+        raise ConfigError(
+            f"no measurement in {', '.join(map(str, paths))}; run {typed_as('evaluate')} with --output first"
+        )
     return Measured(headers, list(seen.values()))
 
 

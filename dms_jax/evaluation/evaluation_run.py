@@ -2,7 +2,6 @@
 `measure` does the work."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -75,8 +74,7 @@ def prepare(options: EvaluationOptions) -> Evaluation:
     answers = AnswerMeasure(model, tokenizer, calibrator, sampling, options.batch, options.chunk)
     groups = {name: group_problems(answers, TASKS[name], found) for name, found in problems.items()}
     _check_budgets(options, model, methods, groups)
-    path = options.output or _default_output(options.model)
-    file = open_results(options.model, model, path, _fixed(options, model, problems))
+    file = open_results(options.model, model, options.output, _fixed(options, model, problems))
     text = TextMeasure(model, tokenizer, domains, calibrator, file, options.batch, options.chunk, options.greedy_tokens)
     jobs = []
     # The task "text" comes first, because it measures how many live tokens dms keeps.
@@ -197,9 +195,3 @@ def _check_budgets(
         for found in groups.values():
             for group in found:
                 check_budget(model, method, group.length)
-
-
-def _default_output(model: str) -> str:
-    """Return the path of evaluation.jsonl in the model's folder or, for a hub id, in the working directory."""
-    folder = model if os.path.isdir(model) else os.path.dirname(model) if os.path.isfile(model) else ""
-    return os.path.join(folder, "evaluation.jsonl")

@@ -31,7 +31,7 @@ class EvaluationOptions(CommonOptions):
     tasks: tuple[str, ...] = ("text",)
     policies: str = ""
     budgets: str = ""
-    output: str | None = None
+    output: str
     texts: dict[str, str] = field(default_factory=dict)  # name -> content
     length: Annotated[int, AtLeast(2)] = 1024
     rows: Annotated[int, AtLeast(1)] = 16

@@ -10,6 +10,7 @@ A later run that adds measurements under other versions or options first adds a 
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.evaluation.result_records import Key, Record, record_of
-from dms_jax.files import read_jsonl
+from dms_jax.files import check_target, read_jsonl
 
 WAY_OUT = "delete the line or use another --output"
 
@@ -28,8 +29,9 @@ WAY_OUT = "delete the line or use another --output"
 class Results(NamedTuple):
     header: dict[str, Any]
     options: dict[str, Any]
-    records: list[Record]
+    records: list[Record]  # one for each key
     places: list[str]  # "FILE, line N" of each record
+    doubles: str = ""  # a sentence about the lines that were left out because their key came before
 
     def of_task(self, task: str) -> Iterator[Record]:
         return (record for record in self.records if record.task == task)
@@ -37,7 +39,18 @@ class Results(NamedTuple):
 
 def read_results(path: str | os.PathLike[str]) -> Results:
     """Read the header and the measurements; a half line at the end, which a killed run leaves, is ignored. Raises
-    ConfigError that names the damaged line."""
+    ConfigError that names the damaged line.
+
+    Of several measurements with one key, which two evaluations at once could write in earlier versions, the first
+    counts, and a line on stderr says so.
+    """
+    results = _read(path)
+    if results.doubles:
+        print(results.doubles, file=sys.stderr)
+    return results
+
+
+def _read(path: str | os.PathLike[str]) -> Results:
     headers: list[dict[str, Any]] = []
     records, places = [], []
     for where, line in read_jsonl(path, torn_tail_ok=True):
@@ -61,7 +74,26 @@ def read_results(path: str | os.PathLike[str]) -> Results:
     if not headers:
         raise ConfigError(f"{path} must begin with the header of an evaluation; use a file that `evaluate` wrote")
     options = {key: value for line in headers for key, value in line.get("options", {}).items()}
-    return Results(headers[0]["header"], options, records, places)
+    return Results(headers[0]["header"], options, *_first_of_each_key(path, records, places))
+
+
+def _first_of_each_key(
+    path: str | os.PathLike[str], records: list[Record], places: list[str]
+) -> tuple[list[Record], list[str], str]:
+    """Return the first record of each key, its place, and a sentence about the others, if there are any."""
+    first: dict[Key, int] = {}
+    doubles = [(i, kept) for i, record in enumerate(records) if (kept := first.setdefault(record.key, i)) != i]
+    sentence = ""
+    if doubles:
+        sentence = f"{path}: {len(doubles)} measurements are there twice, and the first of each counts"
+        if differing := [i for i, kept in doubles if _values(records[i]) != _values(records[kept])]:
+            sentence += f"; {len(differing)} have other values than the first, e.g. {places[differing[0]]}"
+    return [records[i] for i in first.values()], [places[i] for i in first.values()], sentence
+
+
+def _values(record: Record) -> str:
+    """Return what a record says, without times, which differ each time. It is text, because NaN differs from itself."""
+    return repr({name: value for name, value in vars(record).items() if not name.endswith("_seconds")})
 
 
 class ResultsFile:
@@ -74,9 +106,10 @@ class ResultsFile:
         self.records: list[Record] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
         new = json.loads(first)
+        check_target(self.path)
         try:
             if self.path.exists() and self.path.stat().st_size:
-                read_results(self.path)  # refuses another kind of file before anything is cut off
+                _read(self.path)  # refuses another kind of file before anything is cut off
                 _cut_torn_line(self.path)
                 old = read_results(self.path)
                 if changed := _changes(old, new, binding):

@@ -3,7 +3,7 @@ adds up their costs."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -22,7 +22,7 @@ from dms_jax.evaluation.options import HyperscaleOptions
 from dms_jax.evaluation.result_records import HYPERSCALE, AnswerRecord, HyperscaleRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.evaluation.scaling import Configuration
-from dms_jax.tasks.problem import Problem, TaskOptions
+from dms_jax.tasks.problem import Problem, Task, TaskOptions
 from dms_jax.tasks.registry import TASKS
 from dms_jax.tasks.votes import majority_vote
 
@@ -45,7 +45,6 @@ def measure(options: HyperscaleOptions) -> None:
     policies = list(dict.fromkeys(method.policy for method in parse_methods(options.policies, "cr2")))
     check_learned(model, policies, options.model)
     fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
-    file = open_results(options.model, model, options.output, fixed | {f"problems:{task.name}": digest(repr(problems))})
     shared = AnswerMeasure(model, tokenizer, Calibrator(model), Sampling(), options.batch, options.chunk)
     pairs = [
         (configuration, policy)
@@ -53,31 +52,55 @@ def measure(options: HyperscaleOptions) -> None:
         for policy in (policies if configuration.cr > 1 else [DENSE])
         if configuration.cr == 1 or policy != DENSE
     ]
+    # All are prepared before the first is measured, so that an impossible one is refused at once.
+    plans = [_plan(shared, options, task, problems, *pair) for pair in pairs]
+    file = open_results(options.model, model, options.output, fixed | {f"problems:{task.name}": digest(repr(problems))})
     with tqdm(total=len(pairs) * len(problems), desc=task.name, unit="problem", disable=None) as bar:
-        for configuration, policy in pairs:
-            bar.set_postfix_str(f"{policy} {configuration}")
-            sampling = Sampling(configuration.samples, options.temperature, options.top_p, options.seed)
-            batch_size = max(1, options.batch // configuration.samples)
-            run = replace(shared, sampling=sampling, batch_size=batch_size)
-            shortened = [replace(problem, max_new_tokens=configuration.new_tokens) for problem in problems]
-            for group in group_problems(run, task, shortened):
-                _measure_group(run, file, group, configuration, policy, bar.update)
+        for plan in plans:
+            bar.set_postfix_str(f"{plan.method.policy} {plan.configuration}")
+            for group in plan.groups:
+                _measure_group(plan, file, group, bar.update)
     shared.clock.close()
 
 
-def _measure_group(
-    run: AnswerMeasure,
-    file: ResultsFile,
-    group: Group,
+class Plan(NamedTuple):
+    """One configuration under one policy, with the prompts of its problems."""
+
+    run: AnswerMeasure
+    configuration: Configuration
+    method: Method
+    groups: list[Group]
+
+
+def _plan(
+    shared: AnswerMeasure,
+    options: HyperscaleOptions,
+    task: Task,
+    problems: list[Problem],
     configuration: Configuration,
     policy: str,
+) -> Plan:
+    """Prepare one configuration. Raises ConfigError if its compression ratio is impossible for a prompt."""
+    sampling = Sampling(configuration.samples, options.temperature, options.top_p, options.seed)
+    run = replace(shared, sampling=sampling, batch_size=max(1, options.batch // configuration.samples))
+    shortened = [replace(problem, max_new_tokens=configuration.new_tokens) for problem in problems]
+    method = Method(policy, f"cr{configuration.cr:g}" if configuration.cr > 1 else "")
+    groups = list(group_problems(run, task, shortened))
+    for group in groups:
+        check_budget(run.model, method, group.length)
+    return Plan(run, configuration, method, groups)
+
+
+def _measure_group(
+    plan: Plan,
+    file: ResultsFile,
+    group: Group,
     on_problems: Callable[[int], Any],
 ) -> None:
-    name, budget, samples = HYPERSCALE + group.task.name, str(configuration), configuration.samples
-    method = Method(policy, f"cr{configuration.cr:g}" if configuration.cr > 1 else "")
-    check_budget(run.model, method, group.length)
+    run, method, samples = plan.run, plan.method, plan.configuration.samples
+    name, budget = HYPERSCALE + group.task.name, str(plan.configuration)
     for problems, prompts in group.batches(run.batch_size):
-        if any((name, policy, budget, problem.unit) not in file.done for problem in problems):
+        if any((name, method.policy, budget, problem.unit) not in file.done for problem in problems):
             setup = answer_setup(run, group, method, file.records_of(name, "dms", budget))
             answers = sample_answers(run, group, method, setup, problems, prompts)
             for i, problem in enumerate(problems):

@@ -1,6 +1,5 @@
 """`load` a model from a Hugging Face folder, a hub id or a GGUF file; `save` it as a folder that others open too."""
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -8,7 +7,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -20,6 +19,7 @@ from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import read_json, write_json
 from dms_jax.hf import hf_config
+from dms_jax.hf.folder_swap import check_folder, replacing_folder
 from dms_jax.hf.gguf.gguf_file import open_gguf
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
@@ -152,13 +152,13 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
 
     Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
     written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
-    `overwrite` replaces an existing folder, but only if it is a model folder.
+    `overwrite` replaces the model in an existing model folder; other files and folders in it stay as they are.
 
     The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
     `save` warns about it.
     """
     path = os.path.abspath(os.fspath(path))
-    _refuse_existing(path, overwrite)
+    check_save(path, overwrite)
     config, source = model.config, getattr(model, "source", None)
     if config.dms is not None and config.dms.variant == "borrowed":
         warnings.warn(
@@ -171,11 +171,23 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
     if jax.process_index() != 0:  # every process must take part in gathering a sharded array
         write_folder("", folder_writes(model), shard_bytes, writer=False)
         return
-    with _replacing_folder(path) as folder:
+    with replacing_folder(path) as folder:
         write_folder(folder, folder_writes(model), shard_bytes)
         write_json(os.path.join(folder, "config.json"), hf_config.folder_config(config, original))
         if source is not None:
             copy_side_files(source.path, folder)
+        old = os.listdir(path) if os.path.isdir(path) else []
+        if kept := sorted(SIDE_FILES.intersection(old) - set(os.listdir(folder))):
+            warnings.warn(
+                f"{path} keeps {', '.join(kept)}, which this model does not have; delete them if they belong to "
+                "another model",
+                stacklevel=2,
+            )
+
+
+def check_save(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Raise ConfigError if `save` would refuse to write to `path`, whatever the model is."""
+    check_folder(os.fspath(path), overwrite, SIDE_FILES)
 
 
 def folder_writes(model) -> list[Write]:
@@ -215,40 +227,6 @@ def copy_side_files(source: str, folder: str) -> None:
     elif os.path.isdir(source):
         for name in sorted(SIDE_FILES & set(os.listdir(source))):
             shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-
-
-def _refuse_existing(path: str, overwrite: bool) -> None:
-    if not os.path.exists(path) or (os.path.isdir(path) and not os.listdir(path)):
-        return
-    if not overwrite:
-        raise ConfigError(f"{path} exists; give another folder, or overwrite=True")
-    if not os.path.exists(os.path.join(path, "config.json")):
-        raise ConfigError(f"{path} exists and is not a model folder; give another folder")
-
-
-@contextlib.contextmanager
-def _replacing_folder(path: str) -> Iterator[str]:
-    """Yield a temporary folder beside `path`, which replaces `path` on success.
-
-    If the process is killed, the old folder or no folder remains at `path`.
-    """
-    from safetensors import SafetensorError
-
-    parent, name = os.path.split(path)
-    temporary, old = (os.path.join(parent, f".{name}.{kind}-{os.getpid()}") for kind in ("tmp", "old"))
-    try:
-        os.makedirs(temporary)
-        yield temporary
-        if os.path.isdir(path) and os.listdir(path):
-            os.rename(path, old)
-        os.rename(temporary, path)
-    except (OSError, SafetensorError) as why:  # the library has its own type for a full disk
-        raise ConfigError(f"cannot write {path}: {getattr(why, 'strerror', None) or why}") from why
-    finally:
-        if os.path.isdir(old) and not os.path.exists(path):
-            os.rename(old, path)
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def base_hash(model) -> str:

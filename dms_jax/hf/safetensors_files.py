@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import read_json, replacing, write_json
+from dms_jax.files import check_target, mode_of_new_file, read_json, replacing, set_mode, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CONTENT_HASH = "content_sha256"  # key in the headers of adapters and caches
@@ -89,11 +89,7 @@ def open_folder(folder: str) -> SafetensorsFiles:
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
     # Only plain file names are allowed, because a downloaded index must not make us read outside its folder.
-    if invalid := [
-        name
-        for name in file_of.values()
-        if not isinstance(name, str) or os.path.basename(name) != name or not name.endswith(".safetensors")
-    ]:
+    if invalid := [name for name in file_of.values() if not is_plain_name(name)]:
         raise ConfigError(
             f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder "
             "again"
@@ -106,6 +102,11 @@ def open_folder(folder: str) -> SafetensorsFiles:
     if missing := sorted(file_of.keys() - tensors.names()):
         raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not contain: {shorten(missing)}")
     return tensors
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether an entry of an index names a .safetensors file in the folder of the index itself."""
+    return isinstance(name, str) and os.path.basename(name) == name and name.endswith(".safetensors")
 
 
 def _content_hash(names: Iterable[str], read: Callable[[str], np.ndarray], metadata: dict[str, str]) -> str:
@@ -192,17 +193,20 @@ def save_file(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, str
     """Write one safetensors file.
 
     The arrays are made contiguous first, because the library's `save_file` silently writes a transposed array in the
-    wrong order.
+    wrong order. The library also makes its files private, whatever the umask says.
     """
     from safetensors.numpy import save_file as save
 
     if writer:
+        mode = mode_of_new_file(path)
         save({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata)
+        set_mode(path, mode)
 
 
 def new_path(path: str | os.PathLike[str], overwrite: bool) -> str:
     """Return the absolute path of a file to write. Raises ConfigError if it exists and must not be replaced."""
     path = os.path.abspath(os.fspath(path))
+    check_target(path)
     if os.path.exists(path) and not overwrite:
         raise ConfigError(f"{path} exists; give another file, or overwrite=True")
     return path

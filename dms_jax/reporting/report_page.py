@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup, escape
 
+from dms_jax.command import typed_as
 from dms_jax.evaluation import aggregate
 from dms_jax.evaluation.aggregate import AnswerResult, GreedyResult, Measured, RetentionResult, TextGroup
 from dms_jax.reporting import report_figures as figures
@@ -80,7 +81,7 @@ def page_template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    functions = (css_values, css_variable, kept_level, grouped, whitespace_marked, figures.needles_name)
+    functions = (css_values, css_variable, kept_level, grouped, whitespace_marked, figures.needles_name, typed_as)
     functions += (report_summary.digits, report_summary.spread, report_summary.gap_sentence)
     names = {function.__name__: function for function in functions} | {"fmt": format, "LEVELS": LEVELS}
     return environment.get_template("report.html.j2", globals=names)

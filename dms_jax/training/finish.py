@@ -1,9 +1,11 @@
 """The end of a retrofit: calibration, the held-out report, the exported model and the plots."""
 
-import json
+import contextlib
+from collections.abc import Iterator
 
 from dms_jax.command import typed_as
-from dms_jax.files import replacing
+from dms_jax.errors import ConfigError
+from dms_jax.files import write_json
 from dms_jax.hf.adapter import save_adapter
 from dms_jax.hf.folder import save
 from dms_jax.models.decoder import fold_threshold
@@ -12,6 +14,9 @@ from dms_jax.training.plots import plot_kept_fraction, plot_training
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.step import TrainState
 from dms_jax.training.validate import calibrated_threshold, validate
+
+EXPORT = "export"  # the folder of the model, in the output folder
+FILES = ("metrics.jsonl", "report.json", "training.png", "kept_fraction.png", "adapter.safetensors")  # beside it
 
 
 def finish(run: PreparedRun, state: TrainState) -> None:
@@ -22,20 +27,32 @@ def finish(run: PreparedRun, state: TrainState) -> None:
 
     trained = run.steps.math.student_model(state.trainable, run.frozen)
     fold_threshold(trained, threshold)
-    export = run.output / "export"
-    save(trained, export, overwrite=True)
-    if run.config.mode == "adapter":
-        save_adapter(trained, run.output / "adapter.safetensors", overwrite=True)
-
-    if not run.is_writer:
-        return
-    plot_training(read_steps(run.metrics_path), run.output / "training.png")
-    if report is not None:
-        metrics = report.as_metrics()
-        run.record({"step": run.config.steps} | metrics)
-        plot_kept_fraction(report.live_per_head, run.config.length, run.output / "kept_fraction.png")
-        with replacing(run.output / "report.json") as file:
-            file.write_text(json.dumps(metrics, indent=1))
-        print(report.table())
+    export = run.output / EXPORT
+    with writing_results(run):
+        save(trained, export, overwrite=True)
+        if run.config.mode == "adapter":
+            save_adapter(trained, run.output / "adapter.safetensors", overwrite=True)
+        if not run.is_writer:
+            return
+        plot_training(read_steps(run.metrics_path), run.output / "training.png")
+        if report is not None:
+            metrics = report.as_metrics()
+            run.record({"step": run.config.steps} | metrics)
+            plot_kept_fraction(report.live_per_head, run.config.length, run.output / "kept_fraction.png")
+            write_json(run.output / "report.json", metrics, indent=1)
+            print(report.table())
     print(f"\nThe model is in {export}; metrics and plots are in {run.output}. Next:")
     print(f"  {typed_as('evaluate')} --model {export} --text FILE")
+
+
+@contextlib.contextmanager
+def writing_results(run: PreparedRun) -> Iterator[None]:
+    """Add the newest checkpoint to any error: the disk may become full or read-only, but the training is not lost."""
+    try:
+        yield
+    except (OSError, ConfigError) as why:
+        steps = run.checkpoints.steps()
+        saved = f"checkpoint {steps[-1]} is complete" if steps else "no checkpoint is complete"
+        raise ConfigError(
+            f"cannot write the results to {run.output}: {why}; {saved}. Free some space, then continue with --resume"
+        ) from why

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.files import replacing
+from dms_jax.files import check_target, replacing
 from dms_jax.provenance import versions
 
 
@@ -30,6 +30,7 @@ class MetricsFile:
         A run that is resumed at step `resumed_at` first drops the lines of the steps that it is about to repeat, so
         that each step is logged once.
         """
+        check_target(self.path)
         if resumed_at is not None and self.path.exists():
             try:
                 lines = [line for line in self.path.read_bytes().split(b"\n") if _belongs(line, resumed_at)]

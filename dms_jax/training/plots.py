@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from dms_jax.files import replacing
+
 
 def plot_training(steps: list[dict], path: Path) -> None:
     """Plot losses (left) and target, nominal and realised compression ratio (right) over optimizer steps."""
@@ -27,8 +29,7 @@ def plot_training(steps: list[dict], path: Path) -> None:
     for axes in (left, right):
         axes.legend()
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _write(figure, path)
 
 
 def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> None:
@@ -49,8 +50,13 @@ def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> No
         title=f"Kept fraction of {length} tokens\nrealised CR {length / live_per_head.mean():.2f}",
     )
     figure.colorbar(image)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    _write(figure, path)
+
+
+def _write(figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    _pyplot().close(figure)
 
 
 def _pyplot():

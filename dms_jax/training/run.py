@@ -1,15 +1,19 @@
 """Run a retrofit from start to end: prepare, restore, train, finish."""
 
 import contextlib
-import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import check_target
+from dms_jax.hf.folder import check_save
 from dms_jax.training.dry_run import dry_run_text
-from dms_jax.training.finish import finish
+from dms_jax.training.finish import EXPORT, FILES, finish
 from dms_jax.training.loop import train
 from dms_jax.training.prepare import PreparedRun, prepare
 from dms_jax.training.restore import restore
@@ -23,7 +27,7 @@ def retrofit(config: RetrofitConfig, *, resume: bool = False, accept_changes: bo
     `resume`: continue from the newest checkpoint. `accept_changes`: do so even if settings differ from the
     checkpoint's. Returns the number of the signal that stopped the run early, or 0.
     """
-    make_folder(Path(config.output))  # before anything slow, so that a read-only folder is reported at once
+    check_output(Path(config.output))  # before anything slow, so that a read-only folder is reported at once
     run = prepare(config)
     for note in run.notes:
         run.say(note)
@@ -44,23 +48,38 @@ def dry_run(config: RetrofitConfig) -> None:
         print(dry_run_text(run))
 
 
-def make_folder(folder: Path) -> None:
-    """Make the output folder and check that it can be written to."""
+def by_first_process(action: Callable[[], None]) -> None:
+    """Let only the first process of a run do something. If it is refused, no process goes on. JAX must be running."""
+    refusal: ConfigError | None = None
+    if jax.process_index() == 0:
+        try:
+            action()
+        except ConfigError as why:
+            refusal = why
+    failed = bool(multihost_utils.broadcast_one_to_all(np.int32(refusal is not None)))
+    if refusal is not None:
+        raise refusal
+    if failed:
+        raise ConfigError("the first process of this run was refused, and its line says why; start all of them again")
+
+
+def check_output(output: Path) -> None:
+    """Make the output folder, and check that everything that the run will write to it can be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"  # several processes may probe at once
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".writable-{uuid.uuid4().hex}"  # several processes may probe at once
         probe.touch()
         probe.unlink()
     except OSError as why:
-        raise ConfigError(f"cannot write to output {folder}: {why}; choose another --set output=FOLDER") from why
+        raise ConfigError(f"cannot write to output {output}: {why}; choose another --set output=FOLDER") from why
+    for name in FILES:
+        check_target(output / name)
+    check_save(output / EXPORT, overwrite=True)
 
 
 @contextlib.contextmanager
 def closing_checkpoints(run: PreparedRun) -> Iterator[None]:
-    """Complete the checkpoints at the end.
-
-    Turn a full disk or device memory into a ConfigError that says what was saved.
-    """
+    """Complete the checkpoints at the end. Turn full device memory into a ConfigError that says what to change."""
     try:
         yield
         run.checkpoints.close()
@@ -69,12 +88,6 @@ def closing_checkpoints(run: PreparedRun) -> Iterator[None]:
             raise
         raise ConfigError(
             "out of device memory; use a larger accumulate, a smaller length, or a mesh with more devices"
-        ) from why
-    except OSError as why:  # the disk became full or read-only while plots or reports were written
-        steps = run.checkpoints.steps()
-        saved = f"checkpoint {steps[-1]} is complete" if steps else "no checkpoint is complete"
-        raise ConfigError(
-            f"cannot write to {run.output}: {why}; {saved}. Free some space, then continue with --resume"
         ) from why
     finally:
         with contextlib.suppress(ConfigError):  # only the first error is reported

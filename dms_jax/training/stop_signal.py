@@ -1,4 +1,4 @@
-"""Turn SIGTERM and SIGINT into a request to stop after the same step in all processes."""
+"""Turn SIGTERM, SIGINT and SIGHUP into a request to stop after the same step in all processes."""
 
 import contextlib
 import os
@@ -44,9 +44,15 @@ class StopSignal:
 
 @contextlib.contextmanager
 def stop_signals(mesh: Mesh) -> Iterator[StopSignal]:
-    """Install a StopSignal as the handler of SIGTERM and SIGINT, and restore the previous handlers at the end."""
+    """Install a StopSignal as the handler of SIGTERM, SIGINT and SIGHUP, and restore the previous handlers at the end.
+
+    A SIGHUP that is ignored, as `nohup` makes it, stays ignored.
+    """
     stop = StopSignal(mesh)
-    former = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    former = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
         yield stop
     finally:

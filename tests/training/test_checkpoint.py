@@ -1,14 +1,18 @@
 """Checkpoints that are damaged, foreign or cannot be written are reported, and nothing is lost."""
 
+import itertools
 import os
 import shutil
 import subprocess
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dms_jax import checkpoint
 from dms_jax.checkpoint import ASIDE, COMMIT_MARKER, Checkpoints, fingerprint
 from dms_jax.errors import ConfigError
 from dms_jax.sharding import make_mesh, named_sharding
@@ -76,8 +80,9 @@ def test_newest_checkpoint_is_restored_bit_for_bit(saved):
     jax.tree.map(np.testing.assert_array_equal, found.state, state(2))
 
 
-def test_damage_to_any_file_is_noticed_or_harmless(saved, tmp_path):
+def test_damage_to_any_file_is_noticed_or_harmless(saved, tmp_path, monkeypatch):
     """Cut, remove or flip each file: the numbers are those of step 2, or step 1 is used and the reason is given."""
+    monkeypatch.setattr(checkpoint, "SETTLED", 0.0)  # nobody else writes here
     outcomes = []
     for name in files_of(saved / "2"):
         for harm in ("cut", "remove", "flip"):
@@ -133,6 +138,53 @@ def test_foreign_entries_are_kept(saved, capsys):
     assert (saved / f"7{ASIDE}").read_text() == "an older note" and (saved / f"7{ASIDE}.1").read_text() == "a note"
     assert (saved / f"3{ASIDE}" / "weights.bin").read_bytes() == b"of another tool"
     assert (saved / "readme.txt").read_text() == "mine" and Checkpoints(saved).steps() == [4, 7]
+
+
+@pytest.mark.parametrize("what", ["incomplete", "unreadable"])
+def test_checkpoint_that_is_being_removed_is_left_alone(saved, what):
+    """Another process removes the files of step 3 one by one, first its metadata or its commit marker."""
+    shutil.copytree(saved / "2", saved / "3")
+    first = COMMIT_MARKER if what == "incomplete" else "_CHECKPOINT_METADATA"
+    for number in range(10):
+        (saved / "3" / f"part{number}").touch()
+    (saved / "3" / first).unlink()
+
+    def remove():
+        for path in (saved / "3").glob("part*"):
+            path.unlink()
+            time.sleep(0.08)
+        shutil.rmtree(saved / "3")
+
+    thread = threading.Thread(target=remove)
+    thread.start()
+    checkpoints = Checkpoints(saved)
+    thread.join()
+    found = checkpoints.restore_latest(LIKE, nothing)
+    assert found.step == 2 and found.skipped == [] and not list(saved.glob(f"*{ASIDE}*"))
+
+
+def test_folder_opens_while_another_process_saves_and_removes(tmp_path):
+    folder, ended = tmp_path / "checkpoints", threading.Event()
+    writer = Checkpoints(folder, keep=1)
+
+    def save():
+        for step in itertools.count(1):
+            writer.save(step, state(step), {"run": "this"}, wait=True)
+            if ended.is_set():
+                break
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    try:
+        for _ in range(8):
+            Checkpoints(folder, keep=10**6)
+    finally:
+        ended.set()
+        thread.join()
+    assert not list(folder.glob(f"*{ASIDE}*"))
+    writer.close()
+    newest = writer.steps()[-1]
+    assert Checkpoints(folder).restore_latest(LIKE, nothing).step == newest
 
 
 def test_checkpoint_of_another_run_is_refused(saved):

@@ -132,15 +132,17 @@ def test_run_resumed_on_another_mesh_gives_the_same_numbers(settings, tmp_path):
         np.testing.assert_allclose(moved[step], whole[step], rtol=1e-5, atol=1e-6)
 
 
-def test_sigterm_saves_and_names_the_option_to_resume(settings):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signal_saves_and_names_the_option_to_resume(settings, number):
     settings |= {"steps": 400, "save_every": 1000}
     process = subprocess.Popen(
         command(settings), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     wait_for_step(process, settings["output"] / "metrics.jsonl", 3)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     stderr = process.communicate()[1]
-    assert process.returncode == 128 + signal.SIGTERM and "SIGTERM: saved at step" in stderr and "--resume" in stderr
+    assert process.returncode == 128 + number and f"{number.name}: saved at step" in stderr and "--resume" in stderr
+    assert not (settings["output"] / "run.lock").exists()
     (saved,) = [int(p.name) for p in (settings["output"] / "checkpoints").iterdir() if p.name.isdigit()]
     assert saved == max(trace(settings["output"])) + 1
 

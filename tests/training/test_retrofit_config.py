@@ -1,9 +1,11 @@
 """Configuration is strict: each wrong key or value gives one line that names it."""
 
 import dataclasses
+import json
 import typing
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dms_jax.config import DMSConfig
@@ -131,3 +133,17 @@ def test_shipped_configs_are_valid_and_begin_with_their_command(file):
 def test_number_that_is_not_finite_is_refused_as_such():
     with pytest.raises(ConfigError, match="initial_cr.*finite"):
         RetrofitConfig(initial_cr=float("inf"))
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), np.float32("inf"), np.array(2.0), "2", True])
+def test_number_of_a_config_made_directly_is_refused_by_its_name(value):
+    with pytest.raises(ConfigError, match="^initial_cr must be a "):
+        RetrofitConfig(initial_cr=value)
+    with pytest.raises(ConfigError, match="^steps must be "):
+        RetrofitConfig(steps=value)
+
+
+def test_numpy_scalars_in_a_config_are_plain_numbers():
+    ours = RetrofitConfig(steps=np.int32(60), initial_cr=np.float32(1.5), dms=DMSConfig(window_size=np.uint8(9)))
+    assert ours == RetrofitConfig(steps=60, initial_cr=1.5, dms=DMSConfig(window_size=9)) and hash(ours)
+    assert json.loads(json.dumps(dataclasses.asdict(ours)))["initial_cr"] == 1.5
