@@ -9,7 +9,7 @@ import jax
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json
 from dms_jax.hf.dms_keys import dms_config, dms_keys
-from dms_jax.hf.folder import base_hash
+from dms_jax.hf.folder import Source, base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
@@ -68,6 +68,7 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str], *, allow_non_fini
         )
     adapted = with_evict_head(model, tensors, model.config.with_dms(dms), allow_non_finite)
     tensors.verify()
-    if getattr(model, "source", None) is not None:
-        adapted.source = dataclasses.replace(model.source, policy=os.path.abspath(path))
+    source = getattr(model, "source", None)
+    if isinstance(source, Source):
+        adapted.source = dataclasses.replace(source, policy=os.path.abspath(path))
     return adapted

@@ -2,18 +2,20 @@
 
 A key of the mathematics is accepted at the values that leave this decoder as it is, and refused at any other:
 
-- SWITCHES and counts (`num_*`, `n_*`) are off at false, null, 0 and "", [] or {}.
+- SWITCHES and counts (`num_*`, `n_*`) are off at false, null, 0, "default" and "", [] or {}.
 - Factors (`*_multiplier`, `*_scale` and the like) are neutral at 1 and null. Zero is not: it would wipe out a term.
-- ONLY lists keys with other neutral values, such as `hidden_act` ("silu") and `use_rope` (true).
+- ONLY lists keys with other neutral values, such as `hidden_act` ("silu"), and ALWAYS those where it is true.
 - FACTS are given by the caller: what a file says again, such as `num_layers`, must be what the model has.
 - ABSOLUTE lists factors that replace the usual one, so that even 1 changes the numbers.
 
-HARMLESS keys may have any value. Any other key is unknown. It is accepted at null, false, "", [] and {}, which cannot
-switch anything on, and all that these models cannot do without is listed in ONLY, so that false cannot switch it off
-either. It is refused at any other value, because ignoring an unknown key is how a port goes silently wrong. Begin with
+HARMLESS keys may have any value. Any other key is unknown. It is accepted at null, false, "default", "", [] and {},
+which cannot switch anything on; false could switch off only what ALWAYS lists. It is refused at any other value,
+because ignoring an unknown key is how a port goes silently wrong. That includes 0 and 1, since one of them is neutral
+for a count and the other for a factor. A misspelt key is refused at any value but null. Begin with
 `refuse_unsupported`.
 """
 
+import re
 from collections.abc import Collection
 from difflib import get_close_matches
 
@@ -37,27 +39,26 @@ SWITCHES = _names(
 )
 COUNTS = ("num_", "n_")  # of experts, extra heads, memory tokens, layers that share keys ...
 FACTORS = ("_multiplier", "_scale", "_scaling", "_factor", "_pct", "_scalar")
-FACTOR_NAMES = {"logits_scaling", "rope_ratio", "scale_emb", "scale_lm_head", "width_mult", "rotary_pct"}
+FACTOR_NAMES = {"factor", "logits_scaling", "rope_ratio", "scale_emb", "scale_lm_head", "width_mult", "rotary_pct"}
 ABSOLUTE = _names("attention_multiplier query_pre_attn_scalar attention_scale attn_scale softmax_scale scale_depth")
 ONLY: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "hidden_activation": ("silu", "swish"),
     "activation_function": ("silu", "swish"),
     "mlp_hidden_act": ("silu", "swish"),
+    "activation": ("silu", "swish", "swiglu"),  # Falcon 3 names the whole gated MLP
     "position_embedding_type": ("rope", "rotary"),
     "pos_embedding_type": ("rope", "rotary"),
     "norm_type": ("rms_norm", "rmsnorm"),
     "normalization_type": ("rms_norm", "rmsnorm", "RMSNorm"),
     "scale_attn_weights": (True,),
     "dms_disable_eviction": (False,),
-    **dict.fromkeys(
-        _names(
-            "causal is_causal use_causal_mask use_rope use_rotary use_rotary_embedding rotary use_rms_norm use_rmsnorm "
-            "rms_norm use_gated_mlp gated_mlp glu_mlp use_glu use_residual residual"
-        ),
-        (True,),
-    ),
 }
+# What these models cannot do without; a file may only confirm it.
+ALWAYS = re.compile(
+    r"(use_|is_|apply_|with_|enable_)?(causal(_mask|_attention)?|rope|rotary(_pos)?(_emb\w*)?|rms_?norm|residual|glu|"
+    r"swiglu|silu|gated_mlp|glu_mlp|mlp_gate)"
+)
 QUANTIZED = ("quantization_config", "compression_config", "quantization", "quant_config")
 HARMLESS = {
     "names and versions": "architectures auto_map transformers_version transformers.js_config finetuning_task "
@@ -103,9 +104,11 @@ def refuse_unsupported(raw: dict, read: Collection[str], facts: dict[str, object
                 f"{key}: quantized weights are not supported; give the unquantized folder (bf16, fp16 or fp32)"
             )
     for key in sorted(raw.keys() - set(read) - set(QUANTIZED)):
-        if reason := refusal(key, raw[key], facts):
-            similar = get_close_matches(key, read, n=1, cutoff=0.9)  # true misspellings only, not related words
-            raise ConfigError(reason + (f"; did you mean {similar[0]}?" if similar else ""))
+        reason = refusal(key, raw[key], facts)
+        if raw[key] is not None and not _is_known(key, facts) and (meant := _misspelt(key, read)):
+            raise ConfigError(f"unknown key `{key}`; did you mean {meant}?")
+        if reason:
+            raise ConfigError(reason)
 
 
 def refusal(key: str, value: object, facts: dict[str, object]) -> str | None:
@@ -116,6 +119,8 @@ def refusal(key: str, value: object, facts: dict[str, object]) -> str | None:
         neutral, allowed = _same(value, facts[key]), f"{shown(facts[key])}, as the rest of the file says,"
     elif key in ONLY:
         neutral, allowed = any(_same(value, one) for one in ONLY[key]), " or ".join(map(repr, ONLY[key]))
+    elif ALWAYS.fullmatch(key):
+        neutral, allowed = value is True, "true"
     elif key in ABSOLUTE:
         neutral, allowed = False, "null"
     elif key.startswith("dms_"):  # a key of the policy that is unknown here: even false might change a default
@@ -131,9 +136,18 @@ def refusal(key: str, value: object, facts: dict[str, object]) -> str | None:
     return None if neutral else f"{key}={shown(value)} is not supported; only {allowed} is"
 
 
+def _misspelt(key: str, read: Collection[str]) -> str | None:
+    """Return the key that was meant, if `key` is a misspelling and not merely a related word."""
+    return next((name for name in get_close_matches(key, read, n=1, cutoff=0.9) if abs(len(name) - len(key)) < 3), None)
+
+
+def _is_known(key: str, facts: dict[str, object]) -> bool:
+    return key.startswith("_") or key in SWITCHES | HARMLESS_KEYS | FACTOR_NAMES | ABSOLUTE | ONLY.keys() | facts.keys()
+
+
 def is_empty(value: object) -> bool:
-    """Whether a value switches nothing on: null, false, or an empty text, list or object."""
-    return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+    """Whether a value switches nothing on: null, false, "default", or an empty text, list or object."""
+    return value is None or value is False or value == "default" or (isinstance(value, str | list | dict) and not value)
 
 
 def _same(value: object, other: object) -> bool:

@@ -44,6 +44,7 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
 
     An explicit `dms_*` key wins, then the metadata of FastDMS, then the defaults of the code that wrote the folder.
     """
+    raw = {key: value for key, value in raw.items() if value is not None}
     written = {key for key in raw if key.startswith("dms_")}
     if fastdms is None and is_fastdms(raw):
         fastdms = raw
