@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     A ConfigError becomes one line on stderr and code 2.
     """
     name = typed_as(name).removeprefix("python -m ")
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {one_line(message)}\n"  # no line of code
     if sys.stdout is None:  # it was closed when the process started
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     try:

@@ -124,7 +124,7 @@ def refusal(key: str, value: object, facts: dict[str, object]) -> str | None:
     elif key in ABSOLUTE:
         neutral, allowed = False, "null"
     elif key.startswith("dms_"):  # a key of the policy that is unknown here: even false might change a default
-        return f"unknown key `{key}` may change the policy"
+        return f"unknown key `{key}` may change the policy; remove it if it has no effect"
     elif key in FACTOR_NAMES or key.endswith(FACTORS):
         neutral, allowed = _same(value, 1), "1"
     elif key in SWITCHES or key.startswith(COUNTS):
@@ -132,7 +132,10 @@ def refusal(key: str, value: object, facts: dict[str, object]) -> str | None:
     elif is_empty(value):
         return None
     else:
-        return f"unknown key `{key}` may change the mathematics"
+        return (
+            f"unknown key `{key}` may change the mathematics; remove it if it has no effect, or list it in "
+            "dms_jax/hf/config_keys.py"
+        )
     return None if neutral else f"{key}={shown(value)} is not supported; only {allowed} is"
 
 

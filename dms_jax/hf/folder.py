@@ -35,7 +35,7 @@ from dms_jax.hf.safetensors_files import (
 )
 from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 
-# Files of a model other than weights and config.json. `save` copies them unchanged.
+# Files of a model other than weights and config.json. `save` copies them and LEGAL_FILES unchanged.
 SIDE_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -47,11 +47,8 @@ SIDE_FILES = {
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
 }
+LEGAL_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
 # The fields of a trained DMSConfig that a user may change; the evict head was trained for the values of the others.
@@ -243,7 +240,7 @@ def copy_side_files(source: str, folder: str) -> None:
         except ConfigError as why:  # the weights are fine without it
             warnings.warn(f"saving without a tokenizer: {why}", stacklevel=3)
     elif os.path.isdir(source):
-        for name in sorted(SIDE_FILES & set(os.listdir(source))):
+        for name in sorted((SIDE_FILES | LEGAL_FILES) & set(os.listdir(source))):
             try:
                 shutil.copyfile(member(source, name), os.path.join(folder, name))
             except ConfigError as why:  # a link out of the folder must not put a private file into an export
