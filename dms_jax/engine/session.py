@@ -142,7 +142,12 @@ def open_session(options: argparse.Namespace) -> Session:
     config = settings(options)  # refuses wrong numbers before the weights are read
     dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
     model, tokenizer = open_model(
-        options.model, options.adapter, dtype, options.implementation, options.allow_non_finite
+        options.model,
+        options.adapter,
+        dtype,
+        options.implementation,
+        options.allow_non_finite,
+        quiet=options.json,  # then stderr holds nothing but the table
     )
     dms = model.config.dms
     if options.threshold is not None and dms is None:

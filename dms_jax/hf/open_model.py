@@ -17,13 +17,17 @@ def open_model(
     dtype: jnp.dtype,
     implementation: ImplementationName = "auto",
     allow_non_finite: bool = False,
+    quiet: bool = False,
 ) -> tuple[Decoder, Tokenizer]:
-    """Load a model, with its adapter if one is given, and its tokenizer. Print on stderr where the policy came from."""
+    """Load a model, with its adapter if one is given, and its tokenizer.
+
+    Unless `quiet`, print on stderr where the policy came from.
+    """
     read_config(name)  # the library that reads the tokenizer would blame the tokenizer for a damaged config.json
     tokenizer = load_tokenizer(name)  # before the weights, which take long
     model = load(name, dtype=dtype, implementation=implementation, allow_non_finite=allow_non_finite)
     if adapter:
         model = load_adapter(model, adapter, allow_non_finite=allow_non_finite)
-    if line := policy_origin(model):
+    if (line := policy_origin(model)) and not quiet:
         print(line, file=sys.stderr)
     return model, tokenizer
