@@ -51,6 +51,8 @@ SIDE_FILES = {
 LEGAL_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
+# Mistral's and Meta's repositories hold the same weights again under other names, and others hold them in subfolders.
+HUB_IGNORED = ["consolidated*", "*/*"]
 # The fields of a trained DMSConfig that a user may change; the evict head was trained for the values of the others.
 RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}
 
@@ -115,7 +117,7 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> s
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=list(files))
+        return snapshot_download(path, allow_patterns=list(files), ignore_patterns=HUB_IGNORED)
     except Exception as why:  # offline, unknown, gated, disk full: the library raises dozens of types
         reason = str(why).strip().splitlines() or [type(why).__name__]
         raise ConfigError(f"{path} is not a local folder, and downloading it from the hub failed: {reason[0]}") from why

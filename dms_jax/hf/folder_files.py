@@ -1,7 +1,7 @@
 """Find the files of a model folder without leaving it.
 
 A downloaded folder must not make us read, hash or export a file elsewhere on this machine, so a link is followed only
-inside its folder and, in a cache of the Hugging Face hub, to the blobs that belong to the same model.
+inside its folder and, in a cache of the Hugging Face hub, to its blobs.
 """
 
 import os
@@ -27,7 +27,10 @@ def leaves(folder: str, name: str) -> bool:
     root = os.path.realpath(folder)
     allowed = [root]
     snapshots = os.path.dirname(root)
-    if os.path.basename(snapshots) == "snapshots":  # hub cache: snapshots/REVISION/FILE -> ../../blobs/HASH
-        allowed.append(os.path.join(os.path.dirname(snapshots), "blobs"))
+    model = os.path.dirname(snapshots)
+    if os.path.basename(snapshots) == "snapshots" and os.path.basename(model).startswith("models--"):
+        # Hub cache: CACHE/models--OWNER--NAME/snapshots/REVISION/FILE -> ../../blobs/HASH, which since version 2 of the
+        # library is a link to CACHE/blobs/..., the store that all models share.
+        allowed += [os.path.join(model, "blobs"), os.path.join(os.path.dirname(model), "blobs")]
     target = os.path.realpath(os.path.join(folder, name))
     return not any(os.path.commonpath([target, place]) == place for place in allowed)
