@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -83,6 +84,7 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     what it holds is released; a SIGHUP that `nohup` ignores stays ignored.
     """
     name = typed_as(name).removeprefix("python -m ").strip() or "dms-jax"
+    warnings.formatwarning = lambda message, *_, **__: f"{name}: warning: {one_line(message)}\n"  # no line of code
     code: int = 2
     if _replace_closed_streams():
         try:

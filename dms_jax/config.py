@@ -1,7 +1,6 @@
 """Frozen configurations of a model and of its learned eviction policy."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
@@ -9,6 +8,7 @@ from dms_jax.config_reader import Above, AtLeast, Between, check_ranges
 from dms_jax.errors import ConfigError, shown
 
 MAX_LAYERS = 4096  # far beyond any decoder, so that a damaged file cannot make us name a billion tensors
+MAX_FLOAT = 3.4e38  # of float32, in which evict logits are computed
 MAX_WINDOW = 2**30  # position + window_size is an int32 expiry
 
 ImplementationName = Literal["auto", "xla", "mosaic_gpu", "pallas_tpu"]  # see `dms_jax.kernels.dispatch`
@@ -60,9 +60,9 @@ class DMSConfig:
         check_ranges(self, "dms.")
         if self.window_size > MAX_WINDOW:
             raise ConfigError(f"dms.window_size must be at most 2**30, got {shown(self.window_size)}")
-        for name in ("evict_logit_scale", "evict_logit_bias"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"dms.{name} must be a finite number, got {shown(getattr(self, name))}")
+        for name in ("target_cr", "tau", "evict_logit_scale", "evict_logit_bias"):
+            if not abs(getattr(self, name)) <= MAX_FLOAT:  # also refuses NaN
+                raise ConfigError(f"dms.{name} must be a finite float32 number, got {shown(getattr(self, name))}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # Qwen 3: RMSNorm over head_dim of queries and keys
-    sliding_window: int | None = None  # attention window of the model itself, not of a policy; longer rows are refused
+    sliding_window: Size | None = None  # attention window of the model itself, not of a policy; longer rows are refused
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

@@ -32,6 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="a retrofitted model, or a base model")
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
+    add("--allow-non-finite", action="store_true", help="load weights that have NaN or infinities, as they are")
     add("--tasks", default="text", metavar="A,B", help=f"{', '.join(RECORDS)}, or tasks with answers (default text)")
     policies = "policies; prompt:NAME ranks pairs only once, after the prompt (default dense,dms,streaming_llm)"
     add("--policies", default="", metavar="A,B", help=policies)

@@ -40,6 +40,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
     parser.add_argument("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     parser.add_argument(
+        "--allow-non-finite", action="store_true", help="load weights that have NaN or infinities, as they are"
+    )
+    parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         help="dtype of weights and cache (default: float32 on a CPU, bfloat16 elsewhere)",

@@ -31,6 +31,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--results", metavar="FILE", help="print the tables of an earlier --output, without a model")
     add("--model", metavar="FOLDER", help="a retrofitted model, or a base model")
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
+    add("--allow-non-finite", action="store_true", help="load weights that have NaN or infinities, as they are")
     add("--task", default="gsm8k", help="a task with answers, e.g. gsm8k, math500, code (default gsm8k)")
     configs = "configurations to compare (default %(default)s)"
     add("--configs", default="1-256-1,1-256-4,4-256-4", metavar="W-L-CR,...", help=configs)

@@ -22,6 +22,7 @@ from dms_jax.engine.stopwatch import Clock
 from dms_jax.engine.text_stream import TextStream, trim_at_stop
 from dms_jax.errors import ConfigError
 from dms_jax.hf.hf_tokenizer import Tokenizer
+from dms_jax.hf.open_model import open_model
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import KeepAll
@@ -140,10 +141,14 @@ def open_session(options: argparse.Namespace) -> Session:
     """Load the model, the tokenizer and the cache that the options of the command name."""
     config = settings(options)  # refuses wrong numbers before the weights are read
     dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
-    tokenizer = dms_jax.load_tokenizer(options.model)
-    model = dms_jax.load(options.model, dtype=dtype, implementation=options.implementation)
-    if options.adapter:
-        model = dms_jax.load_adapter(model, options.adapter)
+    model, tokenizer = open_model(
+        options.model,
+        options.adapter,
+        dtype,
+        options.implementation,
+        options.allow_non_finite,
+        quiet=options.json,  # then stderr holds nothing but the table
+    )
     dms = model.config.dms
     if options.threshold is not None and dms is None:
         raise ConfigError(

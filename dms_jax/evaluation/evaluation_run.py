@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-import dms_jax
 from dms_jax.engine.decoding import check_ids
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.answer_measure import AnswerMeasure, Group, Sampling, group_problems, measure_answers
 from dms_jax.evaluation.methods import TRAINED, Calibrator, Method, check_budget, check_learned, parse_methods
-from dms_jax.evaluation.options import EvaluationOptions
+from dms_jax.evaluation.options import CommonOptions, EvaluationOptions
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.evaluation.text_measure import Domain, TextMeasure, cut_domain
 from dms_jax.evaluation.text_tasks import TEXT_TASKS
 from dms_jax.hf.cache_file import identity
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
+from dms_jax.hf.open_model import open_model
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import Quest
@@ -65,7 +65,7 @@ class Evaluation:
 def prepare(options: EvaluationOptions) -> Evaluation:
     """Load the model, cut the texts, make the problems and open the results file. Raises ConfigError for settings that
     cannot work."""
-    model, tokenizer = load_model(options.model, options.adapter)
+    model, tokenizer = load_model(options)
     methods = _methods(options, model)
     domains = _domains(options, model, tokenizer)
     problems = _problems(options, tokenizer)
@@ -96,11 +96,10 @@ def measure(evaluation: Evaluation) -> None:
                 job.measure(method, bar.update)
 
 
-def load_model(name: str, adapter: str | None) -> tuple[Decoder, Tokenizer]:
+def load_model(options: CommonOptions) -> tuple[Decoder, Tokenizer]:
     """Load the tokenizer, and the model with its adapter in the platform's default dtype."""
-    tokenizer = dms_jax.load_tokenizer(name)
-    model = dms_jax.load(name, dtype=jnp.dtype(platform_defaults().dtype))
-    return (dms_jax.load_adapter(model, adapter) if adapter else model), tokenizer
+    dtype = jnp.dtype(platform_defaults().dtype)
+    return open_model(options.model, options.adapter, dtype, allow_non_finite=options.allow_non_finite)
 
 
 def open_results(name: str, model: Decoder, path: str, fixed: dict) -> ResultsFile:

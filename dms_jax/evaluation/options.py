@@ -15,6 +15,7 @@ class CommonOptions:
 
     model: str
     adapter: str | None = None
+    allow_non_finite: bool = False
     count: Annotated[int, AtLeast(1)] = 20
     lengths: tuple[int, ...] = (1024,)
     haystack: str = ""  # content

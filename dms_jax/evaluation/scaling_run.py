@@ -31,7 +31,7 @@ FIXED = ("temperature", "top_p", "chunk", "seed", "count")  # options that may n
 
 def measure(options: HyperscaleOptions) -> None:
     """Append the measurements that the results file lacks. Raises ConfigError."""
-    model, tokenizer = load_model(options.model, options.adapter)
+    model, tokenizer = load_model(options)
     task_options = TaskOptions(
         count=options.count,
         seed=options.seed,

@@ -1,5 +1,6 @@
 """Adapters: files that hold only the evict head of a model, bound by a hash to the base that it was trained on."""
 
+import dataclasses
 import json
 import os
 
@@ -8,7 +9,7 @@ import jax
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json
 from dms_jax.hf.dms_keys import dms_config, dms_keys
-from dms_jax.hf.folder import base_hash
+from dms_jax.hf.folder import Source, base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes, with_evict_head
 from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
@@ -40,11 +41,14 @@ def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: boo
     write_whole(path, tensors, metadata)
 
 
-def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
+def load_adapter(model: Decoder, path: str | os.PathLike[str], *, allow_non_finite: bool = False) -> Decoder:
     """Return a model with the policy of an adapter file instead of its own. It shares its base arrays with `model`.
 
+    Args:
+      allow_non_finite: read NaN, infinities and numbers that overflow as they are.
+
     Raises:
-      ConfigError: the file is damaged, is not an adapter, belongs to another base, or does not fit.
+      ConfigError: the file is damaged, is not an adapter, belongs to another base, does not fit or is not finite.
     """
     tensors = open_own(path, "an adapter", KIND, VERSION)
     metadata = tensors.metadata
@@ -62,8 +66,9 @@ def load_adapter(model: Decoder, path: str | os.PathLike[str]) -> Decoder:
         raise ConfigError(
             f"{path} was trained on another base: sha256 {trained_on[:12]}..., but this model has {base[:12]}..."
         )
-    adapted = with_evict_head(model, tensors, model.config.with_dms(dms))
+    adapted = with_evict_head(model, tensors, model.config.with_dms(dms), allow_non_finite)
     tensors.verify()
-    if getattr(model, "source", None) is not None:
-        adapted.source = model.source
+    source = getattr(model, "source", None)
+    if isinstance(source, Source):
+        adapted.source = dataclasses.replace(source, policy=os.path.abspath(path))
     return adapted

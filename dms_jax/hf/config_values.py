@@ -1,9 +1,9 @@
 """Read single keys of a foreign `config.json` with their types. A null value means the same as a missing key."""
 
-import math
-
 from dms_jax.config_reader import MAX_INT
 from dms_jax.errors import ConfigError, shown
+
+MIN_FLOAT32, MAX_FLOAT32 = 1.2e-38, 3.4e38  # the range of normal numbers, rounded inwards
 
 
 def whole_number(raw: dict, key: str, min: int = 1) -> int:
@@ -20,8 +20,8 @@ def positive_number(raw: dict, key: str, default: float) -> float:
     if value is None:
         return default
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf or value > 1e300:  # a larger whole number does not fit into a float
-        raise ConfigError(f"`{key}` must be a positive number, got {shown(value)}")
+    if not number or not MIN_FLOAT32 <= value <= MAX_FLOAT32:
+        raise ConfigError(f"`{key}` must be a positive number that a float32 can hold, got {shown(value)}")
     return float(value)
 
 
@@ -37,10 +37,12 @@ def flag(raw: dict, key: str) -> bool:
 
 
 def token_id(key: str, value: object) -> int | None:
-    """Check and return a token id or None. -1, which old files write for "no such token", is kept."""
+    """Check and return a token id, or None for null and for -1, which old files write for "no such token"."""
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= MAX_INT:
+    if value == -1 and not isinstance(value, bool):
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_INT:
         raise ConfigError(f"`{key}` must be a token id, got {shown(value)}")
     return value
 

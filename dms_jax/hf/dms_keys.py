@@ -10,6 +10,7 @@ from dms_jax.config_reader import build
 from dms_jax.errors import ConfigError
 from dms_jax.files import read_json
 from dms_jax.hf.config_values import flag
+from dms_jax.hf.folder_files import member
 
 # DMSConfig field -> (key in config.json, default of the key in Model-Optimizer's Qwen3ConfigDMS)
 DMS_KEYS = {
@@ -34,6 +35,7 @@ FASTDMS_SPELLINGS = {
 }
 FASTDMS_HINTS = {name for names in FASTDMS_SPELLINGS.values() for name in names}
 FASTDMS_KEYS = FASTDMS_HINTS | {"context_len", "compression_mode"}  # the last two have no effect
+FASTDMS_MARKS = {"target_cr", "alpha_scale", "alpha_offset", "dms_alpha_offset", "compression_mode"}
 READ_KEYS = {SEPARATE, *(key for key, _ in DMS_KEYS.values())}
 
 
@@ -42,8 +44,9 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
 
     An explicit `dms_*` key wins, then the metadata of FastDMS, then the defaults of the code that wrote the folder.
     """
+    raw = {key: value for key, value in raw.items() if value is not None}
     written = {key for key in raw if key.startswith("dms_")}
-    if fastdms is None and raw.keys() & FASTDMS_HINTS:
+    if fastdms is None and is_fastdms(raw):
         fastdms = raw
     if not written and fastdms is None:
         return None
@@ -71,18 +74,23 @@ def dms_keys(dms: DMSConfig) -> dict:
     return keys | {"dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr}
 
 
-def fastdms_metadata(folder: str, search_parent: bool) -> dict | None:
-    """Return the metadata that FastDMS keeps beside the weights of a folder, or None.
+def is_fastdms(raw: dict) -> bool:
+    """Whether a file has a key that only FastDMS writes. `tau` or `window_size` alone may be another tool's."""
+    return any(raw.get(key) is not None for key in FASTDMS_MARKS)
 
-    The file is `dms_metadata.json` or, with `search_parent`, `training_log.json` in the parent folder.
+
+def fastdms_metadata(folder: str, raw: dict) -> tuple[dict | None, str]:
+    """Return the metadata that FastDMS keeps beside the weights of a folder, or None, and the file it came from.
+
+    The file is `dms_metadata.json`. FastDMS also reads `training_log.json` one level up, where a file of that name may
+    be another tool's. It is read only if `raw`, the folder's `config.json`, has a key of FastDMS and no `dms_*` key.
     """
-    beside = os.path.join(folder, "dms_metadata.json")
-    if os.path.exists(beside):
-        raw = read_json(beside)
-        return raw["config"] if isinstance(raw.get("config"), dict) else raw
+    if os.path.lexists(os.path.join(folder, "dms_metadata.json")):
+        beside = read_json(member(folder, "dms_metadata.json"))
+        return (beside["config"] if isinstance(beside.get("config"), dict) else beside), "dms_metadata.json"
     above = os.path.join(os.path.dirname(os.path.abspath(folder)), "training_log.json")
-    if search_parent and os.path.exists(above):
+    if is_fastdms(raw) and not any(key.startswith("dms_") for key in raw) and os.path.exists(above):
         config = read_json(above).get("config")
-        if isinstance(config, dict) and config.keys() & FASTDMS_HINTS:
-            return config
-    return None
+        if isinstance(config, dict) and is_fastdms(config):
+            return config | {key: raw[key] for key in FASTDMS_KEYS & raw.keys()}, "../training_log.json"
+    return None, "config.json"

@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,23 @@ from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import read_json, write_json
 from dms_jax.hf import hf_config
+from dms_jax.hf.folder_files import member
 from dms_jax.hf.folder_swap import check_folder, replacing_folder
 from dms_jax.hf.gguf.gguf_file import open_gguf
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
-from dms_jax.hf.safetensors_files import SHARD_BYTES, Tensors, Write, open_folder, row_chunks, write_folder
+from dms_jax.hf.safetensors_files import (
+    INDEX,
+    SHARD_BYTES,
+    Tensors,
+    Write,
+    open_folder,
+    row_chunks,
+    write_folder,
+)
 from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 
-# Files of a model other than weights and config.json. `save` copies them unchanged.
+# Files of a model other than weights and config.json. `save` copies them and LEGAL_FILES unchanged.
 SIDE_FILES = {
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,13 +47,12 @@ SIDE_FILES = {
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
 }
+LEGAL_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
+# Mistral's and Meta's repositories hold the same weights again under other names, and others hold them in subfolders.
+HUB_IGNORED = ["consolidated*", "*/*"]
 # The fields of a trained DMSConfig that a user may change; the evict head was trained for the values of the others.
 RUN_TIME_FIELDS = {"window_size", "target_cr", "tau"}
 
@@ -55,6 +63,9 @@ class Source:
 
     path: str  # absolute: a folder, or a .gguf file
     config_json: str | None  # the text of config.json, or None for a source without one
+    # These two do not matter to compiled functions, so models that differ in them alone share one.
+    policy: str = field(default="", compare=False)  # the file that the policy came from; "" if it came from no file
+    stamp: tuple = field(default=(), compare=False)  # names, sizes and times of the weight files when they were opened
 
 
 def load(
@@ -64,6 +75,7 @@ def load(
     mesh: Mesh | None = None,
     dms: DMSConfig | None = None,
     implementation: ImplementationName = "auto",
+    allow_non_finite: bool = False,
 ):
     """Load a Decoder from a Hugging Face folder, a hub id (when online), or a `.gguf` file.
 
@@ -76,19 +88,22 @@ def load(
         a policy, only window_size, target_cr and tau may differ, and replace the folder's values.
       implementation: the implementation of attention and cache: "auto", "xla", "mosaic_gpu" (Hopper) or "pallas_tpu";
         see `dms_jax.kernels.dispatch`.
+      allow_non_finite: read NaN, infinities and numbers that overflow as they are, instead of refusing them.
 
     Raises:
       ConfigError: one line, for anything that cannot be read exactly.
     """
     path = resolve(path)
-    tensors, config, raw = open_source(path)
+    stamp = _stamp(path)
+    tensors, config, raw, origin = _open(path)
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
     # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights
     # may be the master weights of a computation in bf16.
     select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
+    policy = os.path.normpath(os.path.join(path, origin)) if config.dms is not None else ""
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
-    model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh)
-    model.source = Source(path, None if raw is None else json.dumps(raw))
+    model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh, allow_non_finite)
+    model.source = Source(path, None if raw is None else json.dumps(raw), policy, stamp)
     return model
 
 
@@ -102,7 +117,7 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> s
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, allow_patterns=list(files))
+        return snapshot_download(path, allow_patterns=list(files), ignore_patterns=HUB_IGNORED)
     except Exception as why:  # offline, unknown, gated, disk full: the library raises dozens of types
         reason = str(why).strip().splitlines() or [type(why).__name__]
         raise ConfigError(f"{path} is not a local folder, and downloading it from the hub failed: {reason[0]}") from why
@@ -115,33 +130,47 @@ def read_config(path: str | os.PathLike[str]) -> ModelConfig:
         raw = read_json(path)
         with naming(path):
             return hf_config.model_config(raw)
-    if os.path.isdir(path) and os.path.exists(os.path.join(path, "config.json")):
+    if os.path.isdir(path) and os.path.lexists(os.path.join(path, "config.json")):
         return hf_config.read_folder(path)[1]
     return open_source(path)[1]
 
 
 def open_source(path: str) -> tuple[Tensors, ModelConfig, dict | None]:
     """Return the tensors, the config and the raw config.json (None for GGUF) of a local model."""
+    return _open(path)[:3]
+
+
+def _open(path: str) -> tuple[Tensors, ModelConfig, dict | None, str]:
+    """Return what `open_source` returns, and the name of the file that a policy came from."""
     if os.path.isfile(path):
         if not path.endswith(".gguf"):
             raise ConfigError(f"{path}: give the folder that contains config.json, or a .gguf file")
         tensors = open_gguf(path)
-        return tensors, tensors.config, None
-    if not os.path.exists(os.path.join(path, "config.json")):
+        return tensors, tensors.config, None, ""
+    if not os.path.lexists(os.path.join(path, "config.json")):
         raise ConfigError(f"{path} has no config.json, so it is not a Hugging Face model folder")
-    raw, config = hf_config.read_folder(path)
-    return open_folder(path), config, raw
+    raw, config, origin = hf_config.read_folder(path)
+    return open_folder(path), config, raw, origin
+
+
+def policy_origin(model) -> str:
+    """Return a line that says which policy a model has and which file it came from; "" if it came from no file."""
+    source = getattr(model, "source", None)
+    if model.config.dms is None or source is None or not source.policy:
+        return ""
+    dms = model.config.dms
+    return f"policy: {dms.variant}, window {dms.window_size}, target CR {dms.target_cr:g}, from {source.policy}"
 
 
 def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig | None:
     """Return the folder's own policy with the run-time fields of the given one. Either may be None."""
     if own is None or given is None:
         return given or own
-    for field in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
-        if getattr(own, field) != getattr(given, field):
+    for name in own.__dataclass_fields__.keys() - RUN_TIME_FIELDS:
+        if getattr(own, name) != getattr(given, name):
             raise ConfigError(
-                f"the policy of this folder was trained with dms.{field}={getattr(own, field)}, got "
-                f"{getattr(given, field)}; only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
+                f"the policy of this folder was trained with dms.{name}={getattr(own, name)}, got "
+                f"{getattr(given, name)}; only {', '.join(sorted(RUN_TIME_FIELDS))} may differ"
             )
     return given
 
@@ -177,7 +206,7 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
         if source is not None:
             copy_side_files(source.path, folder)
         old = os.listdir(path) if os.path.isdir(path) else []
-        if kept := sorted(SIDE_FILES.intersection(old) - set(os.listdir(folder))):
+        if kept := sorted((SIDE_FILES | LEGAL_FILES).intersection(old) - set(os.listdir(folder))):
             warnings.warn(
                 f"{path} keeps {', '.join(kept)}, which this model does not have; delete them if they belong to "
                 "another model",
@@ -187,7 +216,7 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
 
 def check_save(path: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise ConfigError if `save` would refuse to write to `path`, whatever the model is."""
-    check_folder(os.fspath(path), overwrite, SIDE_FILES)
+    check_folder(os.fspath(path), overwrite, SIDE_FILES | LEGAL_FILES)
 
 
 def folder_writes(model) -> list[Write]:
@@ -225,8 +254,11 @@ def copy_side_files(source: str, folder: str) -> None:
         except ConfigError as why:  # the weights are fine without it
             warnings.warn(f"saving without a tokenizer: {why}", stacklevel=3)
     elif os.path.isdir(source):
-        for name in sorted(SIDE_FILES & set(os.listdir(source))):
-            shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+        for name in sorted((SIDE_FILES | LEGAL_FILES) & set(os.listdir(source))):
+            try:
+                shutil.copyfile(member(source, name), os.path.join(folder, name))
+            except ConfigError as why:  # a link out of the folder must not put a private file into an export
+                warnings.warn(f"saving without {name}: {why}", stacklevel=3)
 
 
 def base_hash(model) -> str:
@@ -247,6 +279,8 @@ def base_hash(model) -> str:
         raise ConfigError(
             f"the base of this model, {source.path}, no longer exists; load the model from where it is now"
         )
+    if source.stamp and source.stamp != _stamp(source.path):  # its hash would be that of other weights than are in use
+        raise ConfigError(f"the weights in {source.path} have changed since this model was loaded; load it again")
     return _source_hash(source.path, _stamp(source.path))
 
 
@@ -274,10 +308,9 @@ def _hash(items) -> str:
 
 
 def _stamp(path: str) -> tuple:
-    """Return the sizes and modification times of a model's files."""
-    files = (
-        [path]
-        if os.path.isfile(path)
-        else [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith((".safetensors", ".json"))]
-    )
-    return tuple((file, os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files)
+    """Return the names, sizes and modification times of the files that hold a model's weights."""
+    files = [path]
+    if os.path.isdir(path):
+        files = [os.path.join(path, n) for n in sorted(os.listdir(path)) if n.endswith(".safetensors") or n == INDEX]
+    status = [(file, os.stat(file)) for file in files if os.path.exists(file)]
+    return tuple((os.path.basename(file), stat.st_size, stat.st_mtime_ns) for file, stat in status)

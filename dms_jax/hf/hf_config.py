@@ -1,22 +1,22 @@
 """Translate `config.json` to ModelConfig and back.
 
-Every key is read (HANDLED), must have one particular value (FIXED), or is known not to change the logits (HARMLESS,
-with the reason). Any other key is refused, because ignoring an unknown key is how a port goes silently wrong. The
-spellings of transformers 4 and 5 are both read. `families` holds what differs between model families, and `dms_keys`
-reads the `dms_*` keys. Begin with `model_config`.
+Every key is read (HANDLED) or known to be harmless at its value, which `config_keys` decides; a file with any other key
+is refused. The spellings of transformers 4 and 5 are both read. `families` holds what differs between model families,
+and `dms_keys` reads the `dms_*` keys. Begin with `model_config`.
 """
 
 import dataclasses
 import os
-from difflib import get_close_matches
 from typing import Any
 
 from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.files import read_json
+from dms_jax.hf.config_keys import refuse_unsupported
 from dms_jax.hf.config_values import flag, positive_number, token_id, token_ids, whole_number
-from dms_jax.hf.dms_keys import FASTDMS_KEYS, READ_KEYS, dms_config, dms_keys, fastdms_metadata
+from dms_jax.hf.dms_keys import FASTDMS_KEYS, READ_KEYS, dms_config, dms_keys, fastdms_metadata, is_fastdms
 from dms_jax.hf.families import FAMILIES, Family
+from dms_jax.hf.folder_files import member
 
 HANDLED = {
     "model_type",
@@ -27,7 +27,6 @@ HANDLED = {
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
-    "hidden_act",
     "rms_norm_eps",
     "rope_theta",
     "rope_scaling",
@@ -44,38 +43,18 @@ HANDLED = {
     "eos_token_id",
     "pad_token_id",
 }
-# The only supported value of each key, which may also be null or missing. Other values need features of the decoder
-# that do not exist.
-FIXED = {
-    "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
-    "rope_interleaved": False,
-    "pruned_heads": {},
-    "add_cross_attention": False,
-    "is_encoder_decoder": False,
-    "is_decoder": False,
-    "tie_encoder_decoder": False,
-    "cross_attention_hidden_size": None,
-    "dms_disable_eviction": False,
+# Further names of what the file already says, or what its model_type says. They must agree.
+SYNONYMS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "num_layers": "num_hidden_layers",
+    "n_vocab": "vocab_size",
+    "num_kv_heads": "num_key_value_heads",
 }
-HARMLESS = {
-    "names and versions": "architectures auto_map transformers_version transformers.js_config finetuning_task "
-    "task_specific_params problem_type tokenizer_class prefix is_llama_config unsloth_fixed unsloth_version "
-    "model_name",
-    "the tensors carry their own dtype": "torch_dtype dtype use_bfloat16",
-    "training only": "attention_dropout initializer_range tf_legacy_loss id2label label2id num_labels",
-    "how to run, not what to compute": "use_cache pretraining_tp torchscript chunk_size_feed_forward return_dict "
-    "output_attentions output_hidden_states output_router_logits",
-    "generation defaults, which old files keep here": "bad_words_ids begin_suppress_tokens decoder_start_token_id "
-    "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
-    "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups "
-    "num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate "
-    "sep_token_id suppress_tokens temperature top_k top_p typical_p",
-    "run-time settings of NVIDIA's own cache": "dms_manual_inference_mode dms_chunked_prefill "
-    "dms_paged_attention_block_size dms_preallocate_for_tokens",
-}
-HARMLESS_KEYS = {key for keys in HARMLESS.values() for key in keys.split()}
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+QK_NORM_KEYS = ("qk_norm", "use_qk_norm", "use_qk_layernorm", "qk_layernorm")
+QKV_BIAS_KEYS = ("qkv_bias", "use_qkv_bias", "add_qkv_bias", "attention_qkv_bias")
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "original_max_position_embeddings"}
 ROPE_KIND_KEYS = {
     "default": set(),
     "linear": {"factor"},
@@ -83,18 +62,20 @@ ROPE_KIND_KEYS = {
 }
 
 
-def read_folder(folder: str) -> tuple[dict, ModelConfig]:
-    """Return the raw `config.json` of a folder, and its ModelConfig with the stop tokens of
-    `generation_config.json`."""
+def read_folder(folder: str) -> tuple[dict, ModelConfig, str]:
+    """Return the raw `config.json` of a folder, its ModelConfig with the stop tokens of `generation_config.json`, and
+    the name of the file that a policy came from."""
     path, generation = (os.path.join(folder, name) for name in ("config.json", "generation_config.json"))
-    raw = read_json(path)
-    more = read_json(generation).get("eos_token_id") if os.path.lexists(generation) else None
-    fastdms = fastdms_metadata(folder, search_parent=not any(key.startswith("dms_") for key in raw))
+    raw = read_json(member(folder, "config.json"))
+    more = None
+    if os.path.lexists(generation):
+        more = read_json(member(folder, "generation_config.json")).get("eos_token_id")
+    fastdms, origin = fastdms_metadata(folder, raw)
     with naming(path):
         config = model_config(raw, fastdms)
     with naming(generation):
         eos = tuple(dict.fromkeys(config.eos_token_ids + token_ids("eos_token_id", more)))
-    return raw, dataclasses.replace(config, eos_token_ids=eos)
+    return raw, dataclasses.replace(config, eos_token_ids=eos), origin
 
 
 def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
@@ -103,7 +84,13 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     if not isinstance(name, str) or name not in FAMILIES:
         raise ConfigError(f"model_type {shown(name)} is not supported; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    _refuse_unknown(raw)
+    attention_bias = flag(raw, "attention_bias") and "attention_bias" not in family.ignored_keys
+    qkv_bias = attention_bias or family.qkv_bias
+    facts = {key: raw.get(original) for key, original in SYNONYMS.items()}
+    facts |= dict.fromkeys(QK_NORM_KEYS, family.qk_norm) | dict.fromkeys(QKV_BIAS_KEYS, qkv_bias)
+    refuse_unsupported(
+        raw, HANDLED | READ_KEYS | (FASTDMS_KEYS if is_fastdms(raw) or fastdms is not None else set()), facts
+    )
     heads, hidden, layers = (
         whole_number(raw, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
     )
@@ -117,7 +104,6 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
     for key in ("attention_bias", "mlp_bias"):
         if flag(raw, key) and key not in family.extra_keys + family.ignored_keys:
             raise ConfigError(f"{key}=true is not supported: a {name} model has no such bias")
-    attention_bias = flag(raw, "attention_bias") and "attention_bias" not in family.ignored_keys
     kv_heads = (
         heads
         if family.default_kv_heads and raw.get("num_key_value_heads") is None
@@ -139,7 +125,7 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
         rope_scaling=scaling,
         max_position_embeddings=max_positions,
         tie_word_embeddings=flag(raw, "tie_word_embeddings"),  # false is the default of all classes in transformers
-        qkv_bias=attention_bias or family.qkv_bias,
+        qkv_bias=qkv_bias,
         o_bias=attention_bias,
         mlp_bias=flag(raw, "mlp_bias"),
         qk_norm=family.qk_norm,
@@ -203,28 +189,6 @@ def fresh_config(config: ModelConfig) -> dict:
     return raw | {key: extra[key] for key in FAMILIES[config.model_type].extra_keys}
 
 
-def _refuse_unknown(raw: dict) -> None:
-    if raw.get("quantization_config") is not None:
-        raise ConfigError(
-            "quantization_config: quantized weights are not supported; give the unquantized folder (bf16, fp16 or fp32)"
-        )
-    for key, value in FIXED.items():
-        if raw.get(key) is not None and (raw[key] != value or isinstance(raw[key], bool) != isinstance(value, bool)):
-            raise ConfigError(f"{key}={shown(raw[key])} is not supported; only {value!r} is")
-    read = {"quantization_config", *FIXED, *HANDLED, *READ_KEYS}
-    known = read | HARMLESS_KEYS | FASTDMS_KEYS
-    for key in sorted(raw.keys() - known):
-        if key.startswith("_"):  # private to transformers: paths, hashes, attention implementation
-            continue
-        similar = get_close_matches(key, read, n=1)
-        hint = (
-            f"did you mean {similar[0]}?"
-            if similar
-            else "read it in dms_jax/hf/hf_config.py, or list it in HARMLESS there with the reason"
-        )
-        raise ConfigError(f"unknown key `{key}` may change the mathematics; {hint}")
-
-
 def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     """Return theta and the scaling of rotary frequencies.
 
@@ -236,12 +200,12 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
         raise ConfigError("rope_scaling and rope_parameters must be objects or null")
     rope = {key: value for part in given for key, value in part.items() if value is not None}
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != rope.get("type", kind):
+        raise ConfigError(f"rope_type {shown(kind)} and type {shown(rope['type'])} contradict each other; keep one")
     if not isinstance(kind, str) or kind not in ROPE_KIND_KEYS:
         raise ConfigError(f"rope type {shown(kind)} is not supported; supported: {', '.join(ROPE_KIND_KEYS)}")
-    for key in sorted(rope.keys() - ROPE_KEYS - ROPE_KIND_KEYS[kind]):
-        raise ConfigError(f"unknown key `{key}` in the {kind} rope parameters")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor {shown(rope['partial_rotary_factor'])} is not supported; only 1.0 is")
+    with naming(f"the {kind} rope parameters"):
+        refuse_unsupported(rope, ROPE_KEYS | ROPE_KIND_KEYS[kind], {})
     theta = positive_number(rope, "rope_theta", positive_number(raw, "rope_theta", 10000.0))
     if kind == "default":
         return theta, None
@@ -270,14 +234,15 @@ def _sliding_window(raw: dict, family: Family, layers: int) -> int | None:
                 f"layer type {shown(kind)} is not supported; supported: full_attention, sliding_attention"
             )
     window = family.default_window
+    off = "use_sliding_window" in family.extra_keys and not flag(raw, "use_sliding_window")
     if "sliding_window" in raw:
-        window = None if raw["sliding_window"] is None else whole_number(raw, "sliding_window")
+        # 0 is off for a class that knows no window. For Mistral it would hide every key, so it is refused.
+        off = off or raw["sliding_window"] is None or (family.default_window is None and raw["sliding_window"] == 0)
+        window = None if off else whole_number(raw, "sliding_window")
     # The first `max_window_layers` layers have full attention; 28 is the default in transformers.
     full_layers = 28 if raw.get("max_window_layers") is None else whole_number(raw, "max_window_layers", min=0)
-    if "use_sliding_window" in family.extra_keys:
-        enabled = flag(raw, "use_sliding_window")
-        if not enabled or (kinds is None and full_layers >= layers):
-            window = None
+    if "use_sliding_window" in family.extra_keys and (off or (kinds is None and full_layers >= layers)):
+        window = None
     if kinds is not None and "sliding_attention" not in kinds and family.layer_types_decide:
         return None
     if kinds is not None and "sliding_attention" in kinds and window is None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.hf.folder import resolve
+from dms_jax.hf.folder import SIDE_FILES, resolve
+from dms_jax.hf.folder_files import member
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -89,6 +90,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         with tempfile.TemporaryDirectory() as folder:
             write_tokenizer(path, folder)
             return Tokenizer(_read(folder, path), path)
+    for name in sorted(SIDE_FILES & set(os.listdir(path))):
+        member(path, name)  # the library would follow a link out of the folder, and wait for a pipe
     return Tokenizer(_read(path, path), path)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
 from dms_jax.hf.safetensors_files import Tensors, Write, row_chunks, shorten
+from dms_jax.hf.weight_values import refuse_non_finite
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import ModelStructure, abstract_model, flatten
 from dms_jax.sharding import named_sharding
@@ -148,16 +149,22 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
 
 
 def read_model(
-    tensors: Tensors, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None, fresh_evict_head: bool
+    tensors: Tensors,
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    mesh: Mesh | None,
+    fresh_evict_head: bool,
+    allow_non_finite: bool = False,
 ) -> Decoder:
     """Build a Decoder from named tensors, sharded over `mesh` from the start.
 
     Args:
       dtype: the dtype of the base; the evict head is fp32.
       fresh_evict_head: the file has no evict head, so start one that never evicts.
+      allow_non_finite: read NaN, infinities and numbers that overflow as they are.
 
     Raises:
-      ConfigError: tensors are missing, extra or of the wrong shape; the message names them.
+      ConfigError: tensors are missing, extra, of the wrong shape or not finite; the message names them.
     """
     table = entries(config)
     from_file = [entry for entry in table if not (fresh_evict_head and entry.evict)]
@@ -167,7 +174,7 @@ def read_model(
         variable = structure.variables[entry.path]
         placement = _Placement(variable, mesh)
         if entry in from_file:
-            params[entry.path] = placement.build(_reader(tensors, entry, variable))
+            params[entry.path] = placement.build(_reader(tensors, entry, variable, allow_non_finite))
         else:
             fill = 1.0 if entry.path.endswith("norm") else 0.0
             params[entry.path] = placement.build(
@@ -176,7 +183,7 @@ def read_model(
     return structure.build(params)
 
 
-def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> Decoder:
+def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig, allow_non_finite: bool = False) -> Decoder:
     """Build a model of `config` that shares every base array with `model` and reads its evict head from `tensors`."""
     table = [entry for entry in entries(config) if entry.evict]
     check_tensors(tensors, config, table)
@@ -186,7 +193,7 @@ def with_evict_head(model: Decoder, tensors: Tensors, config: ModelConfig) -> De
     structure, head = ModelStructure(abstract_model(config, model.embed[...].dtype)), {}
     for entry in table:
         variable = structure.variables[entry.path]
-        head[entry.path] = _Placement(variable, mesh).build(_reader(tensors, entry, variable))
+        head[entry.path] = _Placement(variable, mesh).build(_reader(tensors, entry, variable, allow_non_finite))
     return structure.build(flatten(model), head)  # replaces the evict head of `model`, if it has one
 
 
@@ -242,17 +249,23 @@ def _check_tied(tensors: Tensors) -> None:
         )
 
 
-def _reader(tensors: Tensors, entry: Entry, variable: nnx.Variable) -> Callable[[tuple[slice, ...]], np.ndarray]:
+def _reader(
+    tensors: Tensors, entry: Entry, variable: nnx.Variable, allow_non_finite: bool
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
     """Make a function that reads the block of one parameter at an index, layer by layer."""
+
+    def read(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        part = tensors.read(name, entry.layout.file_index(index))
+        if not allow_non_finite:
+            refuse_non_finite(name, part, tensors.where)
+        return entry.layout.to_ours(part)
 
     def block(index: tuple[slice, ...]) -> np.ndarray:
         if not entry.stacked:
-            return entry.layout.to_ours(tensors.read(entry.names[0], entry.layout.file_index(index))).astype(
-                variable.dtype
-            )
+            return read(entry.names[0], index).astype(variable.dtype)
         out = np.empty(_extent(index, variable.shape), variable.dtype)
         for row, name in enumerate(entry.names[index[0]]):
-            out[row] = entry.layout.to_ours(tensors.read(name, entry.layout.file_index(index[1:])))
+            out[row] = read(name, index[1:])
         return out
 
     return block

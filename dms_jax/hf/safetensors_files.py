@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -11,11 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import check_target, mode_of_new_file, read_json, replacing, set_mode, write_json
+from dms_jax.files import check_file, check_target, mode_of_new_file, read_json, replacing, set_mode, write_json
+from dms_jax.hf.folder_files import member
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CONTENT_HASH = "content_sha256"  # key in the headers of adapters and caches
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 CHUNK_BYTES = 64 * 2**20
 
@@ -32,13 +34,31 @@ class Tensors(Protocol):
 
 
 class SafetensorsFiles:
-    """The tensors of one or more safetensors files. Only requested slices are read."""
+    """The tensors of one or more safetensors files. Only requested slices are read.
 
-    def __init__(self, where: str, paths: list[str]):
+    `file_of`: the path to read each of these names from, whatever other files hold it too.
+    """
+
+    def __init__(self, where: str, paths: list[str], file_of: dict[str, str] | None = None):
         self.where = where
         self.handles = {path: _open(path) for path in paths}
-        # A handle is not a dict.
-        self.handle_of = {name: handle for handle in self.handles.values() for name in handle.keys()}  # noqa: SIM118
+        files_with: dict[str, list[str]] = {}
+        for path, handle in self.handles.items():
+            for name in handle.keys():  # noqa: SIM118  # a handle is not a dict
+                files_with.setdefault(name, []).append(path)
+        file_of = file_of or {}
+        if absent := sorted(name for name, path in file_of.items() if path not in files_with.get(name, ())):
+            raise ConfigError(
+                f"{INDEX} in {where} names tensors that their files do not contain: {shorten(absent)}; download the "
+                "folder again"
+            )
+        if repeated := sorted(name for name, found in files_with.items() if len(found) > 1):
+            which = " and ".join(os.path.basename(path) for path in files_with[repeated[0]][:2])
+            text = f"{where}: {len(repeated)} tensors are in two files: {shorten(repeated)} in {which}"
+            if undecided := [name for name in repeated if name not in file_of]:
+                raise ConfigError(f"{text}; {INDEX} must say which of them holds {undecided[0]}")
+            warnings.warn(f"{text}; they are read from the file that {INDEX} names", stacklevel=4)
+        self.handle_of = {name: self.handles[file_of.get(name, found[0])] for name, found in files_with.items()}
 
     def names(self) -> Iterable[str]:
         return self.handle_of.keys()
@@ -76,16 +96,36 @@ class SafetensorsFiles:
 
 
 def open_folder(folder: str) -> SafetensorsFiles:
-    """Open the tensors of a model folder: `model.safetensors`, or the shards that the index names."""
+    """Open the tensors of a model folder: `model.safetensors`, or the shards that the index names.
+
+    Other safetensors files beside an index are not read, and a warning names them.
+    """
     index = os.path.join(folder, INDEX)
-    if not os.path.exists(index):
-        if os.path.isfile(os.path.join(folder, "model.safetensors")):
-            return SafetensorsFiles(folder, [os.path.join(folder, "model.safetensors")])
+    if not os.path.lexists(index):
+        if os.path.lexists(os.path.join(folder, SINGLE)):
+            return SafetensorsFiles(folder, [member(folder, SINGLE)])
         found = sorted(name for name in os.listdir(folder) if name.endswith((".safetensors", ".bin", ".pth", ".gguf")))
         raise ConfigError(
-            f"{folder} has neither model.safetensors nor {INDEX}" + (f"; it has {shorten(found)}" if found else "")
+            f"{folder} has neither {SINGLE} nor {INDEX}" + (f"; it has {shorten(found)}" if found else "")
         )
-    file_of = read_json(index).get("weight_map")
+    file_of = _weight_map(folder)
+    files = sorted(set(file_of.values()))
+    unknown = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors") and name not in files)
+    if SINGLE in unknown:
+        raise ConfigError(
+            f"{folder} has both {SINGLE} and {INDEX}, which does not name it, so they are two sets of weights; remove "
+            "the outdated one"
+        )
+    if unknown:
+        warnings.warn(f"{folder}: {shorten(unknown)} is not read, because {INDEX} does not name it", stacklevel=3)
+    paths = {name: member(folder, name) for name in files}
+    return SafetensorsFiles(folder, list(paths.values()), {name: paths[file] for name, file in file_of.items()})
+
+
+def _weight_map(folder: str) -> dict[str, str]:
+    """Return the names of tensors in the index of a folder with their files, all of which exist."""
+    index = os.path.join(folder, INDEX)
+    file_of = read_json(member(folder, INDEX)).get("weight_map")
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{index} has no weight_map")
     # Only plain file names are allowed, because a downloaded index must not make us read outside its folder.
@@ -94,14 +134,9 @@ def open_folder(folder: str) -> SafetensorsFiles:
             f"{index} names {shown(invalid[0])}, which is not a .safetensors file in its folder; download the folder "
             "again"
         )
-    files = sorted(set(file_of.values()))
-    missing = [name for name in files if not os.path.isfile(os.path.join(folder, name))]
-    if missing:
+    if missing := [name for name in sorted(set(file_of.values())) if not os.path.exists(os.path.join(folder, name))]:
         raise ConfigError(f"{folder} lacks {shorten(missing)}, which {INDEX} names; download the folder again")
-    tensors = SafetensorsFiles(folder, [os.path.join(folder, name) for name in files])
-    if missing := sorted(file_of.keys() - tensors.names()):
-        raise ConfigError(f"{INDEX} in {folder} names tensors that its files do not contain: {shorten(missing)}")
-    return tensors
+    return file_of
 
 
 def is_plain_name(name: object) -> bool:
@@ -231,8 +266,9 @@ def write_whole(path: str, tensors: dict[str, np.ndarray], metadata: dict[str, s
 def open_own(path: str | os.PathLike[str], what: str, kind: str, version: str) -> SafetensorsFiles:
     """Open an adapter or cache whose header must have this kind and version; `what` is e.g. "a cache", for messages."""
     path = os.fspath(path)
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise ConfigError(f"{path}: no such {what.split()[-1]} file")
+    check_file(path)
     tensors = SafetensorsFiles(path, [path])
     if tensors.metadata.get("kind") != kind:
         raise ConfigError(f"{path} is not {what} of dms_jax: its header does not have kind={kind}")

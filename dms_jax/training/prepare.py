@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dms_jax.checkpoint import Checkpoints
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.errors import ConfigError
-from dms_jax.hf.folder import base_hash, load, open_source, resolve
+from dms_jax.hf.folder import base_hash, load, open_source, policy_origin, resolve
 from dms_jax.hf.hf_tokenizer import load_tokenizer
 from dms_jax.kernels.head_split import uneven_heads
 from dms_jax.models.decoder import Decoder
@@ -108,7 +108,7 @@ def prepare(config: RetrofitConfig) -> PreparedRun:
         train_rows=train_rows,
         held_out=held_out,
         data=data,
-        notes=(*model_notes(config, base, path, dms, mesh), str(data)),
+        notes=(*model_notes(config, base, path, dms, mesh), *filter(None, [policy_origin(model)]), str(data)),
     )
 
 

@@ -1,6 +1,7 @@
 """`load` and `save`: folders that others can open, tensors that come back bit for bit, and refusals."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import shutil
@@ -262,6 +263,22 @@ def test_hub_id_without_a_network_gives_one_line(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ConfigError, match="someone/model.*Cannot reach the hub$"):
         dms_jax.load("someone/model")
+
+
+def test_second_copies_of_the_weights_in_a_hub_repository_are_not_downloaded(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    names = ["config.json", "model.safetensors", "consolidated.safetensors", "original/params.json", "tokenizer.json"]
+
+    def download(name, *, allow_patterns, ignore_patterns):
+        matches = lambda file, patterns: any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+        wanted.extend(f for f in names if matches(f, allow_patterns) and not matches(f, ignore_patterns))
+        return str(tmp_path)
+
+    wanted = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert folder_module.resolve("someone/model") == str(tmp_path)
+    assert wanted == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
 def test_path_may_be_non_ascii_and_relative(tmp_path, monkeypatch):

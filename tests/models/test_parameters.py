@@ -27,7 +27,7 @@ def test_profile_names_the_parts_of_a_layer(rng):
     model, ids = tiny_model(DMS, num_layers=1), tokens(rng, 1, 12)
     program = jax.jit(lambda ids: model.hard(ids)[0]).lower(ids).as_text(debug_info=True)
     for part in ("qkv", "rope", "evict_head", "attention", "output", "mlp"):
-        assert f"\"{part}/" in program, part
+        assert f'"{part}/' in program, part
 
 
 def test_jitted_method_equals_the_method(rng):
