@@ -8,6 +8,7 @@ for reading, and with `replacing` for writing.
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,41 @@ import yaml
 
 from dms_jax.errors import ConfigError, shown
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each such file begins
+
+
+def regular_file(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError unless `path` is a regular file (after following links).
+
+    A pipe would block until somebody writes to it, and a device such as /dev/zero has no end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as why:  # ValueError: the path contains a NUL character
+        raise ConfigError(f"cannot read {path}: {getattr(why, 'strerror', None) or why}") from why
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        raise ConfigError(f"cannot read {path}: it must be a regular file, got a {kinds.get(stat.S_IFMT(mode), 'device')}")
+
+
+def refuse_lfs_pointer(head: bytes, path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError if `head`, the first bytes of a file, is the stand-in that git-lfs leaves for a large file."""
+    if head.startswith(LFS_POINTER):
+        raise ConfigError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its folder")
+
 
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a UTF-8 file."""
+    regular_file(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        raw = Path(path).read_bytes()
+        refuse_lfs_pointer(raw, path)
+        return raw.decode()
     except UnicodeDecodeError as why:
         line = why.object[: why.start].count(b"\n") + 1
         raise ConfigError(f"cannot read {path}, line {line}: not UTF-8 ({why.reason}); convert the file") from why
-    except (OSError, ValueError) as why:  # ValueError: the path contains a NUL character
-        raise ConfigError(f"cannot read {path}: {why}") from why
+    except OSError as why:
+        raise ConfigError(f"cannot read {path}: {why.strerror or why}") from why
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

@@ -1,6 +1,7 @@
 """Strict reading of JSON, JSON lines and YAML, and atomic replacement of files."""
 
 import json
+import os
 
 import pytest
 
@@ -73,10 +74,30 @@ def test_torn_tail_is_ignored_only_where_allowed(tmp_path, tail):
     assert [value for _, value in read_jsonl(path, torn_tail_ok=True)] == [{"a": 1}, {"b": 2}]
 
 
-def test_unreadable_paths_are_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "absent", "nul\0"):
-        with pytest.raises(ConfigError, match="cannot read"):
+def test_only_regular_files_are_read(tmp_path):
+    """A pipe would block forever, and /dev/zero has no end."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    paths = {
+        tmp_path: "folder",
+        tmp_path / "absent": "No such file",
+        "nul\0": "null",
+        tmp_path / "pipe": "pipe",
+        "/dev/zero": "device",
+        tmp_path / "link": "device",
+    }
+    for path, words in paths.items():
+        with pytest.raises(ConfigError, match=f"^cannot read .*{words}") as refusal:
             read_text(path)
+        assert str(refusal.value).count(str(path)) == 1
+
+
+def test_git_lfs_pointer_is_named_as_one(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
+    for read in (read_json, read_text, read_yaml):
+        with pytest.raises(ConfigError, match="config.json is a git-lfs pointer.*git lfs pull"):
+            read(path)
 
 
 def test_replacing_takes_the_place_of_the_file_on_success_only(tmp_path):
