@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import read_json, replacing, write_json
+from dms_jax.files import check_file, read_json, replacing, write_json
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 CONTENT_HASH = "content_sha256"  # key in the headers of adapters and caches
@@ -120,6 +120,7 @@ def _content_hash(names: Iterable[str], read: Callable[[str], np.ndarray], metad
 def _open(path: str):
     from safetensors import SafetensorError, safe_open
 
+    check_file(path)
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as why:

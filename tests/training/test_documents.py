@@ -35,6 +35,12 @@ def written(path, content):
         ("a <|endoftext|> inside a line is text", ["a <|endoftext|> inside a line is text"]),
         ("\ufeffbom", ["bom"]),
         ("", [""]),
+        ("\n\n\none", ["", "one"]),
+        ("one\n\ntwo\n\n", ["one\n\ntwo"]),
+        ("one\n\n\n \n", ["one"]),
+        ("one\n<|endoftext|> \n\n\n\ntwo\n<|endoftext|>", ["one", "two"]),
+        ("<|endoftext|>\none", ["", "one"]),
+        ("one \r\n  \r\ntwo\r", ["one \n  \ntwo\r"]),
     ],
 )
 def test_txt_splits_at_markers_or_at_two_blank_lines(tmp_path, content, documents):
@@ -50,7 +56,7 @@ def test_jsonl_holds_texts_and_chats(tmp_path):
     ]
     path = written(tmp_path / "ä.jsonl", "\ufeff" + "\r\n".join(lines))
     assert read(path) == ["grüß", CHAT, ""]
-    assert [where for where, _ in read_documents(str(path), KEYS)] == [f"{path}:{number}" for number in (1, 3, 4)]
+    assert [where for where, _ in read_documents(str(path), KEYS)] == [f"{path}, line {n}" for n in (1, 3, 4)]
 
 
 def test_gzip_reads_like_plain_files(tmp_path):
@@ -72,7 +78,7 @@ def test_parquet_reads_like_jsonl(tmp_path):
     with pytest.raises(ConfigError, match=r"c.parquet .*'text' or 'messages'.*data.text_key.*body"):
         read(tmp_path / "c.parquet")
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "d.parquet")
-    with pytest.raises(ConfigError, match="d.parquet: row 1: 'text' must be a string, got int"):
+    with pytest.raises(ConfigError, match="d.parquet: row 1: 'text' must be a string, got 1"):
         read(tmp_path / "d.parquet")
 
 
@@ -91,27 +97,33 @@ def test_npy_is_one_document_or_one_per_row(tmp_path):
 
 GOOD = b'{"text": "fine"}\n'
 BAD_FILES = {
-    "latin1.txt": ("caf\xe9".encode("latin-1"), r"latin1.txt: byte 3 \(0xe9\) is not UTF-8"),
-    "nul.txt": (b"ab\0c", r"nul.txt: byte 2 is NUL"),
-    "line.jsonl": (GOOD + b'{"text": "fine"', r"line.jsonl:2 "),
-    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl:2 "),
-    "list.jsonl": (GOOD + b"[1]", r"list.jsonl:2: .*'text' or 'messages'.*\[1\]"),
-    "twice.jsonl": (GOOD + b'{"text": "a", "text": "b"}', r"twice.jsonl:2 .*'text'"),
-    "latin1.jsonl": (GOOD + b'{"text": "\xe9"}', r"latin1.jsonl:2: byte 10 of the line is not UTF-8"),
-    "nul.jsonl": (GOOD + rb'{"text": "a\u0000b"}', r"nul.jsonl:2: character 1 of 'text' is NUL"),
-    "surrogate.jsonl": (rb'{"text": "a\ud800b"}', r"surrogate.jsonl:1: 'text' holds half of a surrogate pair"),
-    "absent.jsonl": (GOOD + b'{"body": "x"}', r"absent.jsonl:2: .*'text' or 'messages'.*'body'"),
-    "none.jsonl": (b"{}", r"none.jsonl:1: .*'text' or 'messages'"),
-    "number.jsonl": (b'{"text": 5}', r"number.jsonl:1: 'text' must be a string, got int"),
-    "null.jsonl": (b'{"text": null}', r"null.jsonl:1: 'text' must be a string, got NoneType"),
-    "chat.jsonl": (b'{"messages": [{"role": "user"}]}', r"chat.jsonl:1: 'messages' must be a list of"),
-    "chat2.jsonl": (b'{"messages": {"role": "user", "content": "x"}}', r"chat2.jsonl:1: 'messages' must be a list of"),
-    "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:-12], r"cut.jsonl.gz is damaged or not a readable jsonl file"),
+    "latin1.txt": ("caf\xe9".encode("latin-1"), r"latin1.txt, line 1: byte 0xe9 is not UTF-8"),
+    "nul.txt": (b"ab\0c", r"nul.txt, line 1 has a NUL"),
+    "line.jsonl": (
+        GOOD + b'{"text": "fine"',
+        r"line.jsonl, line 2 is not valid JSON: Expecting ',' delimiter at column 16$",
+    ),
+    "deep.jsonl": (GOOD + b"[" * 200_000, r"deep.jsonl, line 2 .*nested"),
+    "list.jsonl": (GOOD + b"[1]", r"list.jsonl, line 2: .*'text' or 'messages'.*\[1\]"),
+    "twice.jsonl": (GOOD + b'{"text": "a", "text": "b"}', r"twice.jsonl, line 2 .*'text'"),
+    "latin1.jsonl": (GOOD + b'{"text": "\xe9"}', r"latin1.jsonl, line 2: byte 0xe9 is not UTF-8"),
+    "nul.jsonl": (GOOD + rb'{"text": "a\u0000b"}', r"nul.jsonl, line 2: character 1 of 'text' is NUL"),
+    "surrogate.jsonl": (rb'{"text": "a\ud800b"}', r"surrogate.jsonl, line 1 holds half of a surrogate pair"),
+    "absent.jsonl": (GOOD + b'{"body": "x"}', r"absent.jsonl, line 2: .*'text' or 'messages'.*'body'"),
+    "none.jsonl": (b"{}", r"none.jsonl, line 1: .*'text' or 'messages'"),
+    "number.jsonl": (b'{"text": 5}', r"number.jsonl, line 1: 'text' must be a string, got 5"),
+    "null.jsonl": (b'{"text": null}', r"null.jsonl, line 1: 'text' must be .*, got null"),
+    "chat.jsonl": (b'{"messages": [{"role": "user"}]}', r"chat.jsonl, line 1: 'messages' must be a list of"),
+    "chat2.jsonl": (
+        b'{"messages": {"role": "user", "content": "x"}}',
+        r"chat2.jsonl, line 1: 'messages' must be a list of",
+    ),
+    "cut.jsonl.gz": (gzip.compress(GOOD * 1000)[:-12], r"cannot read .*cut.jsonl.gz: it is damaged or not a .gz file"),
     "flipped.jsonl.gz": (
         gzip.compress(GOOD)[:10] + b"\xff" * 30,
-        r"flipped.jsonl.gz is damaged or not a readable jsonl file",
+        r"cannot read .*flipped.jsonl.gz: it is damaged or not a .gz file",
     ),
-    "not.txt.gz": (b"plain text", r"not.txt.gz is damaged or not a readable txt file"),
+    "not.txt.gz": (b"plain text", r"cannot read .*not.txt.gz: it is damaged or not a .gz file"),
     "broken.parquet": (b"PAR1 but no more", r"broken.parquet is damaged or not a readable parquet file"),
     "broken.npy": (b"\x93NUMPY then nothing", r"broken.npy is damaged or not a readable npy file"),
 }
