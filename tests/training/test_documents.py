@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import sys
 import types
 
@@ -82,6 +83,60 @@ def test_parquet_reads_like_jsonl(tmp_path):
         read(tmp_path / "d.parquet")
 
 
+def test_tables_hold_the_shapes_of_json_lines(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    tool = {"function": {"name": "clock", "zone": "UTC"}}
+    columns = {
+        "text": [None, "", "plain", None],
+        "messages": [json.dumps(CHAT), json.dumps(CHAT[:1]), None, None],
+        "tools": [[tool], None, None, None],
+    }
+    parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    found = read(tmp_path / "a.parquet")
+    assert found == [CHAT, CHAT[:1], "plain", ""] and found[0].tools == [tool] and found[1].tools is None
+    parquet.write_table(pa.table({"conversations": [[{"from": "human", "value": "hi"}]]}), tmp_path / "b.parquet")
+    assert read(tmp_path / "b.parquet") == [CHAT[:1]]
+    call = {"function": {"name": "clock", "arguments": {"zone": "UTC"}}}
+    other = {"function": {"name": "sum", "arguments": {"n": 1}}}
+    rows = [
+        [CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}],
+        [{"role": "assistant", "tool_calls": [other]}],
+    ]
+    parquet.write_table(pa.table({"messages": rows}), tmp_path / "c.parquet")
+    assert read(tmp_path / "c.parquet") == [
+        [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [call]}],
+        [{"role": "assistant", "content": "", "tool_calls": [other]}],
+    ]
+    twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match="d.parquet must have one column 'text', got 2"):
+        read(tmp_path / "d.parquet")
+
+
+@pytest.mark.parametrize("as_dictionary", [False, True])
+def test_table_that_unpacks_to_a_multiple_of_its_size_is_refused(tmp_path, monkeypatch, as_dictionary):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    column = pa.array(["ab" * 50_000] * 40)
+    parquet.write_table(
+        pa.table({"text": column}), tmp_path / "a.parquet", use_dictionary=as_dictionary, compression="zstd"
+    )
+    assert len(read(tmp_path / "a.parquet")) == 40
+    monkeypatch.setattr("dms_jax.files.MAX_LINE", 10_000)
+    with pytest.raises(ConfigError, match="a.parquet unpacks to more than 100 times its size"):
+        read(tmp_path / "a.parquet")
+
+
+def test_document_has_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr("dms_jax.training.data.documents.MAX_LINE", 100)
+    assert len(read(written(tmp_path / "a.txt", ("a" * 40 + "\n\n\n") * 9))) == 9
+    with pytest.raises(ConfigError, match=r"b.txt must have documents of at most .*<\|endoftext\|>"):
+        read(written(tmp_path / "b.txt", ("a" * 40 + "\n\n") * 9))
+
+
 def test_missing_pyarrow_names_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ConfigError, match=r'a.parquet needs pyarrow: pip install "dms-jax\[data\]"'):
@@ -160,10 +215,63 @@ def test_folder_is_replaced_by_its_files(tmp_path):
     assert expand_paths((str(tmp_path), "hf:name")) == [*map(str, wanted), "hf:name"]
 
 
+def test_hidden_files_and_links_out_of_a_folder_are_not_read_and_counted(tmp_path):
+    """Hidden folders hold copies that an editor made, licenses of installed packages, or the history of the text."""
+    root, outside = tmp_path / "data", written(tmp_path / "out.txt", "x")
+    for name in (
+        ".ipynb_checkpoints/a.txt",
+        ".venv/lib/b.txt",
+        "sub/.git/c.txt",
+        ".hidden.txt",
+        "a.txt",
+        "sub/b.jsonl",
+    ):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        written(root / name, "x")
+    (root / "README.md").write_text("about")
+    (root / "meta.json").write_text("{}")
+    (root / "inside.txt").symlink_to(root / "a.txt")
+    (root / "outside.txt").symlink_to(outside)
+    (root / "loop").symlink_to(root)
+    said = []
+    wanted = [str(root / name) for name in ("a.txt", "inside.txt", "sub/b.jsonl")]
+    assert expand_paths((str(root),), said.append) == wanted
+    (line,) = said
+    for words in ("4 hidden", "1 links that leave it", "1 linked folders", "1 of other kinds", "1 .json beside"):
+        assert words in line
+    named = (str(root / ".hidden.txt"), str(root / "outside.txt"), str(root / "meta.json"))
+    assert expand_paths(named, said.append) == list(named) and len(said) == 1
+    assert expand_paths((str(root / ".venv"),), said.append) == [str(root / ".venv/lib/b.txt")] and len(said) == 1
+    (tmp_path / "chats").mkdir()
+    only = written(tmp_path / "chats" / "a.json", "[]")
+    assert expand_paths((str(tmp_path / "chats"),)) == [str(only)]
+
+
+def test_links_to_the_blobs_of_a_hub_cache_are_read(tmp_path):
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "c0ffee" / "data"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "datasets--a--b" / "blobs").mkdir()
+    (snapshot / "a.txt").symlink_to(written(tmp_path / "datasets--a--b" / "blobs" / "123", "x"))
+    assert expand_paths((str(snapshot),)) == [str(snapshot / "a.txt")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.npy", "a.parquet"])
+def test_stand_ins_of_git_lfs_are_named(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(ConfigError, match=f"{name} is a git-lfs pointer"):
+        read(written(tmp_path / name, pointer))
+
+
+def test_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(ConfigError, match="a.txt: it must be a regular file, got a pipe"):
+        expand_paths((str(tmp_path / "a.txt"),))
+
+
 def test_paths_that_lead_nowhere_are_named(tmp_path):
     with pytest.raises(ConfigError, match="absent.txt"):
         expand_paths((str(tmp_path / "absent.txt"),))
-    with pytest.raises(ConfigError, match=r"a.pdf .*\.txt, .*hf:NAME"):
+    with pytest.raises(ConfigError, match=r"a.pdf .*\.txt, .*hf:NAME.*save its text as \.txt"):
         expand_paths((str(written(tmp_path / "a.pdf", "x")),))
     with pytest.raises(ConfigError, match=r"\.txt"):
         expand_paths((str(tmp_path),))

@@ -131,3 +131,11 @@ def test_shipped_configs_are_valid_and_begin_with_their_command(file):
 def test_number_that_is_not_finite_is_refused_as_such():
     with pytest.raises(ConfigError, match="initial_cr.*finite"):
         RetrofitConfig(initial_cr=float("inf"))
+
+
+@pytest.mark.parametrize("assignments", [["loss=5", "loss.scope=layer"], ["loss.scope=layer", "loss=5"]])
+def test_key_with_a_value_and_with_keys_below_it_is_refused(assignments):
+    """The later one would drop the earlier one."""
+    with pytest.raises(ConfigError, match="`loss` is given both as 5 and by keys below it"):
+        read_config(None, assignments, None)
+    assert read_config(None, ["data=a.txt", "data.rows=packed"], None).data.rows == "packed"

@@ -1,4 +1,4 @@
-"""What training text is cached under: the folder, and the content of the files."""
+"""The cache of training text: its folder, and how it knows the content of the files."""
 
 import hashlib
 import os
