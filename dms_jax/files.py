@@ -26,6 +26,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"  # how each such fil
 MAX_FILE = 2**30  # bytes of a text that is read as a whole
 MAX_LINE = 2**28  # bytes of a line, and of a document of training text
 MAX_RATIO = 100  # of the bytes in a compressed file, above MAX_LINE, to its size
+LINE_COST = 16
 MAX_DEPTH = 500  # of brackets in JSON; how many Python itself can take depends on its version
 PACKINGS = (".gz", ".zst")
 RECORD_KINDS = (".jsonl", ".ndjson", ".json")
@@ -79,7 +80,10 @@ def unpacked_limit(path: str | os.PathLike[str]) -> int:
 
 
 class _Bounded(io.RawIOBase):
-    """A stream that raises ConfigError(complaint) instead of giving more than `limit` bytes."""
+    """A stream that raises ConfigError(complaint) instead of giving more than `limit` bytes.
+
+    A line counts as LINE_COST more, because even an empty one takes time.
+    """
 
     def __init__(self, inner: Any, limit: int, complaint: str):
         self.inner, self.left, self.complaint = inner, limit, complaint
@@ -89,7 +93,7 @@ class _Bounded(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         count = self.inner.readinto(buffer)
-        self.left -= count
+        self.left -= count + LINE_COST * bytes(buffer[:count]).count(b"\n")
         if self.left < 0:
             raise ConfigError(self.complaint)
         return count

@@ -11,7 +11,6 @@ The first two lines also read .gz and .zst files. Only one document is in memory
 
 import io
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -38,6 +37,7 @@ from dms_jax.files import (
 PACKABLE = (".txt", *RECORD_KINDS)
 KINDS = (*(kind + packing for kind in PACKABLE for packing in ("", *PACKINGS)), ".parquet", ".npy")
 KINDS_SHOWN = f"{', '.join(PACKABLE)} (each also .gz or .zst), .parquet or .npy"
+MARK = "<|endoftext|>"
 BATCH_ROWS = 256  # of a table in memory
 
 
@@ -141,18 +141,18 @@ def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
 def _parts(name: str) -> Iterator[str]:
     """Yield the text between the marks, or, in a text without marks, between two or more blank lines."""
     by_mark = any(_is_mark(line) for line in _text_lines(name))
-    part, blank = io.StringIO(), list[str]()  # `blank`: the blank lines just before, of which two are enough to know
+    part, blanks, blank = io.StringIO(), 0, ""  # the number of blank lines just before, and the last of them
     for at, line in enumerate(_text_lines(name)):
         is_mark = by_mark and _is_mark(line)
         if not by_mark and at and line.endswith("\n") and not line.strip(" \t\n"):
-            blank = [*blank[:1], line]
+            blanks, blank = blanks + 1, line
             continue
-        if is_mark or len(blank) > 1:
+        if is_mark or blanks > 1:
             yield part.getvalue().strip("\n")
             part = io.StringIO()
-        else:
-            part.write("".join(blank))
-        blank = []
+        elif blanks:
+            part.write(blank)
+        blanks = 0
         part.write("" if is_mark else line)
         if part.tell() > MAX_LINE:
             raise ConfigError(
@@ -163,7 +163,7 @@ def _parts(name: str) -> Iterator[str]:
 
 
 def _is_mark(line: str) -> bool:
-    return re.fullmatch(r"<\|endoftext\|>[ \t]*\n?", line) is not None
+    return line.startswith(MARK) and not line[len(MARK) :].strip(" \t\n")
 
 
 def _text_lines(name: str) -> Iterator[str]:
