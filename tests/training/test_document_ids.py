@@ -2,6 +2,7 @@
 that were hashed."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -112,11 +113,12 @@ class Meddler(ControlTokenizer):
         return super().encode(text, control_tokens=control_tokens)
 
 
-@pytest.mark.parametrize("contents", [["changed"], ["cccc"]])
+@pytest.mark.parametrize("contents", [["changed"], ["cccc"], ["cccc", "bbbb"]])
 def test_file_that_changes_after_it_was_hashed_is_refused_and_not_cached(tmp_path, config, contents):
     """Under the hash of the first content, the cache would serve the second one from then on."""
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(name * 4)
+        os.utime(tmp_path / f"{name}.txt", (0, 0))
     paths = (str(tmp_path / "a.txt"), str(tmp_path / "b.txt"))
     with pytest.raises(ConfigError, match="b.txt changed while it was read; run again"):
         tokenize(paths, config, Meddler(tmp_path / "b.txt", contents), VOCAB)
