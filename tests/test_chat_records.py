@@ -149,7 +149,7 @@ def test_prompts_have_the_shapes_of_training_records(tmp_path, name):
     prompts = read_prompts(str(tmp_path / name))
     assert [prompt.content for prompt in prompts] == ["one", [USER], [USER], [USER]]
     assert [prompt.record for prompt in prompts] == records
-    assert [getattr(prompt.content, "tools", None) for prompt in prompts] == [None, [TOOL], None, None]
+    assert [prompt.tools for prompt in prompts] == [None, [TOOL], None, None]
 
 
 @pytest.mark.parametrize(

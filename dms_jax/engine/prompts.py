@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dms_jax.chat_records import prompt_of
+from dms_jax.chat_records import Chat, prompt_of
 from dms_jax.errors import ConfigError
 from dms_jax.files import RECORD_KINDS, kind_of, kinds_allowed, read_records, read_text
 
@@ -25,6 +25,7 @@ class Prompt:
     content: str | list[dict]  # text, or chat messages
     where: str
     record: object = None  # the input line, which is written next to the result
+    tools: list | None = None  # the tools of a chat, for the template
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -43,7 +44,8 @@ def read_prompts(path: str) -> list[Prompt]:
         lines = enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1)
         prompts = [Prompt(line, f"{path}, line {number}", line) for number, line in lines if line.strip()]
     else:
-        prompts = [Prompt(prompt_of(record, where), where, record) for where, record in read_records(path)]
+        found = [(prompt_of(record, where), where, record) for where, record in read_records(path)]
+        prompts = [Prompt(*one, tools=one[0].tools if isinstance(one[0], Chat) else None) for one in found]
     if not prompts:
         raise ConfigError(f"{path} must hold at least one prompt, got none")
     return prompts
@@ -72,13 +74,9 @@ class Encoder:
 
             return self.tokenizer.encode(content) if self.continues else prompt_ids(self.tokenizer, content)
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else content
-        tools = getattr(content, "tools", None)  # of a `chat_records.Chat`
         if self.continues:
-            if tools:
-                raise ConfigError("tools must be given in the first turn of a conversation, got them in a later one")
             return next_turn(self.tokenizer, self.system, messages)
-        options = {"tools": tools} if tools else {}
-        return self.tokenizer.encode_chat(with_system(self.system, messages), reply=True, **options)
+        return self.tokenizer.encode_chat(with_system(self.system, messages), reply=True)
 
 
 def next_turn(tokenizer, system: str | None, messages: list[dict], ended_by: int | None = None) -> np.ndarray:
