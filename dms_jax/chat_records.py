@@ -97,7 +97,7 @@ def prompt_of(record: object, where: str) -> str | Chat:
         return record[key]
     chat = _chat(record, key, where)
     if not chat:
-        raise ConfigError(f"{where}: {key!r} must hold at least one message, got none")
+        raise ConfigError(f"{where}: {key!r} must be a list of at least one message, got an empty one")
     return chat
 
 
@@ -115,7 +115,7 @@ def _pair(record: dict, where: str) -> str | Chat:
 
 def _chat(record: dict, key: str, where: str) -> Chat:
     value = record[key]
-    if isinstance(value, str):
+    if isinstance(value, str) and value.lstrip().startswith("["):
         value = parse_json(value, f"{where}: {key!r}")
     shape = f"{where}: {key!r} must be a list of {{'role': str, 'content': str}}"
     if not isinstance(value, list):

@@ -139,7 +139,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _not_utf8(where: str, why: UnicodeDecodeError) -> ConfigError:
-    return ConfigError(f"cannot read {where}: byte {why.object[why.start]:#04x} is not UTF-8; convert it with iconv")
+    return ConfigError(f"cannot read {where}: not UTF-8 (byte {why.object[why.start]:#04x}); convert it with iconv")
 
 
 def read_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, str]]:
@@ -183,7 +183,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
         line = f"line {why.lineno}, " if why.lineno > 1 else ""
         raise ConfigError(f"{where} is not valid JSON: {why.msg} at {line}column {why.colno}") from why
     except UnicodeEncodeError as why:
-        raise ConfigError(f"{where} holds half of a surrogate pair, which is not a character; clean the text") from why
+        raise ConfigError(f"{where} holds half of a surrogate pair, which is not valid UTF-8; clean the text") from why
     except ValueError as why:  # bytes that are not UTF-8, a number of thousands of digits, a duplicate key
         reason = str(why).partition("; use sys.")[0]  # Python's advice is for programmers
         raise ConfigError(f"{where} is not valid JSON: {reason}") from why

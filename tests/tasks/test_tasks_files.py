@@ -142,7 +142,7 @@ BAD = {
     "half.jsonl": (r'{"question": "x", "answer": "#### 1", "\ud800": 1}', r"half.jsonl, line 1 .*surrogate"),
     "digits.jsonl": ('{"question": ' + "1" * 5000 + "}", r"digits.jsonl, line 1 .*digits"),
     "item.json": ('[{"question": "x", "answer": "#### 1"}, 2]', r"item.json, item 2: .*got 2"),
-    "latin.jsonl": (b'{"question": 1}\n{"question": "\xe9"}', r"latin.jsonl, line 2: byte 0xe9 is not UTF-8"),
+    "latin.jsonl": (b'{"question": 1}\n{"question": "\xe9"}', r"latin.jsonl, line 2: not UTF-8 \(byte 0xe9\)"),
     "twice.jsonl": ('{"question": "x", "question": "y"}', r"twice.jsonl, line 1 .*'question'"),
     "cut.jsonl.gz": (gzip.compress(b'{"question": 1}' * 99)[:-12], r"cannot read .*cut.jsonl.gz"),
     "not.jsonl.gz": ("{}", r"cannot read .*not.jsonl.gz"),
