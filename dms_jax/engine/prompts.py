@@ -4,13 +4,13 @@ Errors are `ConfigError`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dms_jax.chat_records import Chat, prompt_of
 from dms_jax.errors import ConfigError
-from dms_jax.files import read_jsonl, read_text
+from dms_jax.files import RECORD_KINDS, kind_of, kinds_allowed, read_records, read_text
 
 if TYPE_CHECKING:  # it loads JAX
     from dms_jax.hf.hf_tokenizer import Tokenizer
@@ -25,46 +25,30 @@ class Prompt:
     content: str | list[dict]  # text, or chat messages
     where: str
     record: object = None  # the input line, which is written next to the result
+    tools: list | None = None  # the tools of a chat, for the template
 
 
 def read_prompts(path: str) -> list[Prompt]:
     """Read a file of prompts, skipping blank lines.
 
-    A .txt file has one prompt per line; a .jsonl file has one object per line, with "prompt" or "messages".
+    A .txt file has one prompt per line; a .jsonl, .ndjson or .json file has records of the shapes that
+    `chat_records.prompt_of` reads. Each may be packed (.gz, .zst).
     """
-    kind = Path(path).suffix.lower()
-    if kind not in (".txt", ".jsonl"):
-        raise ConfigError(
-            "--prompts must be a .txt file (a prompt on each line) or a .jsonl file "
-            f"(an object with prompt or messages on each line), got {path}"
+    kind = kind_of(path, (".txt", *RECORD_KINDS))
+    if not kind:
+        kinds = (
+            ".txt (a prompt on each line) or .jsonl (an object with prompt or messages on each line), .ndjson, .json"
         )
-    if kind == ".jsonl":
-        prompts = [_from_record(record, where) for where, record in read_jsonl(path)]
-    else:
+        raise ConfigError(f"--prompts {kinds_allowed(path, kinds)}")
+    if kind == ".txt":
         lines = enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1)
         prompts = [Prompt(line, f"{path}, line {number}", line) for number, line in lines if line.strip()]
+    else:
+        found = [(prompt_of(record, where), where, record) for where, record in read_records(path)]
+        prompts = [Prompt(*one, tools=one[0].tools if isinstance(one[0], Chat) else None) for one in found]
     if not prompts:
         raise ConfigError(f"{path} must hold at least one prompt, got none")
     return prompts
-
-
-def _from_record(record: object, where: str) -> Prompt:
-    if not isinstance(record, dict) or len({"prompt", "messages"} & record.keys()) != 1:
-        raise ConfigError(f'{where}: a line must be an object with either "prompt" (text) or "messages" (a chat)')
-    if "prompt" in record:
-        if not isinstance(record["prompt"], str) or not record["prompt"]:
-            raise ConfigError(f'{where}: "prompt" must be non-empty text')
-        return Prompt(record["prompt"], where, record)
-    messages = record["messages"]
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ConfigError(
-            f'{where}: "messages" must be a list of at least one {{"role": ..., "content": ...}}, both of them text'
-        )
-    return Prompt(messages, where, record)
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.errors import ConfigError, naming
-from dms_jax.files import read_json, write_json
+from dms_jax.files import parse_json, read_json, write_json
 from dms_jax.hf import hf_config
 from dms_jax.hf.folder_files import member
 from dms_jax.hf.folder_swap import check_folder, replacing_folder
@@ -196,7 +196,7 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
             "Model-Optimizer",
             stacklevel=2,
         )
-    original = json.loads(source.config_json) if source and source.config_json else None
+    original = parse_json(source.config_json, source.path) if source and source.config_json else None
     if jax.process_index() != 0:  # every process must take part in gathering a sharded array
         write_folder("", folder_writes(model), shard_bytes, writer=False)
         return

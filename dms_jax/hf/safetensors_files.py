@@ -156,6 +156,7 @@ def _content_hash(names: Iterable[str], read: Callable[[str], np.ndarray], metad
 def _open(path: str):
     from safetensors import SafetensorError, safe_open
 
+    check_file(path)
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as why:

@@ -8,7 +8,8 @@ import re
 from dms_jax.tasks.answer_form import DECIMAL, normal_form
 
 NUMBER = rf"(?:(?<![\w)])-)?\\?\$?(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|{DECIMAL})(?:/\d+)?"
-ANSWER_IS = r"(?i)\banswer\s*(?:is\s*:?|:|=)[\s*]*(?=\S)"
+# Possessive quantifiers keep the time linear: the text comes from a model, and a run of blanks has many divisions.
+ANSWER_IS = r"(?i)\banswer\s*+(?:is\s*+:?|:|=)[\s*]*(?=\S)"
 
 
 def after_thinking(text: str) -> str:
@@ -32,21 +33,21 @@ def math_answer(text: str) -> str:
 
 def last_boxed(text: str) -> str | None:
     r"""Return the content of the last \boxed{...} that is closed and not empty; None if there is none."""
-    for start in reversed([found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]):
-        inside = _until_closed(text[start:])
-        if inside.strip():
-            return inside
-    return None
+    starts = [found.end() for found in re.finditer(r"\\f?boxed\s*\{", text)]
+    ends = _ends(text) if starts else {}
+    inside = (text[start : ends[start]] for start in reversed(starts) if start in ends)
+    return next((content for content in inside if content.strip()), None)
 
 
-def _until_closed(text: str) -> str:
-    """Return the text before the brace that closes the one in front of it; "" if it is not closed."""
-    depth = 1
+def _ends(text: str) -> dict[int, int]:
+    """Return the position of the brace that closes each brace, by the position after the opening one."""
+    ends, open_braces = {}, []
     for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ is not a brace
-        depth += {"{": 1, "}": -1}.get(found.group(), 0)
-        if depth == 0:
-            return text[: found.start()]
-    return ""
+        if found.group() == "{":
+            open_braces.append(found.end())
+        elif found.group() == "}" and open_braces:
+            ends[open_braces.pop()] = found.start()
+    return ends
 
 
 def _formula(line: str) -> str:

@@ -13,9 +13,7 @@ input and prints the output. With "functional", each line of the input is the JS
 """
 
 import base64
-import io
-import json
-import pickle
+import pickletools
 import secrets
 import zlib
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any, NamedTuple
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import MAX_FILE, parse_json
 from dms_jax.tasks.code_runner import PASSED, generated_code, require_run_code, run_program
 from dms_jax.tasks.problem import Problem, TaskOptions
 from dms_jax.tasks.records import Record, chosen, read_records
@@ -42,6 +41,9 @@ CALL = (
 )
 READS = "The program reads the input from stdin and prints the output to stdout."
 REQUEST = "Write a Python program that solves this. {how} Give the whole program in one ```python block."
+
+TEXTS = ("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")  # operations of a pickled text ...
+FRAMES = ("PROTO", "FRAME", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "STOP")  # ... and those around it
 
 
 class CodeTest(NamedTuple):
@@ -68,7 +70,7 @@ class LiveCode:
 
     def _problem(self, record: Record, options: TaskOptions) -> Problem:
         tests = _tests(record)
-        starter = record.value.get("starter_code") or ""
+        starter = record.text("starter_code") if record.value.get("starter_code") else ""
         how = f"Start from this:\n\n```python\n{starter}\n```\n\n" if starter else READS
         prompt = f"{record.text('question_content').strip()}\n\n{REQUEST.format(how=how)}"
         limit = options.max_new_tokens or self.max_new_tokens
@@ -102,8 +104,8 @@ def passes(code: str, test: CodeTest) -> bool:
         return same_output(output, test.wanted)
     parts = output.split(token)
     try:
-        return len(parts) == 3 and json.loads(parts[1]) == json.loads(test.wanted)
-    except (ValueError, RecursionError):
+        return len(parts) == 3 and parse_json(parts[1], "the result") == parse_json(test.wanted, "the output")
+    except ConfigError:
         return False
 
 
@@ -126,7 +128,7 @@ def _tests(record: Record) -> tuple[CodeTest, ...]:
     cases = _cases(record, "public_test_cases") + _cases(record, "private_test_cases")
     try:
         metadata = record.value.get("metadata") or {}
-        metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+        metadata = parse_json(metadata, "metadata") if isinstance(metadata, str) else metadata
         name = metadata.get("func_name", "")
         tests = tuple(
             CodeTest(case["input"], case["output"], name if case.get("testtype") == "functional" else "")
@@ -138,7 +140,7 @@ def _tests(record: Record) -> tuple[CodeTest, ...]:
             if not name:
                 raise KeyError("func_name")
             for test in tests:
-                json.loads(test.wanted)
+                parse_json(test.wanted, "the output")
     except (AttributeError, KeyError, TypeError, ValueError) as why:
         raise ConfigError(
             f"{record.where}: the test cases must have the format of LiveCodeBench ({type(why).__name__}: {why})"
@@ -154,20 +156,26 @@ def _cases(record: Record, key: str) -> list[dict[str, Any]]:
     cases = record.value.get(key) or []
     try:
         if isinstance(cases, str):
-            cases = json.loads(cases if cases.lstrip().startswith("[") else _unpacked(cases))
+            cases = parse_json(cases if cases.lstrip().startswith("[") else _unpacked(cases), "its text")
         if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
             raise TypeError("it must be a list of objects")
-    except (EOFError, TypeError, ValueError, pickle.UnpicklingError, zlib.error) as why:
+    except (EOFError, TypeError, ValueError, zlib.error) as why:
         raise ConfigError(f"{record.where}: cannot read {key!r} ({type(why).__name__}: {why})") from why
     return cases
 
 
-class _TextOnly(pickle.Unpickler):
-    """An unpickler that refuses every pickle that names something to call, which a pickled string never does."""
-
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, which no list of tests does")
-
-
 def _unpacked(packed: str) -> str:
-    return _TextOnly(io.BytesIO(zlib.decompress(base64.b64decode(packed)))).load()
+    """Return the text in a pickle without unpickling it, which could call anything and ask for any amount of memory."""
+    unpack = zlib.decompressobj()
+    raw = unpack.decompress(base64.b64decode(packed), MAX_FILE)
+    if not unpack.eof:
+        raise ValueError(f"it is cut short, or unpacks to more than {MAX_FILE // 2**20} MiB")
+    texts = []
+    for operation, argument, _ in pickletools.genops(raw):
+        if operation.name in TEXTS:
+            texts.append(str(argument))
+        elif operation.name not in FRAMES:
+            raise ValueError(f"it asks for {operation.name}, which no pickled text does")
+    if len(texts) != 1:
+        raise ValueError(f"it must be one pickled text, got {len(texts)}")
+    return texts[0]

@@ -73,7 +73,7 @@ class MultipleChoice:
         if boxed is not None:
             found = re.match(r"\(?([A-J])(?![A-Za-z])", normal_form(boxed))
             return found[1] if found else ""
-        stated = re.findall(r"(?i:\banswer\s*(?:is\s*:?|:|=))[\s*(]*([A-J])(?![A-Za-z])", text)
+        stated = re.findall(r"(?i:\banswer\s*+(?:is\s*+:?|:|=))[\s*(]*+([A-J])(?![A-Za-z])", text)
         alone = re.match(r"\s*[*(]*([A-J])(?:[).:*]|\s*$)", text)
         return stated[-1] if stated else alone[1] if alone else ""
 

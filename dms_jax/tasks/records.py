@@ -1,18 +1,15 @@
 """Read records of problems from files or from the hub. Each record knows its place, so that errors can name it."""
 
-import gzip
 import random
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import parse_json
+from dms_jax.files import RECORD_KINDS, kind_of, kinds_allowed
+from dms_jax.files import read_records as records_in
 from dms_jax.hf.hub_dataset import open_dataset
 from dms_jax.tasks.problem import TaskOptions
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json")
 
 
 class Record(NamedTuple):
@@ -39,18 +36,17 @@ class Record(NamedTuple):
 
 
 def read_records(data: str) -> list[Record]:
-    """Read all records of a .jsonl, .jsonl.gz or .json file (a list of objects), or of an hf:NAME[:CONFIG][:SPLIT]
-    dataset. Raises ConfigError."""
+    """Read all records of a .jsonl, .ndjson or .json file, packed (.gz, .zst) or not, or of an
+    hf:NAME[:CONFIG][:SPLIT] dataset. Raises ConfigError."""
     if data.startswith("hf:"):
         values: Iterator[tuple[str, Any]] = (
             (f"{data}: row {number}", value) for number, value in enumerate(open_dataset(data), 1)
         )
-    elif data.lower().endswith(SUFFIXES):
-        values = _values(data)
+    elif kind_of(data, RECORD_KINDS):
+        values = records_in(Path(data).expanduser())
     else:
-        raise ConfigError(
-            f"--data must be a file whose name ends in {', '.join(SUFFIXES)}, or hf:NAME[:CONFIG][:SPLIT], got {data}"
-        )
+        kinds = f"{', '.join(RECORD_KINDS)} (each also .gz or .zst), or be hf:NAME[:CONFIG][:SPLIT]"
+        raise ConfigError(f"--data {kinds_allowed(data, kinds)}")
     records = []
     for where, value in values:
         if not isinstance(value, dict):
@@ -67,26 +63,3 @@ def chosen(records: list[Record], options: TaskOptions) -> list[Record]:
         raise ConfigError(f"--count must be at least 1, got {options.count}")
     order = random.Random(f"{options.seed}/records").sample(range(len(records)), len(records))
     return [records[index] for index in sorted(order[: options.count])]
-
-
-def _values(path: str) -> Iterator[tuple[str, Any]]:
-    try:
-        content = Path(path).expanduser().read_bytes()
-        content = gzip.decompress(content) if path.lower().endswith(".gz") else content
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as why:
-        line = why.object[: why.start].count(b"\n") + 1
-        raise ConfigError(
-            f"{path}, line {line}: byte {why.object[why.start]:#04x} is not UTF-8; convert the file with iconv"
-        ) from why
-    except (OSError, EOFError, zlib.error) as why:
-        raise ConfigError(f"cannot read {path}: {getattr(why, 'strerror', None) or why}") from why
-    if path.lower().endswith(".json"):
-        whole = parse_json(text, path)
-        if not isinstance(whole, list):
-            raise ConfigError(f"{path} must hold a list of objects, got {shown(whole)}")
-        yield from ((f"{path}, item {number}", value) for number, value in enumerate(whole, 1))
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                yield f"{path}, line {number}", parse_json(line, f"{path}, line {number}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.files import check_target, replacing
+from dms_jax.files import check_target, parse_json, replacing
 from dms_jax.provenance import versions
 
 
@@ -95,7 +95,7 @@ def read_records(path: Path) -> list[dict]:
 def _record(line: bytes) -> dict | None:
     """Return the object in a line, or None for a damaged line, such as one that a killed run was writing."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line, "a line")
+    except ConfigError:
         return None
     return record if isinstance(record, dict) else None

@@ -3,10 +3,11 @@
 import dataclasses
 import json
 
+from dms_jax.config_reader import merge
 from dms_jax.errors import ConfigError
 from dms_jax.training.metrics import run_header
 from dms_jax.training.prepare import PreparedRun
-from dms_jax.training.retrofit_config import differences
+from dms_jax.training.retrofit_config import RetrofitConfig, differences
 from dms_jax.training.step import TrainState
 
 
@@ -45,7 +46,11 @@ def checkpoint_metadata(run: PreparedRun) -> dict:
 
 def saved_config(run: PreparedRun) -> dict:
     """Return the configuration as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(run.config)))
+    return _plain(run.config)
+
+
+def _plain(config: RetrofitConfig) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> None:
@@ -53,7 +58,9 @@ def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> 
     where = run.output / "checkpoints"
     if metadata.get("base_hash") != run.base_hash:
         raise ConfigError(f"{where} was trained on another base model; use that model, or another --set output=FOLDER")
-    changed = differences(metadata.get("config", {}), saved_config(run))
+    saved = _plain(RetrofitConfig())  # for keys that are newer than the checkpoint
+    merge(saved, metadata.get("config", {}))
+    changed = differences(saved, saved_config(run))
     same_data = metadata.get("data_hash", run.data.content_hash) == run.data.content_hash
     if not changed and not same_data:  # the paths are equal, but the contents differ
         changed = ["data: other data under the same paths"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from dms_jax.config import DMSConfig, ImplementationName
 from dms_jax.config_reader import Above, AtLeast, Between, build, check_ranges, merge, parse_assignment
-from dms_jax.errors import ConfigError, naming
+from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.files import read_yaml
 from dms_jax.training.data.token_store import DataConfig
 
@@ -197,6 +197,7 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
     for layer in (read_yaml(path) if path else {}, *map(parse_assignment, assignments)):
         if not isinstance(layer.get("data", {}), dict):
             layer["data"] = {"paths": layer["data"]}  # `data: FILE`
+        _refuse_contradiction(given, layer)
         merge(given, layer)
     if mesh is not None:
         given["mesh"] = mesh
@@ -207,6 +208,17 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
     merge(merged, given)
     with naming(path + (" and --set" if assignments else "")) if path else contextlib.nullcontext():
         return build(RetrofitConfig, merged)
+
+
+def _refuse_contradiction(given: dict, layer: dict, path: str = "") -> None:
+    """Refuse `loss=5` beside `loss.scope=layer`, of which `merge` would keep the later one only."""
+    for name in given.keys() & layer.keys():
+        values = given[name], layer[name]
+        if all(isinstance(value, dict) for value in values):
+            _refuse_contradiction(*values, f"{path}{name}.")
+        elif any(isinstance(value, dict) for value in values) and None not in values:
+            (single,) = (value for value in values if not isinstance(value, dict))
+            raise ConfigError(f"`{path}{name}` is given both as {shown(single)} and by keys below it; drop one of them")
 
 
 def differences(old: dict, new: dict, path: str = "") -> list[str]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from fuzz import oracles
+from fuzz.chat_targets import CHAT, meant_message
 from fuzz.fuzz_case import Target
 from fuzz.mutations import damage, replace_file, rewrite
 from fuzz.own_targets import mutate_lines
@@ -33,7 +34,6 @@ JSONL, ZIPPED, TXT, NPY, TABLE, PROMPTS = (
     "table.parquet",
     "prompts.jsonl",
 )
-CHAT = [{"role": "user", "content": "one and one?"}, {"role": "assistant", "content": "two"}]
 RECORDS = [
     {"text": "a first text\nof two lines"},
     {"text": "été 🙂"},
@@ -76,10 +76,12 @@ def lines_of(path: Path) -> list[Any]:
 def meant_jsonl(folder: Path) -> Any:
     found = []
     for record in lines_of(folder / JSONL):
-        value = record["text"] if "text" in record else record["messages"]
-        texts = [value] if "text" in record else [message["content"] for message in value]
+        value = (
+            record["text"] if (record.get("text") or "").strip() or not record.get("messages") else record["messages"]
+        )
+        texts = [value] if isinstance(value, str) else [message["content"] for message in value]
         assert all(isinstance(text, str) and "\0" not in text for text in texts)
-        [text.encode() for text in texts]  # fails for lone surrogates
+        json.dumps(record, ensure_ascii=False).encode()  # fails for lone surrogates
         found.append(value)
     return found
 
@@ -224,15 +226,15 @@ def read_prompt_file(folder: Path) -> Any:
 
 def meant_prompts(folder: Path) -> Any:
     found = []
-    for line in (folder / PROMPTS).read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines():
-        if line.decode().strip():
-            record = oracles.strict_json(line)
-            assert len({"prompt", "messages"} & record.keys()) == 1
-            content = record["prompt"] if "prompt" in record else record["messages"]
-            assert content and all(
-                isinstance(text, str) for text in ([content] if "prompt" in record else [m["content"] for m in content])
-            )
-            found.append(content)
+    for line in (folder / PROMPTS).read_bytes().split(b"\n"):
+        text = line.decode().removeprefix("\ufeff")
+        if text.strip():
+            record = oracles.strict_json(text.encode())
+            json.dumps(record, ensure_ascii=False).encode()
+            (key,) = [key for key in ("prompt", "messages", "conversations") if record.get(key) is not None]
+            content = record[key]
+            assert content
+            found.append(content if isinstance(content, str) else [meant_message(message) for message in content])
     return found
 
 

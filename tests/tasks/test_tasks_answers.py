@@ -1,6 +1,7 @@
 """Answers found in generated texts, their normal form, and votes over them."""
 
 import itertools
+import time
 from fractions import Fraction
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dms_jax.errors import ConfigError
 from dms_jax.tasks.answer_form import as_fraction, normal_form
 from dms_jax.tasks.answers import last_boxed, math_answer
+from dms_jax.tasks.registry import TASKS
 from dms_jax.tasks.votes import majority_vote, pass_at_k
 
 
@@ -245,3 +247,52 @@ def test_pass_at_k_needs_k_samples():
             pass_at_k(3, 1, k)
     with pytest.raises(ValueError, match="3, got 4"):
         pass_at_k(3, 4, 1)
+
+
+LONG = {
+    "braces": "\\boxed{" * 20_000,
+    "closed braces": "\\boxed{" * 20_000 + "}" * 20_000,
+    "empty boxes": "\\boxed{ }" * 20_000,
+    "one box of braces": "\\boxed{" + "{}" * 50_000,
+    "digits": "1," * 50_000,
+    "groups of digits": "1" + ",234" * 50_000 + "5",
+    "a long number": "9" * 100_000,
+    "thoughts": "<think>" * 20_000 + "</think>" * 20_000,
+    "blanks": " " * 100_000 + "x",
+    "answers": "answer is " * 20_000,
+    "an answer of blanks": "The answer is" + " " * 100_000,
+    "an answer with stars": "The answer is" + " *" * 50_000,
+    "an answer: blanks": "answer" + " " * 100_000 + ":" + " " * 100_000,
+    "marks": "####" * 20_000 + " " * 100_000,
+    "fractions": "\\frac{" * 20_000 + "1}",
+    "minuses": "-" * 100_000,
+    "dollars": "The answer is $" + "x$1" * 30_000,
+    "backslashes": "\\" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_time_is_linear_in_the_length_of_a_text(name):
+    """A model that repeats itself writes such texts. Whatever takes quadratic time takes minutes for one of them."""
+    start = time.process_time()
+    for extract in (last_boxed, math_answer, normal_form, as_fraction, TASKS["gpqa"].extract):
+        extract(LONG[name])
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize(
+    "text, inside",
+    [
+        (r"\boxed{a{b}c}", "a{b}c"),
+        (r"\boxed{\boxed{a} b}", "a"),
+        (r"\boxed{\boxed{ } b}", r"\boxed{ } b"),
+        (r"\boxed{a} \boxed{b", "a"),
+        (r"\boxed{a \boxed{b}", "b"),
+        (r"} \boxed{a}} {", "a"),
+        (r"\boxed{a\}b}", r"a\}b"),
+        (r"\boxed{a\\}b}", r"a\\"),
+        (r"\fbox{a} \boxed {b} \boxed{}", "b"),
+    ],
+)
+def test_box_ends_at_the_brace_that_closes_it(text, inside):
+    assert last_boxed(text) == inside

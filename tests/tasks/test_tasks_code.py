@@ -263,6 +263,35 @@ def test_bad_test_cases_are_named(tmp_path, change, message):
     assert not os.path.exists("evil")
 
 
+PACKED = {
+    "another operation": (pickle.dumps(["a"]), "asks for EMPTY_LIST"),
+    "two texts": (pickle.dumps("[]")[:-1] + pickle.dumps("[]"), "one pickled text, got 2"),
+    "a length of 8 GiB": (b"\x80\x05\x8d\x00\x00\x00\x00\x02\x00\x00\x00.", "8589934592 bytes"),
+    "an index of 2**31": (b"Nr\xff\xff\xff\x7f.", "asks for NONE"),
+    "no end": (b"", "STOP"),
+    "deep": (pickle.dumps("[" * 9999), "nested too deeply"),
+    "half a character": (pickle.dumps('["\ud800"]'), "surrogate"),
+    "digits": (pickle.dumps("[" + "1" * 5000 + "]"), "digits"),
+    "a bomb": (b"0" * 10**6, "unpacks to more than"),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_tests_are_read_as_one_text_and_nothing_else(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("dms_jax.tasks.live_code.MAX_FILE", 10**5)
+    content, words = PACKED[name]
+    record = STDIN | {"private_test_cases": base64.b64encode(zlib.compress(content)).decode()}
+    with pytest.raises(ConfigError, match=f"line 1: cannot read 'private_test_cases' .*{words}"):
+        live(tmp_path, record)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_packed_tests_may_have_any_protocol(tmp_path, protocol):
+    tests = pickle.dumps(json.dumps([{"input": "é" * 300, "output": "1", "testtype": "stdin"}]), protocol)
+    record = STDIN | {"private_test_cases": base64.b64encode(zlib.compress(tests)).decode()}
+    assert [test.given for test in live(tmp_path, record).tests][1:] == ["é" * 300]
+
+
 def test_live_code_has_no_default_data():
     with pytest.raises(ConfigError, match="--data"):
         TASKS["code"].problems(TaskOptions(run_code=True), len)

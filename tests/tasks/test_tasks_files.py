@@ -27,7 +27,7 @@ GPQA = [
 
 
 def written(path, records):
-    text = json.dumps(records) if path.name.endswith(".json") else "\n".join(map(json.dumps, records)) + "\n\n"
+    text = json.dumps(records) if ".json" in path.suffixes else "\n".join(map(json.dumps, records)) + "\n\n"
     path.write_bytes(gzip.compress(text.encode()) if path.name.endswith(".gz") else text.encode())
     return str(path)
 
@@ -36,7 +36,7 @@ def problems(name, data, **options):
     return TASKS[name].problems(TaskOptions(data=data, **options), len)
 
 
-@pytest.mark.parametrize("file", ["a.jsonl", "a.jsonl.gz", "a.json"])
+@pytest.mark.parametrize("file", ["a.jsonl", "a.jsonl.gz", "a.json", "a.ndjson", "a.json.gz"])
 def test_gsm8k_answers_follow_the_mark(tmp_path, file):
     found = problems("gsm8k", written(tmp_path / file, GSM8K), count=99)
     assert [problem.unit for problem in found] == [str(number) for number in range(1, 31)]
@@ -137,13 +137,17 @@ BAD = {
         r"null.jsonl, line 1: 'question'.*None",
     ),
     "empty.jsonl": ("\n", r"empty.jsonl"),
-    "dict.json": ('{"question": 1}', r"dict.json .*list"),
+    "dict.json": ('{"question": 1}', r"dict.json: missing key 'answer'"),
+    "lines.json": ('{"question": 1}\n{"question": 2}', r"lines.json is not valid JSON.*rename it to .jsonl"),
+    "half.jsonl": (r'{"question": "x", "answer": "#### 1", "\ud800": 1}', r"half.jsonl, line 1 .*surrogate"),
+    "digits.jsonl": ('{"question": ' + "1" * 5000 + "}", r"digits.jsonl, line 1 .*digits"),
     "item.json": ('[{"question": "x", "answer": "#### 1"}, 2]', r"item.json, item 2: .*got 2"),
-    "latin.jsonl": (b'{"question": 1}\n{"question": "\xe9"}', r"latin.jsonl, line 2: byte 0xe9 is not UTF-8"),
+    "latin.jsonl": (b'{"question": 1}\n{"question": "\xe9"}', r"latin.jsonl, line 2: not UTF-8 \(byte 0xe9\)"),
     "twice.jsonl": ('{"question": "x", "question": "y"}', r"twice.jsonl, line 1 .*'question'"),
     "cut.jsonl.gz": (gzip.compress(b'{"question": 1}' * 99)[:-12], r"cannot read .*cut.jsonl.gz"),
     "not.jsonl.gz": ("{}", r"cannot read .*not.jsonl.gz"),
-    "a.csv": ("question,answer", r"--data.*\.jsonl, .*hf:NAME.*a\.csv"),
+    "a.csv": ("question,answer", r"--data.*\.jsonl, .*hf:NAME.*a\.csv; convert it.*read_csv"),
+    "a.tar.gz": ("x", r"--data.*a\.tar\.gz; unpack it first"),
 }
 
 

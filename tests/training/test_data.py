@@ -26,11 +26,11 @@ class ByteTokenizer:
     def __init__(self, hash="bytes", add_bos=False):
         self.hash, self.add_bos, self.calls = hash, add_bos, 0
 
-    def encode(self, text):
+    def encode(self, text, *, control_tokens=True):
         self.calls += 1
         return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, *, tools=None, control_tokens=True):
         if messages[0]["role"] != "user":
             raise RuntimeError("Conversation roles must\nalternate")
         return self.encode("".join(f"<{m['role']}>{m['content']}" for m in messages))
@@ -174,18 +174,18 @@ def test_npy_ids_stay_as_they_are_and_need_no_tokenizer(config, tmp_path):
 
 
 def test_text_without_a_tokenizer_or_with_one_of_another_model_is_refused(config):
-    with pytest.raises(ConfigError, match="a.jsonl:1 .*tokenizer"):
+    with pytest.raises(ConfigError, match="a.jsonl, line 1 .*tokenizer"):
         load_rows(config, None, 10, 0, VOCAB)
     with pytest.raises(
         ConfigError,
-        match=r"a.jsonl:1: token id 256 at index 12 .* vocabulary of 256",
+        match=r"a.jsonl, line 1: token id 256 at index 12 .* vocabulary of 256",
     ):
         load(config, vocab_size=256)
 
 
 def test_chat_that_the_template_refuses_is_one_line(config, tmp_path):
     (tmp_path / "m.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "x"}]}))
-    with pytest.raises(ConfigError, match="m.jsonl:1: .*Conversation roles must alternate"):
+    with pytest.raises(ConfigError, match="m.jsonl, line 1: .*Conversation roles must alternate"):
         load(replace(config, paths=(str(tmp_path / "m.jsonl"),)))
 
 
@@ -258,7 +258,7 @@ def test_failed_run_leaves_nothing_in_the_cache(config, tmp_path):
     path = jsonl(tmp_path / "b.jsonl", TEXTS)
     with open(path, "a") as file:
         file.write("{broken")
-    with pytest.raises(ConfigError, match="b.jsonl:61"):
+    with pytest.raises(ConfigError, match="b.jsonl, line 61"):
         load(replace(config, paths=(path,)))
     assert list(cache_folder(config.cache_dir, "tokens").iterdir()) == []
 

