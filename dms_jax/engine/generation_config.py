@@ -28,10 +28,11 @@ class GenerationConfig:
         float, Range(0, 1, exclusive_max=True), "drop tokens less likely than this times the likeliest; 0: off"
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Above(0), "make the tokens of the prompt and the answer so far less likely; 1: off"
+        float, Above(0), "make all tokens that the cache has seen less likely: of prompt, answer, earlier turns; 1: off"
     ] = 1.0
-    stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): no stop ids
-    stop_strings: tuple[str, ...] = ()  # need a tokenizer
+    stop_ids: tuple[int, ...] | None = None  # None: the ends of text of model and tokenizer (`stop_ids`); (): none
+    stop_strings: tuple[str, ...] = ()  # need a tokenizer; one that is a special token stops by its id
+    append_stop_id: bool = True  # False: the cache ends before the stop id, so that text can come in between
     seed: int | tuple[int, ...] = 0  # one for all rows, combined with the row's index; or one per row
     logprobs: bool = False  # also return each token's log p under the model itself, at temperature 1
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
@@ -53,6 +54,7 @@ class GenerationConfig:
             ("overflow", f"one of {', '.join(OVERFLOWS)}", self.overflow is None or self.overflow in OVERFLOWS),
             ("stop_strings", "a tuple of non-empty strings", all(isinstance(s, str) and s for s in strings)),
             ("stop_ids", "a tuple of token ids", isinstance(ids, tuple | list) and all(map(_is_id, ids))),
+            ("append_stop_id", "true or false", isinstance(self.append_stop_id, bool)),
             ("seed", "whole numbers from 0 to 2**32 - 1", all(_is_whole(s) and 0 <= s < 2**32 for s in seeds)),
         ):
             if not holds:

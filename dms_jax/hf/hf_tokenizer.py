@@ -21,21 +21,28 @@ class Tokenizer:
     def __init__(self, tokenizer, where: str):
         self.inner, self.where = tokenizer, where
 
-    def encode(self, text: str) -> np.ndarray:
+    def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray:
         """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`."""
-        return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        out = self.inner(text, add_special_tokens=False, verbose=False, split_special_tokens=not control_tokens)
+        return np.asarray(out["input_ids"], np.int32)
 
-    def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
+    def encode_chat(
+        self, messages: list[dict], *, reply: bool = False, tools: list | None = None, control_tokens: bool = True
+    ) -> np.ndarray:
         """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the
         answer."""
-        return self.encode(self.chat_text(messages, reply=reply))
+        return self.encode(self.chat_text(messages, reply=reply, tools=tools))
 
-    def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:
+    @functools.cached_property
+    def special_ids(self) -> dict[str, int]:
+        return {token.content: id_ for id_, token in self.inner.added_tokens_decoder.items() if token.special}
+
+    def chat_text(self, messages: list[dict], *, reply: bool = False, tools: list | None = None) -> str:
         """Return the text that `encode_chat` encodes."""
         if not self.has_chat_template:
             raise ConfigError(f"{self.where} has no chat template; use plain text")
         try:
-            return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+            return self.inner.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=reply)
         except Exception as why:  # a template may raise anything
             raise ConfigError(
                 f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}"
@@ -73,10 +80,14 @@ class Tokenizer:
         return hashlib.sha256(f"{rules}\n{getattr(self.inner, 'chat_template', None)}".encode()).hexdigest()
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document."""
-    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
-    return np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
+def prompt_ids(tokenizer: Tokenizer, text: str, *, control_tokens: bool = True) -> np.ndarray:
+    """Return the ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document.
+
+    A text that already begins with `bos_id`, as a rendered chat does, gets no second one.
+    """
+    ids = tokenizer.encode(text, control_tokens=control_tokens)
+    begins = not tokenizer.add_bos or (ids.size and ids[0] == tokenizer.bos_id)
+    return ids if begins else np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -31,9 +31,9 @@ def model():
 class Letters:
     """A tokenizer for the tiny vocabulary: each id is one printable character."""
 
-    add_bos, bos_id = False, None
+    add_bos, bos_id, eos_id, special_ids = False, None, None, {}
 
-    def encode(self, text):
+    def encode(self, text, *, control_tokens=True):
         return np.array([ord(c) - 30 for c in text], np.int32)
 
     def decode(self, ids):
