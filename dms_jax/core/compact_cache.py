@@ -351,7 +351,12 @@ def compression_ratio(cache: CompactCache) -> float:
     return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0
 
 
+def staying_counts(cache: CompactCache) -> np.ndarray:
+    """Return how many pairs of each layer, row and KV head will never leave [L B K]."""
+    return np.stack([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
+
+
 def nominal_compression_ratio(cache: CompactCache) -> float:
     """Return the compression ratio without the window, >= 1: mean tokens seen / mean pairs that will never leave."""
-    staying = np.mean([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
+    staying = staying_counts(cache).mean()
     return float(np.asarray(cache.seen, np.float64).mean() / staying) if staying else float("inf")

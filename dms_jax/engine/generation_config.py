@@ -1,12 +1,18 @@
 """The settings of `generate`, which are checked on construction, before a model is loaded. Imports no JAX."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dms_jax.config import OVERFLOWS, Overflow
 from dms_jax.config_reader import MAX_INT, Above, AtLeast, Range, check_ranges
-from dms_jax.errors import ConfigError, shown
+from dms_jax.errors import ConfigError, naming, shown
+from dms_jax.files import read_json
+
+# The settings that `sampling_defaults` reads; without do_sample, only the penalty applies.
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING = (*SAMPLED, "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,26 @@ class GenerationConfig:
         ):
             if not holds:
                 raise ConfigError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
+
+
+def sampling_defaults(folder: str | os.PathLike[str]) -> dict[str, float]:
+    """Return how the authors of a model sample from it: the settings in its generation_config.json that have an effect.
+
+    As in transformers, temperature, top_k, top_p and min_p count only if `do_sample` is true; the repetition penalty
+    always does. The result is empty for a GGUF file and for a folder without that file. Each value is in the range of
+    its field in `GenerationConfig`.
+    """
+    path = os.path.join(folder, "generation_config.json")
+    raw = read_json(path) if os.path.isdir(folder) and os.path.lexists(path) else {}
+    names = SAMPLING if raw.get("do_sample") is True else SAMPLING[-1:]
+    found = {name: raw[name] for name in names if raw.get(name) is not None}
+    if found.get("top_k") == -1:  # as some files spell 0
+        del found["top_k"]
+    with naming(path):
+        GenerationConfig(**found)
+    if raw.get("do_sample") is True:
+        found.setdefault("temperature", 1.0)
+    return {name: value for name, value in found.items() if value != getattr(GenerationConfig, name)}
 
 
 def _is_whole(value: Any) -> bool:

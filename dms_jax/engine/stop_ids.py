@@ -3,9 +3,13 @@
 Errors are `ConfigError`.
 """
 
+import json
+
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
+from dms_jax.hf.config_values import token_ids
 from dms_jax.hf.hf_tokenizer import Tokenizer
+from dms_jax.models.decoder import Decoder
 
 
 def end_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> tuple[int, ...]:
@@ -33,3 +37,13 @@ def split_stops(stops: tuple[str, ...], tokenizer: Tokenizer | None) -> tuple[tu
                 f"answer; give {inside[0]!r} alone to stop there"
             )
     return tuple(special[stop] for stop in stops if stop in special), tuple(s for s in stops if s not in special)
+
+
+def origins(model: Decoder, tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the file that each of `end_ids` comes from, for messages."""
+    source = getattr(model, "source", None)
+    text = None if source is None else source.config_json
+    in_config = () if text is None else token_ids("eos_token_id", json.loads(text).get("eos_token_id"))
+    other = "the GGUF file" if source is not None and text is None else "generation_config.json"
+    found = {id_: "config.json" if id_ in in_config else other for id_ in model.config.eos_token_ids}
+    return {id_: found.get(id_, "the tokenizer") for id_ in end_ids(model.config, tokenizer)}

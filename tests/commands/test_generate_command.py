@@ -383,7 +383,9 @@ def test_begin_of_text_comes_once():
     class Llama:
         bos_id, eos_id, add_bos = 9, 0, True
 
-        def encode(self, text):
+        has_chat_template, special_ids = False, {}
+
+        def encode(self, text, *, control_tokens=True):
             return np.arange(len(text), dtype=np.int32)
 
     assert Encoder(Llama())(Prompt("ab", "")).tolist() == [9, 0, 1]
