@@ -333,7 +333,10 @@ def fork(cache: CompactCache, chains: int) -> CompactCache:
     copies, history = jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache), cache.history
     if history is None:
         return copies
-    return copies.with_history(TokenHistory(*(tuple(x for x in part for _ in range(chains)) for part in history)))
+    rows = [row for row in range(cache.batch_size) for _ in range(chains)]
+    return copies.with_history(
+        TokenHistory(tuple(history.ids[row] for row in rows), tuple(history.last[row] for row in rows))
+    )
 
 
 def row_compression_ratios(cache: CompactCache) -> np.ndarray:

@@ -21,7 +21,7 @@ from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
 from dms_jax.engine.decoding import extend_rows
 from dms_jax.engine.generation_config import GenerationConfig
-from dms_jax.engine.text_stream import find_stop, text_of
+from dms_jax.engine.text_stream import find_stop
 from dms_jax.hf.hf_tokenizer import Tokenizer
 from dms_jax.sharding import mesh_of
 
@@ -131,7 +131,7 @@ def _stop_string_ends(state: DecodeState, tokenizer: Tokenizer, stops: tuple[str
     """Return how many tokens [B] complete the first stop string of each row; -1 for a row without one."""
 
     def has_stop(tokens: np.ndarray) -> bool:
-        return find_stop(text_of(tokenizer.decode, tokens), stops) is not None
+        return find_stop(tokenizer.decode(tokens), stops) is not None
 
     ends = [
         next(n for n in range(1, len(row) + 1) if has_stop(row[:n])) if has_stop(row) else -1

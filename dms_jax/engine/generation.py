@@ -18,7 +18,7 @@ from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segmen
 from dms_jax.engine.decoding import init_cache, prefill_rows, select_policy
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.stop_ids import end_ids, split_stops
-from dms_jax.engine.text_stream import text_of, trim_at_stop
+from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError, shown
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
@@ -242,7 +242,7 @@ def _result(
     texts = logprobs = None
     without_end = [row[:-1] if id_ else row for row, id_ in zip(tokens, stopped, strict=True)]
     if tokenizer is not None:
-        texts = [trim_at_stop(text_of(tokenizer.decode, row), config.stop_strings) for row in without_end]
+        texts = [trim_at_stop(tokenizer.decode(row), config.stop_strings) for row in without_end]
     if config.logprobs:
         logprobs = [row[:number] for row, number in zip(np.asarray(state.logprobs), numbers, strict=True)]
     cache = state.cache

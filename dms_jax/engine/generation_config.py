@@ -67,7 +67,7 @@ class GenerationConfig:
                 raise ConfigError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
 
 
-def sampling_defaults(folder: str | os.PathLike[str]) -> dict[str, float]:
+def sampling_defaults(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Return how the authors of a model sample from it: the settings in its generation_config.json that have an effect.
 
     As in transformers, temperature, top_k, top_p and min_p count only if `do_sample` is true; the repetition penalty

@@ -186,12 +186,12 @@ def next_turn(
 def _two_words(tokenizer: "Tokenizer") -> tuple[str, str]:
     """Return two words of which the last ids differ."""
     words = itertools.chain("ab01", (tokenizer.decode([i]).strip() for i in range(len(tokenizer))))
-    last = {}  # last id -> word
+    first = None  # a word, and its last id
     for word in words:
         if word.isalnum() and (ids := tokenizer.encode(word)).size:
-            last.setdefault(int(ids[-1]), word)
-        if len(last) == 2:
-            return tuple(last.values())
+            first = first or (word, ids[-1])
+            if ids[-1] != first[1]:
+                return first[0], word
     raise ConfigError(f"{tokenizer.where} must have at least two words in its vocabulary to continue a conversation")
 
 

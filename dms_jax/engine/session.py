@@ -5,6 +5,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from dms_jax.engine.generation_report import Report
 from dms_jax.engine.prompts import NOT_ENDED, Encoder, Prompt
 from dms_jax.engine.stop_ids import end_ids, origins, split_stops
 from dms_jax.engine.stopwatch import Clock
-from dms_jax.engine.text_stream import REPLACEMENT, TextStream, text_of, trim_at_stop
+from dms_jax.engine.text_stream import REPLACEMENT, TextStream, trim_at_stop
 from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import resolve
 from dms_jax.hf.hf_tokenizer import Tokenizer
@@ -46,7 +47,7 @@ class Session:
     tokenizer: Tokenizer
     loaded: CompactCache | None  # the cache that --load-cache names
     report: Report
-    defaults: dict[str, float]  # the sampling settings that come from the model's generation_config.json
+    defaults: dict[str, Any]  # the sampling settings that come from the model's generation_config.json
 
     def encoder(self) -> Encoder:
         return Encoder(
@@ -99,7 +100,7 @@ class Session:
 
     def text(self, tokens: np.ndarray) -> str:
         """Return the text of an answer: without the stop id at its end, up to the first stop string."""
-        return trim_at_stop(text_of(self.tokenizer.decode, self.without_end(tokens)), self.config.stop_strings)
+        return trim_at_stop(self.tokenizer.decode(self.without_end(tokens)), self.config.stop_strings)
 
     def write(self, text: str, end: str = "") -> None:
         """Write a piece of an answer to stdout. A terminal would obey control characters, so it gets U+FFFD instead."""
@@ -222,7 +223,7 @@ def open_session(options: argparse.Namespace) -> Session:
     return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock()), defaults)
 
 
-def _defaults(options: argparse.Namespace) -> dict[str, float]:
+def _defaults(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of generation_config.json for which the user has given no option."""
     try:
         found = sampling_defaults(resolve(options.model))
@@ -231,7 +232,7 @@ def _defaults(options: argparse.Namespace) -> dict[str, float]:
     return {name: value for name, value in found.items() if getattr(options, name) is None}
 
 
-def settings(options: argparse.Namespace, defaults: dict[str, float]) -> GenerationConfig:
+def settings(options: argparse.Namespace, defaults: dict[str, Any]) -> GenerationConfig:
     """Return the settings that the options of the command give, else `defaults`; three of them need a conversion."""
     given = {field.name: getattr(options, field.name) for field in fields(GenerationConfig) if field.name in options}
     return GenerationConfig(

@@ -4,6 +4,7 @@ Errors are `ConfigError`.
 """
 
 import json
+from typing import Any
 
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
@@ -41,7 +42,7 @@ def split_stops(stops: tuple[str, ...], tokenizer: Tokenizer | None) -> tuple[tu
 
 def origins(model: Decoder, tokenizer: Tokenizer) -> dict[int, str]:
     """Return the file that each of `end_ids` comes from, for messages."""
-    source = getattr(model, "source", None)
+    source: Any = getattr(model, "source", None)
     text = None if source is None else source.config_json
     in_config = () if text is None else token_ids("eos_token_id", json.loads(text).get("eos_token_id"))
     other = "the GGUF file" if source is not None and text is None else "generation_config.json"

@@ -23,7 +23,7 @@ from dms_jax.engine.decoding import init_cache, prefill
 from dms_jax.engine.generation import Generation
 from dms_jax.engine.stop_ids import end_ids
 from dms_jax.engine.stopwatch import Clock
-from dms_jax.engine.text_stream import text_of, trim_at_stop
+from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import Calibrator, Method, Setup
 from dms_jax.evaluation.result_records import AnswerRecord, Record, ScoredRecord
@@ -254,7 +254,7 @@ def _seed(run: AnswerMeasure, task: Task, problem: Problem, sample: int) -> int:
 def _answer_text(run: AnswerMeasure, problem: Problem, tokens: np.ndarray) -> str:
     """Decode a generated answer up to its end-of-text token or its first stop string."""
     ended = tokens.size and int(tokens[-1]) in end_ids(run.model.config, run.tokenizer)
-    text = text_of(run.tokenizer.decode, tokens[:-1] if ended else tokens)
+    text = run.tokenizer.decode(tokens[:-1] if ended else tokens)
     return trim_at_stop(text, problem.stop_strings)
 
 

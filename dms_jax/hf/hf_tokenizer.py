@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from dms_jax.errors import ConfigError
+from dms_jax.hf.byte_fallback import REPLACEMENT, whole_characters
 from dms_jax.hf.folder import resolve
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 
@@ -49,7 +50,9 @@ class Tokenizer:
             ) from why
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
-        return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
+        ids = np.asarray(ids).tolist()
+        text = self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
+        return whole_characters(self.inner, ids, text, skip_special_tokens) if REPLACEMENT in text else text
 
     def __len__(self) -> int:
         """The number of ids that the tokenizer can produce. The model's vocabulary may be padded beyond it."""
