@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.core.sampling import MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
+from dms_jax.core.sampling import MAX_LOGIT, MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
 from dms_jax.engine.decoding import extend_rows
@@ -57,9 +57,11 @@ def sampling_of(config: GenerationConfig) -> tuple[SamplingMode, SamplingNumbers
     greedy = config.temperature <= MIN_DIVISOR
     sorts = not greedy and (config.top_k > 0 or config.top_p < 1)
     mode = SamplingMode(greedy, sorts, config.repetition_penalty != 1)
-    temperature = 1.0 if greedy else config.temperature
-    shares = (float(number) for number in (config.top_p, config.min_p, config.repetition_penalty))
-    return mode, SamplingNumbers(*map(jnp.asarray, (float(temperature), config.top_k, *shares)))
+    large = (1.0 if greedy else config.temperature, config.repetition_penalty)
+    temperature, penalty = (jnp.float32(min(number, MAX_LOGIT)) for number in large)
+    return mode, SamplingNumbers(
+        temperature, jnp.int32(config.top_k), jnp.float32(config.top_p), jnp.float32(config.min_p), penalty
+    )
 
 
 def generate_segments(

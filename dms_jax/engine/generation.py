@@ -1,5 +1,6 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
 from dms_jax.policies.prompt_compression import compress_prompt
 
+MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 STOP_ID_MULTIPLE = 8  # stop ids are padded to a multiple of this, so that another number of ids compiles nothing
 
 
@@ -83,7 +85,8 @@ def generate(
     # 1. Check prompts and stop ids. Nothing below checks an id again.
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
     stop_ids, stop_strings = _stops(model, config, tokenizer)
-    config = replace(config, stop_strings=stop_strings)
+    threshold = config.threshold if abs(config.threshold) <= MAX_FLOAT32 else math.copysign(math.inf, config.threshold)
+    config = replace(config, stop_strings=stop_strings, threshold=threshold)
     lengths = np.array([len(row) for row in rows])
     # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
