@@ -13,8 +13,8 @@ REPLACEMENT = "\ufffd"  # a decoder shows this for bytes that do not form a char
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def whole_characters(backend: Any, tokens: Sequence[str], text: str) -> str:
-    """Return the text of `tokens`, with U+FFFD only for the bytes that do not form a character.
+def whole_characters(backend: Any, ids: Sequence[int], text: str) -> str:
+    """Return the text of `ids`, with U+FFFD only for the bytes that do not form a character.
 
     `backend` is a Tokenizer of the library `tokenizers`, and `text` is what it decodes, which is returned if it has no
     byte fallback.
@@ -22,6 +22,7 @@ def whole_characters(backend: Any, tokens: Sequence[str], text: str) -> str:
     decoder = backend.decoder
     if decoder is None or decoder.decode(["<0x41>"]) != "A":
         return text
+    tokens = [token for id_ in ids if (token := backend.id_to_token(id_)) is not None]
     whole = []
     for is_bytes, run in itertools.groupby(tokens, lambda token: bool(BYTE.fullmatch(token))):
         if is_bytes:

@@ -49,6 +49,8 @@ class TokenizerRules:
         f"{self.inner.chat_template}".encode()
         self.added = self.backend.get_added_tokens_decoder()
         self.special = {token.content: id_ for id_, token in self.added.items() if token.special and token.content}
+        named = (self.backend.token_to_id(token) for token in self.inner.all_special_tokens)
+        self.hidden = {*self.special.values(), *(id_ for id_ in named if id_ is not None)}  # not part of a decoded text
         self.pattern = re.compile("|".join(re.escape(t) for t in sorted(self.special, key=len, reverse=True)) or "(?!)")
         self.plain: Backend | None = None  # reads control tokens as text, and aliases as control tokens
         self.aliases: dict[str, str] = {}
@@ -74,17 +76,15 @@ class TokenizerRules:
 
     def encode(self, text: str, control_tokens: bool) -> list[int]:
         ids = self.backend.encode(text, add_special_tokens=False).ids
-        if control_tokens or not self.special.keys() or not set(self.special.values()).intersection(ids):
+        if control_tokens or set(self.special.values()).isdisjoint(ids):
             return ids
         return self._plain().encode(self._without_private(text), add_special_tokens=False).ids
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-        if REPLACEMENT not in text:
-            return text
-        dropped = set(self.special.values()) if skip_special_tokens else set()
-        tokens = [self.backend.id_to_token(id_) for id_ in ids if id_ not in dropped]
-        return whole_characters(self.backend, [token for token in tokens if token is not None], text)
+        if skip_special_tokens:
+            ids = [id_ for id_ in ids if id_ not in self.hidden]
+        text = self.backend.decode(ids, skip_special_tokens=False)
+        return whole_characters(self.backend, ids, text) if REPLACEMENT in text else text
 
     def tokens(self, ids: list[int]) -> list[str | None]:
         return [self.backend.id_to_token(id_) for id_ in ids]
@@ -127,9 +127,8 @@ class TokenizerRules:
             plain.encode_special_tokens = True
             for number, (content, id_) in enumerate(self.special.items()):
                 alias, flags = chr(FIRST_ALIAS + number), self.added[id_]
-                plain.add_tokens(
-                    [AddedToken(alias, flags.single_word, flags.lstrip, flags.rstrip, flags.normalized, special=False)]
-                )
+                names = ("single_word", "lstrip", "rstrip", "normalized")
+                plain.add_tokens([AddedToken(alias, special=False, **{name: getattr(flags, name) for name in names})])
                 self.aliases[content], self.ids_of_aliases[plain.token_to_id(alias)] = alias, id_
             self.plain = plain
         return self.plain
