@@ -175,21 +175,28 @@ def main(argv: list[str] | None = None) -> int:
         from dms_jax.engine.session import non_finite, open_session
 
         session = open_session(options)
-        if options.prompt is not None or not options.json:  # else stderr is one JSON object
-            session.say_settings()
         broken: list[str] = []  # answers that ended at logits that are not finite
         if options.chat:
+            if not options.json:
+                session.say_settings()
             chat(session)
         elif options.prompts:
             broken = many(session, prompts)
         else:
             broken = one(session, prompts[0])
-    if options.prompt is None or not options.json:
-        report = session.report
-        print(json.dumps(report.numbers() | session.settings()) if options.json else report.table(), file=sys.stderr)
+    _show_end(session)
     if broken:
         raise ConfigError(non_finite(broken))
     return 0
+
+
+def _show_end(session: "Session") -> None:
+    """Print the settings and the table of costs on stderr, or with --json what stdout does not hold already."""
+    options, report = session.options, session.report
+    if not options.chat and (options.prompt is not None or not options.json):
+        session.say_settings()
+    if options.prompt is None or not options.json:
+        print(json.dumps(report.numbers() | session.settings()) if options.json else report.table(), file=sys.stderr)
 
 
 def _from_stdin() -> str:

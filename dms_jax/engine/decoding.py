@@ -5,6 +5,7 @@ free slots, so a dense cache never exists. Lengths are rounded up to a few sizes
 Errors are `ConfigError`.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -124,6 +125,8 @@ def prefill(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be >= 1, got {chunk_size}")
+    if isinstance(threshold, float) and math.isnan(threshold):
+        raise ConfigError("threshold must be a number, got nan")
     tokens, first, count = _left_aligned(tokens, lengths, padding, mask, cache.batch_size)
     for row, (ids, number) in enumerate(zip(tokens, count, strict=True)):
         check_ids(ids[:number], model.config.vocab_size, f"row {row}")

@@ -1,5 +1,6 @@
 """`infer.generate` refuses what cannot work, in one line and with exit code 2."""
 
+import json
 import re
 import subprocess
 import sys

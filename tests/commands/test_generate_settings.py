@@ -73,10 +73,10 @@ def test_broken_sampling_of_the_model_is_refused_with_a_way_out(copy, capsys):
 @pytest.mark.parametrize(
     ("config", "generation", "argv", "want", "said"),
     [
-        (5, None, [], [5, 0], ["5 '#' (config.json)", "0 '<|end|>' (the tokenizer)"]),
-        (5, [6, 0], [], [5, 6, 0], ["6 '$' (generation_config.json)", "0 '<|end|>' (generation_config.json)"]),
+        (5, None, [], [5, 0], ["5 '$' (config.json)", "0 '<|end|>' (the tokenizer)"]),
+        (5, [6, 0], [], [5, 6, 0], ["6 '%' (generation_config.json)", "0 '<|end|>' (generation_config.json)"]),
         (-1, -1, [], [0], ["0 '<|end|>' (the tokenizer)"]),
-        ([5, -1], None, [], [5, 0], ["5 '#' (config.json)"]),
+        ([5, -1], None, [], [5, 0], ["5 '$' (config.json)"]),
         (0, None, ["--stop", "<|start|>"], [0, 1], ["0 '<|end|>' (config.json)", "1 '<|start|>' (--stop)"]),
         (0, None, ["--ignore-eos"], [], ["stop ids: none"]),
         (0, None, ["--ignore-eos", "--stop", "<|start|>"], [1], ["1 '<|start|>' (--stop)"]),
