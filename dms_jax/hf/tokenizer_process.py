@@ -93,15 +93,16 @@ class TokenizerProcess:
             process.stdin.flush()
             size = int.from_bytes(self._read(LENGTH_BYTES, deadline), "little")
             reply = self._read(size, deadline)
+        except TimeoutError:  # which is an OSError
+            self.stop()
+            raise ProcessError(f"it took more than {seconds:.0f} seconds") from None
         except (OSError, EOFError):
+            process.kill()
             status = process.wait()
             self.stop()
             raise ProcessError(
                 f"it ended with status {status}; it may use at most {MEMORY_GIB} GiB of memory"
             ) from None
-        except TimeoutError:
-            self.stop()
-            raise ProcessError(f"it took more than {seconds:.0f} seconds") from None
         except BaseException:  # Ctrl-C: the rest of the reply would be taken for the next one
             self.stop()
             raise
