@@ -4,8 +4,7 @@ import functools
 import importlib
 import sys
 
-from dms_jax import __version__
-from dms_jax.command import DOORS, run_command
+from dms_jax.command import DOORS, VERSION, run_command
 from dms_jax.errors import ConfigError, suggestion
 
 SUMMARIES = {
@@ -32,7 +31,7 @@ def main() -> None:
     if name in ("-h", "--help"):
         run_command("", lambda: print(USAGE))
     elif name == "--version":
-        run_command("", lambda: print(f"dms-jax {__version__}"))
+        run_command("", lambda: print(VERSION))
     elif name in DOORS:
         run_command(name, lambda: importlib.import_module(f"dms_jax.commands.{name}").main(argv))
     else:

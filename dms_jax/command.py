@@ -19,7 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from dms_jax import __version__
 from dms_jax.errors import ConfigError, suggestion
+
+VERSION = f"dms-jax {__version__}"
 
 # Each command, and the module that runs it in a checkout. An installed wheel has `dms-jax NAME` only.
 DOORS = {
@@ -60,6 +63,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **options,
         )
+        self.add_argument("--version", action="version", version=VERSION, help="show the version of dms_jax and exit")
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)

@@ -17,13 +17,14 @@ import os
 import sys
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import OVERFLOWS, ImplementationName
 from dms_jax.config_reader import meaning_of, range_of
-from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import check_target
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:  # both load JAX
     from dms_jax.engine.session import Session
 
 NAME = "generate"
-SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of GenerationConfig
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,13 +65,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _add_inputs(group) -> None:
-    group.add_argument("--prompt", metavar="TEXT", help="one prompt, whose continuation is printed as it is generated")
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="one prompt, or - to read it from stdin; its continuation is printed as it is generated",
+    )
     group.add_argument("--prompts", metavar="FILE", help="a .txt or .jsonl file of prompts; the results are JSON lines")
     group.add_argument("--chat", action="store_true", help="hold a conversation with stdin, in one cache")
     group.add_argument(
         "--as-chat", action="store_true", help="put each plain prompt into the chat template as a user message"
     )
     group.add_argument("--system", metavar="TEXT", help="the system message of a chat")
+    group.add_argument(
+        "--allow-control-tokens",
+        action="store_true",
+        help="read control tokens such as <|im_end|> that the text of a prompt spells as such, not as text",
+    )
     group.add_argument(
         "--batch", type=int, default=1, metavar="N", help="prompts of a file that run together (default 1)"
     )
@@ -82,8 +91,14 @@ def _add_inputs(group) -> None:
 
 
 def _add_sampling(group) -> None:
+    _add_setting(group, "max_new_tokens")
     for name in SAMPLING:
-        _add_setting(group, name)
+        _add_setting(group, name, from_model=True)
+    group.add_argument(
+        "--greedy",
+        action="store_true",
+        help="choose the likeliest token, without a penalty, whatever generation_config.json says",
+    )
     group.add_argument(
         "--seed",
         type=int,
@@ -92,7 +107,9 @@ def _add_sampling(group) -> None:
         help="prompt i of a file, or turn i of a chat, draws with seed + i (default 0)",
     )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop at this text; may be repeated")
-    group.add_argument("--ignore-eos", action="store_true", help="do not stop at the model's end-of-text token")
+    group.add_argument(
+        "--ignore-eos", action="store_true", help="do not stop at the end-of-text tokens of model and tokenizer"
+    )
 
 
 def _add_cache(group) -> None:
@@ -121,13 +138,23 @@ def _add_cache(group) -> None:
     )
 
 
-def _add_setting(group, name: str) -> None:
-    """Add an option for a field of GenerationConfig, with the type, default, range and meaning of that field."""
+def _add_setting(group, name: str, from_model: bool = False) -> None:
+    """Add an option for a field of GenerationConfig, with the type, default, range and meaning of that field.
+
+    `from_model`: the model's generation_config.json comes before the default, so the option itself has none.
+    """
     kind = typing.get_type_hints(GenerationConfig, include_extras=True)[name]
     default = getattr(GenerationConfig, name)
     number = int if isinstance(default, int) or default is None else float
-    text = f"{meaning_of(kind)} ({range_of(kind)}" + (")" if default is None else f"; default {default:g})")
-    group.add_argument(_option(name), type=number, default=default, metavar="N" if number is int else "X", help=text)
+    source = "that of generation_config.json, else " if from_model else ""
+    text = f"{meaning_of(kind)} ({range_of(kind)}" + (")" if default is None else f"; default {source}{default:g})")
+    group.add_argument(
+        _option(name),
+        type=number,
+        default=None if from_model else default,
+        metavar="N" if number is int else "X",
+        help=text,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -137,29 +164,56 @@ def main(argv: list[str] | None = None) -> int:
 
     prompts = read_prompts(options.prompts) if options.prompts else []
     if options.prompt is not None:
-        prompts = [Prompt(options.prompt, "--prompt")]
-    for name, texts in (("prompt", [options.prompt]), ("system", [options.system]), ("stop", options.stop)):
+        prompts = [Prompt(_from_stdin() if options.prompt == "-" else options.prompt, "--prompt")]
+    for name, texts in (("system", [options.system]), ("stop", options.stop)):
         for text in texts:
             check_text(Prompt(text or "", f"--{name}"))
+    for prompt in prompts:
+        check_text(prompt)
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # show "?" for what the terminal cannot show
     start_devices(1)
     with _out_of_memory_advice():
         from dms_jax.engine.chat import chat
-        from dms_jax.engine.session import open_session
+        from dms_jax.engine.session import non_finite, open_session
 
         session = open_session(options)
+        broken: list[str] = []  # answers that ended at logits that are not finite
         if options.chat:
+            if not options.json:
+                session.say_settings()
             chat(session)
         elif options.prompts:
-            many(session, prompts)
+            broken = many(session, prompts)
         else:
-            one(session, prompts[0])
-    if options.prompt is None or not options.json:
-        report = session.report
-        print(json.dumps(report.numbers()) if options.json else report.table(), file=sys.stderr)
+            broken = one(session, prompts[0])
+    _show_end(session)
+    if broken:
+        raise ConfigError(non_finite(broken))
     return 0
+
+
+def _show_end(session: "Session") -> None:
+    """Print the settings and the table of costs on stderr, or with --json what stdout does not hold already."""
+    options, report = session.options, session.report
+    if not options.chat and (options.prompt is not None or not options.json):
+        session.say_settings()
+    if options.prompt is None or not options.json:
+        print(json.dumps(report.numbers() | session.settings()) if options.json else report.table(), file=sys.stderr)
+
+
+def _from_stdin() -> str:
+    """Return the text of stdin, without the line break that ends its last line."""
+    if sys.stdin is None:
+        raise ConfigError("--prompt - reads stdin, which is closed; give --prompt TEXT, or leave stdin open")
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as why:
+        raise ConfigError(f"--prompt -: stdin is not valid UTF-8 at byte {why.start}; convert it") from why
+    if not text:
+        raise ConfigError("--prompt -: stdin is empty; give a text")
+    return text
 
 
 @contextlib.contextmanager
@@ -208,8 +262,13 @@ def check(options: argparse.Namespace) -> None:
                 f"{_option(name)} has no effect with --load-cache, because a saved cache brings its own; leave it out, "
                 "or let the cache become larger with --overflow grow"
             )
+    for name in SAMPLED:
+        if options.greedy and getattr(options, name) is not None:
+            raise ConfigError(f"{_option(name)} has no effect with --greedy; leave one of them out")
     if options.dense and options.threshold is not None:
         raise ConfigError("--threshold has no effect with --dense, which evicts nothing; leave one of them out")
+    if options.output and options.prompts and os.path.realpath(options.output) == os.path.realpath(options.prompts):
+        raise ConfigError(f"--output must not be the file of --prompts, got {options.output}; give another file")
     for name in ("output", "save_cache"):
         path = getattr(options, name)
         if path and os.path.exists(path) and not options.overwrite:
@@ -223,30 +282,42 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def one(session: "Session", prompt: "Prompt") -> None:
-    """Continue one prompt. Prints the text as it is generated, or one JSON object at the end."""
+def one(session: "Session", prompt: "Prompt") -> list[str]:
+    """Continue one prompt. Prints the text as it is generated, or one JSON object at the end.
+
+    Returns the place of the prompt if its answer ended at logits that are not finite.
+    """
     options, stream = session.options, session.stream()
-    ids = session.encoder()(prompt)
+    ids = session.encode([prompt])[0]
     config = session.config_for([len(ids)], more_to_come=bool(options.save_cache))
+    if options.save_cache and options.as_chat:  # the next turn supplies the end of the answer, as its template has it
+        config = replace(config, append_stop_id=False)
 
     def show(rows, last: bool = False) -> None:
-        print(stream.push(session.without_end(rows[0]), last), end="\n" if last else "", flush=True)
+        session.write(stream.push(session.without_end(rows[0]), last), end="\n" if last else "")
 
     result = session.generate([ids], config, session.start_from_loaded(1), show=None if options.json else show)
     session.report.add(len(ids), len(result.tokens[0]), result.cache, 1)
     if options.json:
-        record = {"prompt": prompt.content, **session.record(result, 0, ids), "costs": session.report.numbers()}
+        costs = {"costs": session.report.numbers()}
+        record = {"prompt": prompt.content, **session.record(result, 0, ids), **session.settings(), **costs}
         print(json.dumps(record, ensure_ascii=False))
     else:
         show(result.tokens, last=True)
+    if result.finish_reasons[0] == "non_finite":
+        return [prompt.where]  # its cache is of no use, so it is not saved
     session.save(result.cache)
+    return []
 
 
-def many(session: "Session", prompts: "list[Prompt]") -> None:
-    """Continue a file of prompts, batch by batch. Each batch is written as soon as it is done."""
+def many(session: "Session", prompts: "list[Prompt]") -> list[str]:
+    """Continue a file of prompts, batch by batch. Each batch is written as soon as it is done.
+
+    Returns the places of the prompts whose answers ended at logits that are not finite.
+    """
     from tqdm import tqdm
 
-    rows = list(map(session.encoder(), prompts))
+    rows, broken = session.encode(prompts), []
     session.check_lengths(rows, [prompt.where for prompt in prompts])
     config = session.config_for(list(map(len, rows)))  # one capacity for all batches, since each capacity is compiled
     size = min(session.options.batch, len(prompts))
@@ -262,9 +333,12 @@ def many(session: "Session", prompts: "list[Prompt]") -> None:
             for row, ids in enumerate(batch):
                 prompt = {"index": start + row, "input": prompts[start + row].record}
                 print(json.dumps(prompt | session.record(result, row, ids), ensure_ascii=False), file=file, flush=True)
+                if result.finish_reasons[row] == "non_finite":
+                    broken.append(prompts[start + row].where)
             new_tokens = sum(map(len, result.tokens[: len(batch)]))
             session.report.add(sum(map(len, batch)), new_tokens, result.cache, len(batch))
             progress.update(len(batch))
+    return broken
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ Each chunk goes through three stages in `slot_attention.extend_layer`. For examp
     3. append                           5            slot 2 is the lowest free one
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from dms_jax.platform_defaults import platform_defaults
 
 EMPTY = NEVER  # position of an empty slot: later than any query, so the rule alone hides it
 NEVER_VISIBLE = jnp.iinfo(jnp.int32).min  # expiry of an empty slot: earlier than any query
+NO_TOKEN = -1  # not a token id
 
 
 class Expiries(NamedTuple):
@@ -79,6 +80,23 @@ class HostBounds(NamedTuple):
     live: tuple[int, ...]  # live pairs of any row and head, for each layer
 
 
+class TokenHistory(NamedTuple):
+    """The tokens that each row of a cache has seen, as far as a repetition penalty and a chat need to know them."""
+
+    ids: tuple[np.ndarray, ...]  # distinct ids of each row, sorted, int32
+    last: tuple[int, ...]  # the id that each row has seen last; NO_TOKEN for a row that has seen none
+
+    def extended(self, rows: Sequence[np.ndarray]) -> "TokenHistory":
+        """Return the history after each row has also seen the tokens in `rows`."""
+        last = (int(row[-1]) if len(row) else before for row, before in zip(rows, self.last, strict=True))
+        ids = (np.union1d(known, row).astype(np.int32) for known, row in zip(self.ids, rows, strict=True))
+        return TokenHistory(tuple(ids), tuple(last))
+
+    @staticmethod
+    def empty(rows: int) -> "TokenHistory":
+        return TokenHistory((np.zeros(0, np.int32),) * rows, (NO_TOKEN,) * rows)
+
+
 @dataclass(frozen=True)
 class CompactCache:
     """The caches of all layers, and the tokens that each row has seen. It is an immutable pytree."""
@@ -88,15 +106,24 @@ class CompactCache:
     policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
     overflow: Overflow = "evict"
     bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None if unknown
+    history: TokenHistory | None = field(default=None, init=False, compare=False)  # set by `with_history`, likewise
 
     def with_bounds(self, bounds: HostBounds) -> "CompactCache":
         """Return this cache with the given bounds.
 
-        Bounds are not part of the pytree, and `replace` drops them, so they never outlive the arrays that they
-        describe.
+        Bounds and history are not part of the pytree, and `replace` drops them, so they never outlive the arrays that
+        they describe.
         """
+        return self._knowing(bounds, self.history)
+
+    def with_history(self, history: TokenHistory | None) -> "CompactCache":
+        """Return this cache with the given history of its tokens, or with none if they are unknown."""
+        return self._knowing(self.bounds, history)
+
+    def _knowing(self, bounds: HostBounds | None, history: TokenHistory | None) -> "CompactCache":
         known = replace(self)
         object.__setattr__(known, "bounds", bounds)
+        object.__setattr__(known, "history", history)
         return known
 
     @property
@@ -303,7 +330,13 @@ def fork(cache: CompactCache, chains: int) -> CompactCache:
     """Repeat every row `chains` times, with the copies of a row next to each other, to sample several continuations."""
     if chains < 1:
         raise ConfigError(f"the number of chains must be at least 1, got {chains}")
-    return jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache)
+    copies, history = jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache), cache.history
+    if history is None:
+        return copies
+    rows = [row for row in range(cache.batch_size) for _ in range(chains)]
+    return copies.with_history(
+        TokenHistory(tuple(history.ids[row] for row in rows), tuple(history.last[row] for row in rows))
+    )
 
 
 def row_compression_ratios(cache: CompactCache) -> np.ndarray:
@@ -321,7 +354,12 @@ def compression_ratio(cache: CompactCache) -> float:
     return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0
 
 
+def staying_counts(cache: CompactCache) -> np.ndarray:
+    """Return how many pairs of each layer, row and KV head will never leave [L B K]."""
+    return np.stack([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
+
+
 def nominal_compression_ratio(cache: CompactCache) -> float:
     """Return the compression ratio without the window, >= 1: mean tokens seen / mean pairs that will never leave."""
-    staying = np.mean([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
+    staying = staying_counts(cache).mean()
     return float(np.asarray(cache.seen, np.float64).mean() / staying) if staying else float("inf")

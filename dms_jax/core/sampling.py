@@ -13,6 +13,9 @@ from jaxtyping import Bool, Float, Int, Key
 
 from dms_jax.axes import Array, typed
 
+MIN_DIVISOR = 1e-30  # fp32 holds ordinary logits divided by this; below 1e-38 it would divide by zero
+MAX_LOGIT = 1e37
+
 
 @dataclass(frozen=True)
 class SamplingMode:
@@ -26,7 +29,7 @@ class SamplingMode:
 class SamplingNumbers(NamedTuple):
     """Sampling parameters of one call; at its default, each has no effect."""
 
-    temperature: float | Float[Array, ""] = 1.0
+    temperature: float | Float[Array, ""] = 1.0  # at most MIN_DIVISOR: see `SamplingMode.greedy`
     top_k: int | Int[Array, ""] = 0
     top_p: float | Float[Array, ""] = 1.0
     min_p: float | Float[Array, ""] = 0.0
@@ -39,8 +42,10 @@ def penalize(
 ) -> Float[Array, "B V"]:
     """Make the tokens that a row has `used` less likely: positive logits / penalty, negative ones * penalty.
 
-    Source: CTRL, arXiv:1909.05858.
+    Source: CTRL, arXiv:1909.05858. A penalty so small or so large that the result would not be finite is limited.
     """
+    largest = _largest(logits)
+    penalty = jnp.clip(penalty, jnp.maximum(MIN_DIVISOR, largest / MAX_LOGIT), MAX_LOGIT / jnp.maximum(largest, 1.0))
     return jnp.where(used, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
@@ -78,9 +83,15 @@ def sample(
         logits = penalize(logits, used, numbers.repetition_penalty)
     if mode.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / numbers.temperature
+    # A temperature at which a logit would not be finite is raised; the best token is then still the only likely one.
+    logits = logits / jnp.maximum(numbers.temperature, jnp.maximum(MIN_DIVISOR, _largest(logits) / MAX_LOGIT))
     logits = jnp.where(allowed(logits, numbers, mode.sorts), logits, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def _largest(logits: Float[Array, "B V"]) -> Float[Array, "B 1"]:
+    """Return the largest absolute logit of each row."""
+    return jnp.max(jnp.abs(logits), axis=-1, keepdims=True)
 
 
 @typed

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.core.sampling import SamplingMode, SamplingNumbers, sample, token_logprobs
+from dms_jax.core.sampling import MAX_LOGIT, MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
 from dms_jax.engine.decoding import extend_rows
@@ -41,6 +41,7 @@ class DecodeState:
     tokens: Int[Array, "B M"]
     logprobs: Float[Array, "B M"]
     stopped: Bool[Array, "B"]  # whether the row has ended at a stop id
+    finite: Bool[Array, "B"]  # whether `logits` are finite; a row whose logits are not ends, because it cannot sample
     keys: Array  # [B]
     pairs_read: Float[Array, "B"]  # summed over the generated tokens, mean over layers and heads
 
@@ -53,11 +54,14 @@ def generated_tokens(state: DecodeState) -> list[np.ndarray]:
 
 def sampling_of(config: GenerationConfig) -> tuple[SamplingMode, SamplingNumbers]:
     """Return the static and the traced part of the sampling settings."""
-    greedy = config.temperature == 0
+    greedy = config.temperature <= MIN_DIVISOR
     sorts = not greedy and (config.top_k > 0 or config.top_p < 1)
     mode = SamplingMode(greedy, sorts, config.repetition_penalty != 1)
-    numbers = (config.temperature or 1.0, config.top_k, config.top_p, config.min_p, config.repetition_penalty)
-    return mode, SamplingNumbers(*map(jnp.asarray, numbers))
+    large = (1.0 if greedy else config.temperature, config.repetition_penalty)
+    temperature, penalty = (jnp.float32(min(number, MAX_LOGIT)) for number in large)
+    return mode, SamplingNumbers(
+        temperature, jnp.int32(config.top_k), jnp.float32(config.top_p), jnp.float32(config.min_p), penalty
+    )
 
 
 def generate_segments(
@@ -92,7 +96,7 @@ def generate_segments(
 
 
 def _active(state: DecodeState, limit: np.ndarray) -> np.ndarray:
-    return ~np.asarray(state.stopped) & (np.asarray(state.num_generated) < limit)
+    return ~np.asarray(state.stopped) & np.asarray(state.finite) & (np.asarray(state.num_generated) < limit)
 
 
 def _segment_length(cache: CompactCache, config: GenerationConfig, until: int, watched: bool) -> int:
@@ -112,7 +116,17 @@ def _run_segment(model, state, until: int, limit: np.ndarray, stop_ids: np.ndarr
     step = _loop if config.stop_strings else _loop_donated  # only a stop string makes a segment run again
     mode, numbers = sampling_of(config)
     with mesh_of(model.embed):
-        return step(model, state, np.int32(until), limit, stop_ids, jnp.float32(config.threshold), numbers, mode)
+        return step(
+            model,
+            state,
+            np.int32(until),
+            limit,
+            stop_ids,
+            np.bool_(config.append_stop_id),
+            jnp.float32(config.threshold),
+            numbers,
+            mode,
+        )
 
 
 def _stop_string_ends(state: DecodeState, tokenizer: Tokenizer, stops: tuple[str, ...]) -> np.ndarray:
@@ -134,6 +148,7 @@ def _loop_body(
     until: Array,
     limit: Array,
     stop_ids: Array,
+    append_stop_id: Array,
     threshold: Array,
     numbers: SamplingNumbers,
     mode: SamplingMode,
@@ -141,18 +156,18 @@ def _loop_body(
     """Sample and append until every row has stopped or has `min(until, limit)` tokens. A finished row is frozen."""
 
     def active(state):
-        return ~state.stopped & (state.num_generated < jnp.minimum(until, limit))
+        return ~state.stopped & state.finite & (state.num_generated < jnp.minimum(until, limit))
 
     def one_token(state):
         going = active(state)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)
         token = sample(state.logits, keys, state.seen_tokens, numbers, mode)
+        stops = going & jnp.any(token[:, None] == stop_ids[None], axis=1)
+        appended = (going & (append_stop_id | ~stops)).astype(jnp.int32)
         rows = jnp.arange(len(token))
         # A frozen row writes to a column that does not exist, so its write is dropped.
         column = jnp.where(going, state.num_generated, state.tokens.shape[1])
-        logits, cache = extend_rows(
-            model, state.cache, token[:, None], going.astype(jnp.int32), threshold, state.logits
-        )
+        logits, cache = extend_rows(model, state.cache, token[:, None], appended, threshold, state.logits)
         return DecodeState(
             cache=cache,
             logits=logits,
@@ -160,12 +175,18 @@ def _loop_body(
             num_generated=state.num_generated + going.astype(jnp.int32),
             tokens=state.tokens.at[rows, column].set(token, mode="drop"),
             logprobs=state.logprobs.at[rows, column].set(token_logprobs(state.logits, token), mode="drop"),
-            stopped=state.stopped | (going & jnp.any(token[:, None] == stop_ids[None], axis=1)),
+            stopped=state.stopped | stops,
+            finite=finite_rows(logits),
             keys=state.keys,
             pairs_read=state.pairs_read + jnp.where(going, _pairs_read(cache), 0.0),
         )
 
     return lax.while_loop(lambda state: jnp.any(active(state)), one_token, state)
+
+
+def finite_rows(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Return for each row whether all of its logits are finite."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _pairs_read(cache: CompactCache) -> Float[Array, "B"]:

@@ -5,6 +5,7 @@ free slots, so a dense cache never exists. Lengths are rounded up to a few sizes
 Errors are `ConfigError`.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import OVERFLOWS, ModelConfig, Overflow
 from dms_jax.config_reader import MAX_INT
-from dms_jax.core.compact_cache import CompactCache, HostBounds, empty_layer
+from dms_jax.core.compact_cache import CompactCache, HostBounds, TokenHistory, empty_layer
 from dms_jax.engine.cache_capacity import (
     check_context,
     check_min_slots,
@@ -27,6 +28,7 @@ from dms_jax.engine.cache_capacity import (
 from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.token_ids import check_ids
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy, policy_of
 from dms_jax.sharding import mesh_of
@@ -86,7 +88,8 @@ def init_cache(
         for c in capacities
     )
     cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow)
-    return cache.with_bounds(HostBounds(0, (0,) * config.num_layers))
+    empty = HostBounds(0, (0,) * config.num_layers)
+    return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
 
 def prefill(
@@ -122,6 +125,8 @@ def prefill(
     """
     if chunk_size is not None and chunk_size < 1:
         raise ConfigError(f"chunk_size must be >= 1, got {chunk_size}")
+    if isinstance(threshold, float) and math.isnan(threshold):
+        raise ConfigError("threshold must be a number, got nan")
     tokens, first, count = _left_aligned(tokens, lengths, padding, mask, cache.batch_size)
     for row, (ids, number) in enumerate(zip(tokens, count, strict=True)):
         check_ids(ids[:number], model.config.vocab_size, f"row {row}")
@@ -129,9 +134,12 @@ def prefill(
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
+    history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch
     )
+    if history is not None:
+        cache = cache.with_history(history.extended([ids[:number] for ids, number in zip(tokens, count, strict=True)]))
     if last_only:
         return logits, cache
     length = tokens.shape[1]
@@ -190,7 +198,8 @@ def decode_step(
 
     Return logits [B V], fp32, and the new cache. `threshold` and `donate` are as in `prefill`. Raises ConfigError for
     wrong shapes, rows beyond the model's context and token ids outside the vocabulary. Ids in a `jax.Array` are not
-    checked, because reading them would wait for the device; there, ids outside the vocabulary are clipped.
+    checked, because reading them would wait for the device; there, ids outside the vocabulary are clipped. The new
+    cache has no `history`, so that a step costs nothing on the host.
     """
     if np.shape(tokens) != (cache.batch_size,):
         raise ConfigError(f"tokens must be one for each row, shape ({cache.batch_size},), got shape {np.shape(tokens)}")
@@ -286,16 +295,3 @@ def _left_aligned(tokens, lengths, padding, mask, batch) -> tuple[np.ndarray, np
         first = length - count if padding == "left" else np.zeros(batch, int)
     column = (np.arange(length) + first[:, None]) % length
     return np.take_along_axis(tokens, column, axis=1), first.astype(np.int32), count.astype(np.int32)
-
-
-def check_ids(tokens: np.ndarray, vocab_size: int, where: str = "tokens") -> np.ndarray:
-    """Return token ids as int32. `where` begins the message about an id that is not in the vocabulary."""
-    if not np.issubdtype(tokens.dtype, np.integer):
-        values = tokens.ravel()
-        if np.issubdtype(tokens.dtype, np.floating):  # blame a value that is not whole, if there is one
-            values = sorted(values, key=lambda value: np.isfinite(value) and value == np.floor(value))
-        raise ConfigError(f"{where}: token ids must be whole numbers, got {', '.join(map(str, values[:1]))}")
-    outside = tokens[(tokens < 0) | (tokens >= vocab_size)]
-    if outside.size:
-        raise ConfigError(f"{where}: token id {outside[0]} is outside the vocabulary (0 to {vocab_size - 1})")
-    return tokens.astype(np.int32)

@@ -1,7 +1,9 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -10,28 +12,36 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import CompactCache, row_compression_ratios
+from dms_jax.core.compact_cache import CompactCache, TokenHistory, row_compression_ratios
 from dms_jax.engine.cache_capacity import check_context, check_min_slots, host_bounds, plan_capacity, round_up
 from dms_jax.engine.decode_layout import unrolled
-from dms_jax.engine.decode_loop import DecodeState, generate_segments, generated_tokens
-from dms_jax.engine.decoding import check_ids, init_cache, prefill_rows, select_policy
+from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segments, generated_tokens
+from dms_jax.engine.decoding import init_cache, prefill_rows, select_policy
 from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.stop_ids import end_ids, split_stops
 from dms_jax.engine.text_stream import trim_at_stop
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, shown
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.token_ids import check_ids
 from dms_jax.policies.prompt_compression import compress_prompt
 
+MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
 STOP_ID_MULTIPLE = 8  # stop ids are padded to a multiple of this, so that another number of ids compiles nothing
 
 
 @dataclass(frozen=True)
 class Generation:
-    """The results of one call, row by row. `cache` holds prompt and `tokens`, so the next turn can continue it."""
+    """The results of one call, row by row. `cache` holds prompt and `tokens`, so the next turn can continue it.
+
+    With `append_stop_id=False`, it does not hold the stop id that ended a row.
+    """
 
     tokens: list[np.ndarray]  # int32, including the stop id that ended the row, if any
     texts: list[str] | None  # without stop id and stop string; None for prompts of token ids
-    finish_reasons: list[str]  # "stop_id", "stop_string", "length", or "cancelled" by `watch`
+    # "stop_id", "stop_string", "length", "cancelled" by `watch`, or "non_finite": the logits after the row's last token
+    # have a NaN or an infinity, so no token can be chosen
+    finish_reasons: list[str]
     logprobs: list[np.ndarray] | None  # log p of each token, if the config asks for it
     live_pairs: np.ndarray  # [B] mean over layers and heads
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
@@ -74,7 +84,9 @@ def generate(
     config = config or GenerationConfig()
     # 1. Check prompts and stop ids. Nothing below checks an id again.
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
-    stop_ids = _stop_ids(model, config)
+    stop_ids, stop_strings = _stops(model, config, tokenizer)
+    threshold = config.threshold if abs(config.threshold) <= MAX_FLOAT32 else math.copysign(math.inf, config.threshold)
+    config = replace(config, stop_strings=stop_strings, threshold=threshold)
     lengths = np.array([len(row) for row in rows])
     # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
@@ -83,6 +95,8 @@ def generate(
         capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
         cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
     _check_sizes(model, cache, lengths, config)
+    history = _history(cache, config)
+    history = history if history is None else history.extended(rows)
     # 3. Prefill, keep only the logits of each prompt's last token, and compress the prompts if the policy does so.
     padded = _padded(rows)
     on_chunk = None if watch is None else lambda done: watch(Progress(done, None))
@@ -93,17 +107,20 @@ def generate(
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
-    state, stopped_by_text = _first_state(cache, logits, rows, config), np.zeros(len(rows), bool)
+    seen_ids = history.ids if history is not None else rows
+    state, stopped_by_text = _first_state(cache, logits, seen_ids, config), np.zeros(len(rows), bool)
     segments = generate_segments(unrolled(model), state, config, stop_ids, tokenizer, watch is not None)
     for state, stopped_by_text in segments:  # noqa: B007  # the last ones are the result
         if watch is not None and watch(Progress(int(lengths.max()), generated_tokens(state))):
             break
     # 5. Read the results from the device.
-    return _result(state, stopped_by_text, config, tokenizer if as_text else None)
+    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history)
 
 
 def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokenizer | None, bool]:
     """Return the checked ids of each prompt, the tokenizer if one is needed, and whether prompts were strings."""
+    if not isinstance(prompts, str | Sequence | np.ndarray | jax.Array):
+        raise ConfigError(f"prompts must be a list of strings or of token ids, got {shown(prompts)}")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not prompts:
         raise ConfigError("there must be at least one prompt, got no prompts")
@@ -121,7 +138,7 @@ def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokeni
         tokenizer = load_tokenizer(source.path)
     rows = []
     for index, prompt in enumerate(prompts):
-        row = prompt_ids(tokenizer, prompt) if as_text else np.asarray(prompt)
+        row = prompt_ids(tokenizer, prompt) if as_text else _array(prompt, index)
         if not row.size:
             raise ConfigError(f"prompt {index} is empty; give at least one token")
         if row.ndim != 1:
@@ -130,12 +147,35 @@ def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokeni
     return rows, tokenizer, as_text
 
 
-def _stop_ids(model, config) -> np.ndarray:
-    """Return the ids that end a row, padded with -1, which is not a token id."""
-    ids = sorted(set(model.config.eos_token_ids if config.stop_ids is None else config.stop_ids))
+def _array(prompt, index: int) -> np.ndarray:
+    """Return the ids of a prompt as an array; true and false among the ids become objects, which are refused."""
+    ids = list(prompt) if isinstance(prompt, Sequence) else prompt
+    flags = isinstance(ids, list) and any(isinstance(item, bool | np.bool_) for item in ids)
+    try:
+        return np.asarray(ids, object if flags else None)
+    except ValueError as why:  # rows of different lengths in the place of ids
+        raise ConfigError(f"prompt {index} must be a list of token ids, got {shown(prompt)}") from why
+
+
+def _stops(model, config, tokenizer) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Return the ids that end a row, padded with -1, which is not a token id; and the strings that do."""
+    special, strings = split_stops(tuple(config.stop_strings), tokenizer)
+    given = end_ids(model.config, tokenizer) if config.stop_ids is None else tuple(config.stop_ids)
+    ids = sorted(set(given + special))
     check_ids(np.array(ids, np.int64), model.config.vocab_size, "stop_ids")
     size = -(-max(len(ids), 1) // STOP_ID_MULTIPLE) * STOP_ID_MULTIPLE
-    return np.array(ids + [-1] * (size - len(ids)), np.int32)
+    return np.array(ids + [-1] * (size - len(ids)), np.int32), strings
+
+
+def _history(cache: CompactCache, config: GenerationConfig) -> TokenHistory | None:
+    """Return the tokens that the cache has seen, before the arrays of the cache are given away."""
+    if cache.history is None and config.repetition_penalty != 1:
+        warnings.warn(
+            "the repetition penalty knows the tokens of this call only, because this cache does not say which tokens "
+            "it has seen: decode_step or an old file made it; prefill the tokens again, or use repetition_penalty=1",
+            stacklevel=3,
+        )
+    return cache.history
 
 
 def _check_sizes(model, cache, lengths, config) -> None:
@@ -162,14 +202,16 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def _first_state(cache: CompactCache, logits: Array, rows: list[np.ndarray], config: GenerationConfig) -> DecodeState:
+def _first_state(
+    cache: CompactCache, logits: Array, seen_ids: Sequence[np.ndarray], config: GenerationConfig
+) -> DecodeState:
     """Return the state after the prefill. The space for new tokens is rounded up, so that few sizes are compiled."""
-    num_rows, columns = len(rows), round_up(config.max_new_tokens)
+    num_rows, columns = len(seen_ids), round_up(config.max_new_tokens)
     seen_tokens = None
     if config.repetition_penalty != 1:
         seen_tokens = np.zeros(logits.shape, bool)
-        for seen, row in zip(seen_tokens, rows, strict=True):
-            seen[row] = True
+        for seen, ids in zip(seen_tokens, seen_ids, strict=True):
+            seen[ids] = True
     return DecodeState(
         cache=cache,
         logits=logits,
@@ -178,6 +220,7 @@ def _first_state(cache: CompactCache, logits: Array, rows: list[np.ndarray], con
         tokens=jnp.zeros((num_rows, columns), jnp.int32),
         logprobs=jnp.zeros((num_rows, columns), jnp.float32),
         stopped=jnp.zeros(num_rows, bool),
+        finite=finite_rows(logits),
         keys=_keys(config.seed, num_rows),
         pairs_read=jnp.zeros(num_rows, jnp.float32),
     )
@@ -190,26 +233,28 @@ def _keys(seed: int | tuple[int, ...], num_rows: int) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(np.uint32(seed)), jnp.arange(num_rows))
 
 
-def _result(state: DecodeState, stopped_by_text: np.ndarray, config, tokenizer: Tokenizer | None) -> Generation:
-    """Read the state from the device; `tokenizer` is None for prompts of ids."""
+def _result(
+    state: DecodeState,
+    stopped_by_text: np.ndarray,
+    config: GenerationConfig,
+    tokenizer: Tokenizer | None,
+    history: TokenHistory | None,
+) -> Generation:
+    """Read the state from the device; `tokenizer` is None for prompts of ids. `history` ends before the new tokens."""
     numbers, stopped, tokens = np.asarray(state.num_generated), np.asarray(state.stopped), generated_tokens(state)
-    reasons = [
-        "stop_string" if text else "stop_id" if id_ else "length" if number == config.max_new_tokens else "cancelled"
-        for text, id_, number in zip(stopped_by_text, stopped, numbers, strict=True)
-    ]
     texts = logprobs = None
+    without_end = [row[:-1] if id_ else row for row, id_ in zip(tokens, stopped, strict=True)]
     if tokenizer is not None:
-        texts = [
-            trim_at_stop(tokenizer.decode(row[:-1] if id_ else row), config.stop_strings)
-            for row, id_ in zip(tokens, stopped, strict=True)
-        ]
+        texts = [trim_at_stop(tokenizer.decode(row), config.stop_strings) for row in without_end]
     if config.logprobs:
         logprobs = [row[:number] for row, number in zip(np.asarray(state.logprobs), numbers, strict=True)]
     cache = state.cache
+    if history is not None:
+        cache = cache.with_history(history.extended(tokens if config.append_stop_id else without_end))
     return Generation(
         tokens=tokens,
         texts=texts,
-        finish_reasons=reasons,
+        finish_reasons=_finish_reasons(state, stopped_by_text, config.max_new_tokens),
         logprobs=logprobs,
         live_pairs=np.asarray(cache.live_counts, np.float64).mean(axis=(0, 2)),
         realised_cr=row_compression_ratios(cache),
@@ -218,3 +263,14 @@ def _result(state: DecodeState, stopped_by_text: np.ndarray, config, tokenizer: 
         cache=cache,
         logits=state.logits,
     )
+
+
+def _finish_reasons(state: DecodeState, stopped_by_text: np.ndarray, max_new_tokens: int) -> list[str]:
+    reasons = []
+    rows = zip(stopped_by_text, *map(np.asarray, (state.stopped, state.num_generated, state.finite)), strict=True)
+    for text, stopped, number, finite in rows:
+        if text or stopped:
+            reasons.append("stop_string" if text else "stop_id")
+        else:
+            reasons.append("length" if number == max_new_tokens else "cancelled" if finite else "non_finite")
+    return reasons

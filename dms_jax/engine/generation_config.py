@@ -1,12 +1,18 @@
 """The settings of `generate`, which are checked on construction, before a model is loaded. Imports no JAX."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from dms_jax.config import OVERFLOWS, Overflow
 from dms_jax.config_reader import MAX_INT, Above, AtLeast, Range, check_ranges
-from dms_jax.errors import ConfigError, shown
+from dms_jax.errors import ConfigError, naming, shown
+from dms_jax.files import read_json
+
+# The settings that `sampling_defaults` reads; without do_sample, only the penalty applies.
+SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+SAMPLING = (*SAMPLED, "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,11 @@ class GenerationConfig:
         float, Range(0, 1, exclusive_max=True), "drop tokens less likely than this times the likeliest; 0: off"
     ] = 0.0
     repetition_penalty: Annotated[
-        float, Above(0), "make the tokens of the prompt and the answer so far less likely; 1: off"
+        float, Above(0), "make all tokens that the cache has seen less likely: of prompt, answer, earlier turns; 1: off"
     ] = 1.0
-    stop_ids: tuple[int, ...] | None = None  # None: the model's end-of-text ids; (): no stop ids
-    stop_strings: tuple[str, ...] = ()  # need a tokenizer
+    stop_ids: tuple[int, ...] | None = None  # None: the ends of text of model and tokenizer (`stop_ids`); (): none
+    stop_strings: tuple[str, ...] = ()  # need a tokenizer; one that is a special token stops by its id
+    append_stop_id: bool = True  # False: the cache ends before the stop id, so that text can come in between
     seed: int | tuple[int, ...] = 0  # one for all rows, combined with the row's index; or one per row
     logprobs: bool = False  # also return each token's log p under the model itself, at temperature 1
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
@@ -53,10 +60,31 @@ class GenerationConfig:
             ("overflow", f"one of {', '.join(OVERFLOWS)}", self.overflow is None or self.overflow in OVERFLOWS),
             ("stop_strings", "a tuple of non-empty strings", all(isinstance(s, str) and s for s in strings)),
             ("stop_ids", "a tuple of token ids", isinstance(ids, tuple | list) and all(map(_is_id, ids))),
+            ("append_stop_id", "true or false", isinstance(self.append_stop_id, bool)),
             ("seed", "whole numbers from 0 to 2**32 - 1", all(_is_whole(s) and 0 <= s < 2**32 for s in seeds)),
         ):
             if not holds:
                 raise ConfigError(f"{name} must be {rule}, got {shown(getattr(self, name))}")
+
+
+def sampling_defaults(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return how the authors of a model sample from it: the settings in its generation_config.json that have an effect.
+
+    As in transformers, temperature, top_k, top_p and min_p count only if `do_sample` is true; the repetition penalty
+    always does. The result is empty for a GGUF file and for a folder without that file. Each value is in the range of
+    its field in `GenerationConfig`.
+    """
+    path = os.path.join(folder, "generation_config.json")
+    raw = read_json(path) if os.path.isdir(folder) and os.path.lexists(path) else {}
+    names = SAMPLING if raw.get("do_sample") is True else SAMPLING[-1:]
+    found = {name: raw[name] for name in names if raw.get(name) is not None}
+    if found.get("top_k") == -1:  # as some files spell 0
+        del found["top_k"]
+    with naming(path):
+        GenerationConfig(**found)
+    if raw.get("do_sample") is True:
+        found.setdefault("temperature", 1.0)
+    return {name: value for name, value in found.items() if value != getattr(GenerationConfig, name)}
 
 
 def _is_whole(value: Any) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.compact_cache import CompactCache, staying_counts
 from dms_jax.engine.stopwatch import Clock
 
 
@@ -12,7 +12,7 @@ from dms_jax.engine.stopwatch import Clock
 class Report:
     """Sums over all prompts or turns of a command."""
 
-    nominal_cr: float | None  # None if the model has no evict head or the command does not use it
+    target_cr: float | None  # of training; None if the model has no evict head or the command does not use it
     clock: Clock
     prompts: int = 0
     prefill_tokens: int = 0
@@ -34,7 +34,10 @@ class Report:
     def numbers(self) -> dict:
         """Return all figures of the table, for `--json`."""
         seconds = self.clock.seconds
-        sums = {key: sum(cache[key] for cache in self.caches) for key in ("seen", "rows", "live", "forced_evictions")}
+        sums = {
+            key: sum(cache[key] for cache in self.caches)
+            for key in ("seen", "rows", "live", "staying", "forced_evictions")
+        }
         largest = {
             key: max((cache[key] for cache in self.caches), default=0)
             for key in ("cache_bytes", "live_bytes", "dense_bytes")
@@ -46,8 +49,9 @@ class Report:
             **{f"{phase}_s": round(value, 4) for phase, value in seconds.items()},
             "prefill_tokens_per_s": _rate(self.prefill_tokens, seconds["prefill"]),
             "decode_tokens_per_s": _rate(self.decode_tokens, seconds["decode"]),
-            "realised_cr": round(sums["seen"] / sums["live"], 4) if sums["live"] else 1.0,
-            "nominal_cr": self.nominal_cr,
+            "realised_cr": _ratio(sums["seen"], sums["live"]) or 1.0,
+            "nominal_cr": None if self.target_cr is None else _ratio(sums["seen"], sums["staying"]),
+            "target_cr": self.target_cr,
             "tokens_seen_per_row": round(sums["seen"] / max(sums["rows"], 1), 1),
             "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
             **largest,
@@ -63,10 +67,11 @@ class Report:
             rate = "-" if rate is None else f"{rate:.1f}"
             lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{n[f'{phase}_s']:>10.2f}{rate:>10}")
         lines.append(f"{'compile':<10}{'':>9}{n['compile_s']:>10.2f}")
-        nominal = "dense" if n["nominal_cr"] is None else f"nominal {n['nominal_cr']:g}"
+        nominal = "-" if n["nominal_cr"] is None else f"{n['nominal_cr']:.2f}"
+        policy = "dense" if self.target_cr is None else f"nominal {nominal}, target {self.target_cr:g}"
         lines.append(
             f"live pairs per row and head: {n['live_pairs_per_head']:g} for {n['tokens_seen_per_row']:g} tokens, "
-            f"CR {n['realised_cr']:.2f} ({nominal})"
+            f"CR {n['realised_cr']:.2f} ({policy})"
         )
         lines.append(
             f"cache: {_mebibytes(n['cache_bytes'])} allocated, {_mebibytes(n['live_bytes'])} live, "
@@ -79,6 +84,10 @@ def _rate(tokens: int, seconds: float) -> float | None:
     return round(tokens / seconds, 2) if seconds > 0 else None
 
 
+def _ratio(seen: float, pairs: float) -> float | None:
+    return round(seen / pairs, 4) if pairs else None
+
+
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
@@ -86,16 +95,19 @@ def _mebibytes(size: int) -> str:
 def cache_numbers(cache: CompactCache, rows: int) -> dict:
     """Return sums over the first `rows` rows: tokens seen, live pairs (mean over layers and heads), and bytes.
 
+    `staying` counts the pairs that no decision evicts, which give the nominal CR.
     `live_bytes` and `dense_bytes` are keys and values only, `dense_bytes` those of a dense cache. `cache_bytes` is the
     memory that is allocated, including the bookkeeping.
     """
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
+    staying = staying_counts(cache)[:, :rows]
     layer = cache.layers[0]
     pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize
     return {
         "rows": rows,
         "seen": float(seen.sum()),
         "live": float(live.mean(axis=(0, 2)).sum()) if live.size else 0.0,
+        "staying": float(staying.mean(axis=(0, 2)).sum()) if staying.size else 0.0,
         "forced_evictions": int(np.asarray(cache.forced_evictions)[:, :rows].sum()),
         "cache_bytes": cache.bytes,
         "live_bytes": int(live.sum()) * pair,

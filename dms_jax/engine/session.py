@@ -2,27 +2,33 @@
 
 import argparse
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import dms_jax
+from dms_jax.command import one_line
 from dms_jax.core.compact_cache import CompactCache, fork
 from dms_jax.engine.cache_capacity import plan_capacity
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decoding import select_policy
 from dms_jax.engine.generation import Generation, Progress, generate
-from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig, sampling_defaults
 from dms_jax.engine.generation_report import Report
-from dms_jax.engine.prompts import Encoder
+from dms_jax.engine.prompts import NOT_ENDED, Encoder, Prompt
+from dms_jax.engine.stop_ids import end_ids, origins, split_stops
 from dms_jax.engine.stopwatch import Clock
-from dms_jax.engine.text_stream import TextStream, trim_at_stop
+from dms_jax.engine.text_stream import REPLACEMENT, TextStream, trim_at_stop
 from dms_jax.errors import ConfigError
+from dms_jax.hf.folder import resolve
 from dms_jax.hf.hf_tokenizer import Tokenizer
 from dms_jax.hf.open_model import open_model
+from dms_jax.hf.safetensors_files import shorten
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import KeepAll
@@ -42,12 +48,66 @@ class Session:
     tokenizer: Tokenizer
     loaded: CompactCache | None  # the cache that --load-cache names
     report: Report
+    defaults: dict[str, Any]  # the sampling settings that come from the model's generation_config.json
 
     def encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, self.options.system, self.options.as_chat, continues=self.loaded is not None)
+        return Encoder(
+            self.tokenizer,
+            self.options.system,
+            self.options.as_chat,
+            continues=self.loaded is not None,
+            ended_by=self._ended_by(),
+            control_tokens=self.options.allow_control_tokens,
+        )
+
+    def _ended_by(self) -> int | None:
+        """Return how the last answer in the loaded cache ended, as in `next_turn`."""
+        history = None if self.loaded is None else self.loaded.history
+        if history is None:
+            return None
+        return history.last[0] if history.last[0] in end_ids(self.model.config, self.tokenizer) else NOT_ENDED
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Return the ids of each prompt, and say how control tokens in their text are read."""
+        rows = list(map(self.encoder(), prompts))
+        self.note_control_tokens(prompts)
+        return rows
+
+    def note_control_tokens(self, prompts: Sequence[Prompt]) -> None:
+        notices = list(filter(None, map(self.encoder().notice, prompts)))
+        if notices:
+            more = f" (and {len(notices) - 1} other prompts spell some)" if len(notices) > 1 else ""
+            print(f"{one_line(notices[0])}{more}", file=sys.stderr)
+
+    def say_settings(self) -> None:
+        """Print which ids end an answer, and the sampling settings that come from the model's own file."""
+        origin = origins(self.model, self.tokenizer)
+        ids = [
+            f"{id_} {self.tokenizer.decode([id_], skip_special_tokens=False)!r} ({origin.get(id_, '--stop')})"
+            for id_ in self.config.stop_ids or ()
+        ]
+        print(f"stop ids: {one_line(', '.join(ids)) or 'none'}", file=sys.stderr)
+        if self.defaults:
+            values = ", ".join(f"{name} {value:g}" for name, value in self.defaults.items())
+            print(f"sampling as in generation_config.json: {values} (--greedy ignores it)", file=sys.stderr)
+
+    def settings(self) -> dict:
+        """Return the same for `--json`."""
+        sampling = {name: getattr(self.config, name) for name in SAMPLING}
+        return {"stop_ids": list(self.config.stop_ids or ()), "sampling": sampling}
 
     def stream(self) -> TextStream:
-        return TextStream(self.tokenizer.decode, self.options.stop)
+        return TextStream(self.tokenizer.decode, self.config.stop_strings)
+
+    def text(self, tokens: np.ndarray) -> str:
+        """Return the text of an answer: without the stop id at its end, up to the first stop string."""
+        return trim_at_stop(self.tokenizer.decode(self.without_end(tokens)), self.config.stop_strings)
+
+    def write(self, text: str, end: str = "") -> None:
+        """Write a piece of an answer to stdout. A terminal would obey control characters, so it gets U+FFFD instead."""
+        if sys.stdout.isatty():
+            text = "".join(REPLACEMENT if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+        print(text, end=end, flush=True)
 
     def without_end(self, tokens: np.ndarray) -> np.ndarray:
         """Return the tokens without a stop id at their end."""
@@ -121,7 +181,7 @@ class Session:
         """Return the record of one row that `--json` and `--prompts` write."""
         tokens = result.tokens[index]
         return {
-            "text": trim_at_stop(self.tokenizer.decode(self.without_end(tokens)), self.options.stop),
+            "text": self.text(tokens),
             "finish_reason": result.finish_reasons[index],
             "prompt_tokens": len(ids),
             "new_tokens": len(tokens),
@@ -139,7 +199,9 @@ class Session:
 
 def open_session(options: argparse.Namespace) -> Session:
     """Load the model, the tokenizer and the cache that the options of the command name."""
-    config = settings(options)  # refuses wrong numbers before the weights are read
+    settings(options, {})  # refuses wrong numbers before anything is read
+    defaults = {} if options.greedy else _defaults(options)
+    config = settings(options, defaults)
     dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
     model, tokenizer = open_model(
         options.model,
@@ -155,20 +217,33 @@ def open_session(options: argparse.Namespace) -> Session:
             f"--threshold must not be given for {options.model}, which has no eviction policy; "
             "give a retrofitted folder, or --adapter FILE"
         )
-    config = replace(config, stop_ids=() if options.ignore_eos else model.config.eos_token_ids)
-    loaded = _load_cache(model, options)
+    special, strings = split_stops(config.stop_strings, tokenizer)
+    ends = () if options.ignore_eos else end_ids(model.config, tokenizer)
+    config = replace(config, stop_ids=tuple(dict.fromkeys(ends + special)), stop_strings=strings)
+    loaded = _load_cache(model, options, config)
     dense = options.dense if loaded is None else loaded.policy == KeepAll()
     jax.block_until_ready(unrolled(model))  # lay out the weights now, so that the first prefill does not count it
-    return Session(
-        options, config, model, tokenizer, loaded, Report(None if dms is None or dense else dms.target_cr, Clock())
-    )
+    target_cr = None if model.config.dms is None or dense else model.config.dms.target_cr
+    if config.temperature == 0:
+        defaults = {name: value for name, value in defaults.items() if name not in SAMPLED}
+    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock()), defaults)
 
 
-def settings(options: argparse.Namespace) -> GenerationConfig:
-    """Return the settings that the options of the command give; three of them need a conversion."""
+def _defaults(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of generation_config.json for which the user has given no option."""
+    try:
+        found = sampling_defaults(resolve(options.model))
+    except ConfigError as why:
+        raise ConfigError(f"{why}; mend the file, or give --greedy") from why
+    return {name: value for name, value in found.items() if getattr(options, name) is None}
+
+
+def settings(options: argparse.Namespace, defaults: dict[str, Any]) -> GenerationConfig:
+    """Return the settings that the options of the command give, else `defaults`; three of them need a conversion."""
     given = {field.name: getattr(options, field.name) for field in fields(GenerationConfig) if field.name in options}
     return GenerationConfig(
-        **given
+        **{name: value for name, value in given.items() if value is not None or name not in SAMPLING}
+        | defaults
         | {
             "stop_strings": tuple(options.stop),
             "capacity": parse_capacity(options.capacity),
@@ -192,7 +267,7 @@ def parse_capacity(text: str | None) -> int | tuple[int, ...] | None:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _load_cache(model: Decoder, options: argparse.Namespace) -> CompactCache | None:
+def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationConfig) -> CompactCache | None:
     if not options.load_cache:
         return None
     cache = dms_jax.load_cache(model, options.load_cache)
@@ -203,7 +278,20 @@ def _load_cache(model: Decoder, options: argparse.Namespace) -> CompactCache | N
         )
     if int(cache.seen[0]) == 0:
         raise ConfigError(f"--load-cache must name a cache with tokens, got an empty one in {options.load_cache}")
-    return replace(cache, overflow=options.overflow) if options.overflow else cache
+    if cache.history is None and config.repetition_penalty != 1:
+        raise ConfigError(
+            f"{options.load_cache} does not say which tokens its cache has seen, as files of an earlier version, so a "
+            "repetition penalty cannot count them; give --repetition-penalty 1, or save the cache again"
+        )
+    return replace(cache, overflow=options.overflow).with_history(cache.history) if options.overflow else cache
+
+
+def non_finite(names: Sequence[str]) -> str:
+    """Return the message about answers that ended because the model gave no usable logits."""
+    return (
+        f"{shorten(list(names))}: the model's logits are not finite (NaN or infinity), so no further token can be "
+        "chosen; check the weights, or give --dtype float32"
+    )
 
 
 def _show_prefill(done: int, total: int) -> None:

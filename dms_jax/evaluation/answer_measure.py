@@ -21,6 +21,7 @@ from dms_jax.core.sampling import token_logprobs
 from dms_jax.engine.cache_capacity import round_up
 from dms_jax.engine.decoding import init_cache, prefill
 from dms_jax.engine.generation import Generation
+from dms_jax.engine.stop_ids import end_ids
 from dms_jax.engine.stopwatch import Clock
 from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError
@@ -252,7 +253,7 @@ def _seed(run: AnswerMeasure, task: Task, problem: Problem, sample: int) -> int:
 
 def _answer_text(run: AnswerMeasure, problem: Problem, tokens: np.ndarray) -> str:
     """Decode a generated answer up to its end-of-text token or its first stop string."""
-    ended = tokens.size and int(tokens[-1]) in run.model.config.eos_token_ids
+    ended = tokens.size and int(tokens[-1]) in end_ids(run.model.config, run.tokenizer)
     text = run.tokenizer.decode(tokens[:-1] if ended else tokens)
     return trim_at_stop(text, problem.stop_strings)
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from dms_jax.engine.decoding import check_ids
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.answer_measure import AnswerMeasure, Group, Sampling, group_problems, measure_answers
 from dms_jax.evaluation.methods import TRAINED, Calibrator, Method, check_budget, check_learned, parse_methods
@@ -23,6 +22,7 @@ from dms_jax.hf.cache_file import identity
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.hf.open_model import open_model
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.token_ids import check_ids
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import Quest
 from dms_jax.provenance import versions

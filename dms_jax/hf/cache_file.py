@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.config import OVERFLOWS
-from dms_jax.core.compact_cache import CompactCache, LayerCache
-from dms_jax.errors import ConfigError
+from dms_jax.core.compact_cache import NO_TOKEN, CompactCache, LayerCache, TokenHistory
+from dms_jax.errors import ConfigError, naming
 from dms_jax.files import parse_json
+from dms_jax.hf.cache_state import check_layer, check_policy, check_seen
 from dms_jax.hf.dms_keys import dms_keys
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
@@ -20,6 +21,7 @@ from dms_jax.policies import CachePolicy, describe, restored
 
 KIND, VERSION = "dms_jax.cache", "3"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
+HISTORY = ("history.ids", "history.last")
 
 
 def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -48,14 +50,14 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
         "policy": json.dumps(describe(cache.policy)),
         **identity(model),
     }
-    write_whole(path, tensors | {"seen": np.asarray(cache.seen)}, metadata)
+    write_whole(path, tensors | {"seen": np.asarray(cache.seen)} | _history_tensors(cache.history), metadata)
 
 
 def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     """Read the cache in a file that this model wrote.
 
     Raises:
-      ConfigError: the file is damaged, is not a cache, or belongs to another model.
+      ConfigError: the file is damaged, is not a cache, belongs to another model, or holds what no cache can hold.
     """
     tensors = open_own(path, "a cache", KIND, VERSION)
     metadata = tensors.metadata
@@ -68,11 +70,13 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
     config, overflow = model.config, metadata.get("overflow")
     try:
         policy = restored(parse_json(metadata.get("policy", ""), "policy"), config)
+        check_policy(policy)
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
         raise ConfigError(f"{path} is damaged: its header does not name a known policy ({why})") from why
     fields = _fields(policy)
     names = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
-    if overflow not in OVERFLOWS or names != set(tensors.names()):
+    has_history = set(HISTORY) <= set(tensors.names())  # files of earlier versions have none
+    if overflow not in OVERFLOWS or names | (set(HISTORY) if has_history else set()) != set(tensors.names()):
         raise ConfigError(
             f"{path} is damaged: its header or its list of tensors does not fit a cache of {config.num_layers} layers"
         )
@@ -90,9 +94,37 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
                 f"{path} is damaged: layer {i} has {misshapen[0]} of shape "
                 f"{list(tensors.shape(f'layers.{i}.{misshapen[0]}'))}"
             )
-        layers.append(LayerCache(**{name: jnp.asarray(tensors.read(f"layers.{i}.{name}")) for name in fields}))
+        layers.append({name: tensors.read(f"layers.{i}.{name}") for name in fields})
     tensors.verify()
-    return CompactCache(tuple(layers), jnp.asarray(tensors.read("seen")), policy, overflow)
+    state = {name: tensors.read(name) for name in ("seen", *(HISTORY if has_history else ()))}
+    with naming(f"{path} is damaged"):
+        check_seen(state["seen"], config.context_limit()[0])
+        for i, layer in enumerate(layers):
+            with naming(f"layer {i}"):
+                check_layer(layer, state["seen"], policy)
+        history = _history(state, config.vocab_size) if has_history else None
+    loaded = tuple(LayerCache(**{name: jnp.asarray(value) for name, value in layer.items()}) for layer in layers)
+    return CompactCache(loaded, jnp.asarray(state["seen"]), policy, overflow).with_history(history)
+
+
+def _history_tensors(history: TokenHistory | None) -> dict[str, np.ndarray]:
+    """Return the tensors of HISTORY, padded with NO_TOKEN; none if the tokens are unknown."""
+    if history is None:
+        return {}
+    ids = np.full((len(history.ids), max(map(len, history.ids), default=0)), NO_TOKEN, np.int32)
+    for row, known in zip(ids, history.ids, strict=True):
+        row[: len(known)] = known
+    return dict(zip(HISTORY, (ids, np.array(history.last, np.int32)), strict=True))
+
+
+def _history(state: dict[str, np.ndarray], vocab_size: int) -> TokenHistory:
+    ids, last = (state[name] for name in HISTORY)
+    rows = state["seen"].shape
+    if ids.dtype != np.int32 or last.dtype != np.int32 or ids.ndim != 2 or ids.shape[:1] != rows or last.shape != rows:
+        raise ConfigError(f"{' and '.join(HISTORY)} must be int32 with a row for each of {rows[0]} rows")
+    if any(((part < NO_TOKEN) | (part >= vocab_size)).any() for part in (ids, last)):
+        raise ConfigError(f"{' and '.join(HISTORY)} must be token ids, 0 to {vocab_size - 1}, or {NO_TOKEN} for none")
+    return TokenHistory(tuple(np.unique(row[row != NO_TOKEN]) for row in ids), tuple(last.tolist()))
 
 
 def _fields(policy: CachePolicy) -> tuple[str, ...]:

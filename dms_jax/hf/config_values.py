@@ -48,6 +48,6 @@ def token_id(key: str, value: object) -> int | None:
 
 
 def token_ids(key: str, values: object) -> tuple[int, ...]:
-    """Return the token ids in a value that is one id, a list of ids, or null."""
+    """Return the token ids in a value that is one id, a list of ids, or null. -1 means "no such token"."""
     ids = [] if values is None else values if isinstance(values, list) else [values]
-    return tuple(value for item in ids if (value := token_id(key, item)) is not None)
+    return tuple(value for item in ids if (value := token_id(key, item)) not in (None, -1))

@@ -1,9 +1,9 @@
 """Tokenizers: text to token ids and back, for a model folder, a hub id or a GGUF file."""
 
 import functools
-import hashlib
 import os
 import tempfile
+import weakref
 from typing import Any
 
 import numpy as np
@@ -12,72 +12,115 @@ from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import SIDE_FILES, resolve
 from dms_jax.hf.folder_files import member
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
+from dms_jax.hf.tokenizer_process import PROCESS, ProcessError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 class Tokenizer:
-    """A wrapper with the few methods that this package needs around a tokenizer of transformers. Ids are int32."""
+    """The tokenizer of a folder, which runs in a process of its own (`tokenizer_process`). Ids are int32.
 
-    def __init__(self, tokenizer, where: str):
-        self.inner, self.where = tokenizer, where
+    Control tokens are the tokens that the file calls special, such as "<|im_end|>". Every method raises ConfigError, in
+    one line, also if the files make it run for too long or use too much memory.
+    """
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`."""
-        return np.asarray(self.inner(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+    def __init__(self, folder: str, where: str, keep: object = None):
+        """`where` names the tokenizer in messages. `keep` is an object that `folder` needs in order to exist."""
+        self.folder, self.where, self._keep = folder, where, keep
+        self._facts: dict[str, Any] = self._call("read", "facts")
+        weakref.finalize(self, PROCESS.forget, folder)
 
-    def encode_chat(self, messages: list[dict], *, reply: bool = False) -> np.ndarray:
+    def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray:
+        """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`.
+
+        `control_tokens=False`: a control token that the text spells is text, too.
+        """
+        return np.asarray(self._call("encode this text with", "encode", text=text, control_tokens=control_tokens))
+
+    def encode_chat(
+        self, messages: list[dict], *, reply: bool = False, tools: list | None = None, control_tokens: bool = True
+    ) -> np.ndarray:
         """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the
-        answer."""
-        return self.encode(self.chat_text(messages, reply=reply))
+        answer.
 
-    def chat_text(self, messages: list[dict], *, reply: bool = False) -> str:
+        `tools` are JSON schemas for the template. `control_tokens=False`: control tokens of the template are ids, and
+        those that a message or a tool spells are text.
+        """
+        arguments = {"messages": messages, "reply": reply, "tools": tools, "control_tokens": control_tokens}
+        return np.asarray(self._in_template("encode_chat", arguments))
+
+    def chat_text(self, messages: list[dict], *, reply: bool = False, tools: list | None = None) -> str:
         """Return the text that `encode_chat` encodes."""
-        if not self.has_chat_template:
-            raise ConfigError(f"{self.where} has no chat template; use plain text")
-        try:
-            return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        except Exception as why:  # a template may raise anything
-            raise ConfigError(
-                f"the chat template of {self.where} refuses these messages: {' '.join(str(why).split())}"
-            ) from why
+        return self._in_template("render", {"messages": messages, "reply": reply, "tools": tools})
 
     def decode(self, ids, *, skip_special_tokens: bool = True) -> str:
-        return self.inner.decode(np.asarray(ids).tolist(), skip_special_tokens=skip_special_tokens)
+        ids = np.asarray(ids).tolist()
+        return self._call("decode with", "decode", ids=ids, skip_special_tokens=skip_special_tokens)
+
+    def tokens(self, ids) -> list[str | None]:
+        """Return the token of each id as the vocabulary spells it; None for an id that it lacks."""
+        return self._call("read", "tokens", ids=np.asarray(ids).tolist())
 
     def __len__(self) -> int:
         """The number of ids that the tokenizer can produce. The model's vocabulary may be padded beyond it."""
-        return len(self.inner)
+        return self._facts["size"]
 
     @property
     def has_chat_template(self) -> bool:
-        return getattr(self.inner, "chat_template", None) is not None
+        return self._facts["has_chat_template"]
 
     @property
     def bos_id(self) -> int | None:
-        return self.inner.bos_token_id
+        return self._facts["bos_id"]
 
     @property
     def eos_id(self) -> int | None:
-        return self.inner.eos_token_id
+        return self._facts["eos_id"]
 
-    @functools.cached_property
+    @property
     def add_bos(self) -> bool:
         """Whether the tokenizer begins a text with a BOS by default (Llama 3 does, Qwen and SmolLM2 do not)."""
-        return self.bos_id is not None and self.inner("a")["input_ids"][:1] == [self.bos_id]
+        return self._facts["add_bos"]
 
-    @functools.cached_property
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The id of each control token."""
+        return self._facts["special_ids"]
+
+    @property
     def hash(self) -> str:
         """The sha256 of vocabulary, merges, rules and chat template. Tokenizers with equal hashes produce equal ids."""
-        backend = getattr(self.inner, "backend_tokenizer", None)
-        rules = backend.to_str() if backend is not None else repr(sorted(self.inner.get_vocab().items()))
-        return hashlib.sha256(f"{rules}\n{getattr(self.inner, 'chat_template', None)}".encode()).hexdigest()
+        return self._facts["hash"]
+
+    @functools.cached_property
+    def inner(self) -> Any:
+        """The tokenizer that transformers makes of the same files. Its ids may differ from those of `encode`."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+
+    def _in_template(self, method: str, arguments: dict) -> Any:
+        if not self.has_chat_template:
+            raise ConfigError(f"{self.where} has no chat template; use plain text")
+        return self._call("use the chat template of", method, **arguments)
+
+    def _call(self, what: str, method: str, **arguments) -> Any:
+        try:
+            return PROCESS.call(self.folder, method, **arguments)
+        except ProcessError as why:
+            raise ConfigError(
+                f"cannot {what} the tokenizer in {self.where}: {' '.join(str(why).split())[:300]}"
+            ) from why
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """Return the ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document."""
-    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
-    return np.concatenate([np.array(begin, np.int32), tokenizer.encode(text)])
+def prompt_ids(tokenizer: Tokenizer, text: str, *, control_tokens: bool = True) -> np.ndarray:
+    """Return the ids [T] of a text that begins a row, after `bos_id` if the model expects it before a document.
+
+    A text that already begins with `bos_id`, as a rendered chat does, gets no second one.
+    """
+    ids = tokenizer.encode(text, control_tokens=control_tokens)
+    begins = not tokenizer.add_bos or (ids.size and ids[0] == tokenizer.bos_id)
+    return ids if begins else np.concatenate([np.array([tokenizer.bos_id], np.int32), ids])
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -86,29 +129,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     No remote code is run, and a local path needs no network.
     """
     path = resolve(path)
-    if os.path.isfile(path):
-        with tempfile.TemporaryDirectory() as folder:
-            write_tokenizer(path, folder)
-            return Tokenizer(_read(folder, path), path)
-    for name in sorted(SIDE_FILES & set(os.listdir(path))):
-        member(path, name)  # the library would follow a link out of the folder, and wait for a pipe
-    return Tokenizer(_read(path, path), path)
+    if not os.path.isfile(path):
+        _check_files(path, path)
+        return Tokenizer(os.path.abspath(path), path)
+    folder = tempfile.TemporaryDirectory()
+    write_tokenizer(path, folder.name)
+    _check_files(folder.name, path)
+    return Tokenizer(folder.name, path, keep=folder)
 
 
-def _read(folder: str, where: str):
+def _check_files(folder: str, where: str) -> None:
     if not any(os.path.exists(os.path.join(folder, name)) for name in TOKENIZER_FILES):
         raise ConfigError(
             f"{where} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the tokenizer files of the base model there"
         )
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no advice about torch not being installed
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # No vocabulary contains this character. If the unknown token is missing, fail now, not in the millionth line.
-        tokenizer("a \U0010fffd")
-        # Fail if the template contains half of a surrogate pair, written as a JSON escape, which is not valid text.
-        f"{tokenizer.chat_template}".encode()
-        return tokenizer
-    except Exception as why:  # damaged JSON, missing sentencepiece, unknown class: the library raises many types
-        raise ConfigError(f"cannot read the tokenizer in {where}: {' '.join(str(why).split())[:300]}") from why
+    for name in sorted(SIDE_FILES & set(os.listdir(folder))):
+        member(folder, name)  # the library would follow a link out of the folder, and wait for a pipe

@@ -25,6 +25,7 @@ from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
+from dms_jax.models.token_ids import checked_on_host
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain, reshard
 
@@ -228,7 +229,7 @@ class Decoder(nnx.Module):
         `gate_of(layer_input)` makes a layer's `Gate`; `per_layer` [L ...] holds those inputs. `remat` as in
         `relaxed_hidden`.
         """
-        tokens = jnp.asarray(tokens)
+        tokens = jnp.asarray(checked_on_host(tokens, self.config.vocab_size))
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:

@@ -63,7 +63,7 @@ def compress_prompt(cache: CompactCache, capacity: int | None = None) -> Compact
     if capacity is not None and capacity < policy.method.budget:
         raise ConfigError(f"capacity must be at least the budget of {policy.method.budget} pairs, got {capacity}")
     layers = tuple(_compressed(layer, cache.seen, policy.method, capacity or layer.capacity) for layer in cache.layers)
-    return replace(cache, layers=layers, policy=KeepAll())
+    return replace(cache, layers=layers, policy=KeepAll()).with_history(cache.history)
 
 
 @partial(jax.jit, static_argnames=("method", "capacity"))

@@ -78,3 +78,29 @@ def test_logprobs_are_the_log_softmax_of_the_logits(rng):
     np.testing.assert_allclose(
         token_logprobs(logits, jnp.asarray([4, 0], jnp.int32)), [want[0, 4], want[1, 0]], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-30, 1e-37, 1e-38, 1e-40, 1e-46, 1e-320, 0.0])
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+def test_small_temperatures_are_greedy(temperature, scale):
+    """fp32 cannot divide by less than 1e-38: a denormal number counts as 0."""
+    logits = jnp.tile(jnp.asarray([[1.0, 5.0, 2.0, -3.0]]) * scale, (8, 1))
+    drawn = sample(
+        logits, keys(*range(8)), None, SamplingNumbers(jnp.float32(temperature)), SamplingMode(False, False, False)
+    )
+    assert drawn.tolist() == [1] * 8
+
+
+@pytest.mark.parametrize(
+    ("penalty", "used", "want"),
+    [(1e-300, 1, 1), (1e-46, 0, 0), (1e-46, 2, 2), (3e38, 1, 2), (np.inf, 1, 2), (np.inf, 3, 1), (1e-300, 3, 1)],
+)
+def test_extreme_penalties_stay_finite(penalty, used, want):
+    """A tiny penalty lifts a used token with a positive logit above all others, and a huge one sinks it."""
+    logits = jnp.asarray([[1.0, 5.0, 2.0, -3.0, 0.0]])
+    mask, penalty = jnp.arange(5)[None] == used, jnp.float32(penalty)
+    assert np.isfinite(penalize(logits, mask, penalty)).all()
+    mode = SamplingMode(penalizes=True)
+    assert int(sample(logits, keys(0), mask, SamplingNumbers(repetition_penalty=penalty), mode)[0]) == want
+    all_used = jnp.ones((1, 5), bool)
+    assert np.isfinite(penalize(logits * 1e30, all_used, penalty)).all()

@@ -31,9 +31,9 @@ def model():
 class Letters:
     """A tokenizer for the tiny vocabulary: each id is one printable character."""
 
-    add_bos, bos_id = False, None
+    add_bos, bos_id, eos_id, special_ids = False, None, None, {}
 
-    def encode(self, text):
+    def encode(self, text, *, control_tokens=True):
         return np.array([ord(c) - 30 for c in text], np.int32)
 
     def decode(self, ids):
@@ -258,6 +258,10 @@ def test_settings_out_of_range_are_refused(fields, message):
         ([[float("nan")]], {}, "prompt 0: .* got nan"),
         ([["a"]], {}, "prompt 0: .* got a"),
         ([[True]], {}, "prompt 0: .* got True"),
+        ([[5, True]], {}, "prompt 0: .* whole numbers, got "),
+        ([[[1], [1, 2]]], {}, r"prompt 0 must be a list of token ids, got \[\[1\], \[1, 2\]\]"),
+        (None, {}, "prompts must be a list .* got None"),
+        ({1: 2}, {}, "prompts must be a list"),
         ([[1], "text"], {}, "all strings or all token ids"),
         (["text"], {}, "string prompts .* tokenizer="),
         ([[1]], {"stop_strings": ("x",)}, "stop_strings .* tokenizer="),

@@ -1,0 +1,182 @@
+"""A process of its own for tokenizers and chat templates, with a deadline for every call and a limit on memory.
+
+Files from the internet decide what they compute: a template may loop for ever or write gigabytes, a pattern may
+backtrack for years, and the Rust code that runs it can neither be interrupted nor be caught when it aborts. A process
+can be killed. One serves all tokenizers of this program; it is started by the first call, and again after it was
+killed. A call costs about a tenth of a millisecond.
+
+Frames are a length of 8 bytes and the content: the request is JSON; the reply is one letter and the result.
+"""
+
+import array
+import atexit
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+LOAD_SECONDS = 120.0  # importing transformers and reading a large vocabulary on a busy machine
+CALL_SECONDS = 20.0  # for a short text
+SECONDS_PER_MEGABYTE = 10.0  # of text, in addition; an ordinary tokenizer needs less than one
+MEMORY_GIB = 4  # address space of the process
+OUTPUT_MIB = 64  # largest rendered chat, and four bytes per token of a longest sequence of ids
+LENGTH_BYTES = 8
+
+
+class ProcessError(Exception):
+    """A call failed; the message is one line."""
+
+
+class TokenizerProcess:
+    """The process, and the calls to it. Methods may be called from several threads."""
+
+    def __init__(self):
+        self._lock, self._loaded = threading.Lock(), set[str]()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def call(self, folder: str, method: str, seconds: float = CALL_SECONDS, **arguments) -> Any:
+        """Call a method of the `TokenizerRules` of a folder. Raises ProcessError."""
+        with self._lock:
+            if not self._runs():
+                self._start()
+            if folder not in self._loaded:
+                self._exchange({"folder": folder, "method": "load"}, LOAD_SECONDS)
+                self._loaded.add(folder)
+            return self._exchange({"folder": folder, "method": method, "arguments": arguments}, seconds)
+
+    def forget(self, folder: str) -> None:
+        """Free the memory of a folder's tokenizer."""
+        with self._lock, contextlib.suppress(ProcessError):
+            if folder in self._loaded and self._runs():
+                self._loaded.discard(folder)
+                self._exchange({"folder": folder, "method": "forget"}, CALL_SECONDS)
+
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process, self._loaded = None, set()
+
+    def _start(self) -> None:
+        self.stop()
+        package = str(Path(__file__).parents[2])
+        inherited = os.environ.get("PYTHONPATH")
+        environment = os.environ | {
+            "PYTHONPATH": package if not inherited else package + os.pathsep + inherited,
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # no advice about torch not being installed
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+            "OPENBLAS_NUM_THREADS": "1",  # each thread would reserve address space
+            "PYTHONIOENCODING": "utf-8",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", "from dms_jax.hf.tokenizer_process import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this program, which then stops the process itself
+        )
+
+    def _exchange(self, request: dict, seconds: float) -> Any:
+        process: Any = self._process
+        data = json.dumps(request).encode()
+        deadline = time.monotonic() + seconds + SECONDS_PER_MEGABYTE * len(data) / 2**20
+        try:
+            process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+            process.stdin.flush()
+            size = int.from_bytes(_read(process.stdout, LENGTH_BYTES, deadline), "little")
+            reply = _read(process.stdout, size, deadline)
+        except TimeoutError:  # which is an OSError
+            self.stop()
+            raise ProcessError(f"it took more than {seconds:.0f} seconds") from None
+        except (OSError, EOFError):
+            process.kill()
+            status = process.wait()
+            self.stop()
+            raise ProcessError(
+                f"it ended with status {status}; it may use at most {MEMORY_GIB} GiB of memory"
+            ) from None
+        except BaseException:  # Ctrl-C: the rest of the reply would be taken for the next one
+            self.stop()
+            raise
+        kind, body = reply[:1], reply[1:]
+        if kind == b"e":
+            raise ProcessError(body.decode("utf-8", "replace"))
+        return array.array("i", body) if kind == b"i" else json.loads(body)
+
+
+def _read(file: BinaryIO, count: int, deadline: float) -> bytes:
+    if count > (OUTPUT_MIB << 20) + 2**16:
+        raise TimeoutError  # no reply of `serve` is larger
+    found = bytearray()
+    while len(found) < count:
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([file], [], [], left)[0]:
+            raise TimeoutError
+        part = os.read(file.fileno(), count - len(found))
+        if not part:
+            raise EOFError
+        found += part
+    return bytes(found)
+
+
+PROCESS = TokenizerProcess()
+atexit.register(PROCESS.stop)
+
+
+def serve() -> None:
+    """Answer calls until stdin ends. This is the main function of the process."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows, or with a lower limit set already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
+    requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not become part of a reply
+    tokenizers: dict[str, Any] = {}
+    while head := requests.read(LENGTH_BYTES):
+        request = json.loads(requests.read(int.from_bytes(head, "little")))
+        try:
+            reply = _answer(tokenizers, **request)
+        except KeyboardInterrupt:
+            return
+        except BaseException as why:  # the panics of Rust code are no Exceptions
+            reply = b"e" + f"{why or type(why).__name__}".encode("utf-8", "replace")[: 2**16]
+        _write(replies, reply)
+
+
+def _answer(tokenizers: dict[str, Any], folder: str, method: str, arguments: dict | None = None) -> bytes:
+    if method == "load":
+        from dms_jax.hf.tokenizer_rules import TokenizerRules
+
+        tokenizers[folder] = TokenizerRules(folder)
+        return b"jnull"
+    if method == "forget":
+        tokenizers.pop(folder, None)
+        return b"jnull"
+    result = getattr(tokenizers[folder], method)(**arguments or {})
+    is_ids = isinstance(result, list) and method != "tokens"
+    size = 4 * len(result) if is_ids else len(result)
+    if size > OUTPUT_MIB << 20:
+        raise ValueError(f"its output is larger than {OUTPUT_MIB} MiB")
+    if is_ids:
+        return b"i" + array.array("i", result).tobytes()
+    if isinstance(result, str):
+        result.encode()  # half of a surrogate pair is no text
+    return b"j" + json.dumps(result).encode()
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
+    file.flush()
