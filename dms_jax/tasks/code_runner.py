@@ -61,7 +61,7 @@ def require_run_code(name: str, run_code: bool | str) -> bool:
     them to run, and this machine can run them that way."""
     if run_code not in (True, UNCONFINED):
         raise ConfigError(
-            f"{name} runs programs that the model writes, on this machine; give --run-code to allow it in a sandbox"
+            f"{name} runs programs that the model writes, on this machine; give --run-code to allow that, confined"
         )
     if sys.platform != "linux":
         raise ConfigError(f"{name} must run on Linux, got {sys.platform}; use a container or a virtual machine")
@@ -84,7 +84,7 @@ def confining_tool() -> str:
         except (ConfigError, OSError) as why:
             reasons.append(str(why))
     raise ConfigError(
-        f"this machine cannot confine programs ({'; '.join(reasons)}); install bubblewrap or allow user namespaces, "
+        f"this machine cannot confine programs ({'; '.join(reasons)}); allow user namespaces, "
         "or, in a container or a virtual machine that may be lost, give --run-code unconfined"
     )
 
@@ -97,7 +97,7 @@ def run_program(program: str, stdin: str = "", limits: Limits = Limits(), confin
 
 def _run(tool: str, program: str, stdin: str, limits: Limits) -> Outcome:
     """Run a program in the namespaces that `tool` makes, or unconfined."""
-    # Files that have no names, and that the program cannot close for us or lock us out of.
+    # The files have no names, and stay open here whatever the program does to its own descriptors and their modes.
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as source,

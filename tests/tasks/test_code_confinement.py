@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dms_jax.command import run_command
 from dms_jax.commands import evaluate, hyperscale
 from dms_jax.errors import ConfigError
 from dms_jax.tasks import code_runner
@@ -331,11 +332,13 @@ def test_commands_refuse_before_they_load_anything(tmp_path, monkeypatch, capsys
     command = ["--model", "no such model", *options]
     with pytest.raises(ConfigError, match="give --run-code"):
         main(command)
-    with pytest.raises(ConfigError, match="unshare: .*--run-code unconfined"):
-        main([*command, "--run-code"])
+    with pytest.raises(SystemExit) as stop:
+        run_command("evaluate", lambda: main([*command, "--run-code"]))
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1 and "unshare: " in lines[0] and "--run-code unconf" in lines[0]
     with pytest.raises(SystemExit):
         main([*command, "--run-code", "unconfine"])
-    capsys.readouterr()
+    assert "'unconfined'" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="no such model"):
         main([*command, "--run-code", "unconfined"])
     assert capsys.readouterr().err.startswith("--run-code unconfined: ")

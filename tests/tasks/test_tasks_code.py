@@ -129,6 +129,13 @@ def test_humaneval_problems_have_unique_task_ids(humaneval, tmp_path):
         )
 
 
+def test_results_can_be_continued_with_another_run_code(tmp_path):
+    """Results files store a hash of the repr of their problems."""
+    path = written(tmp_path / "a.jsonl", HUMANEVAL)
+    made = lambda value: repr(TASKS["humaneval"].problems(TaskOptions(data=path, run_code=value), len))
+    assert made(run_code()) == made("unconfined") and "confined" not in made("unconfined")
+
+
 @pytest.mark.parametrize("name", ["humaneval", "code"])
 def test_code_runs_only_with_its_option(tmp_path, name):
     with pytest.raises(
