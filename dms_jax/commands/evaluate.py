@@ -17,7 +17,15 @@ import os
 import sys
 
 from dms_jax.command import Parser, start_devices, typed_as
-from dms_jax.commands.option_values import check_option_ranges, check_samples, named, numbers, options_of
+from dms_jax.commands.option_values import (
+    add_run_code,
+    check_option_ranges,
+    check_run_code,
+    check_samples,
+    named,
+    numbers,
+    options_of,
+)
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import EvaluationOptions
 from dms_jax.evaluation.result_records import RECORDS
@@ -79,7 +87,7 @@ def _add_answer_options(group) -> None:
     add("--chains", type=int, default=1, metavar="N", help=chains)
     add("--temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0 is greedy (default 0)")
     add("--top-p", type=float, default=1.0, metavar="X", help="probability mass to sample from; 1 is all (default 1)")
-    add("--run-code", action="store_true", help="allow generated programs to run, in a subprocess with limits")
+    add_run_code(group)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -127,6 +135,7 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
             f"use --greedy-tokens {parsed.length // 2}"
         )
     check_samples(parsed.chains, parsed.temperature)
+    check_run_code(tasks, parsed.run_code)
     if unknown := [name for name in data if name not in tasks or name in RECORDS]:
         raise ConfigError(
             f"--data: {unknown[0]!r} is not one of the tasks with answers in --tasks {','.join(tasks)}; "

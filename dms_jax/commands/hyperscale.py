@@ -14,7 +14,14 @@ import argparse
 import json
 
 from dms_jax.command import Parser, start_devices
-from dms_jax.commands.option_values import check_option_ranges, check_samples, numbers, options_of
+from dms_jax.commands.option_values import (
+    add_run_code,
+    check_option_ranges,
+    check_run_code,
+    check_samples,
+    numbers,
+    options_of,
+)
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import HyperscaleOptions
 from dms_jax.evaluation.results import read_results
@@ -44,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--haystack", metavar="FILE", help="the text in which needles are hidden")
     add("--temperature", type=float, default=0.7, metavar="X", help="sampling temperature (default 0.7)")
     add("--top-p", type=float, default=0.95, metavar="X", help="probability mass to sample from (default 0.95)")
-    add("--run-code", action="store_true", help="allow generated programs to run, in a subprocess with limits")
+    add_run_code(parser)
     add("--batch", type=int, default=8, metavar="N", help="answers that run together (default 8)")
     chunk = "tokens between two rankings, by methods that rank pairs (default 16)"
     add("--chunk", type=int, default=16, metavar="N", help=chunk)
@@ -82,6 +89,7 @@ def _options(parsed: argparse.Namespace) -> HyperscaleOptions:
     check_option_ranges(HyperscaleOptions, parsed)
     if parsed.task not in TASKS:
         raise ConfigError(f"--task: unknown task {parsed.task!r}; {suggestion(parsed.task, TASKS)}")
+    check_run_code([parsed.task], parsed.run_code)
     configurations = parse_configurations(parsed.configs)
     samples = max(configuration.samples for configuration in configurations)
     check_samples(samples, parsed.temperature)

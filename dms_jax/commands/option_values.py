@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import sys
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +56,20 @@ def check_samples(samples: int, temperature: float) -> None:
             f"--temperature must be above 0 for {samples} samples per problem, which would all be equal; "
             "use e.g. --temperature 0.7"
         )
+
+
+def add_run_code(group) -> None:
+    """Add the option --run-code: False without it, True, or "unconfined"."""
+    text = "allow generated programs to run, confined by bubblewrap or unshare; or unconfined, with all your rights"
+    group.add_argument("--run-code", nargs="?", const=True, default=False, choices=["unconfined"], help=text)
+
+
+def check_run_code(tasks: Iterable[str], run_code: bool | str) -> None:
+    """Refuse tasks that would run generated programs in a way that --run-code does not allow or the machine cannot."""
+    from dms_jax.tasks.code_runner import UNCONFINED, require_run_code
+    from dms_jax.tasks.registry import RUN_CODE
+
+    for name in set(tasks) & set(RUN_CODE):
+        require_run_code(name, run_code)
+        if run_code == UNCONFINED:
+            print(f"--run-code unconfined: the programs of {name} can do whatever you can do", file=sys.stderr)

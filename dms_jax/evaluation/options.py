@@ -19,7 +19,7 @@ class CommonOptions:
     count: Annotated[int, AtLeast(1)] = 20
     lengths: tuple[int, ...] = (1024,)
     haystack: str = ""  # content
-    run_code: bool = False
+    run_code: bool | str = False  # or "unconfined"
     batch: Annotated[int, AtLeast(1)] = 8
     chunk: Annotated[int, AtLeast(1)] = 16
     seed: int = 0

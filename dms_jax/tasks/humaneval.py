@@ -32,7 +32,7 @@ class HumanEval:
     measures_answer: bool = False
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
-        require_run_code(self.name, options)
+        confined = require_run_code(self.name, options.run_code)
         found: dict[str, Problem] = {}
         for record in chosen(read_records(options.data or self.default_data), options):
             unit, prompt, solution = record.text("task_id"), record.text("prompt"), record.text("canonical_solution")
@@ -40,9 +40,8 @@ class HumanEval:
                 raise ConfigError(f"{record.where}: duplicate task_id {unit!r}; give each problem its own")
             tests = (f"{record.text('test')}\ncheck({record.text('entry_point')})",)
             stops = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")  # the first line after the function
-            found[unit] = Problem(
-                unit, prompt, solution, options.max_new_tokens or self.max_new_tokens, stop_strings=stops, tests=tests
-            )
+            limit = options.max_new_tokens or self.max_new_tokens
+            found[unit] = Problem(unit, prompt, solution, limit, stop_strings=stops, tests=tests, confined=confined)
         return list(found.values())
 
     def extract(self, text: str) -> str:
@@ -56,4 +55,5 @@ class HumanEval:
         code = self.extract(text)
         # A whole program is put after the prompt too, so that it can use the prompt's imports and helpers.
         joint = "" if code[:1].isspace() else "\n"
-        return float(run_tests(f"{problem.prompt}{joint}{code}\n\n{problem.tests[0]}") == PASSED)
+        program = f"{problem.prompt}{joint}{code}\n\n{problem.tests[0]}"
+        return float(run_tests(program, confined=problem.confined) == PASSED)

@@ -61,14 +61,14 @@ class LiveCode:
     measures_answer: bool = False
 
     def problems(self, options: TaskOptions, count_tokens: Callable[[str], int]) -> list[Problem]:
-        require_run_code(self.name, options)
+        confined = require_run_code(self.name, options.run_code)
         if not options.data:
             raise ConfigError(
                 f"{self.name} has no default data; give a file in the format of LiveCodeBench with --data"
             )
-        return [self._problem(record, options) for record in chosen(read_records(options.data), options)]
+        return [self._problem(record, options, confined) for record in chosen(read_records(options.data), options)]
 
-    def _problem(self, record: Record, options: TaskOptions) -> Problem:
+    def _problem(self, record: Record, options: TaskOptions, confined: bool) -> Problem:
         tests = _tests(record)
         starter = record.text("starter_code") if record.value.get("starter_code") else ""
         how = f"Start from this:\n\n```python\n{starter}\n```\n\n" if starter else READS
@@ -82,6 +82,7 @@ class LiveCode:
             as_chat=True,
             groups=record.groups("difficulty", "platform"),
             tests=tests,
+            confined=confined,
         )
 
     def extract(self, text: str) -> str:
@@ -90,14 +91,14 @@ class LiveCode:
     def score(self, problem: Problem, text: str) -> float:
         """Return 1 if the program passes every test, else 0."""
         code = self.extract(text)
-        return float(bool(code) and all(passes(code, test) for test in problem.tests))
+        return float(bool(code) and all(passes(code, test, problem.confined) for test in problem.tests))
 
 
-def passes(code: str, test: CodeTest) -> bool:
+def passes(code: str, test: CodeTest, confined: bool = True) -> bool:
     """Return whether a program gives the output of a test."""
     token = secrets.token_hex(16)  # separates the result from what the program itself prints
     call = CALL.format(name=test.function, token=token) if test.function else ""
-    verdict, output = run_program(f"{PRELUDE}{code}{call}", test.given)
+    verdict, output = run_program(f"{PRELUDE}{code}{call}", test.given, confined=confined)
     if verdict != PASSED:
         return False
     if not test.function:

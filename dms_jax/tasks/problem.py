@@ -29,6 +29,7 @@ class Problem:
     stop_strings: tuple[str, ...] = ()
     groups: dict[str, float | str] = field(default_factory=dict)  # what tables group by: "length", "depth", ...
     tests: tuple[Any, ...] = ()  # tests of a generated program, in a form that only their task knows
+    confined: bool = field(default=True, repr=False)  # whether a generated program runs in namespaces of its own
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TaskOptions:
     data: str = ""  # file or hf: name, for tasks that read their problems; "" is the task's default
     haystack: str = ""  # the text in which needles are hidden
     max_new_tokens: int = 0  # 0: the task's own limit
-    run_code: bool = False  # whether generated code may be executed
+    run_code: bool | str = False  # whether generated code may run; "unconfined" for without namespaces
 
 
 class Task(Protocol):

@@ -29,3 +29,4 @@ _ALL: tuple[Task, ...] = (
     LiveCode(),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+RUN_CODE = tuple(task.name for task in _ALL if isinstance(task, HumanEval | LiveCode))  # tasks that need --run-code
