@@ -126,4 +126,4 @@ def llama3_scaling(table: np.ndarray, theta: float, head_dim: int) -> RopeScalin
 def _reproduces(scaling: RopeScaling, table: np.ndarray, turns: np.ndarray) -> bool:
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     smooth = np.clip((scaling.original_max_position_embeddings * turns - low) / (high - low), 0.0, 1.0)
-    return bool(np.allclose(1 / (smooth + (1 - smooth) / scaling.factor), table, rtol=2e-6, atol=0))
+    return np.allclose(1 / (smooth + (1 - smooth) / scaling.factor), table, rtol=2e-6, atol=0)
