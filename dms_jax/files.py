@@ -20,7 +20,7 @@ from dms_jax.errors import ConfigError, shown
 def regular_file(path: str | os.PathLike[str]) -> None:
     """Raise ConfigError unless `path` is a regular file (after following links)."""
     if not Path(path).exists():
-        raise ConfigError(f"cannot read {path}: there is no such file")
+        raise ConfigError(f"cannot read {path}: the file does not exist")
     if not Path(path).is_file():
         raise ConfigError(f"cannot read {path}: it is not a regular file, but a folder, a device or a pipe")
 

@@ -73,6 +73,9 @@ def test_other_scaling_is_refused():
     for kind in ("yarn", "longrope", 7):
         with pytest.raises(ConfigError, match=f"rope scaling .?{kind}"):
             rope_scaling(kind, 4.0, None, 1e4, HEAD)
+    for factor in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="finite number of at least 0"):
+            rope_scaling(None, factor, None, 1e4, HEAD)
 
 
 def llama3_table(scaling, theta, head_dim):
@@ -144,13 +147,21 @@ def test_control_tokens_that_end_a_turn_are_stop_ids(tmp_path):
     assert tensors.stop_ids() == (1, 2)  # <|eot_id|> is plain text in this file
 
 
-@pytest.mark.parametrize("name", ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "rope_factors_long.weight"])
+@pytest.mark.parametrize(
+    "name", ["blk.0.attn_q_norm.weight", "output_norm.bias", "blk.0.ffn_gate_inp.weight", "rope_factors_long.weight"]
+)
 def test_tensors_that_the_model_does_not_use_are_refused(tmp_path, name):
     path = write_gguf(
         tmp_path / "m.gguf", "llama_untied", more=lambda writer: writer.add_tensor(name, np.ones(8, np.float32))
     )
     with pytest.raises(ConfigError, match=name):
         dms_jax.load(path)
+
+
+def test_tensors_of_layers_beyond_the_block_count_are_refused(tmp_path):
+    more = lambda writer: writer.add_tensor("blk.7.attn_norm.weight", np.ones(8, np.float32))
+    with pytest.raises(ConfigError, match=r"layers\.7"):
+        dms_jax.load(write_gguf(tmp_path / "m.gguf", "llama_untied", more=more))
 
 
 def test_sparse_arrays_and_files_that_are_not_regular_are_refused(tmp_path):

@@ -78,6 +78,8 @@ def rope_scaling(
     """
     if kind not in (None, "none", "linear"):
         raise ConfigError(f"rope scaling {shown(kind)} in a GGUF file is not supported; use the Hugging Face folder")
+    if not (math.isfinite(factor) and factor >= 0):
+        raise ConfigError(f"the factor of rope scaling must be a finite number of at least 0, got {shown(factor)}")
     linear = None
     if kind != "none" and factor not in (0.0, 1.0):
         linear = RopeScaling(kind="linear", factor=factor)
