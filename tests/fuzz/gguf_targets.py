@@ -191,11 +191,15 @@ def meant(folder: Path) -> Any:
         "ids": (
             text,
             "ab b",
-            fields.get("tokenizer.ggml.bos_token_id"),
-            fields.get("tokenizer.ggml.eos_token_id"),
+            *(without_none(fields.get(f"tokenizer.ggml.{kind}_token_id")) for kind in ("bos", "eos")),
             len(tokens),
         ),
     }
+
+
+def without_none(value: int | None) -> int | None:
+    """Return None for the id that means that there is no such token."""
+    return None if value == 2**32 - 1 else value
 
 
 TARGETS = [Target("GGUF file", 260, make, mutate, read, meant)]

@@ -34,8 +34,11 @@ def permute(weights: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def write_gguf(path: Path, name: str, *, edit=None, quantize=None, skip_fields=(), tokenizer=None) -> Path:
-    """Write a golden model as a GGUF file, with its tensors changed by `edit` and a tokenizer of this kind, if any."""
+def write_gguf(path: Path, name: str, *, edit=None, quantize=None, skip_fields=(), tokenizer=None, more=None) -> Path:
+    """Write a golden model as a GGUF file, with its tensors changed by `edit` and a tokenizer of this kind, if any.
+
+    `more` is called with the writer before the file is written.
+    """
     raw = json.loads((GOLDEN / name / "config.json").read_text())
     tensors, family, heads = (
         load_file(GOLDEN / name / "model.safetensors"),
@@ -78,6 +81,8 @@ def write_gguf(path: Path, name: str, *, edit=None, quantize=None, skip_fields=(
             writer.add_tensor(target, gguf.quants.quantize(value, quantize), raw_dtype=quantize)
         else:
             writer.add_tensor(target, np.ascontiguousarray(value))
+    if more:
+        more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,10 +10,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from dms_jax.config import ModelConfig
+from dms_jax.config import ModelConfig, RopeScaling
 from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.hf.families import FAMILIES
 from dms_jax.hf.gguf.gguf_header import read_gguf
+from dms_jax.hf.gguf.gguf_metadata import check_metadata, rope_scaling
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Names of tensors in the file -> names in a Hugging Face folder: outside of the layers, and inside of a layer.
@@ -31,6 +32,14 @@ INSIDE = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+BIASES = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
+ONLY_WITH_QK_NORM = {"attn_q_norm", "attn_k_norm"}
+# Control tokens that llama.cpp takes for an end of generation by their text
+ENDS = {
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>",
+    "_<EOT>", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
+}  # fmt: skip
+NO_TOKEN = 0xFFFFFFFF  # llama.cpp's LLAMA_TOKEN_NULL, -1 in 32 bits
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two matrices with a smaller relative difference are quantizations of one tied matrix (0.04 and 0.08 were observed).
 SAME_MATRIX = 0.2
@@ -49,7 +58,7 @@ class GGUFTensors:
                 f"{', '.join(ARCHITECTURES)}"
             )
         self.architecture: str = architecture
-        self.rope_table = tensors.pop("rope_freqs.weight", None)  # llama3 scaling as a table, which `config` refuses
+        self.rope_table = tensors.pop("rope_freqs.weight", None)  # llama3 scaling as divisors
         self.tensors = {self._hf_name(name): tensor for name, tensor in tensors.items()}
         if EMBED not in self.tensors:
             raise ConfigError(f"{path} lacks the tensor token_embd.weight")
@@ -93,9 +102,15 @@ class GGUFTensors:
 
     def _hf_name(self, name: str) -> str:
         parts = name.split(".")
-        if len(parts) == 2 and parts[0] in OUTSIDE:
+        if len(parts) == 2 and parts[0] in OUTSIDE and parts[1] == "weight":
             return f"{OUTSIDE[parts[0]]}.{parts[1]}"
-        if len(parts) == 4 and parts[0] == "blk" and parts[2] in INSIDE:
+        if (
+            len(parts) == 4
+            and parts[0] == "blk"
+            and parts[2] in INSIDE
+            and parts[3] in ("weight", *(("bias",) if parts[2] in BIASES else ()))
+            and (parts[2] not in ONLY_WITH_QK_NORM or FAMILIES[self.architecture].qk_norm)
+        ):
             return f"model.layers.{parts[1]}.{INSIDE[parts[2]]}.{parts[3]}"
         raise ConfigError(f"{self.where}: tensor {name} does not belong to a {self.architecture} model")
 
@@ -139,11 +154,13 @@ class GGUFTensors:
         return _shortest(value)
 
     def token_id(self, kind: str) -> int | None:
-        """Return the id of the special token "bos", "eos", "padding" or "unknown", or None.
+        """Return the id of the special token "bos", "eos", "eot", "eom", "padding" or "unknown", or None.
 
         An id outside the vocabulary raises ConfigError.
         """
         value = self.fields.get(f"tokenizer.ggml.{kind}_token_id")
+        if value in (NO_TOKEN, -1):
+            return None
         if value is not None and (
             not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.shape(EMBED)[0]
         ):
@@ -152,14 +169,10 @@ class GGUFTensors:
 
     @cached_property
     def config(self) -> ModelConfig:
-        scaling = self._field("rope.scaling.type", "none")
-        if scaling != "none" or self.rope_table is not None:
-            raise ConfigError(
-                f"{self.where}: rope scaling {shown(scaling)} in a GGUF file is not supported; use the Hugging Face "
-                "folder"
-            )
         hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
-        eos = self.token_id("eos")
+        head_dim = self._size("attention.key_length", max(1, hidden // heads))
+        check_metadata(self.fields, self.architecture, head_dim, self.where)
+        theta = self._real("rope.freq_base", 10000.0)
         with naming(self.where):
             return ModelConfig(
                 model_type=self.architecture,
@@ -169,18 +182,46 @@ class GGUFTensors:
                 num_layers=self._size("block_count"),
                 num_q_heads=heads,
                 num_kv_heads=self._size("attention.head_count_kv", heads),
-                head_dim=self._size("attention.key_length", max(1, hidden // heads)),
+                head_dim=head_dim,
                 rms_norm_eps=self._real("attention.layer_norm_rms_epsilon"),
-                rope_theta=self._real("rope.freq_base", 10000.0),
+                rope_theta=theta,
+                rope_scaling=self._scaling(theta, head_dim),
                 max_position_embeddings=self._size("context_length"),
                 tie_word_embeddings=self.tied,
-                qkv_bias="model.layers.0.self_attn.q_proj.bias" in self.tensors,
-                o_bias="model.layers.0.self_attn.o_proj.bias" in self.tensors,
+                qkv_bias=self._has(("q_proj.bias", "k_proj.bias", "v_proj.bias")),
+                o_bias=self._has("o_proj.bias"),
+                mlp_bias=self._has(("gate_proj.bias", "up_proj.bias", "down_proj.bias")),
                 qk_norm=FAMILIES[self.architecture].qk_norm,
                 bos_token_id=self.token_id("bos"),
-                eos_token_ids=() if eos is None else (eos,),
+                eos_token_ids=self.stop_ids(),
                 pad_token_id=self.token_id("padding"),
             )
+
+    def _scaling(self, theta: float, head_dim: int) -> RopeScaling | None:
+        factor = "rope.scaling.factor"
+        if f"{self.architecture}.{factor}" not in self.fields:
+            factor = "rope.scale_linear"  # its name in old files
+        table = self.rope_table
+        if table is not None and table.kind.name != "F32":
+            raise ConfigError(f"rope_freqs.weight must be F32, got {table.kind.name}")
+        kind = self.fields.get(f"{self.architecture}.rope.scaling.type")
+        return rope_scaling(kind, self._real(factor, 0.0), None if table is None else table.data, theta, head_dim)
+
+    def _has(self, endings: str | tuple[str, ...]) -> bool:
+        return any(name.endswith(endings) for name in self.tensors)
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """Return the ids that end generation.
+
+        They are the end of text, of a turn and of a message, and the control tokens whose text llama.cpp takes for one
+        of them.
+        """
+        named = [self.token_id(kind) for kind in ("eos", "eot", "eom")]
+        tokens, types = (self.fields.get(f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+        if isinstance(tokens, list) and isinstance(types, list):
+            rows = range(min(len(tokens), len(types), self.shape(EMBED)[0]))
+            named += [i for i in rows if types[i] == 3 and tokens[i] in ENDS]
+        return tuple(dict.fromkeys(i for i in named if i is not None))
 
 
 def open_gguf(path: str) -> GGUFTensors:

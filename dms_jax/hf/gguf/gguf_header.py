@@ -13,11 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
+from dms_jax.files import regular_file
 
 # GGUF type -> struct code
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MAX_DIMENSIONS = 4  # ggml's limit
+# Far above any real file: vocabularies have at most some 300,000 tokens, and a header with one has about 10 MB. A
+# sparse file can claim gigabytes that cost nothing on disk.
+MAX_ENTRIES, MAX_HEADER = 2**24, 2**28  # of all arrays together, and in bytes
 
 
 class GGUFTensor(NamedTuple):
@@ -35,6 +39,7 @@ class GGUFTensor(NamedTuple):
 
 def read_gguf(path: str) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Return the metadata and the tensors of a file, both by their names in the file. Raises ConfigError."""
+    regular_file(path)
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             fields, infos, start = _Parser(view).read()
@@ -54,7 +59,7 @@ class _Parser:
     """A parser of the header from byte `at` on. It raises ValueError if the file ends early or contradicts itself."""
 
     def __init__(self, view: mmap.mmap):
-        self.view, self.at = view, 0
+        self.view, self.at, self.entries = view, 0, 0
 
     def read(self) -> tuple[dict[str, Any], list[_Info], int]:
         """Return the metadata, the tensor list, and the position of the first byte after them."""
@@ -63,7 +68,7 @@ class _Parser:
         version = self._scalar("I")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not supported; supported: 2 and 3, little-endian")
-        num_tensors, num_fields = self._count(24), self._count(13)
+        num_tensors, num_fields = self._entries(24), self._entries(13)
         fields: dict[str, Any] = {}
         for _ in range(num_fields):
             key = self._text()
@@ -84,9 +89,9 @@ class _Parser:
         if kind == ARRAY:
             inner = self._scalar("I")
             if inner == STRING:
-                return [self._text() for _ in range(self._count(8))]
+                return [self._text() for _ in range(self._entries(8))]
             code = self._code(inner)
-            count = self._count(struct.calcsize(code))
+            count = self._entries(struct.calcsize(code))
             return np.frombuffer(self._bytes(count * struct.calcsize(code)), np.dtype(f"<{code}")).tolist()
         return self._scalar(self._code(kind))
 
@@ -102,6 +107,13 @@ class _Parser:
             raise ValueError(f"{count} entries at byte {self.at} do not fit into a file of {len(self.view)} bytes")
         return count
 
+    def _entries(self, min_bytes: int) -> int:
+        """Read the number of entries of a list, which with all lists before it must stay within `MAX_ENTRIES`."""
+        self.entries += (count := self._count(min_bytes))
+        if self.entries > MAX_ENTRIES:
+            raise ValueError(f"its header has lists of more than {MAX_ENTRIES} entries, at byte {self.at}")
+        return count
+
     def _text(self) -> str:
         return self._bytes(self._count(1)).decode()
 
@@ -111,6 +123,8 @@ class _Parser:
     def _bytes(self, count: int) -> bytes:
         if count > len(self.view) - self.at:
             raise ValueError(f"the file ends at byte {len(self.view)}, within its header")
+        if self.at + count > MAX_HEADER:
+            raise ValueError(f"its header has more than {MAX_HEADER} bytes")
         self.at += count
         return self.view[self.at - count : self.at]
 
