@@ -151,7 +151,7 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
 
 
 class Arm(NamedTuple):
-    """What one arm of the benchmark decodes with."""
+    """The settings of one arm of the benchmark."""
 
     dense: bool
     ratio: float  # tokens seen per live pair

@@ -125,14 +125,6 @@ def _zstd(raw: BinaryIO, path: str | os.PathLike[str]) -> Any:
     return pyarrow.input_stream(raw, compression="zstd")
 
 
-def regular_file(path: str | os.PathLike[str]) -> None:
-    """Raise ConfigError unless `path` is a regular file (after following links)."""
-    if not Path(path).exists():
-        raise ConfigError(f"cannot read {path}: the file does not exist")
-    if not Path(path).is_file():
-        raise ConfigError(f"cannot read {path}: it is not a regular file, but a folder, a device or a pipe")
-
-
 def read_text(path: str | os.PathLike[str]) -> str:
     """Return the text of a UTF-8 file, which may be packed. All line ends become newlines."""
     with opened(path) as file:

@@ -1,4 +1,4 @@
-"""What a folder's tokenizer files say, run by the library `tokenizers`: text to ids and back, and chats to text.
+"""Run what the tokenizer files of a folder say, with the library `tokenizers`: text to ids and back, chats to text.
 
 `tokenizer.json` is the law. transformers replaces its rules by those of the class that `tokenizer_config.json` names,
 which gives other ids for many published models; it is used for the chat template, for the names of special tokens, and

@@ -18,24 +18,56 @@ from dms_jax.hf.gguf.gguf_metadata import check_metadata, llama3_scaling, rope_s
 
 HEAD = 64
 OFF = [
-    ("expert_count", 0), ("expert_used_count", 0), ("logit_scale", 1.0), ("residual_scale", 1.0),
-    ("embedding_scale", 0.0), ("attn_logit_softcapping", 0.0), ("final_logit_softcapping", 0.0),
-    ("attention.sliding_window", 0), ("attention.sliding_window", 4096), ("attention.scale", 0.125),
-    ("attention.causal", True), ("attention.clamp_kqv", 0.0), ("attention.max_alibi_bias", 0.0),
-    ("use_parallel_residual", False), ("rope.dimension_count", HEAD), ("attention.value_length", HEAD),
-    ("rope.scaling.attn_factor", 1.0), ("pooling_type", 0), ("vocab_size", 7), ("rope.scaling.finetuned", True),
-    ("leading_dense_block_count", 0), ("n_deepstack_layers", 0), ("expert_count", [0, 0]),
-]  # fmt: skip
+    ("expert_count", 0),
+    ("expert_used_count", 0),
+    ("logit_scale", 1.0),
+    ("residual_scale", 1.0),
+    ("embedding_scale", 0.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("attention.sliding_window", 0),
+    ("attention.sliding_window", 4096),
+    ("attention.scale", 0.125),
+    ("attention.causal", True),
+    ("attention.clamp_kqv", 0.0),
+    ("attention.max_alibi_bias", 0.0),
+    ("use_parallel_residual", False),
+    ("rope.dimension_count", HEAD),
+    ("attention.value_length", HEAD),
+    ("rope.scaling.attn_factor", 1.0),
+    ("pooling_type", 0),
+    ("vocab_size", 7),
+    ("rope.scaling.finetuned", True),
+    ("leading_dense_block_count", 0),
+    ("n_deepstack_layers", 0),
+    ("expert_count", [0, 0]),
+]
 ON = [
-    ("expert_count", 8), ("expert_used_count", 2), ("logit_scale", 0.1), ("residual_scale", 0.22),
-    ("embedding_scale", 12.0), ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0),
-    ("attention.sliding_window", 128), ("attention.scale", 0.5), ("attention.causal", False),
-    ("attention.clamp_kqv", 0.05), ("attention.max_alibi_bias", 8.0), ("use_parallel_residual", True),
-    ("rope.dimension_count", HEAD // 2), ("rope.dimension_count", 0), ("attention.value_length", HEAD * 2),
-    ("rope.scaling.attn_factor", 0.0), ("rope.scaling.yarn_log_multiplier", 0.1), ("pooling_type", 1),
-    ("leading_dense_block_count", 1), ("n_deepstack_layers", 3), ("unheard_of", 1.0), ("logit_scale", float("nan")),
+    ("expert_count", 8),
+    ("expert_used_count", 2),
+    ("logit_scale", 0.1),
+    ("residual_scale", 0.22),
+    ("embedding_scale", 12.0),
+    ("attn_logit_softcapping", 50.0),
+    ("final_logit_softcapping", 30.0),
+    ("attention.sliding_window", 128),
+    ("attention.scale", 0.5),
+    ("attention.causal", False),
+    ("attention.clamp_kqv", 0.05),
+    ("attention.max_alibi_bias", 8.0),
+    ("use_parallel_residual", True),
+    ("rope.dimension_count", HEAD // 2),
+    ("rope.dimension_count", 0),
+    ("attention.value_length", HEAD * 2),
+    ("rope.scaling.attn_factor", 0.0),
+    ("rope.scaling.yarn_log_multiplier", 0.1),
+    ("pooling_type", 1),
+    ("leading_dense_block_count", 1),
+    ("n_deepstack_layers", 3),
+    ("unheard_of", 1.0),
+    ("logit_scale", float("nan")),
     ("expert_count", [0, 8]),
-]  # fmt: skip
+]
 
 
 def check(key, value, prefix="llama"):
@@ -56,6 +88,7 @@ def test_keys_that_change_the_logits_are_refused_by_name_with_their_value(key, v
 
 def test_keys_of_other_prefixes():
     check("name", "a model", prefix="general")
+    check("quantized_by", "somebody", prefix="somebody")  # notes of those who make such files
     with pytest.raises(ConfigError, match=r"clip\.has_vision_encoder"):
         check("has_vision_encoder", True, prefix="clip")
 

@@ -38,7 +38,7 @@ HOSTILE_TEMPLATES = {
     "repeated text": "{{ 'a' * 10000000000 }}",
     "500 MB": "{{ 'hello ' * 80000000 }}",
     "doubled": "{% set n = namespace(s='aa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
-    "power tower": "{{ 9**9**9**9 }}",
+    "power tower": "{{ 9**(9**9) }}",
     "format width": "{{ '%5000000000d' % 1 }}",
     "macro recursion": "{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(0) }}",
     "surrogate": "{{ '\\ud800' }}",

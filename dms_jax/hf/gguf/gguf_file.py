@@ -36,9 +36,18 @@ BIASES = {"attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ff
 ONLY_WITH_QK_NORM = {"attn_q_norm", "attn_k_norm"}
 # Control tokens that llama.cpp takes for an end of generation by their text
 ENDS = {
-    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>",
-    "_<EOT>", "<｜end▁of▁sentence｜>", "<end_of_utterance>",
-}  # fmt: skip
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+}
 NO_TOKEN = 0xFFFFFFFF  # llama.cpp's LLAMA_TOKEN_NULL, -1 in 32 bits
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Two matrices with a smaller relative difference are quantizations of one tied matrix (0.04 and 0.08 were observed).

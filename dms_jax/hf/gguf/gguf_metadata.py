@@ -12,28 +12,56 @@ from dms_jax.config import RopeScaling
 from dms_jax.errors import ConfigError, shown
 
 # Keys that `GGUFTensors.config` and `rope_scaling` read
-READ = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count",
-    "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon", "rope.freq_base",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
-}  # fmt: skip
+READ = frozenset(
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scale_linear",
+    ]
+)
 # Keys without effect in the supported architectures: YaRN and windows are refused by the keys that switch them on.
-HARMLESS = {
-    "vocab_size", "attention.layer_norm_epsilon", "rope.scaling.original_context_length", "rope.scaling.finetuned",
-    "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "attention.sliding_window_pattern",
-    "attention.key_length_swa", "attention.value_length_swa", "rope.freq_base_swa", "rope.dimension_count_swa",
-}  # fmt: skip
+HARMLESS = frozenset(
+    [
+        "vocab_size",
+        "attention.layer_norm_epsilon",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+        "attention.sliding_window_pattern",
+        "attention.key_length_swa",
+        "attention.value_length_swa",
+        "rope.freq_base_swa",
+        "rope.dimension_count_swa",
+    ]
+)
 # Scales: 1 is off, and llama.cpp takes 0 for a key that is absent
-SCALES = {
-    "logit_scale", "residual_scale", "embedding_scale", "attention.output_scale", "expert_weights_scale",
-    "rope.scaling.alpha",
-}  # fmt: skip
-OTHER_PREFIXES = ("general.", "tokenizer.", "quantize.", "split.", "imatrix.")
+SCALES = frozenset(
+    [
+        "logit_scale",
+        "residual_scale",
+        "embedding_scale",
+        "attention.output_scale",
+        "expert_weights_scale",
+        "rope.scaling.alpha",
+    ]
+)
 STANDARD_LENGTHS = tuple(2**power for power in range(13, 4, -1)) + tuple(2**power for power in range(14, 21))
 
 
 def check_metadata(fields: dict[str, Any], architecture: str, head_dim: int, where: str) -> None:
     """Raise ConfigError for the first key that changes the mathematics and that this reader does not follow."""
+    from gguf.constants import MODEL_ARCH_NAMES
+
     own = f"{architecture}."
     exact = {
         "attention.value_length": (head_dim,),
@@ -47,8 +75,9 @@ def check_metadata(fields: dict[str, Any], architecture: str, head_dim: int, whe
         "rope.scaling.yarn_ext_factor": (0.0, -1.0),
     }
     for key, value in fields.items():
-        if key.startswith(OTHER_PREFIXES):
-            continue
+        prefix = key.partition(".")[0]
+        if prefix != architecture and prefix not in MODEL_ARCH_NAMES.values():
+            continue  # "general", "tokenizer", "split" and what quantizers note about their work
         name = key.removeprefix(own)
         if key.startswith(own) and name in READ | HARMLESS:
             continue

@@ -23,10 +23,20 @@ TEKKEN_SPLIT = (
 # Names that llama.cpp gives the same rules -> the name used here
 SAME_SPLIT = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "starcoder": "smollm", "phi-2": "gpt-2"}
 # Keys that are read here or do not change ids, besides those of special tokens
-HARMLESS_KEYS = {
-    "model", "pre", "tokens", "token_type", "token_type_count", "scores", "merges", "add_bos_token", "add_eos_token",
-    "add_space_prefix",
-}  # fmt: skip
+HARMLESS_KEYS = frozenset(
+    [
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "token_type_count",
+        "scores",
+        "merges",
+        "add_bos_token",
+        "add_eos_token",
+        "add_space_prefix",
+    ]
+)
 
 
 def write_tokenizer(path: str, folder: str) -> None:
@@ -149,8 +159,6 @@ def _byte_level(fields: dict, where: str):
             f"{where}: tokenizer 'gpt2' with pre-tokenizer {shown(named)} is not supported; supported: "
             f"{', '.join([*digits, *patterns, *SAME_SPLIT])}"
         )
-    if fields.get("tokenizer.ggml.add_space_prefix", False):
-        raise ConfigError(f"{where}: tokenizer.ggml.add_space_prefix must be false for tokenizer 'gpt2'")
     first = digits[split] if split in digits else [pre_tokenizers.Split(Regex(patterns[split]), "isolated")]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     vocab = {token: i for i, token in enumerate(fields["tokenizer.ggml.tokens"])}
