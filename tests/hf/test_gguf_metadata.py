@@ -206,5 +206,5 @@ def test_sparse_arrays_and_files_that_are_not_regular_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="lists of more than"):
         read_gguf(str(path))
     os.mkfifo(tmp_path / "pipe.gguf")
-    with pytest.raises(ConfigError, match="not a regular file"):
+    with pytest.raises(ConfigError, match="must be a regular file"):
         read_gguf(str(tmp_path / "pipe.gguf"))
