@@ -89,6 +89,20 @@ def test_paths_that_a_page_names_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_tests_that_a_page_names_exist(page):
+    named = re.findall(r"(tests/[\w/]+\.py)::(\w+)", page.read_text(encoding="utf-8"))
+    missing = [f"{path}::{name}" for path, name in named if f"\ndef {name}(" not in (ROOT / path).read_text()]
+    assert not missing, missing
+
+
+def test_every_claim_about_reliability_names_its_test():
+    text = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    claims = re.findall(r"^- (?:.+\n)(?:  .+\n)*", text.split("## Fuzz")[0], re.MULTILINE)
+    assert len(claims) > 20
+    assert not (bare := [claim[:60] for claim in claims if "::test_" not in claim]), bare
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_links_of_a_page_resolve(page):
     broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
