@@ -27,8 +27,9 @@ class Tokenizer:
     def __init__(self, folder: str, where: str, keep: object = None):
         """`where` names the tokenizer in messages. `keep` is an object that `folder` needs in order to exist."""
         self.folder, self.where, self._keep = folder, where, keep
+        self._number = PROCESS.new_number()
+        weakref.finalize(self, PROCESS.forget, self._number)
         self._facts: dict[str, Any] = self._call("read", "facts")
-        weakref.finalize(self, PROCESS.forget, folder)
 
     def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray:
         """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`.
@@ -106,7 +107,7 @@ class Tokenizer:
 
     def _call(self, what: str, method: str, **arguments) -> Any:
         try:
-            return PROCESS.call(self.folder, method, **arguments)
+            return PROCESS.call(self._number, self.folder, method, **arguments)
         except ProcessError as why:
             raise ConfigError(
                 f"cannot {what} the tokenizer in {self.where}: {' '.join(str(why).split())[:300]}"

@@ -10,7 +10,9 @@ Frames are a length of 8 bytes and the content: the request is JSON; the reply i
 
 import array
 import atexit
+import collections
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -37,25 +39,32 @@ class TokenizerProcess:
     """The process, and the calls to it. Methods may be called from several threads."""
 
     def __init__(self):
-        self._lock, self._loaded = threading.Lock(), set[str]()
+        self._lock, self._loaded = threading.Lock(), set[int]()
+        self._numbers, self._unused = itertools.count(), collections.deque[int]()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def call(self, folder: str, method: str, seconds: float = CALL_SECONDS, **arguments) -> Any:
-        """Call a method of the `TokenizerRules` of a folder. Raises ProcessError."""
+    def new_number(self) -> int:
+        """Return the number of a new tokenizer. Two of the same folder differ, because its files may have changed."""
+        return next(self._numbers)
+
+    def call(self, number: int, folder: str, method: str, **arguments) -> Any:
+        """Call a method of the `TokenizerRules` of a tokenizer. Raises ProcessError."""
         with self._lock:
             if not self._runs():
                 self._start()
-            if folder not in self._loaded:
-                self._exchange({"folder": folder, "method": "load"}, LOAD_SECONDS)
-                self._loaded.add(folder)
-            return self._exchange({"folder": folder, "method": method, "arguments": arguments}, seconds)
+            while self._unused:
+                if (unused := self._unused.popleft()) in self._loaded:
+                    self._loaded.discard(unused)
+                    self._exchange({"number": unused, "method": "forget"}, CALL_SECONDS)
+            if number not in self._loaded:
+                self._exchange({"number": number, "method": "load", "arguments": {"folder": folder}}, LOAD_SECONDS)
+                self._loaded.add(number)
+            return self._exchange({"number": number, "method": method, "arguments": arguments}, CALL_SECONDS)
 
-    def forget(self, folder: str) -> None:
-        """Free the memory of a folder's tokenizer."""
-        with self._lock, contextlib.suppress(ProcessError):
-            if folder in self._loaded and self._runs():
-                self._loaded.discard(folder)
-                self._exchange({"folder": folder, "method": "forget"}, CALL_SECONDS)
+    def forget(self, number: int) -> None:
+        """Free the memory of a tokenizer with the next call. It takes no lock, because the garbage collector calls it
+        in the middle of anything."""
+        self._unused.append(number)
 
     def _runs(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -144,7 +153,7 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not become part of a reply
-    tokenizers: dict[str, Any] = {}
+    tokenizers: dict[int, Any] = {}
     while head := requests.read(LENGTH_BYTES):
         request = json.loads(requests.read(int.from_bytes(head, "little")))
         try:
@@ -156,16 +165,16 @@ def serve() -> None:
         _write(replies, reply)
 
 
-def _answer(tokenizers: dict[str, Any], folder: str, method: str, arguments: dict | None = None) -> bytes:
+def _answer(tokenizers: dict[int, Any], number: int, method: str, arguments: dict | None = None) -> bytes:
     if method == "load":
         from dms_jax.hf.tokenizer_rules import TokenizerRules
 
-        tokenizers[folder] = TokenizerRules(folder)
+        tokenizers[number] = TokenizerRules(**arguments or {})
         return b"jnull"
     if method == "forget":
-        tokenizers.pop(folder, None)
+        tokenizers.pop(number, None)
         return b"jnull"
-    result = getattr(tokenizers[folder], method)(**arguments or {})
+    result = getattr(tokenizers[number], method)(**arguments or {})
     is_ids = isinstance(result, list) and method != "tokens"
     size = 4 * len(result) if is_ids else len(result)
     if size > OUTPUT_MIB << 20:

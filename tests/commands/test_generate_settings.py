@@ -140,14 +140,14 @@ def test_weights_that_overflow_end_in_one_line(copy, capsys, tmp_path):
     weights["model.norm.weight"] = weights["model.norm.weight"] * 0 + 3e38
     save_file(weights, model / "model.safetensors")
     with pytest.raises(ConfigError, match="--prompt: .*not finite .*--dtype float32") as why:
-        run(model, "--prompt", "hello", "--json", "--save-cache", tmp_path / "kept")
+        run(model, "--allow-non-finite", "--prompt", "hello", "--json", "--save-cache", tmp_path / "kept")
     assert "\n" not in str(why.value) and not (tmp_path / "kept").exists()
     record = json.loads(capsys.readouterr().out)
     assert record["finish_reason"] == "non_finite" and record["tokens"] == [] and record["text"] == ""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     with pytest.raises(ConfigError, match="line 1, .*line 2: .*not finite"):
-        run(model, "--prompts", prompts, "--batch", "2")
+        run(model, "--allow-non-finite", "--prompts", prompts, "--batch", "2")
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["finish_reason"] for line in lines] == ["non_finite"] * 2
 

@@ -1,5 +1,6 @@
 """Tokenizers and templates that loop, explode or panic end in one line, and the next one works."""
 
+import contextlib
 import json
 import os
 import signal
@@ -16,12 +17,14 @@ from dms_jax.hf.tokenizer_process import PROCESS
 CHAT = [{"role": "user", "content": "hello world"}]
 
 
-@pytest.fixture(autouse=True)
-def short_deadlines(monkeypatch):
-    """Two seconds for a call, so that this file is fast."""
-    monkeypatch.setattr(tokenizer_process, "CALL_SECONDS", 2.0)
-    monkeypatch.setattr(PROCESS.call.__func__, "__defaults__", (2.0,))
-    yield
+@contextlib.contextmanager
+def refused(name: str):
+    """Expect one line that names the folder, with two seconds for a call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_process, "CALL_SECONDS", 2.0)
+        with pytest.raises(ConfigError, match=name) as refusal:
+            yield
+    assert "\n" not in str(refusal.value)
 
 
 def with_rules(folder, **parts):
@@ -50,9 +53,8 @@ HOSTILE_TEMPLATES = {
 @pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
 def test_hostile_template_ends_in_one_line(tmp_path, name):
     tokenizer = dms_jax.load_tokenizer(write_tokenizer(tmp_path / "evil", template=HOSTILE_TEMPLATES[name]))
-    with pytest.raises(ConfigError, match="evil") as refusal:
+    with refused("evil"):
         tokenizer.encode_chat(CHAT)
-    assert "\n" not in str(refusal.value)
     good = dms_jax.load_tokenizer(write_tokenizer(tmp_path / "good"))
     assert good.encode_chat(CHAT).tolist() == [1, 1, 2]
 
@@ -88,9 +90,8 @@ HOSTILE_RULES = {
 @pytest.mark.parametrize("name", HOSTILE_RULES)
 def test_hostile_rules_end_in_one_line(tmp_path, name, monkeypatch):
     monkeypatch.setattr(tokenizer_process, "LOAD_SECONDS", 15.0)
-    with pytest.raises(ConfigError, match="evil") as refusal:
+    with refused("evil"):
         dms_jax.load_tokenizer(with_rules(tmp_path / "evil", **HOSTILE_RULES[name])).encode("a" * 40 + "!")
-    assert "\n" not in str(refusal.value)
     assert dms_jax.load_tokenizer(write_tokenizer(tmp_path / "good")).encode("world").tolist() == [2]
 
 
@@ -98,7 +99,7 @@ def test_decoder_that_explodes_ends_in_one_line(tmp_path):
     decoders = [{"type": "Replace", "pattern": {"String": "h"}, "content": "h" * 10}] * 12
     tokenizer = dms_jax.load_tokenizer(with_rules(tmp_path, decoder={"type": "Sequence", "decoders": decoders}))
     assert tokenizer.encode("hello").tolist() == [1]
-    with pytest.raises(ConfigError, match=str(tmp_path)):
+    with refused(str(tmp_path)):
         tokenizer.decode([1])
 
 
@@ -107,6 +108,24 @@ def test_killed_process_is_started_again(tmp_path):
     os.kill(PROCESS._process.pid, signal.SIGKILL)
     PROCESS._process.wait()
     assert tokenizer.encode("hello").tolist() == [1]
+
+
+def test_garbage_collected_in_the_middle_of_a_call_does_not_block(tmp_path, monkeypatch):
+    tokenizer = dms_jax.load_tokenizer(write_tokenizer(tmp_path))
+    exchange = PROCESS._exchange
+
+    def collecting(*arguments):
+        PROCESS.forget(10**9)  # as the finalizer of an unreachable tokenizer
+        return exchange(*arguments)
+
+    monkeypatch.setattr(PROCESS, "_exchange", collecting)
+    assert tokenizer.encode("hello").tolist() == [1]
+
+
+def test_new_tokenizer_of_a_folder_reads_its_new_files(tmp_path):
+    before = dms_jax.load_tokenizer(write_tokenizer(tmp_path))
+    after = dms_jax.load_tokenizer(write_tokenizer(tmp_path, vocabulary={"[unk]": 0, "hello": 2, "world": 1}))
+    assert before.encode("hello").tolist() == [1] and after.encode("hello").tolist() == [2]
 
 
 def test_threads_share_the_process(tmp_path):
