@@ -4,12 +4,18 @@ import collections
 import gc
 import json
 import os
+import signal
 from pathlib import Path
+
+# A shell that starts the suite in the background ignores these signals, and so would the processes that tests signal.
+for ignored in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL if ignored == signal.SIGHUP else signal.default_int_handler)
 
 # Also where there is a GPU; and its plugin on a machine without one would not compile for other hardware.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -215,7 +215,7 @@ def test_hostile_text_is_escaped(lines, tmp_path):
     hostile = []
     for line in lines:
         kept = line["task"] == "kept"
-        pieces = [EVIL, "\x07\u202e", "\ud800", "\n", *line["pieces"][4:]] if kept else None
+        pieces = [EVIL, "\x07\u202e", "\ufffd", "\n", *line["pieces"][4:]] if kept else None
         hostile.append(
             line
             | {"domain": EVIL}
