@@ -41,7 +41,8 @@ def read_prompts(path: str) -> list[Prompt]:
     kind = kind_of(path, (".txt", *RECORD_KINDS))
     if not kind:
         kinds = (
-            ".txt (a prompt on each line) or .jsonl (an object with prompt or messages on each line), .ndjson, .json"
+            ".txt (a prompt on each line) or .jsonl (an object with prompt or messages on each line), .ndjson, .json, "
+            "each also packed (.gz, .zst)"
         )
         raise ConfigError(f"--prompts {kinds_allowed(path, kinds)}")
     if kind == ".txt":

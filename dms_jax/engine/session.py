@@ -231,8 +231,9 @@ def open_session(options: argparse.Namespace) -> Session:
 
 def _defaults(options: argparse.Namespace) -> dict[str, Any]:
     """Return the settings of generation_config.json for which the user has given no option."""
+    folder = resolve(options.model)
     try:
-        found = sampling_defaults(resolve(options.model))
+        found = sampling_defaults(folder)
     except ConfigError as why:
         raise ConfigError(f"{why}; mend the file, or give --greedy") from why
     return {name: value for name, value in found.items() if getattr(options, name) is None}

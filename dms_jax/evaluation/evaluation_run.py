@@ -137,8 +137,8 @@ def _domains(options: EvaluationOptions, model: Decoder, tokenizer: Tokenizer) -
     limit, limit_name = model.config.context_limit()
     if options.texts and options.length > limit:
         raise ConfigError(
-            f"--length must be at most this model's {limit_name} of {limit}, got {options.length}; "
-            f"use --length {limit // options.chunk * options.chunk}"
+            f"--length must be at most this model's {limit_name} of {limit}, got {options.length} "
+            f"(the default is 1024); use --length {limit // options.chunk * options.chunk}"
         )
     begin = prompt_ids(tokenizer, "")
     sizes = options.length, options.rows, options.calibration_rows

@@ -66,4 +66,4 @@ def check_layer(layer: Mapping[str, np.ndarray], seen: np.ndarray, policy: Cache
 
 def _finite(tensor: np.ndarray) -> np.ndarray:
     """Return which slots [B K C] hold finite numbers only."""
-    return np.isfinite(tensor).all(axis=tuple(range(3, tensor.ndim)))
+    return np.asarray(np.isfinite(tensor).all(axis=tuple(range(3, tensor.ndim))))

@@ -3,6 +3,7 @@
 import functools
 import os
 import tempfile
+import warnings
 import weakref
 from typing import Any
 
@@ -30,6 +31,8 @@ class Tokenizer:
         self._number = PROCESS.new_number()
         weakref.finalize(self, PROCESS.forget, self._number)
         self._facts: dict[str, Any] = self._call("read", "facts")
+        for note in self._facts["notes"]:
+            warnings.warn(f"the tokenizer in {where}: {note}", stacklevel=2)
 
     def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray:
         """Return the ids [T] of a text, without `bos_id`, which the model expects before a document if `add_bos`.

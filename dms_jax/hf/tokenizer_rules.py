@@ -34,18 +34,23 @@ class TokenizerRules:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         path = os.path.join(folder, "tokenizer.json")
+        self.declared_add_bos: bool | None = None
         # The generic class needs no library beyond `tokenizers`, and knows nothing about families of models.
         kind = PreTrainedTokenizerFast if os.path.exists(path) else AutoTokenizer
         inner: Any = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.inner = inner
         if os.path.exists(path):
-            self.backend = Backend.from_file(path)
-            _add_declared(self.backend, folder)
+            self.backend: Any = Backend.from_file(path)
+            settings = _add_declared(self.backend, folder)
+            self.declared_add_bos = settings.get("add_bos_token")
         else:
-            self.backend = inner.backend_tokenizer
+            self.backend = getattr(inner, "backend_tokenizer", None)
+            if self.backend is None:
+                raise ValueError(
+                    f"{type(inner).__name__} runs in Python; save it with a tokenizer.json (save_pretrained)"
+                )
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode(PROBE)
         # Fail if the template contains half of a surrogate pair, written as a JSON escape, which is not valid text.
         f"{inner.chat_template}".encode()
         self.added = self.backend.get_added_tokens_decoder()
@@ -59,18 +64,29 @@ class TokenizerRules:
 
     def facts(self) -> dict:
         """Return what does not depend on a text, as JSON values."""
-        bos, eos = (
-            self.backend.token_to_id(token) if (token := getattr(self.inner, name)) is not None else None
-            for name in ("bos_token", "eos_token")
-        )
-        begin = self.backend.encode("a").ids[:1]
+        self.backend.encode(PROBE)
+        named = {name: token for name in ("bos_token", "eos_token") if (token := getattr(self.inner, name)) is not None}
+        ids = {name: self.backend.token_to_id(token) for name, token in named.items()}
+        bos, eos = ids.get("bos_token"), ids.get("eos_token")
+        add_bos = bos is not None and self.backend.encode("a").ids[:1] == [bos]
+        notes = [
+            f"it has no token {token!r}, its {name}; it counts as none"
+            for name, token in named.items()
+            if ids[name] is None
+        ]
+        if self.declared_add_bos not in (None, add_bos):
+            notes.append(
+                f"add_bos_token in tokenizer_config.json is {self.declared_add_bos}, but tokenizer.json says "
+                f"{add_bos}, which counts"
+            )
         template = self.inner.chat_template
         return {
             "size": self.backend.get_vocab_size(),
             "bos_id": bos,
             "eos_id": eos,
-            "add_bos": bos is not None and begin == [bos],
+            "add_bos": add_bos,
             "special_ids": self.special,
+            "notes": notes,
             "has_chat_template": template is not None,
             "hash": hashlib.sha256(f"{self.backend.to_str()}\n{template}".encode()).hexdigest(),
         }
@@ -108,7 +124,9 @@ class TokenizerRules:
         broken = _mapped([messages, tools], lambda t: self.pattern.sub(lambda m: m[0][0] + MARK + m[0][1:], t))
         marked = self.render(broken[0], reply, broken[1])
         if marked.replace(MARK, "") != text or any(map(self._spells, _strings(broken))):
-            raise ValueError("it changes the control tokens that are spelled in the messages; remove them there")
+            raise ValueError(
+                "it changes the control tokens that the messages spell; remove them, or give --allow-control-tokens"
+            )
         plain = self._plain()
         ids = plain.encode(
             self.pattern.sub(lambda m: self.aliases[m[0]], marked).replace(MARK, ""), add_special_tokens=False
@@ -141,9 +159,13 @@ class TokenizerRules:
         return text
 
 
-def _add_declared(backend: Backend, folder: str) -> None:
-    """Add the tokens that only the other files declare, as transformers does for fine-tunes that grew a vocabulary."""
+def _add_declared(backend: Backend, folder: str) -> dict:
+    """Add the tokens that only the other files declare, as transformers does for fine-tunes that grew a vocabulary.
+
+    Returns the settings of tokenizer_config.json.
+    """
     declared: dict[int, AddedToken] = {}
+    settings: dict = {}
     for name in ("added_tokens.json", "tokenizer_config.json"):
         path = os.path.join(folder, name)
         if not os.path.exists(path):
@@ -153,6 +175,7 @@ def _add_declared(backend: Backend, folder: str) -> None:
         if name == "added_tokens.json":
             declared |= {id_: AddedToken(content, normalized=False) for content, id_ in raw.items()}
         else:
+            settings = raw
             flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
             for id_, token in (raw.get("added_tokens_decoder") or {}).items():
                 declared[int(id_)] = AddedToken(**{key: token[key] for key in flags if key in token})
@@ -164,6 +187,7 @@ def _add_declared(backend: Backend, folder: str) -> None:
                     f"{token.content!r} must be token {id_}, but tokenizer.json has {backend.get_vocab_size() - 1} "
                     "tokens; copy the tokenizer files of one model"
                 )
+    return settings
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -60,7 +60,7 @@ def run_case(target: Target, seed: int, good: Path, folder: Path) -> tuple[str, 
     try:
         with limits():
             got = target.read(folder)
-    except ConfigError as why:
+    except (ConfigError, UserWarning) as why:  # what is only said is raised here, because warnings are errors in tests
         message = one_line(why)
         if (target.names or str(folder)) not in message:
             raise Wrong(f"{case}: the message does not name the place: {message[:300]}") from why

@@ -315,19 +315,25 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def meant_tokenizer(folder: Path) -> Any:
-    """The result of the library itself on the same files, which ours must equal."""
-    from transformers import AutoTokenizer
+    """What tokenizer.json says, read by the library `tokenizers` alone, with the names in tokenizer_config.json."""
+    from tokenizers import Tokenizer
 
-    inner = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ids = inner("hello world, reply hello", add_special_tokens=False)["input_ids"]
-    begins = inner.bos_token_id is not None and inner("a")["input_ids"][:1] == [inner.bos_token_id]
-    return (
-        ids,
-        (inner.bos_token_id, inner.eos_token_id, begins),
-        inner.decode(ids, skip_special_tokens=True),
-        64,
-        len(inner) > 0,
-    )
+    rules = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    rules.no_truncation()
+    rules.no_padding()
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    named = {}
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = settings.get(name)
+        token = token["content"] if isinstance(token, dict) else token
+        named[name] = None if token is None else rules.token_to_id(token)
+    ids = rules.encode("hello world, reply hello", add_special_tokens=False).ids
+    bos = named["bos_token"]
+    begins = bos is not None and rules.encode("a").ids[:1] == [bos]
+    hidden = {*named.values(), *(id_ for id_, t in rules.get_added_tokens_decoder().items() if t.special)}
+    text = rules.decode([id_ for id_ in ids if id_ not in hidden], skip_special_tokens=False)
+    return ids, (bos, named["eos_token"], begins), text, 64, True
 
 
 TARGETS = [

@@ -63,3 +63,11 @@ def test_remote_code_is_not_run(tmp_path):
     with contextlib.suppress(ConfigError):
         dms_jax.load_tokenizer(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_end_token_that_the_vocabulary_lacks_is_said(tmp_path):
+    folder = write_tokenizer(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|nowhere|>"}))
+    with pytest.warns(UserWarning, match=r"no token '<\|nowhere\|>', its eos_token"):
+        assert dms_jax.load_tokenizer(folder).eos_id is None

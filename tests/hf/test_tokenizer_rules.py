@@ -153,6 +153,14 @@ def test_ids_are_those_of_the_file(tmp_path, layout):
     assert len(tokenizer) == rules.get_vocab_size()
 
 
+@pytest.mark.parametrize("layout, says", [("Llama 2", False), ("Llama 3 without its begin token", True)])
+def test_begin_token_is_that_of_the_file_and_a_contradiction_is_said(tmp_path, layout, says):
+    rules, kind, begin = LAYOUTS[layout]
+    with pytest.warns(UserWarning, match=f"add_bos_token in tokenizer_config.json is {says}"):
+        tokenizer = dms_jax.load_tokenizer(written(tmp_path, rules, kind, add_bos_token=says))
+    assert tokenizer.add_bos == (begin is not None)
+
+
 def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path):
     rules, kind, _ = LAYOUTS["Qwen 2"]
     rules = Backend.from_str(rules.to_str())

@@ -125,7 +125,8 @@ def read_documents(name: str, keys: Keys, dataset: Any = None) -> Iterator[tuple
         ) from why
     # pyarrow raises subclasses of these. TokenError is for the header of .npy, which is Python source.
     except (OSError, EOFError, ValueError, TokenError) as why:
-        raise ConfigError(f"{name} is damaged or not a readable {kind} file: {' '.join(str(why).split())}") from why
+        reason = "" if "allow_pickle" in str(why) else f": {' '.join(str(why).split())}"  # its advice would run code
+        raise ConfigError(f"{name} is damaged or not a readable {kind} file{reason}") from why
 
 
 def _read_txt(name: str, keys: Keys) -> Iterator[tuple[str, str]]:
