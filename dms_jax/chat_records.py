@@ -125,9 +125,13 @@ def _chat(record: dict, key: str, where: str) -> Chat:
         if record.get(name):
             raise ConfigError(f"{where}: {name!r} cannot be read; {way_out}")
     system = record.get("system")  # beside the messages, as in the formats of ShareGPT and Anthropic
-    begins = key != "completion" and bool(messages) and messages[0]["role"] != "system"
-    if begins and isinstance(system, str) and system.strip():
-        messages.insert(0, {"role": "system", "content": _clean(system, where, "system")})
+    if system is not None and not isinstance(system, str):
+        raise ConfigError(f"{where}: 'system' must be text, got {shown(system)}")
+    if key != "completion" and messages and system is not None and system.strip():
+        if messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": _clean(system, where, "system")})
+        elif messages[0]["content"] != system:
+            raise ConfigError(f"{where}: 'system' stands beside another system message; keep one of them")
     return Chat(messages, _tools(record, where))
 
 
@@ -143,8 +147,9 @@ def _tools(record: dict, where: str) -> list[dict] | None:
 
 
 def _refuse_tools(record: dict, where: str) -> None:
-    if _tools(record, where) is not None:
-        raise ConfigError(f"{where}: 'tools' need a chat template, so write the text as 'messages'")
+    for name in ("tools", "system"):
+        if record.get(name):
+            raise ConfigError(f"{where}: {name!r} needs a chat template, so write the text as 'messages'")
 
 
 def _message(item: object, where: str) -> dict:
@@ -158,6 +163,8 @@ def _message(item: object, where: str) -> dict:
     message = {key: value for key, value in item.items() if value is not None}
     if not isinstance(message.get("role"), str):
         raise ConfigError(f"{where} has the role {shown(message.get('role'))}")
+    if message.get("weight", 1) != 1:
+        raise ConfigError(f"{where} has the weight {shown(message['weight'])}; all messages count, so drop the key")
     if message.get("function_call"):
         raise ConfigError(f"{where} has a 'function_call'; write it as 'tool_calls'")
     if "tool_calls" in message:

@@ -42,7 +42,7 @@ CHATS = {
         },
         [USER, REPLY | {"tool_calls": [CALL]}],
     ),
-    "other keys of a message": ({"messages": [USER | {"reasoning_content": "r", "weight": 0}]}, None),
+    "other keys of a message": ({"messages": [USER | {"reasoning_content": "r", "weight": 1}]}, None),
     "ShareGPT": (
         {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1}], "id": 7},
         [USER, REPLY],
@@ -52,7 +52,7 @@ CHATS = {
         [{"role": "system", "content": "be brief"}, USER, REPLY],
     ),
     "a system message goes before a system key": (
-        {"system": "be long", "messages": [{"role": "system", "content": "be brief"}, USER]},
+        {"system": "be brief", "messages": [{"role": "system", "content": "be brief"}, USER]},
         [{"role": "system", "content": "be brief"}, USER],
     ),
     "ShareGPT with tools": (
@@ -111,7 +111,12 @@ REFUSED = {
     "an unknown speaker": ({"conversations": [{"from": "narrator", "value": "a"}]}, "'narrator'; known: human, "),
     "no value": ({"conversations": [{"from": "human"}]}, "message 1 has the content None"),
     "a text and a chat": ({"prompt": "a", "completion": [REPLY]}, "two texts or two lists.*str and list"),
-    "tools beside a text": ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "'tools' need a chat template"),
+    "two system messages": (
+        {"system": "be long", "messages": [{"role": "system", "content": "be brief"}, USER]},
+        "'system' stands beside another system message",
+    ),
+    "a message that must not count": ({"messages": [USER | {"weight": 0}]}, "the weight 0"),
+    "tools beside a text": ({"prompt": "a", "completion": "b", "tools": [TOOL]}, "'tools' needs a chat template"),
     "Alpaca": ({"instruction": "add", "input": "1", "output": "2"}, "'text' or 'messages'.*convert.*\"messages\""),
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'text' or 'messages'.*'chosen'"),
     "a NUL": ({"messages": [{"role": "user", "content": "a\0"}]}, "character 1 of 'content' is NUL"),
@@ -161,7 +166,7 @@ def test_prompts_have_the_shapes_of_training_records(tmp_path, name):
         ({"prompt": 3}, "non-empty"),
         ({"prompt": []}, "at least one message"),
         ({"messages": []}, "at least one message"),
-        ({"prompt": "a", "tools": [TOOL]}, "'tools' need a chat template"),
+        ({"prompt": "a", "tools": [TOOL]}, "'tools' needs a chat template"),
         ([1], "either"),
     ],
 )

@@ -27,6 +27,7 @@ from dms_jax.config_reader import meaning_of, range_of
 from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import check_target
+from dms_jax.writer_lock import only_writer
 
 if TYPE_CHECKING:  # both load JAX
     from dms_jax.engine.prompts import Prompt
@@ -173,6 +174,16 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # show "?" for what the terminal cannot show
+    targets = [path for path in (options.output, options.save_cache) if path]
+    with contextlib.ExitStack() as held:
+        for path in targets:
+            held.enter_context(only_writer(path, "give another file"))
+        check(options)  # another process may have written the file since the first check
+        return _answer(options, prompts)
+
+
+def _answer(options: argparse.Namespace, prompts: "list[Prompt]") -> int:
+    """Load the model and answer the prompts."""
     start_devices(1)
     with _out_of_memory_advice():
         from dms_jax.engine.chat import chat
@@ -276,6 +287,8 @@ def check(options: argparse.Namespace) -> None:
         if path:
             with naming(_option(name)):
                 check_target(path)
+        if path and os.path.exists(path) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(options.model):
+            raise ConfigError(f"{_option(name)} {path} is a file of the model; give a path outside of its folder")
 
 
 def _option(name: str) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from dms_jax.core.compact_cache import CompactCache
-from dms_jax.engine.prompts import NOT_ENDED, Prompt, check_text, continuation, next_turn
+from dms_jax.engine.prompts import NOT_ENDED, Prompt, check_text, continuation, next_turn, with_system
 from dms_jax.engine.session import Cancelled, Session, non_finite
 from dms_jax.errors import ConfigError
 
@@ -26,7 +26,8 @@ class Conversation:
 
     def __init__(self, session: Session):
         self.session = session
-        session.tokenizer.chat_text([{"role": "user", "content": "x"}], reply=True)  # fails without a chat template
+        question = with_system(session.options.system, [{"role": "user", "content": "x"}])
+        session.tokenizer.chat_text(question, reply=True)  # fails without a chat template, or if it refuses --system
         first_tokens = min(session.free_context(None), FIRST_CAPACITY)
         # The cache ends before the end of an answer, because a template may put a space or a line break in between.
         self.config = replace(session.config_for([0], first_tokens, more_to_come=True), append_stop_id=False)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,6 +14,18 @@ from dms_jax.files import read_json
 # The settings that `sampling_defaults` reads; without do_sample, only the penalty applies.
 SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 SAMPLING = (*SAMPLED, "repetition_penalty")
+# Settings that transformers follows and `generate` does not, with the value at which they have no effect
+IGNORED = {
+    "num_beams": 1,
+    "typical_p": 1.0,
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "penalty_alpha": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,10 @@ def sampling_defaults(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = os.path.join(folder, "generation_config.json")
     raw = read_json(path) if os.path.isdir(folder) and os.path.lexists(path) else {}
+    if raw.get("do_sample") not in (None, True, False):
+        raise ConfigError(f"{path}: do_sample must be true or false, got {shown(raw['do_sample'])}")
+    if ignored := sorted(key for key in IGNORED if raw.get(key) not in (None, IGNORED[key], [], False)):
+        warnings.warn(f"{path}: {', '.join(ignored)} have no effect here", stacklevel=2)
     names = SAMPLING if raw.get("do_sample") is True else SAMPLING[-1:]
     found = {name: raw[name] for name in names if raw.get(name) is not None}
     if found.get("top_k") == -1:  # as some files spell 0

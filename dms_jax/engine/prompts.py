@@ -195,7 +195,11 @@ def continuation(tokenizer: "Tokenizer", seen: np.ndarray, whole: np.ndarray) ->
 
 
 def with_system(system: str | None, messages: list[dict]) -> list[dict]:
-    return messages if system is None else [{"role": "system", "content": system}, *messages]
+    if system is None:
+        return messages
+    if messages and messages[0].get("role") == "system":
+        raise ConfigError("--system must not be given for a chat that begins with a system message; leave one out")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def check_text(prompt: Prompt) -> None:

@@ -47,7 +47,9 @@ SIDE_FILES = {
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "vocab.txt",
 }
+TEMPLATES = "additional_chat_templates"  # a folder beside them
 LEGAL_FILES = {"LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md"}
 CONFIG_FILES = ("config.json", "generation_config.json")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model", "LICENSE*", "NOTICE"]
@@ -100,6 +102,8 @@ def load(
     # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights
     # may be the master weights of a computation in bf16.
     select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
+    if os.path.exists(os.path.join(path, "adapter_config.json")):
+        warnings.warn(f"the adapter in {path} is not applied; merge it into the weights first", stacklevel=2)
     policy = os.path.normpath(os.path.join(path, origin)) if config.dms is not None else ""
     config = replace(config.with_dms(_merge_policy(config.dms, dms)), implementation=implementation)
     model = read_model(tensors, config, jnp.dtype(dtype), mesh, fresh, allow_non_finite)
@@ -259,6 +263,17 @@ def copy_side_files(source: str, folder: str) -> None:
                 shutil.copyfile(member(source, name), os.path.join(folder, name))
             except ConfigError as why:  # a link out of the folder must not put a private file into an export
                 warnings.warn(f"saving without {name}: {why}", stacklevel=3)
+        for path in template_files(source):
+            os.makedirs(os.path.join(folder, TEMPLATES), exist_ok=True)
+            shutil.copyfile(path, os.path.join(folder, TEMPLATES, os.path.basename(path)))
+
+
+def template_files(folder: str) -> list[str]:
+    """Return the paths of the further chat templates of a folder. Raises ConfigError for a link that leaves it."""
+    if not os.path.isdir(beside := os.path.join(folder, TEMPLATES)):
+        return []
+    names = sorted(name for name in os.listdir(beside) if name.endswith(".jinja"))
+    return [member(folder, os.path.join(TEMPLATES, name)) for name in names]
 
 
 def base_hash(model) -> str:

@@ -199,6 +199,10 @@ def _rope(raw: dict) -> tuple[float, RopeScaling | None]:
     if not all(isinstance(part, dict) for part in given):
         raise ConfigError("rope_scaling and rope_parameters must be objects or null")
     rope = {key: value for part in given for key, value in part.items() if value is not None}
+    for part in (*given, {"rope_theta": raw["rope_theta"]} if raw.get("rope_theta") is not None else {}):
+        for key, value in part.items():
+            if value is not None and key in rope and rope[key] != value:
+                raise ConfigError(f"{key} is given as {shown(value)} and as {shown(rope[key])}; keep one")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != rope.get("type", kind):
         raise ConfigError(f"rope_type {shown(kind)} and type {shown(rope['type'])} contradict each other; keep one")

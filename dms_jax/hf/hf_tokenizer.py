@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from dms_jax.errors import ConfigError
-from dms_jax.hf.folder import SIDE_FILES, resolve
+from dms_jax.hf.folder import SIDE_FILES, resolve, template_files
 from dms_jax.hf.folder_files import member
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
 from dms_jax.hf.tokenizer_process import PROCESS, ProcessError
@@ -42,13 +42,13 @@ class Tokenizer:
         return np.asarray(self._call("encode this text with", "encode", text=text, control_tokens=control_tokens))
 
     def encode_chat(
-        self, messages: list[dict], *, reply: bool = False, tools: list | None = None, control_tokens: bool = True
+        self, messages: list[dict], *, reply: bool = False, tools: list | None = None, control_tokens: bool = False
     ) -> np.ndarray:
         """Return the ids [T] of `[{"role": ..., "content": ...}, ...]` in the chat template; `reply` opens the
         answer.
 
-        `tools` are JSON schemas for the template. `control_tokens=False`: control tokens of the template are ids, and
-        those that a message or a tool spells are text.
+        `tools` are JSON schemas for the template. Control tokens of the template are ids, and those that a message or a
+        tool spells are text, unless `control_tokens` is true.
         """
         arguments = {"messages": messages, "reply": reply, "tools": tools, "control_tokens": control_tokens}
         return np.asarray(self._in_template("encode_chat", arguments))
@@ -149,3 +149,4 @@ def _check_files(folder: str, where: str) -> None:
         )
     for name in sorted(SIDE_FILES & set(os.listdir(folder))):
         member(folder, name)  # the library would follow a link out of the folder, and wait for a pipe
+    template_files(folder)

@@ -161,7 +161,7 @@ def serve() -> None:
         except KeyboardInterrupt:
             return
         except BaseException as why:  # the panics of Rust code are no Exceptions
-            reply = b"e" + f"{why or type(why).__name__}".encode("utf-8", "replace")[: 2**16]
+            reply = b"e" + (str(why) or type(why).__name__).encode("utf-8", "replace")[: 2**16]
         _write(replies, reply)
 
 

@@ -6,6 +6,7 @@ for folders without a `tokenizer.json`. This code runs in a process of its own (
 the internet decide how long it takes. Errors are whatever the libraries raise.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -107,7 +108,15 @@ class TokenizerRules:
         return [self.backend.id_to_token(id_) for id_ in ids]
 
     def render(self, messages: list[dict], reply: bool, tools: list | None) -> str:
-        return self.inner.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=reply)
+        apply = functools.partial(self.inner.apply_chat_template, tokenize=False, add_generation_prompt=reply)
+        text = apply(messages, tools=tools)
+        if tools and text == apply(messages):
+            raise ValueError("it does not show tools to the model; leave them out, or use a model made for tools")
+        if any(message.get("tool_calls") for message in messages):
+            without = [{key: value for key, value in m.items() if key != "tool_calls"} for m in messages]
+            if text == apply(without, tools=tools):
+                raise ValueError("it drops tool_calls; write the calls as content, or use a model made for tools")
+        return text
 
     def encode_chat(self, messages: list[dict], reply: bool, tools: list | None, control_tokens: bool) -> list[int]:
         """Return the ids of a rendered chat.

@@ -12,6 +12,7 @@ from generate_cases import DOOR, ROOT, chat, command, learned_model, plain_model
 
 from dms_jax.commands.generate import main
 from dms_jax.errors import ConfigError
+from dms_jax.writer_lock import only_writer
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,28 @@ def test_closed_stdout_ends_quietly_with_exit_141(folder):
     process.stdout.close()  # nobody reads on, as after `| head -1`
     stderr = process.stderr.read().decode()
     assert process.wait(timeout=300) == 141 and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("option", ["--output", "--save-cache"])
+def test_file_of_the_model_is_never_overwritten(folder, tmp_path, option):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("hi\n")
+    before = (folder / "model.safetensors").read_bytes()
+    source = ["--prompts", prompts] if option == "--output" else ["--prompt", "hi"]
+    with pytest.raises(ConfigError, match=f"{option} .* is a file of the model"):
+        run(folder, *source, option, folder / "model.safetensors", "--overwrite")
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_output_that_another_process_writes_is_refused(folder, tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("hi\n")
+    with only_writer(tmp_path / "out.jsonl", ""), pytest.raises(ConfigError, match="process"):
+        run(folder, "--prompts", prompts, "--output", tmp_path / "out.jsonl")
+
+
+def test_second_system_message_is_refused(folder, tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}\n')
+    with pytest.raises(ConfigError, match="--system"):
+        run(folder, "--prompts", prompts, "--system", "c")

@@ -38,3 +38,15 @@ def test_settings_out_of_range_are_refused(tmp_path, raw):
     (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": True} | raw))
     with pytest.raises(ConfigError, match=f"generation_config.json: {next(iter(raw))} .*got"):
         sampling_defaults(tmp_path)
+
+
+def test_settings_of_the_model_without_effect_are_said_and_wrong_ones_refused(tmp_path):
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps({"num_beams": 1, "suppress_tokens": [], "typical_p": 1.0}))
+    assert sampling_defaults(tmp_path) == {}
+    path.write_text(json.dumps({"num_beams": 4, "bad_words_ids": [[3]]}))
+    with pytest.warns(UserWarning, match="bad_words_ids, num_beams have no effect"):
+        sampling_defaults(tmp_path)
+    path.write_text(json.dumps({"do_sample": "true"}))
+    with pytest.raises(ConfigError, match="do_sample must be true or false, got 'true'"):
+        sampling_defaults(tmp_path)

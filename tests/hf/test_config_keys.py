@@ -195,3 +195,15 @@ def test_link_that_leaves_the_folder_is_not_followed(tmp_path, name):
     (folder / name).symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ConfigError, match=f"{name} is a link that leaves its folder"):
         read_folder(str(folder))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e4}},
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"type": "linear", "factor": 4.0}},
+    ],
+)
+def test_rotary_numbers_that_contradict_each_other_are_refused(keys):
+    with pytest.raises(ConfigError, match="keep one"):
+        model_config({key: value for key, value in BASE.items() if key != "rope_theta"} | keys)

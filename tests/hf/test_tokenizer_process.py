@@ -124,12 +124,17 @@ def test_garbage_collected_in_the_middle_of_a_call_does_not_block(tmp_path, monk
 
 def test_new_tokenizer_of_a_folder_reads_its_new_files(tmp_path):
     before = dms_jax.load_tokenizer(write_tokenizer(tmp_path))
-    after = dms_jax.load_tokenizer(write_tokenizer(tmp_path, vocabulary={"[unk]": 0, "hello": 2, "world": 1}))
+    after = dms_jax.load_tokenizer(
+        write_tokenizer(tmp_path, vocabulary={"[unk]": 0, "hello": 2, "world": 1, "</s>": 3})
+    )
     assert before.encode("hello").tolist() == [1] and after.encode("hello").tolist() == [2]
 
 
 def test_threads_share_the_process(tmp_path):
-    folders = [write_tokenizer(tmp_path / name, vocabulary={"[unk]": 0, "hello": i}) for i, name in enumerate("abc", 1)]
+    folders = [
+        write_tokenizer(tmp_path / name, vocabulary={"[unk]": 0, "hello": i, "</s>": 4})
+        for i, name in enumerate("abc", 1)
+    ]
     tokenizers = [dms_jax.load_tokenizer(folder) for folder in folders]
     found = {i: set() for i in (1, 2, 3)}
 

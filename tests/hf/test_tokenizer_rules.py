@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 import dms_jax
 from dms_jax.errors import ConfigError
+from dms_jax.hf.folder import copy_side_files, template_files
 
 QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA3 = QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -227,7 +228,8 @@ def test_control_tokens_in_a_message_are_text_and_those_of_the_template_are_not(
     assert tokenizer.decode(ids[first + 1 : last]).strip() == ("user\n" + evil.strip()).strip()
     if layout != "Yi":  # bytes only: "<unk>" and its like are words of the other vocabulary
         assert ids[first + 1 : last] == without(rules, "user\n" + evil.strip())
-    assert tokenizer.encode_chat(messages, reply=True).tolist().count(end) == 2
+    assert tokenizer.encode_chat(messages, reply=True).tolist() == ids
+    assert tokenizer.encode_chat(messages, reply=True, control_tokens=True).tolist().count(end) == 2
     harmless = [{"role": "user", "content": "what is <im_end>?"}]
     both = [tokenizer.encode_chat(harmless, reply=True, control_tokens=value).tolist() for value in (True, False)]
     assert both[0] == both[1]
@@ -249,3 +251,31 @@ def test_template_that_hides_control_tokens_of_a_user_is_refused(tmp_path):
     tokenizer = dms_jax.load_tokenizer(written(tmp_path, rules, kind, chat_template=template))
     with pytest.raises(ConfigError, match="control tokens"):
         tokenizer.encode_chat([{"role": "user", "content": "<|im_end|> hi"}], control_tokens=False)
+
+
+def test_template_that_drops_tools_is_refused(tmp_path):
+    rules, kind, _ = LAYOUTS["Qwen 2"]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = dms_jax.load_tokenizer(written(tmp_path, rules, kind, chat_template=template))
+    chat = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ConfigError, match="does not show tools"):
+        tokenizer.encode_chat(chat, tools=[{"name": "f"}])
+    with pytest.raises(ConfigError, match="drops tool_calls"):
+        tokenizer.encode_chat([*chat, {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}])
+
+
+def test_further_templates_are_read_inside_the_folder_only_and_saved(tmp_path):
+    rules, kind, _ = LAYOUTS["Qwen 2"]
+    folder = written(tmp_path / "model", rules, kind)
+    (tmp_path / "secret.jinja").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    inside = folder / "additional_chat_templates" / "tool_use.jinja"
+    inside.write_text("tools")
+    assert template_files(str(folder)) == [str(inside)]
+    (tmp_path / "export").mkdir()
+    copy_side_files(str(folder), str(tmp_path / "export"))
+    assert (tmp_path / "export" / "additional_chat_templates" / "tool_use.jinja").read_text() == "tools"
+    inside.unlink()
+    inside.symlink_to(tmp_path / "secret.jinja")
+    with pytest.raises(ConfigError, match="leaves its folder"):
+        dms_jax.load_tokenizer(folder)

@@ -60,6 +60,8 @@ class GGUFTensors:
     def __init__(self, path: str):
         self.where = path
         self.fields, tensors = read_gguf(path)
+        if (kind := self.fields.get("general.type", "model")) != "model":
+            raise ConfigError(f"{path}: general.type must be 'model', got {shown(kind)}; give the model's own file")
         architecture = self.fields.get("general.architecture")
         if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dms_jax.errors import ConfigError, shown
-from dms_jax.files import regular_file
+from dms_jax.files import check_file
 
 # GGUF type -> struct code
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -39,7 +39,7 @@ class GGUFTensor(NamedTuple):
 
 def read_gguf(path: str) -> tuple[dict[str, Any], dict[str, GGUFTensor]]:
     """Return the metadata and the tensors of a file, both by their names in the file. Raises ConfigError."""
-    regular_file(path)
+    check_file(path)
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             fields, infos, start = _Parser(view).read()
