@@ -15,6 +15,10 @@ from dms_jax.files import replacing
 NAME = "report"
 
 
+# In every report; earlier versions wrote the second one only.
+MARKS = (b'name="generator" content="dms_jax"', b'class="dot" style="background: var(--')
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
     parser.add_argument(
@@ -31,6 +35,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
+    page = Path(options.output) / "report.html"
+    if page.is_file() and not any(mark in page.read_bytes() for mark in MARKS):
+        raise ConfigError(f"{page} is not a report of this command; use another --output, or move it away")
     from dms_jax.reporting.report_page import build  # late: it loads matplotlib and jinja2, which --help does not need
 
     files = build(options.results, options.title)

@@ -33,4 +33,7 @@ def leaves(folder: str, name: str) -> bool:
         # library is a link to CACHE/blobs/..., the store that all models share.
         allowed += [os.path.join(model, "blobs"), os.path.join(os.path.dirname(model), "blobs")]
     target = os.path.realpath(os.path.join(folder, name))
+    place = os.path.dirname(target)
+    if os.path.basename(place) == "blobs" and os.path.basename(os.path.dirname(place)).startswith("models--"):
+        return False  # a folder that `huggingface-cli download --local-dir` filled with links to the hub cache
     return not any(os.path.commonpath([target, place]) == place for place in allowed)

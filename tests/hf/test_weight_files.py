@@ -124,6 +124,11 @@ def test_links_of_a_hub_cache_are_followed_to_its_blobs_only(tmp_path):
         (folder / name).symlink_to(Path("../../blobs") / name)
     assert dms_jax.load(folder).config.model_type == "mistral"
     assert dms_jax.load(shutil.copytree(folder, tmp_path / "copied")).config.model_type == "mistral"
+    linked = tmp_path / "local_dir"  # as the hub's library filled a folder with links before its version 0.23
+    linked.mkdir()
+    for name in os.listdir(folder):
+        (linked / name).symlink_to(model / "blobs" / name)
+    assert dms_jax.load(linked).config.model_type == "mistral"
     shared = tmp_path / "blobs" / "0a"  # version 2 of the hub's library keeps the blobs of all models here
     shared.mkdir(parents=True)
     shutil.move(model / "blobs" / "model.safetensors", shared / "hash")

@@ -368,6 +368,14 @@ def test_main_replaces_the_files_of_an_earlier_report(lines, tmp_path, capsys):
     assert "<title>&lt;T&gt;</title>" in (out / "report.html").read_text(encoding="utf-8")
 
 
+def test_page_of_somebody_else_is_left(lines, tmp_path):
+    results = write(tmp_path / "good.jsonl", [line for line in lines if line["task"] == "greedy"])
+    (tmp_path / "report.html").write_text("my thesis")
+    with pytest.raises(ConfigError, match="not a report of this command"):
+        main([str(results), "--output", str(tmp_path)])
+    assert (tmp_path / "report.html").read_text() == "my thesis"
+
+
 def test_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     write_files(tmp_path, {"report.html": b"old"})
 
