@@ -27,7 +27,9 @@ LOAD_SECONDS = 120.0  # importing transformers and reading a large vocabulary on
 CALL_SECONDS = 20.0  # for a short text
 SECONDS_PER_MEGABYTE = 10.0  # of text, in addition; an ordinary tokenizer needs less than one
 MEMORY_GIB = 4  # address space of the process
-OUTPUT_MIB = 64  # largest rendered chat, and four bytes per token of a longest sequence of ids
+MEMORY_PER_BYTE = 256  # bytes of address space in addition, for each byte of the request
+OUTPUT_MIB = 64  # largest reply: a rendered chat, or four bytes for each id
+OUTPUT_PER_BYTE = 16  # bytes of the reply in addition, for each byte of the request
 LENGTH_BYTES = 8
 
 
@@ -105,6 +107,8 @@ class TokenizerProcess:
             process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
             process.stdin.flush()
             size = int.from_bytes(_read(process.stdout, LENGTH_BYTES, deadline), "little")
+            if size > output_limit(len(data)) + 2**16:
+                raise TimeoutError  # `serve` sends no such reply
             reply = _read(process.stdout, size, deadline)
         except TimeoutError:  # which is an OSError
             self.stop()
@@ -126,8 +130,6 @@ class TokenizerProcess:
 
 
 def _read(file: BinaryIO, count: int, deadline: float) -> bytes:
-    if count > (OUTPUT_MIB << 20) + 2**16:
-        raise TimeoutError  # no reply of `serve` is larger
     found = bytearray()
     while len(found) < count:
         left = deadline - time.monotonic()
@@ -146,18 +148,19 @@ atexit.register(PROCESS.stop)
 
 def serve() -> None:
     """Answer calls until stdin ends. This is the main function of the process."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows, or with a lower limit set already
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
+    # transformers would load these if they are installed. Tokenizers do not need them, and their libraries take more
+    # address space than the limit.
+    for library in ("torch", "torchvision", "tensorflow", "jax"):
+        sys.modules[library] = None  # pyrefly: ignore[unsupported-operation]  # then importing it raises ImportError
     requests, replies = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not become part of a reply
     tokenizers: dict[int, Any] = {}
     while head := requests.read(LENGTH_BYTES):
-        request = json.loads(requests.read(int.from_bytes(head, "little")))
+        size = int.from_bytes(head, "little")
+        request = json.loads(requests.read(size))
         try:
-            reply = _answer(tokenizers, **request)
+            _limit_memory(size)
+            reply = _answer(tokenizers, output_limit(size), **request)
         except KeyboardInterrupt:
             return
         except BaseException as why:  # the panics of Rust code are no Exceptions
@@ -165,7 +168,22 @@ def serve() -> None:
         _write(replies, reply)
 
 
-def _answer(tokenizers: dict[int, Any], number: int, method: str, arguments: dict | None = None) -> bytes:
+def output_limit(request: int) -> int:
+    """Return how many bytes the reply to a request of that many bytes may have."""
+    return (OUTPUT_MIB << 20) + OUTPUT_PER_BYTE * request
+
+
+def _limit_memory(request: int) -> None:
+    """Limit the address space for a request of that many bytes. Code in a template cannot raise the limit."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # not on Windows, or with a lower limit set already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, ((MEMORY_GIB << 30) + MEMORY_PER_BYTE * request, hard))
+
+
+def _answer(tokenizers: dict[int, Any], limit: int, number: int, method: str, arguments: dict | None = None) -> bytes:
     if method == "load":
         from dms_jax.hf.tokenizer_rules import TokenizerRules
 
@@ -177,8 +195,8 @@ def _answer(tokenizers: dict[int, Any], number: int, method: str, arguments: dic
     result = getattr(tokenizers[number], method)(**arguments or {})
     is_ids = isinstance(result, list) and method != "tokens"
     size = 4 * len(result) if is_ids else len(result)
-    if size > OUTPUT_MIB << 20:
-        raise ValueError(f"its output is larger than {OUTPUT_MIB} MiB")
+    if size > limit:
+        raise ValueError(f"its output is larger than {limit >> 20} MiB")
     if is_ids:
         return b"i" + array.array("i", result).tobytes()
     if isinstance(result, str):
