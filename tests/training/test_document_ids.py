@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_tokenizers import CHATML, byte_level
 
 from dms_jax.config_reader import build
 from dms_jax.errors import ConfigError
@@ -74,6 +75,17 @@ def test_control_tokens_count_where_they_are_allowed(tmp_path, config, allow, te
     config = replace(config, allow_control_tokens=allow)
     found = ids_of(tmp_path, config, {"text": "a<turn>b"}, {"messages": CHAT})
     assert found == [[256, 97, *text, 98, 257], [256, 258, 97, *content, 98, 258, 257]]
+
+
+@pytest.mark.parametrize("allow, count", [("text", 1), ("all", 2), ("none", 1)])
+def test_real_tokenizer_is_told_where_control_tokens_count(tmp_path, config, allow, count):
+    """Its own defaults for texts and for chats must not decide."""
+    tokenizer = byte_level(tmp_path / "tokenizer", chat_template=CHATML)
+    end = tokenizer.special_ids["<|im_end|>"]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "a<|im_end|>b"}]}) + "\n")
+    ids = tokenize((str(path),), replace(config, allow_control_tokens=allow), tokenizer, len(tokenizer)).ids
+    assert np.asarray(ids).tolist().count(end) == count
 
 
 def test_end_that_is_spelled_but_not_allowed_is_no_end(tmp_path, config):

@@ -49,7 +49,7 @@ class Tokenizer(Protocol):
     def hash(self) -> str: ...  # changes whenever the ids of any text may change
     def encode(self, text: str, *, control_tokens: bool = True) -> np.ndarray: ...
     def encode_chat(
-        self, messages: list[dict], *, tools: list[dict] | None = None, control_tokens: bool = True
+        self, messages: list[dict], *, tools: list[dict] | None = None, control_tokens: bool = False
     ) -> np.ndarray: ...
 
 
@@ -280,19 +280,17 @@ def _encode(
     document: str | list, where: str, tokenizer: Tokenizer, allow_control_tokens: ControlTokens = "text"
 ) -> np.ndarray:
     allowed = allow_control_tokens == "all" or (allow_control_tokens == "text" and isinstance(document, str))
-    options: dict[str, Any] = {} if allowed else {"control_tokens": False}
     if isinstance(document, str):
-        ids = np.asarray(tokenizer.encode(document, **options), np.int64)
+        ids = np.asarray(tokenizer.encode(document, control_tokens=allowed), np.int64)
         bos, eos = tokenizer.bos_id, tokenizer.eos_id
         # A rendered chat may have them already, and white space may follow its end.
         ends = tuple(text for text, id in getattr(tokenizer, "special_ids", {}).items() if id == eos and allowed)
         begin = [bos] if getattr(tokenizer, "add_bos", False) and bos is not None and bos not in ids[:1] else []
         end = [eos] if eos is not None and eos not in ids[-1:] and not (document.rstrip().endswith(ends)) else []
         return np.concatenate([np.asarray(part, np.int64) for part in (begin, ids, end)])
-    if tools := getattr(document, "tools", None):
-        options["tools"] = tools
+    tools = getattr(document, "tools", None)  # of a `chat_records.Chat`
     try:
-        return np.asarray(tokenizer.encode_chat(document, **options), np.int64)
+        return np.asarray(tokenizer.encode_chat(document, tools=tools, control_tokens=allowed), np.int64)
     except Exception as why:  # a template may raise anything, e.g. that roles must alternate
         raise ConfigError(f"{where}: the chat template refuses these messages: {' '.join(str(why).split())}") from why
 
