@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.ExitStack() as held:
         for path in targets:
             held.enter_context(only_writer(path, "give another file"))
-        check(options)  # another process may have written the file since the first check
+        _check_targets(options)  # again, since another process may have written a file before the lock
         return _answer(options, prompts)
 
 
@@ -280,14 +280,21 @@ def check(options: argparse.Namespace) -> None:
         raise ConfigError("--threshold has no effect with --dense, which evicts nothing; leave one of them out")
     if options.output and options.prompts and os.path.realpath(options.output) == os.path.realpath(options.prompts):
         raise ConfigError(f"--output must not be the file of --prompts, got {options.output}; give another file")
+    _check_targets(options)
+
+
+def _check_targets(options: argparse.Namespace) -> None:
+    """Refuse to write to a file that exists without --overwrite, to a file of the model, and to no regular file."""
     for name in ("output", "save_cache"):
         path = getattr(options, name)
-        if path and os.path.exists(path) and not options.overwrite:
+        if not path:
+            continue
+        exists = os.path.exists(path)
+        if exists and not options.overwrite:
             raise ConfigError(f"{_option(name)} {path} exists; give another file, or --overwrite")
-        if path:
-            with naming(_option(name)):
-                check_target(path)
-        if path and os.path.exists(path) and os.path.dirname(os.path.realpath(path)) == os.path.realpath(options.model):
+        with naming(_option(name)):
+            check_target(path)
+        if exists and os.path.dirname(os.path.realpath(path)) == os.path.realpath(options.model):
             raise ConfigError(f"{_option(name)} {path} is a file of the model; give a path outside of its folder")
 
 

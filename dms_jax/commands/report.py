@@ -13,8 +13,6 @@ from dms_jax.errors import ConfigError
 from dms_jax.files import replacing
 
 NAME = "report"
-
-
 # In every report; earlier versions wrote the second one only.
 MARKS = (b'name="generator" content="dms_jax"', b'class="dot" style="background: var(--')
 

@@ -61,10 +61,6 @@ class Tokenizer:
         ids = np.asarray(ids).tolist()
         return self._call("decode with", "decode", ids=ids, skip_special_tokens=skip_special_tokens)
 
-    def tokens(self, ids) -> list[str | None]:
-        """Return the token of each id as the vocabulary spells it; None for an id that it lacks."""
-        return self._call("read", "tokens", ids=np.asarray(ids).tolist())
-
     def __len__(self) -> int:
         """The number of ids that the tokenizer can produce. The model's vocabulary may be padded beyond it."""
         return self._facts["size"]

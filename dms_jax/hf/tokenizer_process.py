@@ -104,8 +104,7 @@ class TokenizerProcess:
         data = json.dumps(request).encode()
         deadline = time.monotonic() + seconds + SECONDS_PER_MEGABYTE * len(data) / 2**20
         try:
-            process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little") + data)
-            process.stdin.flush()
+            _write(process.stdin, data)
             size = int.from_bytes(_read(process.stdout, LENGTH_BYTES, deadline), "little")
             if size > output_limit(len(data)) + 2**16:
                 raise TimeoutError  # `serve` sends no such reply
@@ -114,11 +113,9 @@ class TokenizerProcess:
             self.stop()
             raise ProcessError(f"it took more than {seconds:.0f} seconds") from None
         except (OSError, EOFError):
-            process.kill()
-            status = process.wait()
             self.stop()
             raise ProcessError(
-                f"it ended with status {status}; it may use at most {MEMORY_GIB} GiB of memory"
+                f"it ended with status {process.returncode}; it may use at most {MEMORY_GIB} GiB of memory"
             ) from None
         except BaseException:  # Ctrl-C: the rest of the reply would be taken for the next one
             self.stop()
@@ -193,7 +190,7 @@ def _answer(tokenizers: dict[int, Any], limit: int, number: int, method: str, ar
         tokenizers.pop(number, None)
         return b"jnull"
     result = getattr(tokenizers[number], method)(**arguments or {})
-    is_ids = isinstance(result, list) and method != "tokens"
+    is_ids = isinstance(result, list)
     size = 4 * len(result) if is_ids else len(result)
     if size > limit:
         raise ValueError(f"its output is larger than {limit >> 20} MiB")

@@ -104,9 +104,6 @@ class TokenizerRules:
         text = self.backend.decode(ids, skip_special_tokens=False)
         return whole_characters(self.backend, ids, text) if REPLACEMENT in text else text
 
-    def tokens(self, ids: list[int]) -> list[str | None]:
-        return [self.backend.id_to_token(id_) for id_ in ids]
-
     def render(self, messages: list[dict], reply: bool, tools: list | None) -> str:
         apply = functools.partial(self.inner.apply_chat_template, tokenize=False, add_generation_prompt=reply)
         text = apply(messages, tools=tools)
@@ -125,8 +122,8 @@ class TokenizerRules:
         or a tool are text. The text is the same in both cases.
         """
         text = self.render(messages, reply, tools)
-        spelled = [t for t in _strings([messages, tools]) if self._spells(t)]
-        if control_tokens or not spelled:
+        spelled = [] if control_tokens else [t for t in _strings([messages, tools]) if self._spells(t)]
+        if not spelled:
             return self.backend.encode(text, add_special_tokens=False).ids
         self._without_private("".join([text, *spelled]))
         # Break what the user spelled by a mark, let the template write its own around it, and replace these by aliases.

@@ -1,12 +1,16 @@
 """GGUF files and tokenizers that several tests read."""
 
 import json
+import os
 from pathlib import Path
 
 import gguf
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+
+from dms_jax.errors import ConfigError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 OURS_TO_GGUF = {
@@ -21,6 +25,17 @@ OURS_TO_GGUF = {
     "gate_proj": "ffn_gate",
     "up_proj": "ffn_up",
     "down_proj": "ffn_down",
+}
+# The smallest config.json of Llama 2
+LLAMA2 = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
 }
 TOKENS = ["<s>", "</s>", *(chr(97 + i) for i in range(26)), "ab", "Ġ", "Ġab", "1", "2"]
 
@@ -107,3 +122,16 @@ def write_tokenizer(folder: Path, template: str | None = TEMPLATE, vocabulary: d
     settings |= {"chat_template": template} if template else {}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def assert_own_regular_file(load, folder: Path, name: str, tmp_path: Path) -> None:
+    """Check that `load` refuses a pipe, and a link out of the folder, in the place of the file `name` of a folder."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ConfigError, match=f"{name}: it must be a regular file"):
+        load(folder)
+    (folder / name).unlink()
+    (tmp_path / "private").write_text("{}")
+    (folder / name).symlink_to(tmp_path / "private")
+    with pytest.raises(ConfigError, match=f"{name} is a link that leaves its folder"):
+        load(folder)

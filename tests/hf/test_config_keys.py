@@ -5,21 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hf.hf_cases import LLAMA2
 
 from dms_jax.errors import ConfigError
 from dms_jax.hf.config_keys import HARMLESS_KEYS
 from dms_jax.hf.hf_config import model_config, read_folder
 
-BASE = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-}
+BASE = LLAMA2 | {"num_key_value_heads": 2}
 QWEN2, QWEN3, MISTRAL = (BASE | {"model_type": name} for name in ("qwen2", "qwen3", "mistral"))
 
 # key, values that leave the model as it is, values that change it

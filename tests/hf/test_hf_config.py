@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from hf.hf_cases import LLAMA2
 
 from dms_jax.config import DMSConfig, ModelConfig, RopeScaling
 from dms_jax.errors import ConfigError
@@ -13,16 +14,6 @@ from dms_jax.hf.families import FAMILIES, Family
 from dms_jax.hf.hf_config import folder_config, fresh_config, model_config, read_folder
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LLAMA2 = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-}
 # The keys of the folder that NVIDIA released; it has no other `dms_*` keys.
 NVIDIA = LLAMA2 | {
     "model_type": "qwen3",

@@ -1,6 +1,5 @@
 """Opening a model with its tokenizer for a command: which file is to blame, and where the policy came from."""
 
-import os
 import shutil
 import sys
 import warnings
@@ -9,7 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hf_cases import write_tokenizer
+from hf.hf_cases import assert_own_regular_file, write_tokenizer
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
@@ -55,15 +54,7 @@ def test_damaged_config_is_blamed_on_itself_and_not_on_the_tokenizer(folder, tex
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
 def test_tokenizer_files_are_regular_files_of_the_folder_itself(folder, tmp_path, name):
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    with pytest.raises(ConfigError, match=f"{name}: it must be a regular file"):
-        dms_jax.load_tokenizer(folder)
-    (folder / name).unlink()
-    (tmp_path / "private").write_text("{}")
-    (folder / name).symlink_to(tmp_path / "private")
-    with pytest.raises(ConfigError, match=f"{name} is a link that leaves its folder"):
-        dms_jax.load_tokenizer(folder)
+    assert_own_regular_file(dms_jax.load_tokenizer, folder, name, tmp_path)
 
 
 def test_commands_that_load_a_model_allow_weights_that_are_no_numbers_only_when_told(folder):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_cases import write_gguf
+from hf.hf_cases import assert_own_regular_file, write_gguf
 from safetensors.numpy import load_file, save_file
 
 import dms_jax
@@ -102,16 +102,7 @@ def single(folder: Path, source: str, change=None) -> Path:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", INDEX])
 def test_weights_and_index_are_regular_files_of_the_folder_itself(tmp_path, file):
-    folder = single(tmp_path / "model", "mistral")
-    (folder / file).unlink(missing_ok=True)
-    os.mkfifo(folder / file)
-    with pytest.raises(ConfigError, match=f"{file}: it must be a regular file"):
-        dms_jax.load(folder)
-    (folder / file).unlink()
-    (tmp_path / "private").write_text("{}")
-    (folder / file).symlink_to(tmp_path / "private")
-    with pytest.raises(ConfigError, match=f"{file} is a link that leaves its folder"):
-        dms_jax.load(folder)
+    assert_own_regular_file(dms_jax.load, single(tmp_path / "model", "mistral"), file, tmp_path)
 
 
 def test_links_of_a_hub_cache_are_followed_to_its_blobs_only(tmp_path):
