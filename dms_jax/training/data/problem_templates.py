@@ -228,18 +228,19 @@ TEMPLATES = (
         "cards, and {w} - {b} = {z} after losing {b} of them.",
     ),
     Template(
-        {"a": (3, 40), "b": (2, 9)},
-        lambda a, b: {"c": a + 1, "d": a + 2, "s": 3 * a + 3, "e": 3 * a},
+        {"a": (3, 40)},
+        lambda a: {"c": a + 1, "d": a + 2, "s": 3 * a + 3, "e": 3 * a},
         "Three consecutive numbers add up to {s}. Which numbers are they?",
-        "Let the smallest be x. Then x + (x + 1) + (x + 2) = 3x + 3 = {s}, so 3x = {e} and x = {a}. The numbers are "
-        "{a}, {c} and {d}.",
+        "Let the smallest be x. Then x + (x + 1) + (x + 2) = 3x + 3 = {s}, so 3x = {s} - 3 = {e} and "
+        "x = {e} / 3 = {a}. The numbers are {a}, {c} and {d}.",
     ),
     Template(
         {"t": (2, 15), "a": (2, 9), "b": (10, 60), "d": (1, 5)},
-        lambda t, a, b, d: {"f": a + d, "g": b + d * t, "x": b + d * t + a * t},
+        lambda t, a, b, d: {"f": a + d, "g": b + d * t, "e": d * t, "x": b + d * t + a * t},
         "Plan A costs {g} dollars and {a} dollars per hour, and plan B costs {b} "
         "dollars and {f} dollars per hour. After how many hours do both cost the same?",
-        "The costs are equal when {g} + {a}t = {b} + {f}t, so {g} - {b} = {d}t, and t = {t}. Both cost {x} dollars.",
+        "The costs are equal when {g} + {a}t = {b} + {f}t, so {d}t = {g} - {b} = {e} and t = {e} / {d} = {t}. "
+        "Both cost {g} + {a} * {t} = {x} dollars.",
     ),
     # Geometry and averages.
     Template(

@@ -1,8 +1,9 @@
 """What every Python carries: its language reference and the source of its standard library."""
 
+import ast
+import itertools
 import os
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def python_docs() -> Iterator[str]:
 
 
 def python_code(library: Path | None = None) -> Iterator[str]:
-    """Yield the source of modules of the standard library, each up to a definition near `MAX_MODULE_CHARACTERS`.
+    """Yield the source of modules of the standard library, each up to a definition within `MAX_MODULE_CHARACTERS`.
 
     `library`: the folder of the modules; None stands for that of the running Python.
     """
@@ -51,14 +52,23 @@ def python_code(library: Path | None = None) -> Iterator[str]:
             source = (library / f"{name}.py").read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as why:
             raise ConfigError(f"this Python comes without the source of its module {name} ({why}); {WAY_OUT}") from why
-        yield _beginning(source)
+        if beginning := _beginning(source):
+            yield beginning
 
 
 def _beginning(source: str) -> str:
-    """Return a module up to the last definition at its top level that begins within the limit."""
+    """Return a module up to the last function, method or class that begins within the limit."""
     if len(source) <= MAX_MODULE_CHARACTERS:
         return source
-    starts = [found.start() for found in re.finditer(r"^(?:@|def |class |async def )", source, re.MULTILINE)]
-    allowed = [start for start in starts if MAX_MODULE_CHARACTERS // 3 < start <= MAX_MODULE_CHARACTERS]
-    end = allowed[-1] if allowed else source.rindex("\n", 0, MAX_MODULE_CHARACTERS)
-    return source[:end].rstrip() + "\n"
+    body = ast.parse(source).body
+    # The first statement of a class has to stay with its head.
+    nodes = body + [inner for node in body if isinstance(node, ast.ClassDef) for inner in node.body[1:]]
+    starts = sorted(
+        min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+        for node in nodes
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    lines = source.split("\n")  # not splitlines(), which also splits at form feeds
+    ends = list(itertools.accumulate((len(line) + 1 for line in lines), initial=0))
+    allowed = [start for start in starts if ends[start] <= MAX_MODULE_CHARACTERS]
+    return "\n".join(lines[: allowed[-1]]).rstrip() + "\n" if allowed else ""

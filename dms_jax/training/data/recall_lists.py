@@ -64,7 +64,7 @@ COLUMNS: tuple[tuple[str, Draw], ...] = (
     ("age", lambda rng: str(rng.randint(19, 88))),
     ("telephone", telephone),
     ("balance", price),
-    ("born on", word_lists.day),
+    ("birthday", word_lists.day),
     ("contract", code_word),
     ("favorite object", lambda rng: labels(rng, 1)[0]),
 )
