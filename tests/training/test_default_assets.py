@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -15,7 +16,7 @@ import pytest
 
 from dms_jax.errors import ConfigError
 from dms_jax.training.data import packaged_files
-from dms_jax.training.data.default_assets import CHARACTERS, MODEL, PLAYS, WIKIPEDIA, default_model, default_text
+from dms_jax.training.data.default_assets import CHARACTERS, MODEL, PLAY, WIKIPEDIA, default_model, default_text
 from dms_jax.training.data.documents import Keys, read_documents
 from dms_jax.training.data.python_text import MODULES, python_code
 
@@ -35,7 +36,7 @@ ARTICLES = {
         for number in range(5)
     ]
 }
-PLAY = ("# Title\n\n" + "## ACT\n\n**ANN**  \nWho is there?  \n" + "A line of verse.  \n" * 80) * 2
+DRAMA = ("# Title\n\n" + "## ACT\n\n**ANN**  \nWho is there?  \n" + "A line of verse.  \n" * 80) * 2
 SMALL = dict.fromkeys(CHARACTERS, 4_000)
 
 
@@ -46,8 +47,8 @@ def source_of(kind, content):
 
 
 MODEL_SOURCE, TEXT_SOURCE = source_of(MODEL, GGUF), source_of(WIKIPEDIA, json.dumps(ARTICLES).encode())
-PLAY_SOURCE = source_of(PLAYS[0], PLAY.encode())
-CONTENTS = {TEXT_SOURCE.member: json.dumps(ARTICLES).encode(), PLAY_SOURCE.member: PLAY.encode()}
+PLAY_SOURCE = source_of(PLAY, DRAMA.encode())
+CONTENTS = {TEXT_SOURCE.member: json.dumps(ARTICLES).encode(), PLAY_SOURCE.member: DRAMA.encode()}
 
 
 @pytest.fixture
@@ -117,7 +118,7 @@ def test_installed_package_is_used_without_importing_it(pip, tmp_path, monkeypat
 
 
 def text_of(folder, characters=SMALL):
-    return default_text(folder, characters, TEXT_SOURCE, (PLAY_SOURCE,))
+    return default_text(folder, characters, TEXT_SOURCE, PLAY_SOURCE)
 
 
 @pytest.fixture
@@ -149,6 +150,29 @@ def test_text_is_capped_after_whole_documents(text_pip, tmp_path):
         assert sum(sizes) >= SMALL[domain] or domain in ("wikipedia", "fiction"), domain  # those end before the cap
 
 
+def test_mix_has_the_shares_that_the_documentation_gives():
+    # characters per token of SmolLM2's tokenizer, counted once over each domain
+    per_token = {
+        "wikipedia": 4.57,
+        "python_docs": 4.13,
+        "python_code": 3.87,
+        "dialogue": 3.49,
+        "maths": 2.54,
+        "fiction": 3.22,
+        "recall": 3.11,
+    }
+    available = {"python_docs": 413_000, "fiction": 160_000}  # less than the caps allow
+    size = {domain: min(count, available.get(domain, count)) for domain, count in CHARACTERS.items()}
+    tokens = {domain: count / per_token[domain] for domain, count in size.items()}
+    shares = {domain: count / sum(tokens.values()) for domain, count in tokens.items()}
+    page = (Path(__file__).parents[2] / "docs" / "retrofit.md").read_text("utf-8")
+    listed = {
+        domain: int(share) / 100 for domain, share in re.findall(r"^\| `(\w+)` \|.*\| (\d+)% \|$", page, re.MULTILINE)
+    }
+    assert listed == {domain: pytest.approx(share, abs=0.01) for domain, share in shares.items()}
+    assert 0.1 <= shares["recall"] <= 0.3 and 800_000 < sum(tokens.values()) < 1_000_000
+
+
 def test_text_of_a_domain_with_zero_characters_is_left_out(text_pip, tmp_path):
     assert [domain for domain, _ in text_of(tmp_path, {"maths": 100, "python_docs": 0})] == ["maths"]
     assert not text_pip.commands
@@ -165,7 +189,7 @@ def test_text_divides_the_articles_among_its_domains(text_pip, tmp_path):
     assert found == {"wikipedia": {0, 2, 4}, "dialogue": {1}, "recall": {3}}
 
 
-def test_text_of_plays_is_one_document_per_act_without_marks(text_pip, tmp_path):
+def test_text_of_the_play_is_one_document_per_act_without_marks(text_pip, tmp_path):
     (path,) = (path for _, path in text_of(tmp_path, {"fiction": 10_000}))
     first, second = documents(path)
     assert first.startswith("## ACT\n\nANN:\nWho is there?\nA line of verse.\nA line")
@@ -192,9 +216,7 @@ def test_truncated_text_is_prepared_again(tmp_path):
     assert text_of(tmp_path, {"maths": 3_000})[0][1].read_bytes() == whole
 
 
-@pytest.mark.parametrize(
-    "domain, requirement", [("wikipedia", WIKIPEDIA.requirement), ("fiction", PLAYS[0].requirement)]
-)
+@pytest.mark.parametrize("domain, requirement", [("wikipedia", WIKIPEDIA.requirement), ("fiction", PLAY.requirement)])
 def test_text_without_a_network_names_the_alternative(pip, tmp_path, domain, requirement):
     pip.failure = "ERROR: no network"
     with pytest.raises(ConfigError, match=f"{requirement} .*no network.*--set data=FILE") as error:

@@ -13,7 +13,14 @@ from dms_jax.training.data.biographies import biographies
 from dms_jax.training.data.default_chats import chats, private_facts, reading
 from dms_jax.training.data.passages import MAX_QUESTIONS, encyclopaedia, passages_of
 from dms_jax.training.data.problem_templates import TEMPLATES
-from dms_jax.training.data.recall_text import KINDS, assignments, hidden_facts, recall_documents, several_values
+from dms_jax.training.data.recall_text import (
+    IN_PROSE,
+    LISTS,
+    assignments,
+    hidden_facts,
+    recall_documents,
+    several_values,
+)
 from dms_jax.training.data.word_problems import exercise, problem_sheets
 
 SENTENCES = [f"Sentence {i} of the haystack tells nothing that anybody needs to know." for i in range(50)]
@@ -169,5 +176,6 @@ def test_programs_run_and_their_assertions_hold():
 
 
 def test_all_kinds_of_recall_take_turns():
-    documents = list(itertools.islice(recall_documents(SENTENCES, 0), len(KINDS)))
-    assert len(set(documents)) == len(KINDS) and all(1_300 < len(item) < 18_000 for item in documents)
+    count = len(IN_PROSE) + len(LISTS)
+    documents = list(itertools.islice(recall_documents(SENTENCES, 0), count))
+    assert len(set(documents)) == count and all(1_300 < len(item) < 18_000 for item in documents)

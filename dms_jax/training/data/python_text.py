@@ -1,4 +1,4 @@
-"""What every Python carries: its language reference and the source of its standard library."""
+"""Text that every Python carries: its language reference and the source of its standard library."""
 
 import ast
 import itertools

@@ -57,11 +57,11 @@ def recall_documents(sentences: Sequence[str], seed: int) -> Iterator[str]:
     filler = itertools.cycle(sentences)
     for number in itertools.count():
         rng = random.Random(f"{seed}/recall/{number}")
-        make = KINDS[number % len(KINDS)]
-        if make in IN_PROSE:
-            yield make(rng, rng.randint(*PROSE_SIZES), filler)
+        turn = number % (len(IN_PROSE) + len(LISTS))
+        if turn < len(IN_PROSE):
+            yield IN_PROSE[turn](rng, rng.randint(*PROSE_SIZES), filler)
         else:
-            yield make(rng, rng.randint(*LIST_SIZES))
+            yield LISTS[turn - len(IN_PROSE)](rng, rng.randint(*LIST_SIZES))
 
 
 def woven(
@@ -159,8 +159,6 @@ def copied_prose(rng: random.Random, size: int, filler: Iterator[str]) -> str:
     return text
 
 
-IN_PROSE = (hidden_facts, several_values, assignments, copied_prose)
-KINDS = (
-    *(hidden_facts, several_values, assignments, hidden_facts, copied_prose),
-    *(directory, table, biographies, directory, copied_list, program, biographies),
-)
+# The kinds of documents, which take turns.
+IN_PROSE = (hidden_facts, several_values, assignments, hidden_facts, copied_prose)
+LISTS = (directory, table, biographies, directory, copied_list, program, biographies)
