@@ -147,11 +147,12 @@ def setting_of(options: argparse.Namespace) -> "StepSetting":
     model = read_config(options.model, options.window, options.mode)
     step = RetrofitConfig(
         mode=options.mode,
+        init="zero",
         length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
         batch_size=options.batch or mesh[0] * options.accumulate,
         accumulate=options.accumulate,
         remat=options.remat if options.remat != "auto" else platform_defaults(hardware.platform).remat,
-    )
+    ).resolved()
     model = dataclasses.replace(model, implementation=options.implementation)
     setting = StepSetting(model, hardware, mesh, step)
     if (problem := setting.problem()) is not None:

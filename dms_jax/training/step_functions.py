@@ -65,7 +65,8 @@ class StepFunctions:
             out_shardings=shardings.trainable,
         )(trainable)
         init = jax.jit(self.math.tx.init, out_shardings=shardings.opt_state)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master))
+        threshold = shardings.threshold and jax.device_put(jnp.zeros((), jnp.float32), shardings.threshold)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master), threshold)
 
     def lower(self, frozen: Params, batch_size: int) -> jax.stages.Lowered:
         """Lower the step for a batch of `batch_size` rows, for example to compile it and read its memory."""
@@ -80,11 +81,18 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
     opt_state = jax.eval_shape(math.tx.init, masters)
     where = math.student.shardings(list(trainable), mesh)
     # pyrefly: ignore[bad-argument-type]  # a TrainState of shardings instead of arrays
-    shardings = TrainState(replicated, where, optimizer_shardings(math.tx, opt_state, where, mesh))
+    holds = math.config.holds_ratio_by_threshold
+    opt_shardings = optimizer_shardings(math.tx, opt_state, where, mesh)
+    shardings = TrainState(replicated, where, opt_shardings, replicated if holds else None)
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         # pyrefly: ignore[bad-argument-type]  # a TrainState of shapes instead of arrays
-        TrainState(jax.ShapeDtypeStruct((), jnp.int32), masters, opt_state),
+        TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32),
+            masters,
+            opt_state,
+            jax.ShapeDtypeStruct((), jnp.float32) if holds else None,
+        ),
         shardings,
     )
     return StepFunctions(
