@@ -99,7 +99,7 @@ class RetrofitConfig:
     label_rows: Annotated[
         int,
         AtLeast(1),
-        "number of training rows that init=fisher fits the head to, rounded up to a multiple of DATA of the mesh",
+        "number of training rows whose pairs init=fisher fits the head to",
     ] = 24
     steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 55
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
@@ -140,7 +140,7 @@ class RetrofitConfig:
         float | None,
         AtLeast(1),
         "with ratio_control=loss: target of the nominal compression ratio at the first step, from which it rises to "
-        "dms.target_cr; null: 1",
+        "dms.target_cr; null: 1, or dms.target_cr with init=fisher",
     ] = None
     cr_steps: Annotated[
         int,
@@ -188,6 +188,8 @@ class RetrofitConfig:
         """Refuse keys that `init` and `ratio_control` leave without a meaning."""
         if self.mode == "borrowed" and self.init == "fisher":
             raise ConfigError("init must be zero or auto in mode borrowed, whose head is a query channel; got fisher")
+        if self.init == "fisher" and self.dms.target_cr <= 1:
+            raise ConfigError("dms.target_cr must be above 1 with init=fisher, got 1, which evicts nothing")
         if self.init == "zero" and not self.steps:
             raise ConfigError("steps must be at least 1 with init=zero, which starts from nothing; got 0")
         if self.ratio_control != "threshold":
@@ -228,7 +230,7 @@ class RetrofitConfig:
         held = control == "threshold"
         return dataclasses.replace(
             config,
-            initial_cr=_default(self.initial_cr, self.dms.target_cr if held else 1.0),
+            initial_cr=_default(self.initial_cr, self.dms.target_cr if held or fitted else 1.0),
             loss=dataclasses.replace(
                 self.loss, compression_weight=_default(self.loss.compression_weight, 0.0 if held else 1.0)
             ),
