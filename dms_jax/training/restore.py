@@ -1,4 +1,4 @@
-"""Find the state that a run starts from: its newest usable checkpoint, or the state before the first step."""
+"""Find the state that a run continues from, its newest usable checkpoint, and decide whether it belongs to the run."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ def stored(state: TrainState) -> NamedTuple:
     return _WithoutThreshold(*state[:3]) if state.threshold is None else state
 
 
-def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
-    """Return the state to start or continue from, and begin the log.
+def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState | None:
+    """Return the state to continue from, or None if there is none, and begin the log.
 
     `accept_changes`: continue even if settings or data differ from those of the checkpoint. A different base model is
     always refused.
@@ -47,7 +47,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
         resumed_at = (found.step if found is not None else 0) if resume else None
         hashes = {"base_hash": run.base_hash, "data_hash": run.data.content_hash}
         run.log.begin(run_header(saved_config(run), hashes), resumed_at)
-    return run.steps.initial_state(run.trainable) if found is None else TrainState(*found.state)
+    return None if found is None else TrainState(*found.state)
 
 
 def checkpoint_metadata(run: PreparedRun) -> dict:

@@ -28,10 +28,14 @@ from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import spec
 from dms_jax.training.data.rows import Batch
+from dms_jax.training.fisher_init import LabelSums, fit, label_sums, no_labels
 from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
 
 THRESHOLD_RATE = 0.5  # part of the way to the threshold of its batch that a step moves the running one
+
+
+EVICT_PROJECTION = "layers.attention.evict_proj"
 
 
 class TrainState(NamedTuple):
@@ -251,6 +255,22 @@ class RetrofitStep:
         rate = jnp.where(state.step == 0, 1.0, THRESHOLD_RATE)
         # A batch without a decision has no such threshold.
         return jnp.where(num_decisions > 0, threshold + rate * (wanted - threshold), threshold)
+
+    # --- the start with init=fisher ---
+
+    def no_labels(self) -> LabelSums:
+        return no_labels(self.student.config)
+
+    def add_labels(self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch) -> LabelSums:
+        """Add the sums of a batch of label rows. Rows whose segments are padding add nothing."""
+        student = self.student_model(state.trainable, frozen)
+        new = label_sums(student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat)
+        return jax.tree.map(jnp.add, sums, new)
+
+    def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
+        """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
+        projection = fit(sums).projection(self.dms, evict_fraction(self.dms.target_cr))
+        return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
 
     def free_channel(self, state: TrainState) -> TrainState:
         """Set the borrowed channel to exactly 0 after the first steps of `borrowed`, and reset the optimizer state.

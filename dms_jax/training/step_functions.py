@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.models.parameters import Params
+from dms_jax.sharding import named_sharding
 from dms_jax.training.optimizer import optimizer_shardings
 from dms_jax.training.placement import abstract_batch
 from dms_jax.training.step import RetrofitStep, TrainState
@@ -40,14 +41,17 @@ class StepFunctions:
 
     The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
 
-    `step` and `free_channel` donate the state that they are given. The functions take the arguments of the methods of
-    `RetrofitStep` with the same names (`step` those of `update`).
+    `step`, `free_channel` and `fitted_state` donate the state that they are given, and `add_labels` the sums. The
+    functions take the arguments of the methods of `RetrofitStep` with the same names (`step` those of `update`).
     """
 
     math: RetrofitStep
     abstract_state: TrainState  # shapes and shardings of the state
     step: OnMesh
     free_channel: OnMesh
+    no_labels: OnMesh
+    add_labels: OnMesh
+    fitted_state: OnMesh
     evaluate: OnMesh
     scores: OnMesh
     evaluate_streaming_llm: OnMesh
@@ -95,11 +99,18 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
         ),
         shardings,
     )
+    # A sum is sharded by its first axis of D, as the weights are.
+    sums = jax.tree.map(
+        lambda x: named_sharding(("layers", "embed", None)[: x.ndim], x.shape, mesh), jax.eval_shape(math.no_labels)
+    )
     return StepFunctions(
         math=math,
         abstract_state=abstract_state,
         step=OnMesh(math.update, mesh, (shardings, replicated), donate=(0,)),
         free_channel=OnMesh(math.free_channel, mesh, shardings, donate=(0,)),
+        no_labels=OnMesh(math.no_labels, mesh, sums),
+        add_labels=OnMesh(math.add_labels, mesh, sums, donate=(0,)),
+        fitted_state=OnMesh(math.fitted_state, mesh, shardings, donate=(0,)),
         evaluate=OnMesh(math.evaluate, mesh, replicated),
         scores=OnMesh(math.scores, mesh, replicated),
         evaluate_streaming_llm=OnMesh(math.evaluate_streaming_llm, mesh, replicated, static=(2,)),
