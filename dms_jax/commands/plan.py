@@ -165,7 +165,7 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     from dms_jax.planning.hardware import missing_compiler
     from dms_jax.training.planning.nearby_settings import nearest
     from dms_jax.training.planning.plan_text import RetrofitPlan
-    from dms_jax.training.planning.step_plan import planned, ramp_figures
+    from dms_jax.training.planning.step_plan import label_figure, planned, ramp_figures
 
     setting = setting_of(options)
     hardware = setting.hardware
@@ -179,6 +179,8 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
+    if options.mode != "borrowed":  # which has no projection to fit
+        figures.append(label_figure(setting, seconds))
     alternative = None if plan.value("fits") else nearest(setting, analytic, say)
     figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
     if alternative is None and not plan.value("fits"):

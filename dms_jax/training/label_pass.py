@@ -61,8 +61,9 @@ def _labels(
     c, steps, done = run.config, run.steps, 0
     sums = steps.no_labels()
     if resume:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), sums)
-        found = checkpoints.restore_latest(like, lambda metadata: check_checkpoint(run, metadata, accept_changes))
+        found = checkpoints.restore_latest(
+            steps.abstract_labels, lambda metadata: check_checkpoint(run, metadata, accept_changes)
+        )
         if found is not None:
             done, sums = found.step, found.state
             where = f"resumed at row {done} of the {c.label_rows} label rows"

@@ -108,31 +108,7 @@ class RetrofitStep:
         student, teacher = self.student_model(trainable, frozen), self.teacher_model(trainable, frozen)
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
 
-        # Hidden states and decisions of the student. In the first steps of `borrowed`, the channel is freed and nothing
-        # is evicted.
-        ramping = step < c.first_gated_step
-
-        layers, heads = student.config.num_layers, student.config.num_kv_heads
-
-        def free():
-            scale = borrowed_channel_scale(step, c.first_gated_step)
-            hidden = student.ramped_hidden(micro.tokens, scale, micro.segment_ids, self.remat)
-            return hidden, jnp.zeros((layers, len(micro.tokens), heads, c.length))
-
-        def gate():
-            noise = eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
-            return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, self.remat)
-
-        logits = None
-        if threshold is not None:
-            noise = eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
-            # Gates act on logit + noise, so this moves the threshold.
-            hidden, evict, logits = student.relaxed_scores(
-                micro.tokens, noise - threshold, micro.segment_ids, self.remat
-            )
-            logits = jnp.where(self._can_evict(micro)[None, :, None], logits, -jnp.inf)
-        else:
-            hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
+        hidden, evict, logits = self._decided(student, micro, step, threshold)
 
         # Distillation.
         weight = micro.loss_mask.astype(jnp.float32) / num_tokens
@@ -144,12 +120,13 @@ class RetrofitStep:
         counted = self._can_evict(micro) if c.loss.decidable_only else micro.loss_mask
         cr = self.nominal_target(step)
         compression = compression_loss(evict, evict_fraction(cr), scope=c.loss.scope, counted=counted) / c.accumulate
-        compression = jnp.where(ramping, 0.0, compression)
+        compression = jnp.where(step < c.first_gated_step, 0.0, compression)
 
         # The evicted fraction, and the number of pairs that a cache would hold.
         mask = micro.loss_mask[None, :, None].astype(evict.dtype)
-        evicted = jnp.sum(evict * mask) / (num_tokens * layers * heads)
+        evicted = jnp.sum(evict * mask) / (num_tokens * evict.shape[0] * evict.shape[2])
         live = live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)
+        assert c.loss.compression_weight is not None, "RetrofitConfig.resolved gives it a value"
         total = distill + c.loss.compression_weight * compression
         metrics = {
             "loss/total": total,
@@ -161,6 +138,35 @@ class RetrofitStep:
         }
         return total, (metrics, logits)
 
+    def _decided(
+        self, student: Decoder, micro: Batch, step: Array, threshold: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Run the student. Return its hidden states, its decisions [L B K T], and the evict logits of `losses`.
+
+        In the first steps of `borrowed`, the channel is freed and nothing is evicted.
+        """
+        c = self.config
+        layers, heads = student.config.num_layers, student.config.num_kv_heads
+
+        def free():
+            scale = borrowed_channel_scale(step, c.first_gated_step)
+            hidden = student.ramped_hidden(micro.tokens, scale, micro.segment_ids, self.remat)
+            return hidden, jnp.zeros((layers, len(micro.tokens), heads, c.length))
+
+        def noise():
+            return eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
+
+        def gate():
+            return student.relaxed_hidden(micro.tokens, noise(), micro.segment_ids, self.remat)
+
+        if threshold is None:
+            ramping = step < c.first_gated_step
+            hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
+            return hidden, evict, None
+        # Gates act on logit + noise, so this moves the threshold.
+        hidden, evict, logits = student.relaxed_scores(micro.tokens, noise() - threshold, micro.segment_ids, self.remat)
+        return hidden, evict, jnp.where(self._can_evict(micro)[None, :, None], logits, -jnp.inf)
+
     def _can_evict(self, batch: Batch) -> Array:
         """Return which tokens of a batch [B T] decide about a pair that can still leave within their row."""
         dms = self.dms
@@ -168,9 +174,11 @@ class RetrofitStep:
 
     def nominal_target(self, step: Array) -> Array:
         """Return the target of the nominal compression ratio at a step."""
+        initial_cr = self.config.initial_cr
+        assert initial_cr is not None, "RetrofitConfig.resolved gives it a value"
         return target_cr(
             jnp.maximum(step - self.config.first_gated_step, 0),
-            self.config.initial_cr,
+            initial_cr,
             self.dms.target_cr,
             self.config.rising_steps,
         )
@@ -224,7 +232,7 @@ class RetrofitStep:
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
         before, threshold = state.step, state.threshold
         # A step that is not finite changes nothing, so that the run stops with its last good state.
-        # pyrefly: ignore[bad-argument-type]  # optax returns the tree it was given
+        # pyrefly: ignore[bad-assignment]  # optax returns the tree it was given
         trainable: Params = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, self._next_threshold(state, logits, batch))
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)

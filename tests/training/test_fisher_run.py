@@ -64,6 +64,14 @@ def test_run_without_a_step_exports_the_fitted_head(settings, capsys):
     assert "resumed at step 0 of 0" in capsys.readouterr().err and not label_checkpoints(output)
 
 
+def test_dry_run_names_the_label_pass_and_its_memory(settings, capsys):
+    assert main(arguments(settings, "--dry-run")) == 0
+    out = capsys.readouterr().out
+    assert "12 rows" in out and "compiled label pass" in out and "compiled step" in out
+    assert main(arguments(settings, "--dry-run", init="zero")) == 0
+    assert "label" not in capsys.readouterr().out and not settings["output"].exists()
+
+
 def test_steps_after_the_fit_hold_the_target(settings):
     assert main(arguments(settings)) == 0
     steps = read_steps(settings["output"] / "metrics.jsonl")

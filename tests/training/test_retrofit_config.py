@@ -139,8 +139,8 @@ def test_auto_and_null_get_their_values(given, has_policy, init, control, rate):
     config = read_config(None, given, None).resolved(has_policy)
     assert (config.init, config.ratio_control, config.optimizer.learning_rate) == (init, control, rate)
     assert config.optimizer.warmup_steps == (5 if init == "fisher" else 0)
-    held = control == "threshold"
-    assert (config.initial_cr, config.loss.compression_weight) == ((config.dms.target_cr, 0) if held else (1, 1))
+    assert config.initial_cr == (config.dms.target_cr if "fisher" in init or control == "threshold" else 1)
+    assert config.loss.compression_weight == (0 if control == "threshold" else 1)
     assert config.resolved(has_policy and init == "zero") == config
 
 
