@@ -137,13 +137,29 @@ class Decoder(nnx.Module):
         remat: str = "full",
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
         """Return the hidden states and decisions of `relaxed`. `remat` is a key of `REMAT`, or "none" to save all."""
+        hidden, (evict, _) = self._relaxed(tokens, noise, segment_ids, remat)
+        return hidden, evict
+
+    def relaxed_scores(
+        self,
+        tokens: Int[Array, "B T"],
+        noise: Float[Array, "L B K T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: str = "full",
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"], Float[Array, "L B K T"]]:
+        """Return the hidden states and decisions of `relaxed`, and each token's evict logit without the noise."""
+        hidden, (evict, logits) = self._relaxed(tokens, noise, segment_ids, remat)
+        return hidden, evict, jax.lax.stop_gradient(logits)
+
+    def _relaxed(self, tokens, noise, segment_ids, remat):
+        """Return hidden states, and (decisions, evict logits) of each token [L B K T]."""
         dms = self.config.require_dms()
 
         def gate_of(layer_noise):
             def gate(logits):
                 z = eviction.share_heads(eviction.relax(logits, layer_noise, dms.tau), dms.granularity)
                 pair_log_keep = eviction.log_keep(eviction.align_to_pairs(z, dms.decision_shift, 0.0))
-                return pair_log_keep, eviction.straight_through(z)
+                return pair_log_keep, (eviction.straight_through(z), eviction.share_heads(logits, dms.granularity))
 
             return gate
 
