@@ -142,6 +142,7 @@ def prepare(folder: Path, steps: int, mode: str) -> dict:
         "eval_rows": 4,
         "mode": mode,
         "optimizer.learning_rate": 0.001,
+        "init": "zero",
         "cache": folder / "compiled",
     }
 

@@ -98,7 +98,8 @@ def build(options, mesh, length: int, mode: str, dense: bool = False):
 
     dtype = jnp.dtype(platform_defaults(jax.default_backend()).dtype)
     load = lambda kind: load_model(options.model, options.layers, 8 * length, options.implementation, kind, mesh)[0]
-    config = RetrofitConfig(mode=mode, length=length, steps=100, cr_steps=80, remat=options.remat)
+    config = RetrofitConfig(mode=mode, init="zero", length=length, steps=100, cr_steps=80, remat=options.remat)
+    config = config.resolved()
     teacher = None if mode == "adapter" else load(dtype)
     student = load(dtype if mode == "adapter" else jnp.float32)  # weights that train are fp32
     kind = DenseDistillation if dense else RetrofitStep

@@ -77,6 +77,8 @@ def retrofit_runs() -> Iterator[tuple[str, str]]:
                 "batch_size=8",
                 "dms.window_size=6",
                 "dms.target_cr=3",
+                "dms.decision_shift=1",
+                "init=zero",
                 "eval_rows=4",
                 "optimizer.learning_rate=0.001",
                 "mesh=1x1",

@@ -32,7 +32,8 @@ CONFIG = RetrofitConfig(
     remat="full",
     dms=DMS,
     optimizer=OptimizerConfig(learning_rate=1e-3),
-)
+    init="zero",
+).resolved()
 
 
 def mesh_of(*sizes):

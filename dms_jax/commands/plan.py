@@ -147,11 +147,12 @@ def setting_of(options: argparse.Namespace) -> "StepSetting":
     model = read_config(options.model, options.window, options.mode)
     step = RetrofitConfig(
         mode=options.mode,
+        init="zero",
         length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
         batch_size=options.batch or mesh[0] * options.accumulate,
         accumulate=options.accumulate,
         remat=options.remat if options.remat != "auto" else platform_defaults(hardware.platform).remat,
-    )
+    ).resolved()
     model = dataclasses.replace(model, implementation=options.implementation)
     setting = StepSetting(model, hardware, mesh, step)
     if (problem := setting.problem()) is not None:
@@ -164,7 +165,7 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     from dms_jax.planning.hardware import missing_compiler
     from dms_jax.training.planning.nearby_settings import nearest
     from dms_jax.training.planning.plan_text import RetrofitPlan
-    from dms_jax.training.planning.step_plan import planned, ramp_figures
+    from dms_jax.training.planning.step_plan import label_figure, planned, ramp_figures
 
     setting = setting_of(options)
     hardware = setting.hardware
@@ -178,6 +179,8 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
+    if options.mode != "borrowed":  # which has no projection to fit
+        figures.append(label_figure(setting, seconds))
     alternative = None if plan.value("fits") else nearest(setting, analytic, say)
     figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
     if alternative is None and not plan.value("fits"):

@@ -103,6 +103,29 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
 
 
 @typed
+def threshold_at(logits: Float[Array, "*A"], num_evicted: float | Float[Array, ""]) -> Float[Array, ""]:
+    """Return the lowest fp32 number that at most `num_evicted` of the logits exceed: one of the logits, in general.
+
+    Logits that must not count are -inf. The number is found by bisection over the bits of fp32 numbers, so it is exact.
+    Each of the 32 rounds only counts, which under a mesh needs no gather and no sort.
+    """
+    # As int32, the bits of positive numbers are in the order of the numbers; those of negative ones are reversed.
+    ordered = lambda bits: jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
+    keys = ordered(jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32))
+
+    def halve(_, bounds):
+        low, high = bounds  # more than `num_evicted` keys exceed `low`, or it is the lowest; not so for `high`
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        # An int32 holds the count of a layer, but not always that of the whole batch.
+        too_many = jnp.sum(jnp.sum(keys > middle, axis=tuple(range(1, keys.ndim))).astype(jnp.float32)) > num_evicted
+        return jnp.where(too_many, middle, low), jnp.where(too_many, high, middle)
+
+    infinity = jnp.int32(0x7F800000)
+    _, found = jax.lax.fori_loop(0, 32, halve, (ordered(jnp.int32(-(2**31) + 0x7F800000)), infinity))
+    return jax.lax.bitcast_convert_type(ordered(found), jnp.float32)
+
+
+@typed
 def live_counts(evict: Bool[Array, "*A T"], window_size: int, decision_shift: int) -> Int[Array, "*A"]:
     """Count the live pairs after a row of T tokens: those that are unmarked, or within the window of the last query."""
     length = evict.shape[-1]

@@ -225,6 +225,54 @@ def _distill_bwd(order, chunk, saved, cotangent):
 distill_sum.defvjp(_distill_fwd, _distill_bwd, symbolic_zeros=True)
 
 
+@typed
+def score_gradient(
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "V D"],
+    key: Array,
+    examples: Int[Array, "B"],
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> Float[Array, "B T D"]:
+    """Return a random direction for each token's hidden state whose covariance is the Fisher information of its logits.
+
+    For a small change of the hidden states, the mean square of its product with this direction is twice the KL that
+    the change causes, summed over the tokens. With q = softmax(logits / temperature), the direction is
+    `embedding.T @ (sqrt(q) r - q (sqrt(q) @ r))`, where the signs r are drawn for each token and vocabulary entry.
+    Drawing a next token instead would give the same covariance with a much larger variance of the square. A temperature
+    above 1 also counts changes of tokens that are all but certain, whose information at temperature 1 is about 0
+    although a large change would cost as many nats as elsewhere.
+
+    The signs are a function of (key, example, position) alone, so they are the same on any mesh. `hidden` is
+    final-normed; `chunk` is as in `distill_sum`.
+    """
+    rows, length = hidden.shape[:2]
+    parts = len(fold_length(hidden)) // rows
+    keys = jax.vmap(lambda example: jax.random.fold_in(key, example))(examples)
+    positions = fold_length(jnp.broadcast_to(jnp.arange(length), (rows, length)))
+    folded, embedding = fold_length(hidden), _gathered(embedding)
+    chunk = min(chunk, folded.shape[1])
+    signs_of = jax.vmap(jax.vmap(lambda key, at: _signs(jax.random.fold_in(key, at), len(embedding)), (None, 0)))
+
+    def one_chunk(inputs):
+        part, position = inputs
+        soft = _softmax(_logits(part, embedding) / temperature)
+        q = soft.weight / soft.total
+        drawn = jnp.sqrt(q) * signs_of(jnp.repeat(keys, parts), position)
+        direction = drawn - q * drawn.sum(-1, keepdims=True)
+        return jnp.einsum("bcv,vd->bcd", direction.astype(embedding.dtype), embedding).astype(hidden.dtype)
+
+    out = jax.lax.map(one_chunk, (_in_chunks(folded, chunk), _in_chunks(positions, chunk)))
+    return unfold_length(_from_chunks(out, folded.shape[1]), rows)
+
+
+def _signs(key: Array, number: int) -> Float[Array, "{number}"]:
+    """Draw `number` values of -1 or 1, 32 from each random word."""
+    words = jax.random.bits(key, (-(-number // 32),), jnp.uint32)
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
+    return 1.0 - 2.0 * bits.reshape(-1)[:number].astype(jnp.float32)
+
+
 class TokenMetrics(NamedTuple):
     """Metrics of each token [B T]: KLs and negative log-likelihoods in nats, and whether the argmax tokens agree."""
 

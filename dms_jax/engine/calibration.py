@@ -45,9 +45,14 @@ def calibrate(
 
 
 def threshold_for(
-    scores: Scores, dms: DMSConfig, target_cr: float, tolerance: float = 0.01, most_runs: int = 12
+    scores: Scores,
+    dms: DMSConfig,
+    target_cr: float,
+    tolerance: float = 0.01,
+    most_runs: int = 12,
+    start: float = 0.0,
 ) -> float:
-    """Search for the threshold of `calibrate`; `scores` runs the rows.
+    """Search for the threshold of `calibrate`; `scores` runs the rows, first with the threshold `start`.
 
     Evictions in one layer change the logits of the layers above, so every candidate must be run. The next candidate is
     the threshold that would be right if the logits did not change. If it lies outside the interval between the
@@ -55,7 +60,7 @@ def threshold_for(
     """
     if not target_cr >= 1:
         raise ConfigError(f"target_cr must be >= 1 (1 keeps everything), got {target_cr!r}")
-    low, high, threshold = -MAX_THRESHOLD, MAX_THRESHOLD, 0.0
+    low, high, threshold = -MAX_THRESHOLD, MAX_THRESHOLD, start
     tried: dict[float, float] = {}  # threshold -> realised ratio
     for _ in range(most_runs):
         logits = scores(threshold)

@@ -137,13 +137,29 @@ class Decoder(nnx.Module):
         remat: str = "full",
     ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"]]:
         """Return the hidden states and decisions of `relaxed`. `remat` is a key of `REMAT`, or "none" to save all."""
+        hidden, (evict, _) = self._relaxed(tokens, noise, segment_ids, remat)
+        return hidden, evict
+
+    def relaxed_scores(
+        self,
+        tokens: Int[Array, "B T"],
+        noise: Float[Array, "L B K T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: str = "full",
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T"], Float[Array, "L B K T"]]:
+        """Return the hidden states and decisions of `relaxed`, and each token's evict logit without the noise."""
+        hidden, (evict, logits) = self._relaxed(tokens, noise, segment_ids, remat)
+        return hidden, evict, jax.lax.stop_gradient(logits)
+
+    def _relaxed(self, tokens, noise, segment_ids, remat):
+        """Return hidden states, and (decisions, evict logits) of each token [L B K T]."""
         dms = self.config.require_dms()
 
         def gate_of(layer_noise):
             def gate(logits):
                 z = eviction.share_heads(eviction.relax(logits, layer_noise, dms.tau), dms.granularity)
                 pair_log_keep = eviction.log_keep(eviction.align_to_pairs(z, dms.decision_shift, 0.0))
-                return pair_log_keep, eviction.straight_through(z)
+                return pair_log_keep, (eviction.straight_through(z), eviction.share_heads(logits, dms.granularity))
 
             return gate
 
@@ -197,6 +213,25 @@ class Decoder(nnx.Module):
         gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
+    def gated_hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        log_keep: Float[Array, "L B K T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        remat: str = "full",
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
+        """Return the hidden states under given gates, and the residual stream that enters each layer.
+
+        `log_keep` is added to the score of each pair outside the window, so 0 gives the hidden states of `dense`.
+        `remat` is as in `relaxed_hidden`.
+        """
+        gate_of = lambda layer_log_keep: lambda logits: (layer_log_keep, jnp.zeros((), bool))
+        window_size = self.config.require_dms().window_size
+        hidden, (_, stream) = self._run(
+            tokens, segment_ids, gate_of, window_size, self._channel(), log_keep, remat, with_stream=True
+        )
+        return hidden, stream
+
     def ramped_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -223,11 +258,13 @@ class Decoder(nnx.Module):
     def _channel(self) -> ChannelScale:
         return channel_scale(self.config)
 
-    def _run(self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat="none"):
+    def _run(
+        self, tokens, segment_ids, gate_of, window_size, channel, per_layer=None, remat="none", *, with_stream=False
+    ):
         """Scan the layers over whole rows. Return the final-normed hidden states, and the decisions of all layers.
 
         `gate_of(layer_input)` makes a layer's `Gate`; `per_layer` [L ...] holds those inputs. `remat` as in
-        `relaxed_hidden`.
+        `relaxed_hidden`. `with_stream` returns (decisions, residual stream at each layer's input) for the decisions.
         """
         tokens = jnp.asarray(checked_on_host(tokens, self.config.vocab_size))
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
@@ -246,7 +283,8 @@ class Decoder(nnx.Module):
         def block(x, layer):
             layer_weights, layer_input = layer
             merged = nnx.merge(graph, _gathered(layer_weights))  # this module's docstring says why
-            return merged(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
+            out, decision = merged(x, gate_of(layer_input), window_size, channel, position, frequency, segment_ids)
+            return out, (decision, x) if with_stream else decision
 
         if remat != "none":
             block = jax.checkpoint(block, policy=REMAT[remat], prevent_cse=False)

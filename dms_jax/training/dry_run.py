@@ -24,6 +24,9 @@ def dry_run_text(run: PreparedRun) -> str:
     rows = f"{c.batch_size} rows of {c.length} tokens per step, {c.batch_size // c.accumulate} at a time"
     known = f"{run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out"
     lines += [f"batch: {rows}; {known}; {len(run.steps.math.evict_head)} evict-head arrays", ""]
+    if c.init == "fisher":
+        at_once = f"{c.batch_size // c.accumulate} at a time"
+        lines += [f"init=fisher: labels from {c.label_rows} rows, {at_once}; then the evict head is fitted to them", ""]
     lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
     lines += [
@@ -31,7 +34,7 @@ def dry_run_text(run: PreparedRun) -> str:
         f"{c.steps} steps; a checkpoint every {c.save_every} steps, of which the last {c.keep} are kept; {every}; "
         f"output {run.output}",
     ]
-    return "\n".join(lines + _step_memory(run))
+    return "\n".join(lines + _program_memory(run))
 
 
 def _schedule(run: PreparedRun) -> list[str]:
@@ -39,22 +42,28 @@ def _schedule(run: PreparedRun) -> list[str]:
     c, math = run.config, run.steps.math
     lines = [f"{'step':>8}{'target CR':>12}{'learning rate':>16}"]
     first, rising = c.first_gated_step, c.rising_steps
-    for step in sorted({0, first, first + rising // 2, first + rising, c.steps - 1}):
+    for step in sorted({0, first, first + rising // 2, first + rising, max(c.steps - 1, 0)}):
         if step < c.steps:
             gate = "free the channel" if step < first else f"{float(math.nominal_target(jnp.int32(step))):.2f}"
             lines.append(f"{step:>8}{gate:>12}{float(jnp.asarray(math.rate(step))):>16.2e}")
     return lines
 
 
-def _step_memory(run: PreparedRun) -> list[str]:
-    """Describe the memory of the compiled step in one line, or in none if the compiler does not report it."""
-    analysis = run.steps.lower(run.frozen, run.config.batch_size).compile().memory_analysis()
-    if analysis is None:
-        return []
-    arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
-    total = program_bytes(analysis)
-    parts = f"arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}"
-    return [f"memory of the compiled step, per device: {total / GIB:.2f} GiB ({parts}); by kind: {typed_as('plan')}"]
+def _program_memory(run: PreparedRun) -> list[str]:
+    """Describe the memory of each compiled program in one line, or in none if the compiler does not report it."""
+    c, lines = run.config, []
+    programs = {"step": run.steps.lower(run.frozen, c.batch_size)}
+    if c.init == "fisher":
+        programs = {"label pass": run.steps.lower_labels(run.frozen, c.batch_size // c.accumulate)} | programs
+    for name, program in programs.items():
+        analysis = program.compile().memory_analysis()
+        if analysis is not None:
+            arguments, temporary = analysis.argument_size_in_bytes, analysis.temp_size_in_bytes
+            parts = f"arguments {arguments / GIB:.2f}, temporary {temporary / GIB:.2f}"
+            lines.append(
+                f"memory of the compiled {name}, per device: {program_bytes(analysis) / GIB:.2f} GiB ({parts})"
+            )
+    return [*lines, f"by kind: {typed_as('plan')}"] if lines else []
 
 
 def _arrays(title: str, arrays: dict[str, Any]) -> list[str]:

@@ -34,7 +34,8 @@ def finish(run: PreparedRun, state: TrainState) -> None:
             save_adapter(trained, run.output / "adapter.safetensors", overwrite=True)
         if not run.is_writer:
             return
-        plot_training(read_steps(run.metrics_path), run.output / "training.png")
+        if steps := read_steps(run.metrics_path):
+            plot_training(steps, run.output / "training.png")
         if report is not None:
             metrics = report.as_metrics()
             run.record({"step": run.config.steps} | metrics)

@@ -12,11 +12,11 @@ from dms_jax.errors import ConfigError
 from dms_jax.training.data.rows import Batch
 from dms_jax.training.placement import local_rows, place
 from dms_jax.training.prepare import PreparedRun
-from dms_jax.training.restore import checkpoint_metadata
+from dms_jax.training.restore import checkpoint_metadata, stored
 from dms_jax.training.run_monitor import RunMonitor
 from dms_jax.training.step import TrainState
 from dms_jax.training.stop_signal import StopSignal
-from dms_jax.training.validate import validate
+from dms_jax.training.validate import running_threshold, validate
 
 
 def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainState, int]:
@@ -43,13 +43,13 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
         if save or validation:
             log.write_pending(state)  # raises if the step was not finite, so that it is neither saved nor validated
         if save:
-            run.checkpoints.save(done, state, metadata, wait=bool(number))
+            run.checkpoints.save(done, stored(state), metadata, wait=bool(number))
         if number:
             log.close()
             run.say(f"{signal.Signals(number).name}: saved at step {done} of {c.steps}; continue with --resume")
             return state, number
         if validation:
-            report = validate(run, state)
+            report = validate(run, state, running_threshold(state))
             run.record({"step": step} | report.as_metrics())
             log.show(f"step {done}\n{report.table()}")
     log.close()

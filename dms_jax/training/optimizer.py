@@ -14,8 +14,9 @@ FINAL_RATE = 0.1  # learning rate after the decay, as a fraction of the peak
 def rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Return the learning rate by step: linear warm-up, then constant, then linear decay over the last part of
     `steps`."""
-    peak, decay = config.learning_rate, round(config.decay_fraction * steps)
-    rise = optax.linear_schedule(peak / (config.warmup_steps + 1), peak, config.warmup_steps)
+    peak, warmup, decay = config.learning_rate, config.warmup_steps, round(config.decay_fraction * steps)
+    assert peak is not None and warmup is not None, "RetrofitConfig.resolved gives them their values"
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
     fall = optax.linear_schedule(peak, peak * FINAL_RATE, max(decay, 1))
     return optax.join_schedules([rise, fall], [steps - decay]) if decay else rise
 

@@ -92,6 +92,7 @@ def prepare(config: RetrofitConfig) -> PreparedRun:
     limit, name = base.context_limit()
     if config.length > limit:
         raise ConfigError(f"length must be at most the model's {name} of {limit}, got {config.length}")
+    config = config.resolved(has_policy=base.dms is not None)
     dms = trained_policy(config, base, path)
     dtype = jnp.dtype(platform_defaults(jax.default_backend()).dtype if config.dtype == "auto" else config.dtype)
     model, teacher = load_models(config, path, dms, mesh, dtype)
@@ -164,6 +165,11 @@ def model_notes(config: RetrofitConfig, base: ModelConfig, path: str, dms: DMSCo
         "sequence": config.length,
     }
     notes = [] if base.dms is None else [f"{path} already has a policy ({dms.variant}), whose training continues"]
+    if config.mode == "adapter" and base.dms is None and dms.decision_shift:
+        notes.append(
+            "note: dms.decision_shift=1 lets the next token decide about a pair; on a frozen base, its hidden state "
+            "does not know enough about the pair, which costs several times the loss of dms.decision_shift=0"
+        )
     notes += [f"note: {sentence}" for sentence in replicated_axes(sizes, mesh)]
     notes += [f"note: {sentence}" for sentence in uneven_heads(base.num_q_heads, base.num_kv_heads, mesh)]
     if (advice := target_advice(config.length, dms)) is not None:

@@ -1,18 +1,34 @@
-"""Find the state that a run starts from: its newest usable checkpoint, or the state before the first step."""
+"""Find the state that a run continues from, its newest usable checkpoint, and decide whether it belongs to the run."""
 
 import dataclasses
 import json
+from typing import Any, NamedTuple
 
+from dms_jax.axes import Array
 from dms_jax.config_reader import merge
 from dms_jax.errors import ConfigError
+from dms_jax.models.parameters import Params
 from dms_jax.training.metrics import run_header
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.retrofit_config import RetrofitConfig, differences
 from dms_jax.training.step import TrainState
 
 
-def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
-    """Return the state to start or continue from, and begin the log.
+class _WithoutThreshold(NamedTuple):
+    """A TrainState without a threshold as checkpoints hold it, which is also how they held it before there was one."""
+
+    step: Array
+    trainable: Params
+    opt_state: Any
+
+
+def stored(state: TrainState) -> NamedTuple:
+    """Return a state, or its shapes, as checkpoints hold it: they cannot hold None."""
+    return _WithoutThreshold(*state[:3]) if state.threshold is None else state
+
+
+def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState | None:
+    """Return the state to continue from, or None if there is none, and begin the log.
 
     `accept_changes`: continue even if settings or data differ from those of the checkpoint. A different base model is
     always refused.
@@ -20,7 +36,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
     found = None
     if resume:
         found = run.checkpoints.restore_latest(
-            run.steps.abstract_state, lambda metadata: check_checkpoint(run, metadata, accept_changes)
+            stored(run.steps.abstract_state), lambda metadata: check_checkpoint(run, metadata, accept_changes)
         )
         if found is None:
             run.say(f"no complete checkpoint in {run.output}: starting at step 0")
@@ -31,7 +47,7 @@ def restore(run: PreparedRun, resume: bool, accept_changes: bool) -> TrainState:
         resumed_at = (found.step if found is not None else 0) if resume else None
         hashes = {"base_hash": run.base_hash, "data_hash": run.data.content_hash}
         run.log.begin(run_header(saved_config(run), hashes), resumed_at)
-    return run.steps.initial_state(run.trainable) if found is None else found.state
+    return None if found is None else TrainState(*found.state)
 
 
 def checkpoint_metadata(run: PreparedRun) -> dict:
@@ -59,6 +75,7 @@ def check_checkpoint(run: PreparedRun, metadata: dict, accept_changes: bool) -> 
     if metadata.get("base_hash") != run.base_hash:
         raise ConfigError(f"{where} was trained on another base model; use that model, or another --set output=FOLDER")
     saved = _plain(RetrofitConfig())  # for keys that are newer than the checkpoint
+    saved |= {"init": "zero", "ratio_control": "loss"}  # the only ones there were before these keys
     merge(saved, metadata.get("config", {}))
     changed = differences(saved, saved_config(run))
     same_data = metadata.get("data_hash", run.data.content_hash) == run.data.content_hash

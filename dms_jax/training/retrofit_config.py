@@ -17,6 +17,8 @@ from dms_jax.training.data.token_store import DataConfig
 
 Mode = Literal["adapter", "full", "borrowed"]
 Remat = Literal["auto", "full", "matmuls", "none"]
+Init = Literal["auto", "fisher", "zero"]
+RatioControl = Literal["auto", "threshold", "loss"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class LossConfig:
         Literal["student_teacher", "teacher_student"],
         "direction of the distillation loss; student_teacher is KL(student || teacher), as in the reference",
     ] = "student_teacher"
-    compression_weight: Annotated[float, AtLeast(0), "weight of the compression loss"] = 1.0
+    compression_weight: Annotated[
+        float | None, AtLeast(0), "weight of the compression loss; null: 1, or 0 with ratio_control=threshold"
+    ] = None
     scope: Annotated[
         Literal["global", "layer", "head"],
         "where the target evict fraction must hold. global: over the whole model; layer: in each layer; head: in "
@@ -48,8 +52,12 @@ class OptimizerConfig:
     Betas, decay and clipping are those of the reference (Model-Optimizer `qwen3_8b.yaml`).
     """
 
-    learning_rate: Annotated[float, Above(0), "peak learning rate"] = 1e-4
-    warmup_steps: Annotated[int, AtLeast(0), "number of steps of linear warm-up"] = 0
+    learning_rate: Annotated[
+        float | None, Above(0), "peak learning rate; null: 1.5e-5 with init=fisher, 1e-4 with init=zero"
+    ] = None
+    warmup_steps: Annotated[
+        int | None, AtLeast(0), "number of steps of linear warm-up; null: 5 with init=fisher, 0 with init=zero"
+    ] = None
     decay_fraction: Annotated[
         float,
         Between(0, 1),
@@ -72,8 +80,7 @@ class RetrofitConfig:
 
     model: Annotated[
         str,
-        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct, for which '
-        "dms.decision_shift is 0 by default",
+        'folder, .gguf file or hub id; "" is the embedded default, SmolLM2-135M-Instruct',
     ] = ""
     data: DataConfig = DataConfig()
     output: Annotated[str, "folder for metrics, checkpoints, plots and the exported model"] = "runs/retrofit"
@@ -81,9 +88,20 @@ class RetrofitConfig:
         Mode,
         "what is trained. adapter: only the evict head, while the base stays frozen; full: all weights, against a "
         "separate frozen teacher; borrowed: all weights, after freeing a channel of a query head to carry the "
-        "decisions",
+        "decisions. dms.decision_shift is 0 by default in mode adapter, and 1 in the others",
     ] = "adapter"
-    steps: Annotated[int, AtLeast(1), "number of optimizer steps"] = 55
+    init: Annotated[
+        Init,
+        "how the evict head starts. fisher: fitted in closed form to what each pair is worth to the dense model; zero: "
+        "at 0, where nothing is evicted, or as the model's own policy; auto: fisher, but zero in mode borrowed and for "
+        "a model that already has a policy",
+    ] = "auto"
+    label_rows: Annotated[
+        int,
+        AtLeast(1),
+        "number of training rows whose pairs init=fisher fits the head to",
+    ] = 24
+    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 55
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
@@ -111,14 +129,24 @@ class RetrofitConfig:
         ImplementationName,
         "implementation of training attention; auto: the fastest one measured on this kind of device",
     ] = "auto"
-    dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8)
+    dms: DMSConfig = DMSConfig(window_size=128, target_cr=2.8, decision_shift=0)
+    ratio_control: Annotated[
+        RatioControl,
+        "what holds the compression ratio at its target. threshold: a running threshold of the evict logits, so that "
+        "the ratio is dms.target_cr from the first step on; loss: the compression loss, whose target rises from "
+        "initial_cr to dms.target_cr; auto: threshold with init=fisher, loss with init=zero",
+    ] = "auto"
     initial_cr: Annotated[
-        float,
+        float | None,
         AtLeast(1),
-        "target of the nominal compression ratio at the first step, from which it rises to dms.target_cr",
-    ] = 1.0
+        "with ratio_control=loss: target of the nominal compression ratio at the first step, from which it rises to "
+        "dms.target_cr; null: 1, or dms.target_cr with init=fisher",
+    ] = None
     cr_steps: Annotated[
-        int, AtLeast(0), "number of steps over which the target rises to dms.target_cr; 0: nine tenths of the steps"
+        int,
+        AtLeast(0),
+        "with ratio_control=loss: number of steps over which the target rises to dms.target_cr; 0: nine tenths of the "
+        "steps",
     ] = 0
     ramp_steps: Annotated[
         int, AtLeast(0), "number of first steps in mode borrowed that free the channel; 0: a third of the steps"
@@ -130,8 +158,8 @@ class RetrofitConfig:
     calibration_rows: Annotated[
         int,
         AtLeast(0),
-        "number of training rows on which the eviction threshold is raised after training until the realised "
-        "compression ratio is not above its target; 0: keep the threshold at 0",
+        "number of training rows on which the eviction threshold is set after training, so that their realised "
+        "compression ratio is the target; with ratio_control=loss it is only raised. 0: keep the threshold of training",
     ] = 4
     save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
     keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
@@ -139,7 +167,7 @@ class RetrofitConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        if self.dms.target_cr < self.initial_cr:
+        if self.initial_cr is not None and self.dms.target_cr < self.initial_cr:
             raise ConfigError(
                 f"dms.target_cr must be at least initial_cr ({self.initial_cr:g}), got {self.dms.target_cr:g}; "
                 "the target only rises"
@@ -154,6 +182,70 @@ class RetrofitConfig:
             raise ConfigError("output must name a folder, got ''")
         if self.mode == "adapter" and self.dms.variant == "borrowed":
             raise ConfigError("dms.variant=borrowed has no adapter to train; use mode=borrowed")
+        self._check_start()
+
+    def _check_start(self) -> None:
+        """Refuse keys that `init` and `ratio_control` leave without a meaning."""
+        if self.mode == "borrowed" and self.init == "fisher":
+            raise ConfigError("init must be zero or auto in mode borrowed, whose head is a query channel; got fisher")
+        if self.init == "fisher" and self.dms.target_cr <= 1:
+            raise ConfigError("dms.target_cr must be above 1 with init=fisher, got 1, which evicts nothing")
+        if self.init == "zero" and not self.steps:
+            raise ConfigError("steps must be at least 1 with init=zero, which starts from nothing; got 0")
+        if self.ratio_control != "threshold":
+            return
+        if self.mode == "borrowed":
+            raise ConfigError(
+                "ratio_control must be loss or auto in mode borrowed, which evicts nothing while it frees its channel; "
+                "got threshold"
+            )
+        unused = {
+            "initial_cr": self.initial_cr not in (None, self.dms.target_cr),
+            "cr_steps": self.cr_steps != 0,
+            "loss.compression_weight": self.loss.compression_weight not in (None, 0.0),
+            "loss.scope": self.loss.scope != "global",
+            "loss.decidable_only": self.loss.decidable_only,
+        }
+        if given := [name for name, is_given in unused.items() if is_given]:
+            raise ConfigError(
+                f"{' and '.join(given)} must not be given with ratio_control=threshold (the default of init=fisher), "
+                "which has neither a ramp nor a compression loss; drop it, or add ratio_control=loss"
+            )
+
+    def resolved(self, has_policy: bool = False) -> "RetrofitConfig":
+        """Return a copy in which `init`, `ratio_control` and the keys that are null have their values.
+
+        `has_policy`: whether the model already has a learned policy, whose training continues.
+        """
+        if self.init == "fisher" and has_policy:
+            raise ConfigError(
+                "init must be zero or auto for a model that already has a policy, whose training continues; got "
+                "fisher; use the base model to start from nothing"
+            )
+        fitted = self.init == "fisher" or (self.init == "auto" and self.mode != "borrowed" and not has_policy)
+        control = self.ratio_control
+        if control == "auto":
+            control = "threshold" if fitted else "loss"
+        config = dataclasses.replace(self, init="fisher" if fitted else "zero", ratio_control=control)
+        held = control == "threshold"
+        return dataclasses.replace(
+            config,
+            initial_cr=_default(self.initial_cr, self.dms.target_cr if held or fitted else 1.0),
+            loss=dataclasses.replace(
+                self.loss, compression_weight=_default(self.loss.compression_weight, 0.0 if held else 1.0)
+            ),
+            optimizer=dataclasses.replace(
+                self.optimizer,
+                # After the fit, Adam moves a logit by up to about 5e4 times the rate in a step; at 1.5e-5 that is a
+                # fifth of the spread of the logits.
+                learning_rate=_default(self.optimizer.learning_rate, 1.5e-5 if fitted else 1e-4),
+                warmup_steps=_default(self.optimizer.warmup_steps, 5 if fitted else 0),
+            ),
+        )
+
+    @property
+    def holds_ratio_by_threshold(self) -> bool:
+        return self.ratio_control == "threshold"
 
     @property
     def trained_dms(self) -> DMSConfig:
@@ -171,10 +263,9 @@ class RetrofitConfig:
         return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
 
 
-# The run of the embedded default is so short that it learns only with decision_shift 0, where a token decides about
-# itself. Every head needs the attention sink, and the sink's own hidden state is easy to recognize. If decision_shift
-# is 1, the next token would have to recognize it (docs/experiments.md). Other models get 1 by default, as NVIDIA's do.
-EMBEDDED_DEFAULT = {"decision_shift": 0}
+def _default(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
 
 # Keys that may differ when a run is resumed, because they do not affect the trained weights.
 FREE_ON_RESUME = {
@@ -203,8 +294,10 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
         given["mesh"] = mesh
     # The defaults of `dms` are those of this recipe, not those of DMSConfig, also if only some of its keys are given.
     merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
-    if not given.get("model"):
-        merged["dms"] |= EMBEDDED_DEFAULT
+    # On a frozen base, the hidden state of the next token does not know enough about a pair (docs/experiments.md).
+    # Where all weights train, attention can carry it there, so NVIDIA's convention holds.
+    if given.get("mode", "adapter") != "adapter":
+        merged["dms"]["decision_shift"] = 1
     merge(merged, given)
     with naming(path + (" and --set" if assignments else "")) if path else contextlib.nullcontext():
         return build(RetrofitConfig, merged)

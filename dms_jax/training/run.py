@@ -14,6 +14,7 @@ from dms_jax.files import check_target
 from dms_jax.hf.folder import check_save
 from dms_jax.training.dry_run import dry_run_text
 from dms_jax.training.finish import EXPORT, FILES, finish
+from dms_jax.training.label_pass import first_state
 from dms_jax.training.loop import train
 from dms_jax.training.prepare import PreparedRun, prepare
 from dms_jax.training.restore import restore
@@ -31,9 +32,12 @@ def retrofit(config: RetrofitConfig, *, resume: bool = False, accept_changes: bo
     run = prepare(config)
     for note in run.notes:
         run.say(note)
-    state = restore(run, resume, accept_changes)
+    state, number = restore(run, resume, accept_changes), 0
     with stop_signals(run.mesh) as stop, closing_checkpoints(run):
-        state, number = train(run, state, stop)
+        if state is None:
+            state, number = first_state(run, stop, resume, accept_changes)
+        if not number:
+            state, number = train(run, state, stop)
         if not number:
             finish(run, state)
     return number

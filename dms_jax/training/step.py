@@ -27,9 +27,16 @@ from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shar
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import spec
+from dms_jax.training import fisher_init
 from dms_jax.training.data.rows import Batch
+from dms_jax.training.fisher_init import LabelSums, fit, no_labels
 from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
+
+THRESHOLD_RATE = 0.5  # part of the way to the threshold of its batch that a step moves the running one
+
+
+EVICT_PROJECTION = "layers.attention.evict_proj"
 
 
 class TrainState(NamedTuple):
@@ -38,6 +45,7 @@ class TrainState(NamedTuple):
     step: Array  # int32, number of steps done
     trainable: Params
     opt_state: Any
+    threshold: Array | None = None  # fp32, of the evict logits, with ratio_control=threshold; None with the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,33 +91,25 @@ class RetrofitStep:
     # --- loss and gradients ---
 
     def losses(
-        self, trainable: Params, frozen: Params, micro: Batch, step: Array, num_tokens: Array
-    ) -> tuple[Array, dict]:
-        """Compute (total loss, metrics) of one micro-batch.
+        self,
+        trainable: Params,
+        frozen: Params,
+        micro: Batch,
+        step: Array,
+        num_tokens: Array,
+        threshold: Array | None = None,
+    ) -> tuple[Array, tuple[dict, Array | None]]:
+        """Compute (total loss, (metrics, evict logits)) of one micro-batch.
 
-        They are scaled so that the sums over all micro-batches are the means of the batch. `num_tokens`: number of
-        tokens of the whole batch that the loss mask includes.
+        Losses and metrics are scaled so that the sums over all micro-batches are the means of the batch. `num_tokens`:
+        number of tokens of the whole batch that the loss mask includes. Logits [L B K T] are returned if there is a
+        `threshold`; those of tokens that cannot evict within the row are -inf.
         """
         c, dms = self.config, self.dms
         student, teacher = self.student_model(trainable, frozen), self.teacher_model(trainable, frozen)
         target = jax.lax.stop_gradient(teacher.dense_hidden(micro.tokens, micro.segment_ids))
 
-        # Hidden states and decisions of the student. In the first steps of `borrowed`, the channel is freed and nothing
-        # is evicted.
-        ramping = step < c.first_gated_step
-
-        layers, heads = student.config.num_layers, student.config.num_kv_heads
-
-        def free():
-            scale = borrowed_channel_scale(step, c.first_gated_step)
-            hidden = student.ramped_hidden(micro.tokens, scale, micro.segment_ids, self.remat)
-            return hidden, jnp.zeros((layers, len(micro.tokens), heads, c.length))
-
-        def gate():
-            noise = eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
-            return student.relaxed_hidden(micro.tokens, noise, micro.segment_ids, self.remat)
-
-        hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
+        hidden, evict, logits = self._decided(student, micro, step, threshold)
 
         # Distillation.
         weight = micro.loss_mask.astype(jnp.float32) / num_tokens
@@ -118,19 +118,18 @@ class RetrofitStep:
         )
 
         # Compression: how far the evicted fraction is below its target.
-        counted = micro.loss_mask
-        if c.loss.decidable_only:
-            counted = counted & decidable(c.length, dms.window_size, dms.decision_shift)
+        counted = self._can_evict(micro) if c.loss.decidable_only else micro.loss_mask
         cr = self.nominal_target(step)
         compression = compression_loss(evict, evict_fraction(cr), scope=c.loss.scope, counted=counted) / c.accumulate
-        compression = jnp.where(ramping, 0.0, compression)
+        compression = jnp.where(step < c.first_gated_step, 0.0, compression)
 
         # The evicted fraction, and the number of pairs that a cache would hold.
         mask = micro.loss_mask[None, :, None].astype(evict.dtype)
-        evicted = jnp.sum(evict * mask) / (num_tokens * layers * heads)
+        evicted = jnp.sum(evict * mask) / (num_tokens * evict.shape[0] * evict.shape[2])
         live = live_counts(evict > 0.5, dms.window_size, dms.decision_shift).astype(jnp.float32)
+        assert c.loss.compression_weight is not None, "RetrofitConfig.resolved gives it a value"
         total = distill + c.loss.compression_weight * compression
-        return total, {
+        metrics = {
             "loss/total": total,
             "loss/distill": distill,
             "loss/compression": compression,
@@ -138,32 +137,80 @@ class RetrofitStep:
             "cache/live_tokens": jnp.mean(live) / c.accumulate,
             "cache/evict_per_head": jnp.mean(evict, axis=(1, 3)) / c.accumulate,
         }
+        return total, (metrics, logits)
+
+    def _decided(
+        self, student: Decoder, micro: Batch, step: Array, threshold: Array | None
+    ) -> tuple[Array, Array, Array | None]:
+        """Run the student. Return its hidden states, its decisions [L B K T], and the evict logits of `losses`.
+
+        In the first steps of `borrowed`, the channel is freed and nothing is evicted.
+        """
+        c = self.config
+        layers, heads = student.config.num_layers, student.config.num_kv_heads
+
+        def free():
+            scale = borrowed_channel_scale(step, c.first_gated_step)
+            hidden = student.ramped_hidden(micro.tokens, scale, micro.segment_ids, self.remat)
+            return hidden, jnp.zeros((layers, len(micro.tokens), heads, c.length))
+
+        def noise():
+            return eviction.logistic_noise(c.seed, step, micro.examples, layers, heads, c.length)
+
+        def gate():
+            return student.relaxed_hidden(micro.tokens, noise(), micro.segment_ids, self.remat)
+
+        if threshold is None:
+            ramping = step < c.first_gated_step
+            hidden, evict = jax.lax.cond(ramping, free, gate) if c.first_gated_step else gate()
+            return hidden, evict, None
+        # Gates act on logit + noise, so this moves the threshold.
+        hidden, evict, logits = student.relaxed_scores(micro.tokens, noise() - threshold, micro.segment_ids, self.remat)
+        return hidden, evict, jnp.where(self._can_evict(micro)[None, :, None], logits, -jnp.inf)
+
+    def _can_evict(self, batch: Batch) -> Array:
+        """Return which tokens of a batch [B T] decide about a pair that can still leave within their row."""
+        dms = self.dms
+        return batch.loss_mask & decidable(self.config.length, dms.window_size, dms.decision_shift)[None]
 
     def nominal_target(self, step: Array) -> Array:
         """Return the target of the nominal compression ratio at a step."""
+        initial_cr = self.config.initial_cr
+        assert initial_cr is not None, "RetrofitConfig.resolved gives it a value"
         return target_cr(
             jnp.maximum(step - self.config.first_gated_step, 0),
-            self.config.initial_cr,
+            initial_cr,
             self.dms.target_cr,
             self.config.rising_steps,
         )
 
-    def gradients(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[Params, dict]:
-        """Compute (gradients, metrics) of a batch: the sums over its micro-batches."""
+    def gradients(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[Params, dict, Array | None]:
+        """Compute (gradients, metrics, evict logits) of a batch: sums over its micro-batches, and the logits of all.
+
+        The logits [... L B K T] are None without a threshold.
+        """
         num_tokens = jnp.maximum(jnp.sum(batch.loss_mask), 1).astype(jnp.float32)
-        grad = jax.grad(self.losses, has_aux=True)
+
+        def of_micro_batch(micro):
+            grad = jax.grad(self.losses, has_aux=True)
+            grads, (metrics, logits) = grad(state.trainable, frozen, micro, state.step, num_tokens, state.threshold)
+            return (grads, metrics), logits
+
         if self.config.accumulate == 1:
-            return grad(state.trainable, frozen, batch, state.step, num_tokens)
+            (grads, metrics), logits = of_micro_batch(batch)
+            return grads, metrics, logits
         micros = jax.tree.map(self._micro_batches, batch)
 
         def add(carry, micro):
-            return jax.tree.map(jnp.add, carry, grad(state.trainable, frozen, micro, state.step, num_tokens)), None
+            sums, logits = of_micro_batch(micro)
+            return jax.tree.map(jnp.add, carry, sums), logits
 
         zero = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(grad, state.trainable, frozen, jax.tree.map(lambda x: x[0], micros), state.step, num_tokens),
+            jax.eval_shape(of_micro_batch, jax.tree.map(lambda x: x[0], micros))[0],
         )
-        return jax.lax.scan(add, zero, micros)[0]
+        (grads, metrics), logits = jax.lax.scan(add, zero, micros)
+        return grads, metrics, logits
 
     def _micro_batches(self, x: Array) -> Array:
         """Split rows [b*A ...] into A micro-batches [A b ...].
@@ -178,17 +225,20 @@ class RetrofitStep:
 
     def update(self, state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, dict]:
         """Take one optimizer step and return (new state, metrics)."""
-        grads, metrics = self.gradients(state, frozen, batch)
+        grads, metrics, logits = self.gradients(state, frozen, batch)
         norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with the step, an integer
             updates, opt_state = self.tx.update(grads, state.opt_state, state.trainable)
             learning_rate = jnp.asarray(self.rate(state.step), jnp.float32)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss/total"])
-        before = state.step
+        before, threshold = state.step, state.threshold
         # A step that is not finite changes nothing, so that the run stops with its last good state.
-        # pyrefly: ignore[bad-argument-type]  # optax returns the tree it was given
-        new = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        # pyrefly: ignore[bad-assignment]  # optax returns the tree it was given
+        trainable: Params = optax.apply_updates(state.trainable, updates)
+        new = TrainState(state.step + 1, trainable, opt_state, self._next_threshold(state, logits, batch))
         state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        if logits is not None:
+            metrics["cache/threshold"] = threshold
         metrics |= {
             "optim/grad_norm": norm,
             "optim/learning_rate": learning_rate,
@@ -199,6 +249,39 @@ class RetrofitStep:
         }
         return state, metrics
 
+    def _next_threshold(self, state: TrainState, logits: Array | None, batch: Batch) -> Array | None:
+        """Move the threshold halfway to the one at which the target fraction of the batch's decisions would evict.
+
+        The first step moves it all the way. Only tokens that can evict count, so that rows realise `realised_cr` of the
+        target.
+        """
+        threshold = state.threshold
+        if threshold is None or logits is None:
+            return None
+        heads = self.student.config.num_layers * self.student.config.num_kv_heads
+        num_decisions = jnp.sum(self._can_evict(batch)).astype(jnp.float32) * heads
+        wanted = eviction.threshold_at(logits, num_decisions * evict_fraction(self.dms.target_cr))
+        rate = jnp.where(state.step == 0, 1.0, THRESHOLD_RATE)
+        # A batch without a decision has no such threshold.
+        return jnp.where(num_decisions > 0, threshold + rate * (wanted - threshold), threshold)
+
+    # --- the start with init=fisher ---
+
+    def no_labels(self) -> LabelSums:
+        return no_labels(self.student.config)
+
+    def add_labels(self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch) -> LabelSums:
+        """Add the sums of a batch of label rows. Rows whose segments are padding add nothing."""
+        student = self.student_model(state.trainable, frozen)
+        return fisher_init.add_labels(
+            sums, student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat
+        )
+
+    def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
+        """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
+        projection = fit(sums).projection(self.dms, evict_fraction(self.dms.target_cr))
+        return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
+
     def free_channel(self, state: TrainState) -> TrainState:
         """Set the borrowed channel to exactly 0 after the first steps of `borrowed`, and reset the optimizer state.
 
@@ -207,7 +290,7 @@ class RetrofitStep:
         model = self.student.build(state.trainable)
         free_borrowed_channel(model)
         trainable = flatten(model)
-        return TrainState(state.step, trainable, self.tx.init(trainable))
+        return state._replace(trainable=trainable, opt_state=self.tx.init(trainable))
 
     def finite_gradients(self, state: TrainState, frozen: Params, batch: Batch) -> dict[str, Array]:
         """Return whether the gradients are finite, by parameter and layer: bool [L] for each parameter."""
@@ -247,6 +330,7 @@ def take_apart(
     `teacher` is the separate dense model of `full` and `borrowed`; None for `adapter`. Models that consist of shapes
     only (`abstract_model`), on a mesh of hardware that need not be at hand, give shapes in place of parameters.
     """
+    assert "auto" not in (config.init, config.ratio_control), "call RetrofitConfig.resolved first"
     student, params = ModelStructure(model), flatten(model)
     evict_head = frozenset(flatten(model, EvictParam))
     chosen = evict_head if config.mode == "adapter" else params.keys()

@@ -9,6 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.models.parameters import Params
+from dms_jax.sharding import named_sharding
+from dms_jax.training.fisher_init import LabelSums
 from dms_jax.training.optimizer import optimizer_shardings
 from dms_jax.training.placement import abstract_batch
 from dms_jax.training.step import RetrofitStep, TrainState
@@ -40,14 +42,18 @@ class StepFunctions:
 
     The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
 
-    `step` and `free_channel` donate the state that they are given. The functions take the arguments of the methods of
-    `RetrofitStep` with the same names (`step` those of `update`).
+    `step`, `free_channel` and `fitted_state` donate the state that they are given, and `add_labels` the sums. The
+    functions take the arguments of the methods of `RetrofitStep` with the same names (`step` those of `update`).
     """
 
     math: RetrofitStep
     abstract_state: TrainState  # shapes and shardings of the state
+    abstract_labels: LabelSums
     step: OnMesh
     free_channel: OnMesh
+    no_labels: OnMesh
+    add_labels: OnMesh
+    fitted_state: OnMesh
     evaluate: OnMesh
     scores: OnMesh
     evaluate_streaming_llm: OnMesh
@@ -65,12 +71,18 @@ class StepFunctions:
             out_shardings=shardings.trainable,
         )(trainable)
         init = jax.jit(self.math.tx.init, out_shardings=shardings.opt_state)
-        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master))
+        threshold = shardings.threshold and jax.device_put(jnp.zeros((), jnp.float32), shardings.threshold)
+        return TrainState(jax.device_put(jnp.zeros((), jnp.int32), shardings.step), master, init(master), threshold)
 
     def lower(self, frozen: Params, batch_size: int) -> jax.stages.Lowered:
         """Lower the step for a batch of `batch_size` rows, for example to compile it and read its memory."""
         batch = abstract_batch(batch_size, self.math.config.length, self.math.mesh)
         return self.step.lower(self.abstract_state, frozen, batch)
+
+    def lower_labels(self, frozen: Params, rows: int) -> jax.stages.Lowered:
+        """Lower `add_labels` for `rows` rows at a time."""
+        batch = abstract_batch(rows, self.math.config.length, self.math.mesh)
+        return self.add_labels.lower(self.abstract_labels, self.abstract_state, frozen, batch)
 
 
 def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
@@ -79,19 +91,33 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
     masters = {name: jax.ShapeDtypeStruct(array.shape, jnp.float32) for name, array in trainable.items()}
     opt_state = jax.eval_shape(math.tx.init, masters)
     where = math.student.shardings(list(trainable), mesh)
-    # pyrefly: ignore[bad-argument-type]  # a TrainState of shardings instead of arrays
-    shardings = TrainState(replicated, where, optimizer_shardings(math.tx, opt_state, where, mesh))
+    holds = math.config.holds_ratio_by_threshold
+    # `_make` because these states hold shardings and shapes instead of arrays.
+    opt_shardings = optimizer_shardings(math.tx, opt_state, where, mesh)
+    shardings = TrainState._make([replicated, where, opt_shardings, replicated if holds else None])
+    step, threshold = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     abstract_state = jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        # pyrefly: ignore[bad-argument-type]  # a TrainState of shapes instead of arrays
-        TrainState(jax.ShapeDtypeStruct((), jnp.int32), masters, opt_state),
+        TrainState._make([step, masters, opt_state, threshold if holds else None]),
         shardings,
     )
+
+    # A sum is sharded by its first axis of D, as the weights are.
+    def sharded(x):
+        sharding = named_sharding(("layers", "embed", None)[: x.ndim], x.shape, mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract_labels = jax.tree.map(sharded, jax.eval_shape(math.no_labels))
+    sums = jax.tree.map(lambda x: x.sharding, abstract_labels)
     return StepFunctions(
         math=math,
         abstract_state=abstract_state,
+        abstract_labels=abstract_labels,
         step=OnMesh(math.update, mesh, (shardings, replicated), donate=(0,)),
         free_channel=OnMesh(math.free_channel, mesh, shardings, donate=(0,)),
+        no_labels=OnMesh(math.no_labels, mesh, sums),
+        add_labels=OnMesh(math.add_labels, mesh, sums, donate=(0,)),
+        fitted_state=OnMesh(math.fitted_state, mesh, shardings, donate=(0,)),
         evaluate=OnMesh(math.evaluate, mesh, replicated),
         scores=OnMesh(math.scores, mesh, replicated),
         evaluate_streaming_llm=OnMesh(math.evaluate_streaming_llm, mesh, replicated, static=(2,)),

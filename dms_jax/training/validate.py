@@ -30,15 +30,21 @@ def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> Hel
     return held_out_report(batches, run.config.length, retrofitted, streaming_llm)
 
 
-def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
-    """Find the threshold, at least 0, at which training rows realise at most the target ratio.
+def running_threshold(state: TrainState) -> float:
+    """Return the threshold of the evict logits in training, which is 0 with ratio_control=loss."""
+    return 0.0 if state.threshold is None else float(state.threshold)
 
-    It is needed because the one-sided loss never pushes the ratio down, and because decisions without the noise of
-    training evict more than decisions with it.
+
+def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
+    """Find the threshold at which training rows realise the target ratio.
+
+    With ratio_control=threshold, the search begins at the running threshold of training. With ratio_control=loss, the
+    result is at least 0, so the ratio is at most the target. It is needed there because the one-sided loss never pushes
+    the ratio down, and because decisions without the noise of training evict more than decisions with it.
     """
-    c, dms = run.config, run.steps.math.dms
+    c, dms, start = run.config, run.steps.math.dms, running_threshold(state)
     if not c.calibration_rows:
-        return 0.0
+        return start
     batches = [place(batch, run.mesh) for batch in first_batches(run, run.train_rows, c.calibration_rows)]
 
     def scores(threshold: float) -> np.ndarray:
@@ -46,7 +52,9 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
         return np.concatenate(jax.device_get(logits), axis=1)
 
     target = realised_cr(dms.target_cr, c.length, dms.window_size)
-    threshold = float(np.float32(max(0.0, threshold_for(scores, dms, target, tolerance=0.02, most_runs=6))))
+    threshold = float(np.float32(threshold_for(scores, dms, target, tolerance=0.02, most_runs=6, start=start)))
+    if not c.holds_ratio_by_threshold:
+        threshold = max(0.0, threshold)
     if threshold:
         run.say(
             f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise CR {target:.2f}"

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dms_jax.core import eviction
+from dms_jax.sharding import make_mesh, named_sharding
 
 
 def noise(examples, step=3, layers=2, length=50, seed=7):
@@ -49,6 +50,25 @@ def test_decisions_are_aligned_to_pairs_and_shared_by_heads():
     np.testing.assert_array_equal(eviction.align_to_pairs(decisions, 0, -9.0), decisions)
     np.testing.assert_array_equal(eviction.share_heads(decisions, "layer"), [[[1, 2, 3], [1, 2, 3]]])
     np.testing.assert_array_equal(eviction.share_heads(decisions, "head"), decisions)
+
+
+@pytest.mark.parametrize("mesh", [None, (4, 2), (2, 2, 2)])
+def test_threshold_is_the_next_logit_of_the_sorted_ones(mesh):
+    rng = np.random.default_rng(0)
+    x = rng.normal(scale=4.0, size=(3, 8, 4, 16)).astype(np.float32)
+    x[0, :, 1] = np.float32(-5.0)  # ties
+    x[1, :, :, 3:6] = 0.0
+    x[2, 0, 0] = [1e38, -1e38, 1e-42, -1e-42, *rng.normal(size=12)]
+    x[..., 12:] = -np.inf  # tokens that do not count
+    descending, count = np.sort(x[..., :12], axis=None)[::-1], x[..., :12].size
+    placed, run = x, jax.jit(eviction.threshold_at)
+    if mesh is not None:
+        grid = make_mesh(*mesh)
+        placed = jax.device_put(x, named_sharding(("layers", "batch", "kv_heads", "length"), x.shape, grid))
+    for number in (0, 1, 7.9, count // 3, 0.6 * count, count - 1):
+        found = float(run(placed, jnp.float32(number)))
+        assert found == descending[int(number)]
+        assert np.sum(x > found) <= number < np.sum(x >= found)
 
 
 def test_untrained_evict_head_keeps_everything():

@@ -131,10 +131,13 @@ def meant_run(raw: dict, assignments: list[str] = (), mesh: str | None = None) -
         here[last] = yaml.safe_load(text)
     if not isinstance(raw.get("data", {}), dict):
         raw["data"] = {"paths": raw["data"]}
-    if not raw.get("model"):
-        default["dms"]["decision_shift"] = 0
+    if raw.get("mode", "adapter") != "adapter":
+        default["dms"]["decision_shift"] = 1
     lay(default, raw)
     return flat(default | ({} if mesh is None else {"mesh": mesh}))
+
+
+FLOATS_OR_NULL = "initial_cr", "compression_weight", "learning_rate"  # their default is null
 
 
 def lay(over: dict, raw: dict) -> None:
@@ -146,7 +149,7 @@ def lay(over: dict, raw: dict) -> None:
             over[key] = value if isinstance(value, list) else [value]
         else:
             assert isinstance(value, bool) == isinstance(old, bool)
-            over[key] = float(value) if isinstance(old, float) else value
+            over[key] = float(value) if isinstance(old, float) or key in FLOATS_OR_NULL else value
 
 
 def strict_yaml(path: Path) -> dict:

@@ -228,7 +228,7 @@ def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
     mesh = mesh_of(target, 4, 2)
     config = with_kernels(SMALL, target, kernels)
     length = 16384
-    run = RetrofitConfig(length=length, steps=100, cr_steps=80, remat="full")
+    run = RetrofitConfig(length=length, steps=100, cr_steps=80, remat="full", init="zero").resolved()
     math, trainable, frozen = take_apart(abstract_model(config, BF16), None, run, mesh, BF16)
     program = step_functions(math, trainable).lower(frozen, 4).compile()
     # With one row per device, a step needs about 40 KiB per token at any length. The scores of a single layer, [T, T]

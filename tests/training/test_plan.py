@@ -56,7 +56,7 @@ def setting_of(
     batch: int,
     remat: str = "matmuls",
 ) -> step_setting.StepSetting:
-    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat)
+    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat, init="zero").resolved()
     return step_setting.StepSetting(model, hardware_of(hardware), mesh, step)
 
 

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parent.parent.parent
         ("stepss=3", "did you mean steps"),
         ("optimizer.lr=1", "learning_rate"),
         ("steps", "key=value"),
-        ("steps=0", ">= 1, got 0"),
+        ("steps=-1", ">= 0, got -1"),
+        ("label_rows=0", ">= 1, got 0"),
+        ("init=random", "auto, fisher, zero"),
+        ("ratio_control=hinge", "auto, threshold, loss"),
         ("steps=true", "True"),
         ("steps=4.5", "4.5"),
         ("steps.x=4", "{'x': 4}"),
@@ -70,10 +73,6 @@ def test_file_assignments_and_mesh_are_laid_over_each_other(tmp_path):
     assert config.data.paths == ("a.jsonl",) and config.data.rows == "packed" and config.mesh == "4x2"
     assert config.dms == dataclasses.replace(RetrofitConfig().dms, window_size=32, target_cr=3.0, decision_shift=0)
     assert config.optimizer.learning_rate == 1e-4
-    assert (
-        read_config(None, ["model=x"], None).dms.decision_shift == 1
-        and read_config(None, ["dms.decision_shift=1"], None).dms.decision_shift == 1
-    )
     assert read_config(None, ["data=[a.txt, b.txt]"], None).data.paths == ("a.txt", "b.txt")
     either_order = [["data.rows=packed", "data=a.txt"], ["data=a.txt", "data.rows=packed"]]
     assert {read_config(None, given, None).data.rows for given in either_order} == {"packed"}
@@ -94,6 +93,57 @@ def test_unreadable_file_is_named(tmp_path, content):
         read_config(str(tmp_path / "absent.yaml"), [], None)
 
 
+@pytest.mark.parametrize("mode, shift", [("adapter", 0), ("full", 1), ("borrowed", 1)])
+@pytest.mark.parametrize("model", [[], ["model=x"]])
+def test_decision_shift_follows_the_mode_unless_it_is_given(mode, shift, model):
+    assert read_config(None, [*model, f"mode={mode}"], None).dms.decision_shift == shift
+    assert read_config(None, [*model, f"mode={mode}", "dms.decision_shift=1"], None).dms.decision_shift == 1
+    assert read_config(None, [*model, f"mode={mode}", "dms.decision_shift=0"], None).dms.decision_shift == 0
+
+
+@pytest.mark.parametrize(
+    "given, has_policy, fragments",
+    [
+        (["init=zero", "steps=0"], False, ["steps must be at least 1", "init=zero"]),
+        (["mode=borrowed", "steps=0"], False, ["steps must be at least 1", "init=zero"]),
+        (["steps=0"], True, ["steps must be at least 1", "init=zero"]),
+        (["mode=borrowed", "init=fisher"], False, ["init must be", "borrowed"]),
+        (["init=fisher"], True, ["init must be", "already has a policy"]),
+        (["mode=borrowed", "ratio_control=threshold"], False, ["ratio_control must be", "borrowed"]),
+        (["initial_cr=1"], False, ["initial_cr", "ratio_control=loss"]),
+        (["cr_steps=5"], False, ["cr_steps", "ratio_control=loss"]),
+        (["loss.compression_weight=2"], False, ["loss.compression_weight", "ratio_control=loss"]),
+        (["loss.scope=head", "loss.decidable_only=true"], False, ["loss.scope and loss.decidable_only"]),
+        (["init=zero", "ratio_control=threshold", "cr_steps=5"], False, ["cr_steps", "ratio_control=loss"]),
+    ],
+)
+def test_keys_that_contradict_init_or_ratio_control_are_refused(given, has_policy, fragments):
+    with pytest.raises(ConfigError) as refusal:
+        read_config(None, given, None).resolved(has_policy)
+    assert all(fragment in str(refusal.value) for fragment in fragments) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "given, has_policy, init, control, rate",
+    [
+        ([], False, "fisher", "threshold", 1.5e-5),
+        ([], True, "zero", "loss", 1e-4),
+        (["mode=full"], False, "fisher", "threshold", 1.5e-5),
+        (["mode=borrowed"], False, "zero", "loss", 1e-4),
+        (["init=zero"], False, "zero", "loss", 1e-4),
+        (["ratio_control=loss", "cr_steps=9"], False, "fisher", "loss", 1.5e-5),
+        (["ratio_control=threshold", "optimizer.learning_rate=1e-3"], True, "zero", "threshold", 1e-3),
+    ],
+)
+def test_auto_and_null_get_their_values(given, has_policy, init, control, rate):
+    config = read_config(None, given, None).resolved(has_policy)
+    assert (config.init, config.ratio_control, config.optimizer.learning_rate) == (init, control, rate)
+    assert config.optimizer.warmup_steps == (5 if init == "fisher" else 0)
+    assert config.initial_cr == (config.dms.target_cr if "fisher" in init or control == "threshold" else 1)
+    assert config.loss.compression_weight == (0 if control == "threshold" else 1)
+    assert config.resolved(has_policy and init == "zero") == config
+
+
 def test_differences_leave_out_keys_that_may_change():
     old = dataclasses.asdict(read_config(None, ["dms.window_size=9"], "4x2"))
     new = dataclasses.asdict(read_config(None, ["dms.window_size=3", "seed=4", "eval_every=7"], "8x1"))
@@ -111,7 +161,7 @@ def test_help_gives_default_range_and_meaning_of_every_key():
     for key, value in flat.items():
         default = parse_yaml(printed[key].split("  (")[0], key)
         assert default == (list(value) if isinstance(value, tuple) else value), key
-    assert "(adapter | full | borrowed)" in printed["mode"] and "(>= 1)" in printed["steps"]
+    assert "(adapter | full | borrowed)" in printed["mode"] and "(>= 0)" in printed["steps"]
     for hint in typing.get_type_hints(RetrofitConfig, include_extras=True).values():
         assert " ".join(meaning_of(hint).split()) in " ".join(text.split())
 

@@ -19,6 +19,7 @@ from dms_jax.planning.hlo_collectives import collectives
 from dms_jax.planning.memory_estimate import MemoryEstimate, program_bytes, with_compiled
 from dms_jax.training.planning import step_program
 from dms_jax.training.planning.step_setting import StepSetting
+from dms_jax.training.retrofit_config import RetrofitConfig
 
 TOTAL = (
     "if compiled: arguments + outputs - aliased + temporary, where weights are the arguments without the optimizer "
@@ -179,6 +180,14 @@ def _time_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
         ]
     source, formula = found[-1 if chip is None else -2].source, "batch x length / seconds_per_step"
     return [*found, Figure("tokens_per_second", setting.tokens / seconds, "tokens/s", source, formula, how)]
+
+
+def label_figure(setting: StepSetting, seconds_per_step: Figure) -> Figure:
+    """Estimate the time of the label pass of init=fisher, which comes before the first step."""
+    rows = RetrofitConfig().label_rows
+    seconds = seconds_per_step.value * rows / setting.step.batch_size
+    formula = f"{rows} label_rows x seconds_per_step / batch; a label row costs about as much as a row of a step"
+    return Figure("seconds_of_labels", seconds, "s", "analytic", formula, seconds_per_step.note)
 
 
 def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: float) -> list[Figure]:

@@ -1,0 +1,189 @@
+"""A start for the evict head in closed form: what each pair is worth, from the gradients of its gate.
+
+A gate that adds log_keep = a to the scores of a pair outside its window changes the model's output distribution. At
+a = 0, where nothing is evicted, the expected square of the derivative along `score_gradient` is the Fisher information
+of the gate: half of it is the KL(dense || without the pair) in nats that evicting the pair costs, to second order. This
+unit is the same in every layer and head, so one threshold on it serves all of them.
+
+The label of a pair is the logarithm of that value per query that would miss the pair. A ridge regression in each layer
+predicts the labels from the residual stream of the deciding token, which is what the evict head sees. The regression
+needs only sums over the rows (`LabelSums`), which add up over batches and devices. Begin with `add_labels`.
+"""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import EXACT, Array, typed
+from dms_jax.config import DMSConfig, ModelConfig
+from dms_jax.core.eviction import threshold_at
+from dms_jax.core.losses import score_gradient
+from dms_jax.models.decoder import Decoder
+from dms_jax.models.layers import unit_rms
+
+DRAWS = (1.0, 3.0)  # temperatures of the score gradients whose squares are averaged
+FLOOR = 10.0  # medians of the values, added to them before their logarithm
+MIN_QUERIES = 32  # a pair that fewer queries can miss has too noisy a label
+SINK_WEIGHT = 50.0  # of the first pair of a document, which every head needs and which is one pair of a thousand
+RIDGE = 0.01  # relative to the mean eigenvalue of the feature products
+SPREAD = 4.0  # standard deviation of the evict logits; at tau = 0.1, training noise then flips one decision in seven
+
+
+class LabelSums(NamedTuple):
+    """Weighted sums over pairs of the features u [D] of their deciding tokens and of their labels y [K], by layer."""
+
+    floor: Float[Array, ""]  # nats per query, added to values before their logarithm; 0 before the first batch
+    weight: Float[Array, ""]
+    features: Float[Array, "L D"]  # sum of w u
+    products: Float[Array, "L D D"]  # sum of w u u^T
+    labels: Float[Array, "L K"]  # sum of w y
+    feature_labels: Float[Array, "L D K"]  # sum of w u y
+
+
+def no_labels(config: ModelConfig) -> LabelSums:
+    """Return the sums over no rows."""
+    layers, heads, size = config.num_layers, config.num_kv_heads, config.hidden_size
+    zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
+    return LabelSums(
+        zeros(),
+        zeros(),
+        zeros(layers, size),
+        zeros(layers, size, size),
+        zeros(layers, heads),
+        zeros(layers, size, heads),
+    )
+
+
+def add_labels(
+    sums: LabelSums,
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    examples: Int[Array, "B"],
+    seed: int,
+    remat: str = "full",
+) -> LabelSums:
+    """Add a batch of rows: one forward pass, and one backward pass for each of `DRAWS`.
+
+    Different `segment_ids` separate documents, and negative ones mark padding. The result is a function of `sums`, the
+    rows, `examples` and `seed`, and does not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`.
+
+    The logarithms of values far below those of pairs worth keeping differ by noise, which a regression would chase.
+    `FLOOR` times the median value of the first batch is therefore added to all values.
+    """
+    dms = model.config.require_dms()
+    values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
+    missing = queries_outside(segment_ids, dms.window_size)
+    weight = label_weights(segment_ids, missing, dms.decision_shift)
+    per_query = values / jnp.maximum(missing, 1)[None, :, None].astype(jnp.float32)
+    counted = jnp.where((weight > 0)[None, :, None], per_query, -jnp.inf)
+    median = threshold_at(counted, 0.5 * jnp.sum(counted >= 0, dtype=jnp.float32))
+    floor = jnp.where(sums.weight > 0, sums.floor, jnp.maximum(FLOOR * median, jnp.finfo(jnp.float32).tiny))
+    # The label of pair t belongs to token t + shift, which decides about it.
+    shift = dms.decision_shift
+    aligned = lambda x: x[..., : x.shape[-1] - shift]
+    labels, weight = aligned(jnp.log(per_query + floor)), aligned(weight)
+
+    def of_layer(inputs):
+        stream, labels = inputs
+        u = unit_rms(stream, model.config.rms_norm_eps)[:, shift:]
+        weighted = u * weight[..., None]
+        return (
+            jnp.sum(weighted, axis=(0, 1)),
+            jnp.einsum("btd,bte->de", weighted, u, precision=EXACT),
+            jnp.einsum("bt,bkt->k", weight, labels, precision=EXACT),
+            jnp.einsum("btd,bkt->dk", weighted, labels, precision=EXACT),
+        )
+
+    new = LabelSums(floor - sums.floor, jnp.sum(weight), *jax.lax.map(of_layer, (stream, labels)))
+    return jax.tree.map(jnp.add, sums, new)
+
+
+def gate_information(
+    model: Decoder,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    examples: Int[Array, "B"],
+    seed: int,
+    remat: str = "full",
+) -> tuple[Float[Array, "L B K T"], Float[Array, "L B T D"]]:
+    """Estimate the Fisher information of each pair's gate, and return the residual stream that enters each layer.
+
+    Arguments are those of `add_labels`.
+    """
+    config = model.config
+    open_gates = jnp.zeros((config.num_layers, len(tokens), config.num_kv_heads, tokens.shape[1]), jnp.float32)
+    hidden, pull_back, stream = jax.vjp(
+        lambda log_keep: model.gated_hidden(tokens, log_keep, segment_ids, remat), open_gates, has_aux=True
+    )
+    squares = open_gates
+    for draw, temperature in enumerate(DRAWS):
+        key = jax.random.fold_in(jax.random.key(seed), draw)
+        direction = score_gradient(hidden, model.output_embedding(), key, examples, temperature)
+        squares += jnp.square(pull_back(direction)[0])
+    return squares / len(DRAWS), stream
+
+
+@typed
+def queries_outside(segment_ids: Int[Array, "B T"], window_size: int) -> Int[Array, "B T"]:
+    """Count the queries of its own segment that come more than `window_size` steps after each pair."""
+    length = segment_ids.shape[1]
+    position = jax.lax.broadcasted_iota(jnp.int32, segment_ids.shape, 1)
+    is_last = jnp.concatenate(
+        [segment_ids[:, 1:] != segment_ids[:, :-1], jnp.ones_like(segment_ids[:, :1], bool)], axis=1
+    )
+    last = jax.lax.cummin(jnp.where(is_last, position, length), axis=1, reverse=True)
+    return jnp.maximum(last - position - window_size, 0)
+
+
+@typed
+def label_weights(
+    segment_ids: Int[Array, "B T"], missing: Int[Array, "B T"], decision_shift: int
+) -> Float[Array, "B T"]:
+    """Weigh the pairs: `SINK_WEIGHT` for the first of a document, 1 for the others.
+
+    Padding, and pairs that fewer than `MIN_QUERIES` of the `missing` queries could miss, get 0.
+    """
+    is_first = jnp.concatenate(
+        [jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
+    )
+    counted: Bool[Array, "B T"] = (segment_ids >= 0) & (missing >= max(MIN_QUERIES, decision_shift))
+    return jnp.where(counted, jnp.where(is_first, SINK_WEIGHT, 1.0), 0.0)
+
+
+class FittedHead(NamedTuple):
+    """The ridge regression: u @ value predicts the label of a pair, and u @ constant is close to 1."""
+
+    value: Float[Array, "L D K"]
+    constant: Float[Array, "L D"]
+    mean: Float[Array, ""]  # of the predictions, over pairs, heads and layers
+    deviation: Float[Array, ""]  # their standard deviation
+
+    def projection(self, dms: DMSConfig, evicted: float) -> Float[Array, "L D K"]:
+        """Return the projection of an evict head that evicts about the fraction `evicted` of the pairs.
+
+        Its logits have a standard deviation of `SPREAD`. The fraction is exact if predictions are normally distributed.
+        """
+        slope = SPREAD / self.deviation
+        cut = self.mean + self.deviation * NormalDist().inv_cdf(min(max(evicted, 1e-3), 1 - 1e-3))
+        constant = (slope * cut + dms.evict_logit_bias) * self.constant[..., None]
+        return (constant - slope * self.value) / dms.evict_logit_scale
+
+
+def fit(sums: LabelSums) -> FittedHead:
+    """Solve the regression of every layer."""
+    size = sums.features.shape[-1]
+    products = sums.products / sums.weight
+    ridge = RIDGE * jnp.trace(products, axis1=1, axis2=2) / size
+    regularized = products + ridge[:, None, None] * jnp.eye(size)[None]
+    right = jnp.concatenate([sums.feature_labels, sums.features[..., None]], axis=-1) / sums.weight
+    with jax.default_matmul_precision("highest"):
+        solution = jax.vmap(lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"))(regularized, right)
+    value, constant = solution[..., :-1], solution[..., -1]
+    predicted = jnp.einsum("ld,ldk->lk", sums.features / sums.weight, value, precision=EXACT)
+    squares = jnp.einsum("ldk,lde,lek->lk", value, products, value, precision=EXACT)
+    mean = jnp.mean(predicted)
+    return FittedHead(value, constant, mean, jnp.sqrt(jnp.mean(squares) - mean**2))

@@ -1,0 +1,111 @@
+"""The start of a run with init=fisher: labels of pairs from rows of the training data, and the head fitted to them.
+
+Only sums over the rows are kept (`LabelSums`). They are saved in `checkpoints/labels` every few rows, so that a stopped
+run goes on from there, and removed once the state with the fitted head is the checkpoint of step 0. Begin with
+`first_state`.
+"""
+
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from dms_jax.checkpoint import Checkpoints
+from dms_jax.errors import ConfigError
+from dms_jax.training.data.rows import PADDING, Batch
+from dms_jax.training.fisher_init import LabelSums
+from dms_jax.training.placement import local_rows, place
+from dms_jax.training.prepare import PreparedRun
+from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
+from dms_jax.training.step import TrainState
+from dms_jax.training.stop_signal import StopSignal
+
+SAVE_ROWS = 8  # rows between two checkpoints of the sums, which hold D x D numbers per layer
+ORDER_SEED = 2**31  # added to the seed of a run, so that its labels come from other rows than its first steps
+
+
+def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes: bool) -> tuple[TrainState, int]:
+    """Make the state before the first step.
+
+    Returns it, and the number of the signal that stopped the label pass early, or 0. `resume` continues a label pass
+    that was stopped.
+    """
+    state = run.steps.initial_state(run.trainable)
+    if run.config.init == "zero":
+        return state, 0
+    folder = run.output / "checkpoints" / "labels"
+    if not resume:
+        _remove(run, folder)
+    checkpoints = Checkpoints(folder, keep=1)
+    try:
+        sums, number = _labels(run, state, checkpoints, stop, resume, accept_changes)
+    finally:
+        checkpoints.close()
+    if number:
+        return state, number
+    state = run.steps.fitted_state(state, sums)
+    run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
+    _remove(run, folder)
+    return state, 0
+
+
+def _labels(
+    run: PreparedRun, state: TrainState, checkpoints: Checkpoints, stop: StopSignal, resume: bool, accept_changes: bool
+) -> tuple[LabelSums, int]:
+    """Return the sums over `label_rows` rows, and the number of the signal that stopped the pass early, or 0."""
+    c, steps, done = run.config, run.steps, 0
+    sums = steps.no_labels()
+    if resume:
+        found = checkpoints.restore_latest(
+            steps.abstract_labels, lambda metadata: check_checkpoint(run, metadata, accept_changes)
+        )
+        if found is not None:
+            done, sums = found.step, found.state
+            where = f"resumed at row {done} of the {c.label_rows} label rows"
+            run.say("; skipped checkpoint ".join([where, *found.skipped]))
+    size = c.batch_size // c.accumulate  # as many rows at a time as in a step, so that they fit
+    number = 0
+    with tqdm(total=c.label_rows, initial=done, unit="row", desc="labels", disable=not run.is_writer) as bar:
+        while done < c.label_rows and not number:
+            sums = steps.add_labels(sums, state, run.frozen, place_rows(run, done, size))
+            before, done = done, min(done + size, c.label_rows)
+            number = stop.agreed()
+            if number or done == c.label_rows or done // SAVE_ROWS > before // SAVE_ROWS:
+                _check_finite(sums, before, done)
+                checkpoints.save(done, sums, checkpoint_metadata(run), wait=bool(number))
+            bar.update(done - before)
+    if number:
+        name = signal.Signals(number).name
+        run.say(f"{name}: saved at row {done} of the {c.label_rows} label rows; continue with --resume")
+    return sums, number
+
+
+def place_rows(run: PreparedRun, start: int, size: int) -> Batch:
+    """Return `size` label rows on the mesh, beginning with row `start`. Rows after the last one are padding."""
+    c = run.config
+    first, count = local_rows(size, run.mesh)
+    host = run.train_rows.batch(0, size, c.seed + ORDER_SEED, start + first, count)
+    is_label = start + first + np.arange(count) < c.label_rows
+    return place(
+        host._replace(segment_ids=np.where(is_label[:, None], host.segment_ids, PADDING)), run.mesh, size, first
+    )
+
+
+def _check_finite(sums: LabelSums, first: int, end: int) -> None:
+    if not all(np.isfinite(jax.device_get(jnp.sum(array))) for array in sums):
+        raise ConfigError(
+            f"the labels of rows {first} to {end - 1} of the label rows are not finite, so the head cannot be fitted; "
+            "check the weights of the model and the data, or use init=zero"
+        )
+
+
+def _remove(run: PreparedRun, folder: Path) -> None:
+    """Remove the checkpoints of the sums; `checkpoints/` is a folder of the run alone."""
+    if run.is_writer:
+        shutil.rmtree(folder, ignore_errors=True)
+    multihost_utils.sync_global_devices("the checkpoints of the labels are removed")
