@@ -7,6 +7,7 @@ Errors are `ConfigError`.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +88,13 @@ def init_cache(
         empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features)
         for c in capacities
     )
-    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow)
-    empty = HostBounds(0, (0,) * config.num_layers)
+    table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
+    if table is not None:
+        rows = jnp.asarray(np.repeat(table[:, None], batch_size, axis=1))
+        layers = tuple(replace(layer, budget=rows[index]) for index, layer in enumerate(layers))
+        largest = tuple(table.max(axis=1).tolist())
+    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.in_cache(), overflow)
+    empty = HostBounds(0, (0,) * config.num_layers, largest)
     return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
 
