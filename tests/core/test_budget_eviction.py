@@ -87,7 +87,7 @@ def extend(layer, q, k, v, logits, seen, count, policy):
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(shift=st.sampled_from([0, 1]), **CASE)
 def test_chunks_of_any_size_see_the_pairs_of_the_oracle(shift, seed, window, num_values):
     """Ragged chunks, single tokens and rows without tokens; dead slots and padding hold NaN."""
