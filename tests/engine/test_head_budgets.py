@@ -1,0 +1,74 @@
+"""Budgets of heads: their sums, the common threshold behind them, and what they keep."""
+
+import numpy as np
+import pytest
+from cases import tiny_model, tokens
+
+import dms_jax
+from dms_jax.config import DMSConfig
+from dms_jax.engine.head_budgets import HeadShares, head_budgets, head_shares
+from dms_jax.policies import BudgetedEviction
+
+DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
+
+
+@pytest.mark.parametrize("pairs", [5, 6, 20, 59, 60, 90])
+def test_budgets_have_the_mean_and_lie_between_window_and_row(rng, pairs):
+    model = tiny_model(DMS, 3)
+    table = np.array(head_budgets(model, tokens(rng, 2, 60), pairs))
+    assert table.shape == (3, 4) and table.sum() == pairs * table.size
+    assert table.min() >= 5 and table.max() <= max(60, pairs)
+    assert (table.std() > 1) == (5 < pairs < 60)
+
+
+def test_first_pass_gives_each_head_its_pairs_below_one_common_threshold(rng):
+    model, ids = tiny_model(DMS, 3), tokens(rng, 3, 60)
+    table = np.array(head_budgets(model, ids, 20, passes=1))
+    logits = np.asarray(model.hard_scores(ids, None, np.inf))[..., 1:56]  # token t + 1 decides about pair t
+    threshold = np.sort(logits.ravel())[15 * 12 * 3 - 1]
+    kept = (logits <= threshold).sum(-1).mean(axis=1)
+    assert abs(5 + kept - table).max() < 1
+
+
+def test_later_passes_measure_logits_under_the_budgets(rng):
+    """The budgets are a fixed point of measuring: the logits under them give the same budgets again, nearly."""
+    model, ids = tiny_model(DMS, 3), tokens(rng, 3, 60)
+
+    def change(passes):
+        one, next_ = (np.array(head_budgets(model, ids, 12, passes=n)) for n in (passes, passes + 1))
+        return np.abs(one - next_).sum()
+
+    assert change(4) < change(1)
+
+
+def test_untrained_head_shares_equally(rng):
+    model = tiny_model(DMS, 3, evict_scale=0.0)
+    assert head_budgets(model, tokens(rng, 2, 60), 13) == ((13,) * 4,) * 3
+
+
+def test_budgets_serve_a_cache_at_their_mean(rng):
+    model, ids = tiny_model(DMS, 3), tokens(rng, 4, 60)
+    lazy = BudgetedEviction(DMS, 20, head_budgets(model, ids[:2], 20))
+    config = dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=lazy)
+    out = dms_jax.generate(model, ids[2:], config)
+    np.testing.assert_array_equal(out.live_pairs, [20, 20])
+
+
+def test_shares_between_two_means_are_interpolated(rng):
+    model, ids = tiny_model(DMS, 3), tokens(rng, 2, 60)
+    shares = head_shares(model, ids, (0.25, 0.5))
+    np.testing.assert_allclose(shares.share.mean(axis=(1, 2)), [0, 0.25, 0.5, 1], atol=1e-2)
+    for pairs, length in ((5, 60), (30, 60), (100, 245), (11, 12), (300, 245)):
+        table = np.array(shares.budgets(pairs, length, 4))
+        assert table.sum() == pairs * table.size and table.min() >= 5 and table.max() <= max(length, pairs)
+    halfway = HeadShares(np.array([0, 1.0]), np.stack([np.zeros((1, 2)), np.ones((1, 2))]))
+    assert halfway.budgets(50, 100, 9) == ((50, 50),)
+
+
+def test_rows_without_settled_pairs_and_models_without_a_head_are_refused(rng):
+    with pytest.raises(dms_jax.ConfigError, match="longer than the window of 4"):
+        head_shares(tiny_model(DMS), tokens(rng, 1, 5), (0.5,))
+    with pytest.raises(dms_jax.ConfigError, match="window_size"):
+        head_budgets(tiny_model(DMS), tokens(rng, 1, 50), 4)
+    with pytest.raises(dms_jax.ConfigError, match="head_budgets .*dms=DMSConfig"):
+        head_budgets(tiny_model(None), tokens(rng, 1, 50), 9)
