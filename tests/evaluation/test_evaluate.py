@@ -10,11 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import pair_flags
 from golden_folders import DENSE, DMS, model_folder
 
 import dms_jax
 from dms_jax.commands.evaluate import main
 from dms_jax.core.eviction import live_counts
+from dms_jax.core.visibility import NEVER
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import Method, parse_methods
 from dms_jax.evaluation.result_records import AnswerRecord
@@ -63,16 +65,26 @@ def evaluate(folder, text, output, *argv) -> None:
 
 def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text, tmp_path, capsys):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    argv = ("--tasks", "text,greedy,kept", "--policies", "dense,dms,streaming_llm,tova", "--greedy-tokens", "16")
+    argv = (
+        "--tasks",
+        "text,greedy,kept",
+        "--policies",
+        "dense,dms,dms_budget,streaming_llm,tova",
+        "--greedy-tokens",
+        "16",
+    )
     evaluate(folder, text, whole, *argv)
     out = capsys.readouterr().out
     assert "words, 3 rows of 64" in out and "dms@trained" in out and f"python -m infer.report {whole} --output" in out
     results = read_results(whole)
     lives = {
         policy: [r.live_tokens for r in results.of_task("text") if r.policy == policy]
-        for policy in ("dense", "dms", "tova", "streaming_llm")
+        for policy in ("dense", "dms", "dms_budget", "tova", "streaming_llm")
     }
-    assert lives["dense"] == [64] * 3 and lives["tova"] == lives["streaming_llm"] == [round(np.mean(lives["dms"]))] * 3
+    equal = [round(np.mean(lives["dms"]))] * 3
+    assert lives["dense"] == [64] * 3 and lives["tova"] == lives["streaming_llm"] == lives["dms_budget"] == equal
+    lazy = [r for r in results.of_task("text") if r.policy == "dms_budget"]
+    assert all(r.nominal_cr == r.realised_cr == 64 / equal[0] and r.pairs_read == equal[0] for r in lazy)
     dms = [r for r in results.of_task("text") if r.policy == "dms"]
     rows = read_rows(folder, text)
     model = dms_jax.load(folder)
@@ -84,7 +96,9 @@ def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text
     assert all(len(r.kl) == len(r.nll) == 63 for r in dms)
     greedy = {(r.policy, r.unit): r for r in results.of_task("greedy")}
     assert greedy["dense", "words/0"].match == 1 and greedy["dense", "words/0"].divergence == 16
-    kept = next(results.of_task("kept"))
+    kept, lazy_kept = results.of_task("kept")
+    assert np.mean(lazy_kept.live_per_head) == lazy_kept.live_by_position[-1] == equal[0]
+    np.testing.assert_array_less(kept.live_by_position[: equal[0]], lazy_kept.live_by_position[: equal[0]] + 1e-9)
     np.testing.assert_allclose(np.mean(kept.live_per_head), want[0])
     assert "".join(kept.pieces).startswith("0 the quick")
 
@@ -167,7 +181,8 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
 def test_retention_equals_the_cache_after_each_prefix(rng):
     for shift in (0, 1):
         evict = rng.random((2, 3, 20)) < 0.6
-        retained = retention(evict, 4, shift)
+        marked = np.apply_along_axis(pair_flags, -1, evict, shift)
+        retained = retention(np.where(marked, np.arange(20) + 4, NEVER))
         for t in range(20):
             # With shift 1 the last decision of a prefix is about the pair before it, so a prefix has all its decisions.
             want = np.asarray(live_counts(evict[:, None, :, : t + 1], 4, shift))
@@ -228,6 +243,8 @@ def test_methods_are_parsed_from_policies_and_budgets():
         (["--policies", ","], ["--policies"]),
         (["--policies", "quest", "--budgets", "32", "--chunk", "32"], ["quest@32", "--chunk 16"]),
         (["--budgets", "cr2", "--calibration-rows", "0"], ["@cr2", "--calibration-rows 1"]),
+        (["--policies", "dms,dms_budget", "--calibration-rows", "0"], ["dms_budget@trained", "--calibration-rows 1"]),
+        (["--policies", "dms_budget", "--budgets", "3"], ["dms_budget:3", r"window_size \+ 1 = \d+"]),
         (["--chains", "4"], ["4 ", "--temperature 0.7"]),
         (["--lengths", "x"], ["--lengths", "'x'"]),
         (["--data", "test.jsonl"], ["--data", "'test'", "--tasks text", "--data TASK=FILE"]),
