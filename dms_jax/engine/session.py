@@ -31,7 +31,7 @@ from dms_jax.hf.open_model import open_model
 from dms_jax.hf.safetensors_files import shorten
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
-from dms_jax.policies import KeepAll
+from dms_jax.policies import policy_name
 
 
 class Cancelled(Exception):
@@ -221,12 +221,17 @@ def open_session(options: argparse.Namespace) -> Session:
     ends = () if options.ignore_eos else end_ids(model.config, tokenizer)
     config = replace(config, stop_ids=tuple(dict.fromkeys(ends + special)), stop_strings=strings)
     loaded = _load_cache(model, options, config)
-    dense = options.dense if loaded is None else loaded.policy == KeepAll()
+    policy = select_policy(model.config, config.policy, config.dense) if loaded is None else loaded.policy
+    follows_threshold = policy.is_learned and not policy.has_budget
+    if options.policy and options.threshold is not None and not follows_threshold:
+        raise ConfigError(
+            f"--threshold has no effect with --policy {options.policy}, which has no threshold; leave one of them out"
+        )
     jax.block_until_ready(unrolled(model))  # lay out the weights now, so that the first prefill does not count it
-    target_cr = None if model.config.dms is None or dense else model.config.dms.target_cr
+    target_cr = model.config.require_dms().target_cr if follows_threshold else None
     if config.temperature == 0:
         defaults = {name: value for name, value in defaults.items() if name not in SAMPLED}
-    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock()), defaults)
+    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock(), policy_name(policy)), defaults)
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, Any]:

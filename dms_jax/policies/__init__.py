@@ -86,6 +86,14 @@ def describe(policy: CachePolicy) -> dict:
     return {"name": name, **{key: number for key, number in numbers.items() if key != "dms" and number is not None}}
 
 
+def policy_name(policy: CachePolicy) -> str:
+    """Return the name that `policy_of` resolves to this policy, if its other parameters are the defaults."""
+    described = describe(policy)
+    if described["name"] == PROMPT:
+        return f"{PROMPT}:{policy_name(policy.method)}"  # pyrefly: ignore[missing-attribute]  # PromptCompression
+    return ":".join(str(described[key]) for key in ("name", "budget") if key in described)
+
+
 def restored(described: dict, config: ModelConfig) -> CachePolicy:
     """Make a policy from the output of `describe`. Raises ConfigError, KeyError or TypeError for any other dict."""
     numbers = dict(described)

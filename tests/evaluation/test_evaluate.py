@@ -137,7 +137,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
         [
             *argv,
             "--policies",
-            "dense,dms,tova,prompt:tova",
+            "dense,dms,dms_budget,tova,prompt:tova",
             "--budgets",
             "cr2",
             "--chains",
@@ -154,7 +154,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
         and lines["dense"]["pass@2"] >= lines["dense"]["pass@1"]
     )
     records = list(read_results(output).of_task("recall"))
-    assert len(records) == 4 * 2 * 2 and len({r.key for r in records}) == 16
+    assert len(records) == 5 * 2 * 2 and len({r.key for r in records}) == 20
     model, tokenizer = dms_jax.load(folder), dms_jax.load_tokenizer(folder)
     count = lambda text: len(tokenizer.encode(text))
     problems = {p.unit: p for p in TASKS["recall"].problems(TaskOptions(count=2, lengths=(220,), depths=(0.5,)), count)}
@@ -167,7 +167,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
             seen = [len(prompt) + 1 + i for i in range(record.new_tokens)]
             np.testing.assert_allclose(record.kv_reads, sum(seen), rtol=1e-6)
             assert record.realised_cr == 1
-        elif record.policy == "tova":
+        elif record.policy in ("tova", "dms_budget"):
             dms = [r.live_tokens for r in records if r.policy == "dms" and r.groups == record.groups]
             assert record.live_tokens == round(np.mean(dms))
         elif record.policy == "prompt:tova":
