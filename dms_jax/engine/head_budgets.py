@@ -4,8 +4,6 @@ All heads get one common threshold, as under the policy `dms`: the one at which 
 The budget of each head is the number of pairs that it then keeps. Errors are `ConfigError`.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -15,28 +13,9 @@ from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 from dms_jax.policies.budgeted_eviction import BudgetedEviction, HeadBudgets
+from dms_jax.policies.head_shares import HeadShares
 
-
-class HeadShares(NamedTuple):
-    """Shares of its settled pairs, those outside the window, that each head keeps when all heads keep a mean of them.
-
-    Both arrays begin with 0 and end with 1, so that shares between two means follow by interpolation.
-    """
-
-    mean: Float[np.ndarray, "n"]
-    share: Float[np.ndarray, "n L K"]
-
-    def budgets(self, pairs: int, length: int, window_size: int) -> HeadBudgets:
-        """Return the budgets of heads with the mean `pairs`, for rows of `length` tokens."""
-        settled = length - window_size - 1
-        if pairs >= length or settled < 1:
-            return ((pairs,) * self.share.shape[2],) * self.share.shape[1]
-        mean = (pairs - window_size - 1) / settled
-        flat = self.share.reshape(len(self.mean), -1)
-        share = np.array([np.interp(mean, self.mean, of_head) for of_head in flat.T])
-        kept = _largest_remainder(share * settled, (pairs - window_size - 1) * len(share))
-        table = (window_size + 1 + kept).reshape(self.share.shape[1:])
-        return tuple(tuple(layer) for layer in table.tolist())
+MEANS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of settled pairs, for budgets that are not known beforehand
 
 
 def head_budgets(model: Decoder, tokens: Int[Array, "B T"], pairs: int, *, passes: int = 3) -> HeadBudgets:
@@ -47,22 +26,27 @@ def head_budgets(model: Decoder, tokens: Int[Array, "B T"], pairs: int, *, passe
     times: the first time densely, and then under the budgets that the logits of the pass before gave.
     """
     dms, tokens = check_rows(model, tokens, "head_budgets")
-    length, window = tokens.shape[1], dms.window_size
+    length, settled = tokens.shape[1], tokens.shape[1] - dms.window_size - 1
     BudgetedEviction(dms, pairs)  # refuses a budget below the window
-    settled = length - window - 1
     if pairs >= length or settled < 1:
         return ((pairs,) * model.config.num_kv_heads,) * model.config.num_layers
-    return head_shares(model, tokens, ((pairs - window - 1) / settled,), passes=passes).budgets(pairs, length, window)
+    shares = head_shares(model, tokens, ((pairs - dms.window_size - 1) / settled,), passes=passes)
+    return shares.budgets(pairs, length, dms.window_size)
 
 
-def head_shares(model: Decoder, tokens: Int[Array, "B T"], means: tuple[float, ...], *, passes: int = 3) -> HeadShares:
-    """Measure the shares of settled pairs that heads keep at each of `means`; `passes` as in `head_budgets`."""
+def head_shares(
+    model: Decoder, tokens: Int[Array, "B T"], means: tuple[float, ...] = MEANS, *, passes: int = 3
+) -> HeadShares:
+    """Measure the shares of settled pairs that heads keep if they keep `means` of them on average, which increase.
+
+    Shares serve any budget and any length of rows. `tokens` and `passes` are as in `head_budgets`.
+    """
     dms, tokens = check_rows(model, tokens, "head_shares")
-    rows, length = tokens.shape
-    settled, shape = length - dms.window_size - 1, (model.config.num_layers, model.config.num_kv_heads)
+    length, shape = tokens.shape[1], (model.config.num_layers, model.config.num_kv_heads)
+    settled = length - dms.window_size - 1
     if settled < 1:
         raise ConfigError(
-            f"calibration rows must be longer than the window of {dms.window_size} + 1 tokens, got {length} tokens; "
+            f"calibration rows must have more than window_size + 1 = {dms.window_size + 1} tokens, got {length}; "
             "use longer rows"
         )
     run, shares = jitted(model, "budgeted_hidden"), []
@@ -73,8 +57,7 @@ def head_shares(model: Decoder, tokens: Int[Array, "B T"], means: tuple[float, .
             share = _shares_at_common_threshold(score, round(mean * score.size))
             table = dms.window_size + 1 + np.round(share * settled).astype(np.int32)
         shares.append(share)
-    share = np.stack([np.zeros(shape), *shares, np.ones(shape)])
-    return HeadShares(share.mean(axis=(1, 2)), share)
+    return HeadShares.between_edges(np.stack(shares))
 
 
 def _shares_at_common_threshold(score: Float[np.ndarray, "L B K n"], kept: int) -> Float[np.ndarray, "L K"]:
@@ -85,12 +68,3 @@ def _shares_at_common_threshold(score: Float[np.ndarray, "L B K n"], kept: int) 
     below, tied = score < threshold, score == threshold
     part = (kept - below.sum()) / tied.sum()
     return (below + part * tied).mean(axis=(1, 3))
-
-
-def _largest_remainder(counts: Float[np.ndarray, "n"], total: int) -> Int[np.ndarray, "n"]:
-    """Round `counts`, whose sum is `total` up to rounding errors, to whole numbers whose sum is `total`."""
-    counts = np.round(counts, 6)
-    whole = np.floor(counts).astype(np.int64)
-    first = np.argsort(whole - counts, kind="stable")[: total - whole.sum()]
-    whole[first] += 1
-    return whole

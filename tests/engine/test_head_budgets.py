@@ -6,8 +6,9 @@ from cases import tiny_model, tokens
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.engine.head_budgets import HeadShares, head_budgets, head_shares
+from dms_jax.engine.head_budgets import head_budgets, head_shares
 from dms_jax.policies import BudgetedEviction
+from dms_jax.policies.head_shares import HeadShares
 
 DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
 
@@ -61,12 +62,13 @@ def test_shares_between_two_means_are_interpolated(rng):
     for pairs, length in ((5, 60), (30, 60), (100, 245), (11, 12), (300, 245)):
         table = np.array(shares.budgets(pairs, length, 4))
         assert table.sum() == pairs * table.size and table.min() >= 5 and table.max() <= max(length, pairs)
-    halfway = HeadShares(np.array([0, 1.0]), np.stack([np.zeros((1, 2)), np.ones((1, 2))]))
-    assert halfway.budgets(50, 100, 9) == ((50, 50),)
+    measured = HeadShares.between_edges(np.array([[[0.2, 0.6]]]))
+    assert measured.budgets(10 + 20, 110, 9) == ((10 + 10, 10 + 30),)  # half of the way to the mean of 0.4
+    assert measured.budgets(10 + 70, 110, 9) == ((10 + 60, 10 + 80),)
 
 
 def test_rows_without_settled_pairs_and_models_without_a_head_are_refused(rng):
-    with pytest.raises(dms_jax.ConfigError, match="longer than the window of 4"):
+    with pytest.raises(dms_jax.ConfigError, match=r"more than window_size \+ 1 = 5"):
         head_shares(tiny_model(DMS), tokens(rng, 1, 5), (0.5,))
     with pytest.raises(dms_jax.ConfigError, match="window_size"):
         head_budgets(tiny_model(DMS), tokens(rng, 1, 50), 4)
