@@ -4,14 +4,19 @@ All heads get one common threshold, as under the policy `dms`: the one at which 
 The budget of each head is the number of pairs that it then keeps. Errors are `ConfigError`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.engine.calibration import check_rows
+from dms_jax.engine.decoding import select_policy
 from dms_jax.errors import ConfigError
+from dms_jax.hf.head_budget_file import load_head_shares
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
+from dms_jax.policies import CachePolicy
 from dms_jax.policies.budgeted_eviction import BudgetedEviction, HeadBudgets
 from dms_jax.policies.head_shares import HeadShares
 
@@ -58,6 +63,20 @@ def head_shares(
             table = dms.window_size + 1 + np.round(share * settled).astype(np.int32)
         shares.append(share)
     return HeadShares.between_edges(np.stack(shares))
+
+
+def policy_for_rows(model: Decoder, policy: CachePolicy | str | None, dense: bool, length: int) -> CachePolicy:
+    """Resolve the arguments `policy` and `dense` of `GenerationConfig` for rows of at most `length` tokens.
+
+    A name such as "dms_budget:256" gets the budgets of heads that the model's folder brings (`hf.head_budget_file`).
+    """
+    chosen, source = select_policy(model.config, policy, dense), getattr(model, "source", None)
+    if not isinstance(policy, str) or not isinstance(chosen, BudgetedEviction) or source is None:
+        return chosen
+    shares = load_head_shares(source.path, model.config)
+    if shares is None:
+        return chosen
+    return replace(chosen, head_budgets=shares.budgets(chosen.budget, length, chosen.window_size))
 
 
 def _shares_at_common_threshold(score: Float[np.ndarray, "L B K n"], kept: int) -> Float[np.ndarray, "L K"]:

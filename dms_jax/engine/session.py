@@ -20,6 +20,7 @@ from dms_jax.engine.decoding import select_policy
 from dms_jax.engine.generation import Generation, Progress, generate
 from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig, sampling_defaults
 from dms_jax.engine.generation_report import Report
+from dms_jax.engine.head_budgets import policy_for_rows
 from dms_jax.engine.prompts import NOT_ENDED, Encoder, Prompt
 from dms_jax.engine.stop_ids import end_ids, origins, split_stops
 from dms_jax.engine.stopwatch import Clock
@@ -126,12 +127,14 @@ class Session:
     ) -> GenerationConfig:
         """Return the settings, with the capacity that `plan_capacity` chooses for these prompts."""
         config = self.config
-        policy = select_policy(self.model.config, config.policy, config.dense)
         new_tokens = config.max_new_tokens if new_tokens is None else new_tokens
+        # Later turns have unknown lengths, so budgets of heads are those for a full context.
+        length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
+        policy = policy_for_rows(self.model, config.policy, config.dense, length)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
         )
-        return replace(config, capacity=capacity, overflow=overflow)
+        return replace(config, capacity=capacity, overflow=overflow, policy=policy, dense=False)
 
     def check_lengths(self, rows: Sequence[np.ndarray], where: Sequence[str]) -> None:
         """Refuse a prompt that is too long for the context, before any prompt runs."""

@@ -7,6 +7,7 @@ from cases import tiny_model, tokens
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.engine.head_budgets import head_budgets, head_shares
+from dms_jax.hf.head_budget_file import load_head_shares, save_head_shares
 from dms_jax.policies import BudgetedEviction
 from dms_jax.policies.head_shares import HeadShares
 
@@ -74,3 +75,43 @@ def test_rows_without_settled_pairs_and_models_without_a_head_are_refused(rng):
         head_budgets(tiny_model(DMS), tokens(rng, 1, 50), 4)
     with pytest.raises(dms_jax.ConfigError, match="head_budgets .*dms=DMSConfig"):
         head_budgets(tiny_model(None), tokens(rng, 1, 50), 9)
+
+
+def test_folder_brings_budgets_for_any_mean(rng, tmp_path):
+    made = tiny_model(DMS, 3)
+    dms_jax.save(made, tmp_path / "model")
+    model, ids = dms_jax.load(tmp_path / "model"), tokens(rng, 2, 60)
+    config = dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy="dms_budget:20")
+    live = lambda: np.asarray(dms_jax.generate(model, ids, config).cache.live_counts)
+    assert (live() == 20).all()
+    shares = head_shares(model, ids, (0.25, 0.5))
+    save_head_shares(tmp_path / "model", shares, 4)
+    loaded = load_head_shares(tmp_path / "model", model.config)
+    np.testing.assert_allclose(loaded.share, shares.share, atol=1e-6)
+    want = np.array(shares.budgets(20, 64, 4))
+    np.testing.assert_array_equal(live(), np.broadcast_to(want[:, None], (3, 2, 4)))
+    assert want.std() > 1 and live().mean() == 20
+    equal = dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=BudgetedEviction(DMS, 20))
+    assert (np.asarray(dms_jax.generate(model, ids, equal).cache.live_counts) == 20).all()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"window_size": 9, "shares": [[[0.1, 0.2]]]}',
+        '{"shares": [[[0.1, 0.2]]]}',
+        '{"window_size": 4, "shares": [[[0.1, 0.2, 0.3]]]}',
+        '{"window_size": 4, "shares": []}',
+        '{"window_size": 4, "shares": [[[0.1, 1.2]]]}',
+        '{"window_size": 4, "shares": [[[0.4, 0.4]], [[0.1, 0.2]]]}',
+        '{"window_size": 4, "shares": [[[0.4, "x"]]]}',
+        '{"window_size": 4, "shares": [[[0.4, NaN]]]}',
+        '{"window_size": 4, "shares": [[[0.4], [0.1, 0.2]]]}',
+    ],
+)
+def test_damaged_file_of_shares_is_refused(tmp_path, content):
+    config = tiny_model(DMS, num_layers=1, num_kv_heads=2).config
+    (tmp_path / "head_budgets.json").write_text(content)
+    with pytest.raises(dms_jax.ConfigError, match=r"head_budgets\.json") as why:
+        load_head_shares(tmp_path, config)
+    assert "\n" not in str(why.value)
