@@ -58,7 +58,8 @@ def init_cache(
 
     Args:
       capacity: slots per row and KV head, one number or one per layer. A head needs at most one slot per token, and on
-        average about 1/CR of that; heads differ, so leave a margin.
+        average about 1/CR of that; heads differ, so leave a margin. Under "dms_budget:N" it needs no more than its
+        budget, N.
       policy: decides which pairs leave the cache: an object such as `TOVA(256)`, or a name of
         `dms_jax.policies.POLICIES` with its budget in pairs, such as "tova:256". "prompt:tova:256" ranks the pairs
         once, when `compress_prompt` is called after the prefill. None means the model's own policy, and keeps

@@ -3,7 +3,8 @@
 1. `mark`, when pairs arrive: until when is each one visible? A rule that depends on the tokens alone needs no more.
 2. `read`, before attention, only if `reads_subset`: which slots are worth reading now?
 3. `select`, after attention, only if `ranks_pairs`: which pairs stay? Methods with a budget rank here.
-4. `slot_bounds`, before anything runs: how many pairs must a head be able to hold?
+4. `slot_bounds` and `budget_table`, before anything runs: how many pairs must a head be able to hold, and how many may
+   it hold at any query?
 
 Class flags say what a policy can do, so no caller compares types or names. To add a policy, write its file, its
 line in `dms_jax.policies.POLICIES` and its test. `keep_all` is the smallest policy, and `knorm` is the
