@@ -13,6 +13,7 @@ from dms_jax.axes import Array
 from dms_jax.engine.calibration import check_rows
 from dms_jax.engine.decoding import select_policy
 from dms_jax.errors import ConfigError
+from dms_jax.hf.folder import Source
 from dms_jax.hf.head_budget_file import load_head_shares
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
@@ -56,11 +57,11 @@ def head_shares(
         )
     run, shares = jitted(model, "budgeted_hidden"), []
     for mean in means:
-        table = np.full(shape, length, np.int32)
+        share = np.ones(shape)
         for _ in range(passes):
+            table = dms.window_size + 1 + np.round(share * settled).astype(np.int32)
             score = np.asarray(run(tokens, table)[2])[..., :settled]
             share = _shares_at_common_threshold(score, round(mean * score.size))
-            table = dms.window_size + 1 + np.round(share * settled).astype(np.int32)
         shares.append(share)
     return HeadShares.between_edges(np.stack(shares))
 
@@ -71,7 +72,7 @@ def policy_for_rows(model: Decoder, policy: CachePolicy | str | None, dense: boo
     A name such as "dms_budget:256" gets the budgets of heads that the model's folder brings (`hf.head_budget_file`).
     """
     chosen, source = select_policy(model.config, policy, dense), getattr(model, "source", None)
-    if not isinstance(policy, str) or not isinstance(chosen, BudgetedEviction) or source is None:
+    if not isinstance(policy, str) or not isinstance(chosen, BudgetedEviction) or not isinstance(source, Source):
         return chosen
     shares = load_head_shares(source.path, model.config)
     if shares is None:

@@ -101,4 +101,5 @@ def restored(described: dict, config: ModelConfig) -> CachePolicy:
     if name == PROMPT:
         return PromptCompression(restored(numbers["method"], config))  # pyrefly: ignore[bad-argument-type]
     kind = POLICIES[name]
-    return kind(learned_config(config), **numbers) if kind.is_learned else kind(**numbers)
+    own = (learned_config(config),) if kind.is_learned else ()
+    return kind(*own, **numbers)  # pyrefly: ignore[bad-argument-count]  # a learned policy begins with its `DMSConfig`

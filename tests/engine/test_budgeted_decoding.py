@@ -181,10 +181,10 @@ def test_small_buffer_is_refused_when_it_overflows(rng):
 
 def test_buffers_grow_up_to_the_budget(rng):
     model = tiny_model(policy(2), 3, num_layers=2)
-    lazy = BudgetedEviction(model.config.dms, 40, ((40,) * 4, (10, 50, 60, 40)))
-    cache, ids = dms_jax.init_cache(model, 1, 16, policy=lazy, overflow="grow"), distinct(rng, 1, 90)
+    lazy = BudgetedEviction(model.config.dms, 40, ((40,) * 4, (10, 100, 30, 20)))
+    cache, ids = dms_jax.init_cache(model, 1, 16, policy=lazy, overflow="grow"), tokens(rng, 1, 130)
     logits, cache = dms_jax.prefill(model, cache, ids, chunk_size=16)
-    assert cache.capacities == (64, 64) and not np.asarray(cache.forced_evictions).any()
+    assert cache.capacities == (64, 128) and not np.asarray(cache.forced_evictions).any()
     np.testing.assert_array_equal(cache.live_counts[:, 0], lazy.head_budgets)
 
 

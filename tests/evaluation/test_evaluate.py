@@ -98,6 +98,7 @@ def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text
     assert greedy["dense", "words/0"].match == 1 and greedy["dense", "words/0"].divergence == 16
     kept, lazy_kept = results.of_task("kept")
     assert np.mean(lazy_kept.live_per_head) == lazy_kept.live_by_position[-1] == equal[0]
+    assert np.std(lazy_kept.live_per_head) > 0, "calibration must give the heads different budgets"
     assert np.diff(lazy_kept.live_by_position).min() >= 0, "no more pairs leave than are added"
     np.testing.assert_allclose(np.mean(kept.live_per_head), want[0])
     assert "".join(kept.pieces).startswith("0 the quick")
