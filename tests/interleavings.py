@@ -1,6 +1,7 @@
 """Random interleavings of prefill, decoding and what may happen to a cache between them, against known logits."""
 
 import dataclasses
+import functools
 import tempfile
 
 import jax
@@ -65,6 +66,18 @@ def padded_chunk(rng, ids, seen, count, any_width):
     return chunk, {"mask": mask} if style == "mask" else {"lengths": count, "padding": str(style)}, offset
 
 
+def check_prefill(run, last_only, want, seen, count, offset) -> CompactCache:
+    """Run a prefill of `count` tokens in each row, from column `offset`; compare its logits with those of the rows."""
+    logits, cache = run(last_only=last_only)
+    logits = np.asarray(logits)
+    for b in np.flatnonzero(count):
+        whole = want[b, seen[b] : seen[b] + count[b]]
+        ours = logits[b] if last_only else logits[b, offset[b] : offset[b] + count[b]]
+        np.testing.assert_allclose(ours, whole[-1] if last_only else whole, rtol=1e-5, atol=1e-5)
+    assert last_only or logits.shape[2] == TINY.vocab_size
+    return cache
+
+
 def check_interleaving(
     model: Decoder,
     cache: CompactCache,
@@ -110,22 +123,8 @@ def check_interleaving(
             count = np.minimum(rng.integers(0, 14, ROWS), lengths - seen)
             chunk, layout, offset = padded_chunk(rng, ids, seen, count, any_width)
             size = 5 if operation == "chunks" else None  # few sizes, because each is compiled
-            if operation == "last":
-                logits, cache = dms_jax.prefill(
-                    model, cache, chunk, chunk_size=size, last_only=True, **layout, **options
-                )
-                logits = np.asarray(logits)
-                got = [(logits[b : b + 1], want[b, seen[b] + count[b] - 1 :][:1]) for b in range(ROWS) if count[b]]
-            else:
-                logits, cache = dms_jax.prefill(model, cache, chunk, chunk_size=size, **layout, **options)
-                logits = np.asarray(logits)
-                assert logits.shape == (*chunk.shape, TINY.vocab_size)
-                got = [
-                    (logits[b, offset[b] : offset[b] + count[b]], want[b, seen[b] : seen[b] + count[b]])
-                    for b in range(ROWS)
-                ]
-            for ours, theirs in got:
-                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+            run = functools.partial(dms_jax.prefill, model, cache, chunk, chunk_size=size, **layout, **options)
+            cache = check_prefill(run, operation == "last", want, seen, count, offset)
             seen = seen + count
     np.testing.assert_array_equal(cache.seen, lengths)
     np.testing.assert_array_equal(cache.live_counts, live[:, np.arange(ROWS), :, lengths - 1].swapaxes(0, 1))
