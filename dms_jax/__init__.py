@@ -17,6 +17,7 @@ _HOME = {  # public name -> the module that defines it
     "GenerationConfig": "engine.generation_config",
     "generate": "engine.generation",
     "calibrate": "engine.calibration",
+    "head_budgets": "engine.head_budgets",
     "load_cache": "hf.cache_file",
     "save_cache": "hf.cache_file",
     "compress_prompt": "policies.prompt_compression",

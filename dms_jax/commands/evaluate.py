@@ -65,7 +65,7 @@ def _add_text_options(group) -> None:
     add("--text", action="append", default=[], metavar="[NAME=]FILE", help="UTF-8 text of one domain; may be repeated")
     add("--length", type=int, default=1024, metavar="N", help="tokens per row, a multiple of --chunk (default 1024)")
     add("--rows", type=int, default=16, metavar="N", help="rows to measure in each text (default 16)")
-    calibration = "rows after those, on which thresholds are calibrated (default 2)"
+    calibration = "rows after those, on which thresholds and budgets of heads are calibrated (default 2)"
     add("--calibration-rows", type=int, default=2, metavar="N", help=calibration)
     greedy = "tokens that the task greedy generates for each row (default 64)"
     add("--greedy-tokens", type=int, default=64, metavar="N", help=greedy)

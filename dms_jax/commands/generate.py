@@ -127,6 +127,12 @@ def _add_cache(group) -> None:
     )
     group.add_argument("--dense", action="store_true", help="ignore the policy and keep every pair")
     group.add_argument(
+        "--policy",
+        metavar="NAME[:N]",
+        help="another policy than the model's own, with its budget in pairs per KV head: dms_budget:256 (exact budgets "
+        "for a learned evict head), tova:256, prompt:tova:256, ...",
+    )
+    group.add_argument(
         "--threshold",
         type=float,
         metavar="X",
@@ -267,7 +273,7 @@ def check(options: argparse.Namespace) -> None:
         if is_unused and getattr(options, name):
             unless = " unless --as-chat is given" if name == "system" else ""
             raise ConfigError(f"{_option(name)} has no effect with --{mode}{unless}; leave it out")
-    for name in ("capacity", "dense"):
+    for name in ("capacity", "dense", "policy"):
         if options.load_cache and getattr(options, name):
             raise ConfigError(
                 f"{_option(name)} has no effect with --load-cache, because a saved cache brings its own; leave it out, "
@@ -276,6 +282,8 @@ def check(options: argparse.Namespace) -> None:
     for name in SAMPLED:
         if options.greedy and getattr(options, name) is not None:
             raise ConfigError(f"{_option(name)} has no effect with --greedy; leave one of them out")
+    if options.dense and options.policy:
+        raise ConfigError("--policy has no effect with --dense, which keeps every pair; leave one of them out")
     if options.dense and options.threshold is not None:
         raise ConfigError("--threshold has no effect with --dense, which evicts nothing; leave one of them out")
     if options.output and options.prompts and os.path.realpath(options.output) == os.path.realpath(options.prompts):

@@ -43,6 +43,7 @@ RANGES = {
     "users": AtLeast(1),
     "context": AtLeast(2),
     "headroom": AtLeast(1),
+    "pairs": AtLeast(0),
 }
 
 
@@ -89,6 +90,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     number(server, "users", 1, "rows that are decoded together")
     number(server, "context", DEFAULT_CONTEXT, "tokens per row", or_limit, at_most=True)
     number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
+    exact = "also plan the policy dms_budget:N, whose caches hold exactly N pairs per KV head"
+    number(server, "pairs", 0, exact, "0, which plans no such arm")
     return parser.parse_args(argv)
 
 
@@ -199,7 +202,20 @@ def server_plan(options: argparse.Namespace) -> "ServingPlan":
     budget = parse_bytes(options.memory) if options.memory else None
     config = read_config(options.model, options.window, options.mode)
     context = min(DEFAULT_CONTEXT, config.context_limit()[0]) if options.context is None else options.context
-    return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS)
+    budgets = exact_budgets(options.model, config, options.pairs, context) if options.pairs else None
+    return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS, budgets)
+
+
+def exact_budgets(path: str, config: ModelConfig, pairs: int, context: int) -> tuple[tuple[int, ...], ...]:
+    """Return the budgets of the policy `dms_budget` per layer and KV head: those of the folder, or equal ones."""
+    from dms_jax.hf.head_budget_file import load_head_shares
+    from dms_jax.policies import BudgetedEviction
+
+    policy = BudgetedEviction(config.require_dms(), pairs)
+    shares = load_head_shares(path, config)
+    if shares is not None:
+        return shares.budgets(pairs, context, policy.window_size)
+    return ((pairs,) * config.num_kv_heads,) * config.num_layers
 
 
 def say(text: str) -> None:

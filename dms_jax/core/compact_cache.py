@@ -59,6 +59,7 @@ class LayerCache:
     score: Float[Array, "B K C"]  # fp32
     forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
     statistic: Float[Array, "B K C features"] | None = None  # numbers that the policy remembers for each pair
+    budget: Int[Array, "B K"] | None = None  # live pairs that `core.budget_eviction` keeps; None if nothing is to keep
 
     @property
     def capacity(self) -> int:
@@ -78,6 +79,7 @@ class HostBounds(NamedTuple):
 
     seen: int  # tokens seen by any row
     live: tuple[int, ...]  # live pairs of any row and head, for each layer
+    budgets: tuple[int, ...] | None = None  # the largest budget of any head, for each layer; None without budgets
 
 
 class TokenHistory(NamedTuple):

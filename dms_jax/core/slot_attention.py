@@ -7,6 +7,7 @@ matrix product.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,9 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending
+from dms_jax.core.budget_eviction import keep_budgets
+from dms_jax.core.chunked_attention import block_size
+from dms_jax.core.compact_cache import Expiries, LayerCache, append, apply_pending, empty_layer
 from dms_jax.core.visibility import MASKED, is_visible
 from dms_jax.platform_defaults import platform_defaults
 
@@ -110,6 +113,7 @@ def extend_layer(
     # 1. The chunk's first token decides about the pair before the chunk.
     with jax.named_scope("apply_pending"):
         layer = apply_pending(layer, expiries, seen, count)
+        layer, expiries = keep_budgets(layer, expiries, seen, count, policy.window_size)
     visible_slots = policy.read(q, layer, position) if policy.reads_subset else None
     selection = policy.select(q, k, expiries, layer, position, count) if policy.ranks_pairs else None
     if q.shape[1] == 1 and visible_slots is None and selection is None:
@@ -189,6 +193,29 @@ def slot_attention(
     used = jnp.max(slots_in_use(slots, position))
     carry = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
     return unfold_queries(carry.normalized().astype(q.dtype), t)
+
+
+@typed
+def expiring_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    expiry: Int[Array, "B K T"],
+) -> Float[Array, "B T N H"]:
+    """Compute causal attention of whole rows in which pair k is visible to the queries up to `expiry[k]`.
+
+    The row serves as the slots of a cache that blocks of queries read one after the other, so no array has two axes of
+    length T.
+    """
+    (b, t, _, _), size = q.shape, block_size(q.shape[1])
+    position = jnp.broadcast_to(jnp.arange(t + -t % size, dtype=jnp.int32), (b, t + -t % size))
+    row = empty_layer(b, k.shape[2], t, q.shape[3], k.dtype)
+    slots = jnp.broadcast_to(position[:, None, :t], expiry.shape)
+    row = replace(row, k=k.swapaxes(1, 2), v=v.swapaxes(1, 2), position=slots, expiry=expiry)
+    blocks = lambda x: x.reshape(b, -1, size, *x.shape[2:]).swapaxes(0, 1)
+    queries = jnp.pad(q, ((0, 0), (0, -t % size), (0, 0), (0, 0)))
+    out = lax.map(lambda part: slot_attention(part[0], row, part[1], None), (blocks(queries), blocks(position)))
+    return out.swapaxes(0, 1).reshape(b, -1, *q.shape[2:])[:, :t]
 
 
 @typed

@@ -32,3 +32,14 @@ def is_visible(q_pos: Int[Array, "T"], k_pos: Int[Array, "S"], expiry: Int[Array
 def is_outside_window(q_pos: Int[Array, "*#T"], k_pos: Int[Array, "*#T"], window_size: int) -> Bool[Array, "*#T"]:
     """Return where the soft gate acts: exactly where a marked pair would be gone. `q_pos` and `k_pos` broadcast."""
     return q_pos > expiry_of(jnp.ones_like(k_pos, bool), k_pos, window_size)
+
+
+@typed
+def segment_bounds(segment_ids: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """Return the first and the last position of the segment of each token; a segment is a run of equal ids."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1])[None], segment_ids.shape)
+    change = segment_ids[:, 1:] != segment_ids[:, :-1]
+    edge = jnp.ones_like(segment_ids[:, :1], bool)
+    starts, ends = jnp.concatenate([edge, change], axis=1), jnp.concatenate([change, edge], axis=1)
+    last = jnp.where(ends, index, segment_ids.shape[1])
+    return lax.cummax(jnp.where(starts, index, 0), axis=1), lax.cummin(last, axis=1, reverse=True)

@@ -52,6 +52,8 @@ def plan_capacity(
         return capacity, overflow
     slots, bounds = round_up(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
     if bounds.max is not None or (overflow == "grow" and not more_to_come):
+        if bounds.max_of_layer is not None:
+            return tuple(min(slots, round_up(most)) for most in bounds.max_of_layer), overflow
         slots = min(slots, round_up(bounds.max or 2 * bounds.min))
     return slots, overflow
 
@@ -60,7 +62,14 @@ def host_bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
     """Return upper bounds of the tokens seen and of the live pairs per layer; `exact` reads them from the device."""
     if cache.bounds is not None and not exact:
         return cache.bounds
-    return HostBounds(int(np.max(cache.seen)), tuple(np.asarray(cache.live_counts).max(axis=(1, 2)).tolist()))
+    live = tuple(np.asarray(cache.live_counts).max(axis=(1, 2)).tolist())
+    budgets = [layer.budget for layer in cache.layers if layer.budget is not None]
+    return HostBounds(int(np.max(cache.seen)), live, tuple(int(np.max(b)) for b in budgets) if budgets else None)
+
+
+def _max_slots(cache: CompactCache, known: HostBounds) -> tuple[int | None, ...]:
+    """Return how many pairs a head of each layer can ever hold; None if that depends on the tokens."""
+    return known.budgets or (cache.policy.slot_bounds().max,) * len(cache.layers)
 
 
 def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -> None:
@@ -92,9 +101,8 @@ def grow_for(cache: CompactCache, count: int) -> CompactCache:
     """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit."""
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
-    exact, max_slots = host_bounds(cache, exact=True), cache.policy.slot_bounds().max
-    layers = []
-    for layer, live in zip(cache.layers, exact.live, strict=True):
+    exact, layers = host_bounds(cache, exact=True), []
+    for layer, live, max_slots in zip(cache.layers, exact.live, _max_slots(cache, exact), strict=True):
         needed = min(live + count, max_slots or live + count)
         layers.append(layer if needed <= layer.capacity else grown(layer, _next_capacity(layer.capacity, needed)))
     return replace(cache, layers=tuple(layers)).with_bounds(exact)
@@ -125,17 +133,15 @@ def check_overflow(cache: CompactCache, before: HostBounds, count: int) -> Compa
 
 
 def _advance(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
-    max_slots = cache.policy.slot_bounds().max
     live = tuple(
         min(capacity, n + count, max_slots or capacity)
-        for capacity, n in zip(cache.capacities, before.live, strict=True)
+        for capacity, n, max_slots in zip(cache.capacities, before.live, _max_slots(cache, before), strict=True)
     )
-    return cache.with_bounds(HostBounds(before.seen + count, live))
+    return cache.with_bounds(before._replace(seen=before.seen + count, live=live))
 
 
 def _may_overflow(cache: CompactCache, known: HostBounds, count: int) -> bool:
-    max_slots = cache.policy.slot_bounds().max
     return any(
         min(n + count, max_slots or n + count) > capacity
-        for n, capacity in zip(known.live, cache.capacities, strict=True)
+        for n, capacity, max_slots in zip(known.live, cache.capacities, _max_slots(cache, known), strict=True)
     )

@@ -27,13 +27,7 @@ def calibrate(
     best threshold seen. Pass it as `threshold` to `prefill` or `generate`. The window always stays in the cache, which
     limits the ratio that these rows can reach; a target above that limit raises a ConfigError that states it.
     """
-    dms, tokens = model.config.dms, np.asarray(tokens)
-    if dms is None:
-        raise ConfigError(
-            "calibrate needs a model with an eviction policy, but this one has none; load it with dms=DMSConfig(...)"
-        )
-    if tokens.ndim != 2 or not tokens.size:
-        raise ConfigError(f"tokens must have the shape [rows, length], got {list(tokens.shape)}")
+    dms, tokens = check_rows(model, tokens, "calibrate")
     scores = jitted(model, "hard_scores")
     return threshold_for(
         lambda threshold: np.asarray(scores(tokens, None, np.float32(threshold))),
@@ -42,6 +36,18 @@ def calibrate(
         tolerance,
         most_runs,
     )
+
+
+def check_rows(model: Decoder, tokens: Int[Array, "B T"], function: str) -> tuple[DMSConfig, Int[np.ndarray, "B T"]]:
+    """Return the parameters of the evict head and the calibration rows of a `function`, after checking both."""
+    dms, tokens = model.config.dms, np.asarray(tokens)
+    if dms is None:
+        raise ConfigError(
+            f"{function} needs a model with an eviction policy, but this one has none; load it with dms=DMSConfig(...)"
+        )
+    if tokens.ndim != 2 or not tokens.size:
+        raise ConfigError(f"tokens must have the shape [rows, length], got {list(tokens.shape)}")
+    return dms, tokens
 
 
 def threshold_for(

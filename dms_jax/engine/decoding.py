@@ -7,6 +7,7 @@ Errors are `ConfigError`.
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,8 @@ def init_cache(
 
     Args:
       capacity: slots per row and KV head, one number or one per layer. A head needs at most one slot per token, and on
-        average about 1/CR of that; heads differ, so leave a margin.
+        average about 1/CR of that; heads differ, so leave a margin. Under "dms_budget:N" it needs no more than its
+        budget, N.
       policy: decides which pairs leave the cache: an object such as `TOVA(256)`, or a name of
         `dms_jax.policies.POLICIES` with its budget in pairs, such as "tova:256". "prompt:tova:256" ranks the pairs
         once, when `compress_prompt` is called after the prefill. None means the model's own policy, and keeps
@@ -87,8 +89,13 @@ def init_cache(
         empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features)
         for c in capacities
     )
-    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow)
-    empty = HostBounds(0, (0,) * config.num_layers)
+    table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
+    if table is not None:
+        rows = jnp.asarray(np.repeat(table[:, None], batch_size, axis=1))
+        layers = tuple(replace(layer, budget=rows[index]) for index, layer in enumerate(layers))
+        largest = tuple(table.max(axis=1).tolist())
+    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.in_cache(), overflow)
+    empty = HostBounds(0, (0,) * config.num_layers, largest)
     return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
 

@@ -16,8 +16,9 @@ from dms_jax.core.compact_cache import CompactCache, TokenHistory, row_compressi
 from dms_jax.engine.cache_capacity import check_context, check_min_slots, host_bounds, plan_capacity, round_up
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segments, generated_tokens
-from dms_jax.engine.decoding import init_cache, prefill_rows, select_policy
+from dms_jax.engine.decoding import init_cache, prefill_rows
 from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.head_budgets import policy_for_rows
 from dms_jax.engine.stop_ids import end_ids, split_stops
 from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError, shown
@@ -91,7 +92,7 @@ def generate(
     # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
     if cache is None:
-        policy = select_policy(model.config, config.policy, config.dense)
+        policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
         capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
         cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
     _check_sizes(model, cache, lengths, config)

@@ -12,8 +12,9 @@ from dms_jax.engine.stopwatch import Clock
 class Report:
     """Sums over all prompts or turns of a command."""
 
-    target_cr: float | None  # of training; None if the model has no evict head or the command does not use it
+    target_cr: float | None  # of training; None unless the command follows the evict head at a threshold
     clock: Clock
+    policy: str = "dense"  # its name
     prompts: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -68,7 +69,7 @@ class Report:
             lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{n[f'{phase}_s']:>10.2f}{rate:>10}")
         lines.append(f"{'compile':<10}{'':>9}{n['compile_s']:>10.2f}")
         nominal = "-" if n["nominal_cr"] is None else f"{n['nominal_cr']:.2f}"
-        policy = "dense" if self.target_cr is None else f"nominal {nominal}, target {self.target_cr:g}"
+        policy = self.policy if self.target_cr is None else f"nominal {nominal}, target {self.target_cr:g}"
         lines.append(
             f"live pairs per row and head: {n['live_pairs_per_head']:g} for {n['tokens_seen_per_row']:g} tokens, "
             f"CR {n['realised_cr']:.2f} ({policy})"

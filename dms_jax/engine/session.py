@@ -20,6 +20,7 @@ from dms_jax.engine.decoding import select_policy
 from dms_jax.engine.generation import Generation, Progress, generate
 from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig, sampling_defaults
 from dms_jax.engine.generation_report import Report
+from dms_jax.engine.head_budgets import policy_for_rows
 from dms_jax.engine.prompts import NOT_ENDED, Encoder, Prompt
 from dms_jax.engine.stop_ids import end_ids, origins, split_stops
 from dms_jax.engine.stopwatch import Clock
@@ -31,7 +32,7 @@ from dms_jax.hf.open_model import open_model
 from dms_jax.hf.safetensors_files import shorten
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
-from dms_jax.policies import KeepAll
+from dms_jax.policies import policy_name
 
 
 class Cancelled(Exception):
@@ -126,12 +127,14 @@ class Session:
     ) -> GenerationConfig:
         """Return the settings, with the capacity that `plan_capacity` chooses for these prompts."""
         config = self.config
-        policy = select_policy(self.model.config, config.policy, config.dense)
         new_tokens = config.max_new_tokens if new_tokens is None else new_tokens
+        # Later turns have unknown lengths, so budgets of heads are those for a full context.
+        length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
+        policy = policy_for_rows(self.model, config.policy, config.dense, length)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
         )
-        return replace(config, capacity=capacity, overflow=overflow)
+        return replace(config, capacity=capacity, overflow=overflow, policy=policy, dense=False)
 
     def check_lengths(self, rows: Sequence[np.ndarray], where: Sequence[str]) -> None:
         """Refuse a prompt that is too long for the context, before any prompt runs."""
@@ -221,12 +224,17 @@ def open_session(options: argparse.Namespace) -> Session:
     ends = () if options.ignore_eos else end_ids(model.config, tokenizer)
     config = replace(config, stop_ids=tuple(dict.fromkeys(ends + special)), stop_strings=strings)
     loaded = _load_cache(model, options, config)
-    dense = options.dense if loaded is None else loaded.policy == KeepAll()
+    policy = select_policy(model.config, config.policy, config.dense) if loaded is None else loaded.policy
+    follows_threshold = policy.is_learned and not policy.has_budget
+    if options.policy and options.threshold is not None and not follows_threshold:
+        raise ConfigError(
+            f"--threshold has no effect with --policy {options.policy}, which has no threshold; leave one of them out"
+        )
     jax.block_until_ready(unrolled(model))  # lay out the weights now, so that the first prefill does not count it
-    target_cr = None if model.config.dms is None or dense else model.config.dms.target_cr
+    target_cr = model.config.require_dms().target_cr if follows_threshold else None
     if config.temperature == 0:
         defaults = {name: value for name, value in defaults.items() if name not in SAMPLED}
-    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock()), defaults)
+    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock(), policy_name(policy)), defaults)
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dms_jax.engine.stop_ids import end_ids
 from dms_jax.engine.stopwatch import Clock
 from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.methods import Calibrator, Method, Setup
+from dms_jax.evaluation.methods import Calibrator, Method, Setup, ranked_pairs
 from dms_jax.evaluation.result_records import AnswerRecord, Record, ScoredRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
@@ -273,7 +273,7 @@ def _prefilled(
     padded = np.zeros((len(rows), max(lengths.max(), 1)), np.int32)
     for target, row in zip(padded, rows, strict=True):
         target[: len(row) - 1] = row[:-1]
-    max_pairs = setup.policy.slot_bounds().max
+    max_pairs = ranked_pairs(setup.policy)
     length = round_up(group.length + group.longest_answer)
     cache = init_cache(run.model, len(rows), min(max_pairs or length, length), policy=setup.policy)
     chunk = None if max_pairs is None else run.chunk

@@ -189,8 +189,10 @@ def _check_budgets(
                     f"--policies {method.policy}: prompt compression ranks once, after a prompt, "
                     "so it does not apply to --tasks text"
                 )
-            if method.kind.is_learned and method.budget != TRAINED and not options.calibration_rows:
-                raise ConfigError(f"{method} needs a calibrated threshold; use --calibration-rows 1 or more")
+            calibrated = method.kind.is_learned and (method.kind.has_budget or method.budget != TRAINED)
+            if calibrated and not options.calibration_rows:
+                what = "budgets of heads" if method.kind.has_budget else "a threshold"
+                raise ConfigError(f"{method} needs {what} from calibration rows; use --calibration-rows 1 or more")
         for found in groups.values():
             for group in found:
                 check_budget(model, method, group.length)

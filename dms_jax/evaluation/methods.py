@@ -9,10 +9,12 @@ import numpy as np
 
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.engine.calibration import calibrate
+from dms_jax.engine.head_budgets import head_budgets
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.result_records import method_name
 from dms_jax.models.decoder import Decoder, with_window
-from dms_jax.policies import POLICIES, CachePolicy, policy_of
+from dms_jax.policies import POLICIES, BudgetedEviction, CachePolicy, policy_of
+from dms_jax.policies.budgeted_eviction import HeadBudgets
 
 DENSE = "dense"  # the reference: no budget
 DMS = "dms"  # at the budget TRAINED, the other policies match the live tokens of this one
@@ -100,7 +102,7 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
             f"--budgets {method.budget} means {pairs} pairs for rows of {length} tokens; "
             f"give 1 to {length}, or cr1 to cr{length}"
         )
-    if not method.kind.is_learned:
+    if method.kind.has_budget:
         policy_of(model.config, f"{method.policy}:{pairs}")
         return
     window = policy_of(model.config, method.policy).window_size
@@ -110,6 +112,15 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
             f"{method} means CR {length / pairs:.4g}, but rows of {length} tokens with a window of {window} "
             f"reach at most {highest:.4g}; use longer rows, or a budget of at least {math.ceil(length / highest)} pairs"
         )
+
+
+def ranked_pairs(policy: CachePolicy) -> int | None:
+    """Return the budget that a training-free policy holds from chunk to chunk; None for any other policy.
+
+    Results of a learned policy do not depend on chunks. Its cache gets a slot for each token of a row, so that one
+    compiled program serves all thresholds and all budgets of heads.
+    """
+    return None if policy.is_learned else policy.slot_bounds().max
 
 
 @dataclass(frozen=True)
@@ -128,6 +139,7 @@ class Calibrator:
     def __init__(self, model: Decoder):
         self.model = model
         self._thresholds: dict[tuple[Method, int, str], float] = {}
+        self._head_budgets: dict[tuple[int, int, str], HeadBudgets] = {}
 
     def dense(self) -> Setup:
         return Setup(policy_of(self.model.config, DENSE))
@@ -148,10 +160,12 @@ class Calibrator:
         """
         if method.policy == DENSE:
             return self.dense()
-        if not method.kind.is_learned:
-            pairs = max(1, round(self._pairs(method, length, dms_live_tokens)))
-            policy = policy_of(self.model.config, f"{method.policy}:{pairs}")
-            return Setup(policy, pairs=pairs, compresses_prompt=method.compresses_prompt)
+        if method.kind.has_budget:
+            pairs = round(self._pairs(method, length, dms_live_tokens))
+            if method.kind.is_learned:
+                return self._budgeted(pairs, length, rows_name, rows)
+            policy = policy_of(self.model.config, f"{method.policy}:{max(1, pairs)}")
+            return Setup(policy, pairs=max(1, pairs), compresses_prompt=method.compresses_prompt)
         policy = policy_of(self.model.config, method.policy)
         if method.budget == TRAINED and method.policy == DMS:
             return Setup(policy)
@@ -161,6 +175,15 @@ class Calibrator:
             model = with_window(self.model, policy.window_size)
             self._thresholds[key] = calibrate(model, rows(), length / pairs, tolerance=0.005)
         return Setup(policy, self._thresholds[key])
+
+    def _budgeted(self, pairs: int, length: int, rows_name: str, rows: Callable[[], np.ndarray]) -> Setup:
+        """Return a setup whose budget of each head comes from calibration rows."""
+        dms, key = self.model.config.require_dms(), (pairs, length, rows_name)
+        if pairs <= dms.window_size:  # dms keeps rows that are shorter than its window whole
+            return Setup(BudgetedEviction(dms, dms.window_size + 1), pairs=dms.window_size + 1)
+        if key not in self._head_budgets:
+            self._head_budgets[key] = head_budgets(self.model, rows(), pairs)
+        return Setup(BudgetedEviction(dms, pairs, self._head_budgets[key]), pairs=pairs)
 
     def _pairs(self, method: Method, length: int, dms_live_tokens: Callable[[], float | None]) -> float:
         matched = None if method.policy == DMS else dms_live_tokens()

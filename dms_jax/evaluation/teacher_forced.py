@@ -20,6 +20,7 @@ from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
 from dms_jax.engine.decoding import init_cache
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.held_out import next_tokens
+from dms_jax.evaluation.methods import ranked_pairs
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
 from dms_jax.policies import CachePolicy
@@ -55,7 +56,7 @@ def online_rows(
             f"the length of rows must be a multiple of the chunk of {chunk}, got {length}; "
             f"use length {length // chunk * chunk}"
         )
-    cache = init_cache(model, rows, min(policy.slot_bounds().max or length, length), policy=policy)
+    cache = init_cache(model, rows, min(ranked_pairs(policy) or length, length), policy=policy)
     metrics, live, cache = _online(
         unrolled(model), cache, jnp.asarray(tokens), dense_hidden, jnp.float32(threshold), chunk
     )

@@ -13,14 +13,16 @@ import numpy as np
 
 import dms_jax
 from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
+from dms_jax.core.eviction import align_to_pairs
+from dms_jax.core.visibility import expiry_of
 from dms_jax.engine.generation import Generation
-from dms_jax.evaluation.methods import Method, Setup
+from dms_jax.evaluation.methods import Method, Setup, ranked_pairs
 from dms_jax.evaluation.result_records import GreedyRecord, KeptRecord, Record, TextRecord
 from dms_jax.evaluation.results import rounded
 from dms_jax.evaluation.table_kinds import GreedyTable, Table, TextTable
 from dms_jax.evaluation.teacher_forced import dense_hidden, online_rows
 from dms_jax.evaluation.text_measure import Batch, TextMeasure
-from dms_jax.models.decoder import with_window
+from dms_jax.models.decoder import Decoder, with_window
 
 
 class TextTask(Protocol):
@@ -126,7 +128,7 @@ class GreedyMatch(RowTask):
 
 def _continued(run: TextMeasure, rows: np.ndarray, setup: Setup) -> Generation:
     length = rows.shape[1] + run.greedy_tokens
-    max_pairs = setup.policy.slot_bounds().max
+    max_pairs = ranked_pairs(setup.policy)
     config = dms_jax.GenerationConfig(
         max_new_tokens=run.greedy_tokens,
         stop_ids=(),
@@ -155,10 +157,7 @@ class Retention:
             if not run.missing(self.name, method, [unit]):
                 continue
             setup, tokens = run.setup(method, domain), domain.rows[:1]
-            window = setup.policy.window_size
-            _, evict = with_window(run.model, window).hard_hidden(tokens, None, setup.threshold)
-            shift = run.model.config.require_dms().decision_shift
-            retained = retention(np.asarray(evict)[:, 0], window, shift)
+            retained = retention(_expiries(run.model, setup, tokens)[:, 0])
             run.file.append(
                 KeptRecord(
                     task=self.name,
@@ -171,7 +170,7 @@ class Retention:
                     kept=rounded(retained.fraction),
                     live_per_head=retained.live_per_head.tolist(),
                     live_by_position=rounded(retained.live_by_position),
-                    window_size=window,
+                    window_size=setup.policy.window_size,
                     realised_cr=float(tokens.shape[1] / retained.live_by_position[-1]),
                 )
             )
@@ -186,17 +185,25 @@ class RetainedPairs:
     live_by_position: np.ndarray  # [T] pairs after each token, mean over layers and heads
 
 
-def retention(evict: np.ndarray, window_size: int, shift: int) -> RetainedPairs:
-    """Return which pairs the decisions [L K T] of one row retain. The decision of token t marks pair t - `shift`."""
-    length = evict.shape[-1]
-    marked = np.zeros_like(evict)
-    marked[..., : length - shift] = evict[..., shift:]
-    leaves_at = np.arange(length) + window_size + 1  # the position at which a marked pair is no longer held
-    leaving = np.zeros(evict.shape, np.int64)
-    in_row = leaves_at < length
-    leaving[..., leaves_at[in_row]] = marked[..., in_row]
-    live = np.arange(1, length + 1) - np.cumsum(leaving, axis=-1)
-    retained = ~(marked & in_row)
+def _expiries(model: Decoder, setup: Setup, tokens: np.ndarray) -> np.ndarray:
+    """Return the expiries [L B K T] of the pairs of whole rows under a learned policy."""
+    config, policy = model.config, setup.policy
+    table = policy.budget_table(config.num_layers, config.num_kv_heads)
+    if table is not None:
+        return np.asarray(model.budgeted_hidden(tokens, table)[1])
+    _, evict = with_window(model, policy.window_size).hard_hidden(tokens, None, setup.threshold)
+    marked = align_to_pairs(evict, config.require_dms().decision_shift, False)
+    return np.asarray(expiry_of(marked, np.arange(tokens.shape[1], dtype=np.int32), policy.window_size))
+
+
+def retention(expiry: np.ndarray) -> RetainedPairs:
+    """Return which pairs of one row are still held after it, and how many after each token, by their expiries
+    [L K T]."""
+    length, left = expiry.shape[-1], np.sort(expiry, axis=-1)
+    now = np.arange(length)
+    gone = np.stack([np.searchsorted(head, now) for head in left.reshape(-1, length)]).reshape(expiry.shape)
+    live = now + 1 - gone  # pairs that expired before each token are gone
+    retained = expiry >= length - 1
     return RetainedPairs(retained.mean(axis=(0, 1)), live[..., -1], live.mean(axis=(0, 1)))
 
 

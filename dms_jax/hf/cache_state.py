@@ -15,7 +15,13 @@ from dms_jax.policies import CachePolicy, describe
 from dms_jax.policies.cache_policy import UNBOUNDED
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))  # of keys and values
-DTYPES = {"position": np.int32, "expiry": np.int32, "score": np.float32, "forced_evictions": np.int32}
+DTYPES = {
+    "position": np.int32,
+    "expiry": np.int32,
+    "score": np.float32,
+    "forced_evictions": np.int32,
+    "budget": np.int32,
+}
 
 
 def check_policy(policy: CachePolicy) -> None:
@@ -53,6 +59,10 @@ def check_layer(layer: Mapping[str, np.ndarray], seen: np.ndarray, policy: Cache
     if policy.is_learned:
         # The policy decides once for each pair, and whatever it decides, the pairs of the window stay.
         leaves = position.astype(np.int64) + policy.window_size
+        if "budget" in layer:
+            leaves, held = NEVER, np.minimum(seen[:, None], layer["budget"])
+            wrong["budget must be at least window_size + 1"] = layer["budget"] <= policy.window_size
+            wrong["live pairs must fill the budget"] = (live.sum(-1) != held) & (forced == 0)
         wrong["expiry must be position + window_size or never"] = live & (expiry != NEVER) & (expiry != leaves)
         recent = live & (position >= rows - 1 - policy.window_size)
         window = np.minimum(seen, policy.window_size + 1)[:, None]

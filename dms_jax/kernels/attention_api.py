@@ -37,10 +37,11 @@ from dms_jax.kernels.operands import Pairs, Token
 from dms_jax.sharding import spec
 
 # Axes of arrays as `_per_device` reads them.
+HEADS = "batch kv_heads"  # one number per row and KV head
 SLOTS = "batch kv_heads ."  # one number per slot or pair
 VECTORS = "batch kv_heads . ."  # keys, values, rows of queries
 PAIRS = cast(Any, Pairs)(VECTORS, VECTORS, SLOTS, SLOTS, SLOTS)
-TOKEN = cast(Any, Token)(SLOTS, SLOTS, SLOTS, "batch .", "batch .", "batch kv_heads")
+TOKEN = cast(Any, Token)(SLOTS, SLOTS, SLOTS, "batch .", "batch .", HEADS)
 
 
 @typed
@@ -103,8 +104,9 @@ def extend_layer(
 
     # These records hold the axes of each array in place of the array.
     cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
-    cache = cache_axes(*PAIRS, "batch kv_heads", None if layer.statistic is None else VECTORS)
-    last = None if expiries.last_expiry is None else "batch kv_heads"
+    statistic, budget = None if layer.statistic is None else VECTORS, None if layer.budget is None else HEADS
+    cache = cache_axes(*PAIRS, HEADS, statistic, budget)
+    last = None if expiries.last_expiry is None else HEADS
     run = _per_device(
         own,
         k.shape[:2],
@@ -141,7 +143,7 @@ def attend_to_slots(
     run = _per_device(
         partial(attend_slots, blocks=blocks, interpret=interpret),
         rows.shape[:2],
-        [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, "batch kv_heads"],
+        [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, HEADS],
         cast(Any, SoftmaxPart)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
     )
     parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
@@ -218,7 +220,7 @@ def decode_update(
         partial(_kernel("decode_update", name), **fixed, interpret=interpret),
         k.shape[:2],
         [TOKEN, PAIRS, "batch", "batch", ""],
-        (SLOTS, PAIRS, "batch kv_heads"),
+        (SLOTS, PAIRS, HEADS),
     )
     q, slots, forced = run(token, Pairs.of_layer(layer), seen, count, threshold)
     layer = slots.put_into(layer)

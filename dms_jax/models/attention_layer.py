@@ -19,7 +19,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, rope_cos_sin
-from dms_jax.core.slot_attention import CacheOps, Chunk
+from dms_jax.core.slot_attention import CacheOps, Chunk, expiring_attention
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
 from dms_jax.kernels.dispatch import KernelQuery, is_available
 from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
@@ -27,7 +27,7 @@ from dms_jax.policies.cache_policy import CachePolicy, FusedRule
 from dms_jax.sharding import constrain, gather_for_matmul, num_shards, reshard
 
 # Evict logits [B K T] -> (the log_keep that attention adds to each *pair's* scores outside the window, each *token's*
-# decision).
+# decision). Instead of log_keep, a gate may return the last query that sees each pair, int32 [B K T].
 Gate = Callable[[Float[Array, "B K T"]], tuple[Float[Array, "B K T"], Array]]
 
 
@@ -119,7 +119,7 @@ class AttentionLayer(nnx.Module):
         x: Float[Array, "B T D"],
         normed: Float[Array, "B T D"],
         gate: Gate,
-        window_size: int,
+        window_size: int | None,
         channel: ChannelScale,
         position: Int[Array, "#B T"],
         frequency: Float[Array, "half"],
@@ -128,7 +128,7 @@ class AttentionLayer(nnx.Module):
         """Attend within whole rows. Return the attention output and each token's decision [B K T].
 
         `x` is the residual stream and `normed` its RMSNorm; under a mesh, T is sharded along "sequence" outside
-        attention.
+        attention. A `window_size` of None means that the gate returns expiries, not `log_keep`.
         """
         q, k, v = self.project_for_training(normed, channel)
         logits = self.evict_logits_for_training(x, q)
@@ -140,6 +140,8 @@ class AttentionLayer(nnx.Module):
         heads = "heads" if logits.shape[1] % num_shards("heads") == 0 else None
         log_keep, decision = gate(constrain(logits, "batch", heads, None))
         with jax.named_scope("attention"):
+            if window_size is None:
+                return self.output(expiring_attention(q, k, v, log_keep)), decision
             out = gated_attention(
                 q,
                 k,

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
+from dms_jax.core.budget_eviction import budgeted_row_expiry
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.slot_attention import Chunk
-from dms_jax.core.visibility import MASKED
+from dms_jax.core.visibility import MASKED, NEVER, segment_bounds
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
 from dms_jax.models.token_ids import checked_on_host
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         self,
         x: Array,
         gate: Gate,
-        window_size: int,
+        window_size: int | None,
         channel: ChannelScale,
         position: Array,
         frequency: Array,
@@ -197,6 +198,35 @@ class Decoder(nnx.Module):
             return log_keep, (evict, eviction.share_heads(logits, dms.granularity))
 
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
+
+    def budgeted_hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        budgets: Int[Array, "L K"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "L B K T"], Float[Array, "L B K T"]]:
+        """Return the hidden states under exact budgets of live pairs, and each pair's expiry and evict logit.
+
+        This is the full-sequence oracle of the policy `dms_budget`. Pairs that stay until their segment ends have the
+        expiry NEVER. `core.budget_eviction` says which pairs leave.
+        """
+        dms = self.config.require_dms()
+
+        def gate_of(budget):
+            def gate(logits):
+                score = eviction.share_heads(logits, dms.granularity)
+                score = eviction.align_to_pairs(score, dms.decision_shift, 0.0)
+                budget_of_rows = jnp.broadcast_to(budget[None], score.shape[:2])
+                expiry = budgeted_row_expiry(score, budget_of_rows, dms.window_size, segment_ids)
+                if segment_ids is None:
+                    return expiry, (expiry, score)
+                end = segment_bounds(segment_ids)[1][:, None]
+                return jnp.minimum(expiry, end), (jnp.where(expiry < end, expiry, NEVER), score)
+
+            return gate
+
+        hidden, (expiry, score) = self._run(tokens, segment_ids, gate_of, None, self._channel(), budgets)
+        return hidden, expiry, score
 
     def marked_hidden(
         self,

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import EXACT, Array, typed
 from dms_jax.config import ModelConfig
+from dms_jax.core.visibility import segment_bounds
 from dms_jax.sharding import constrain, gather_for_matmul
 
 
@@ -93,10 +94,7 @@ def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[
     index = jnp.arange(length)[None]
     if segment_ids is None:
         return index
-    starts = jnp.concatenate(
-        [jnp.zeros_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    return index - segment_bounds(segment_ids)[0]
 
 
 class MLP(nnx.Module):

@@ -51,7 +51,7 @@ class Load(NamedTuple):
 
     nominal_cr: float
     live: float  # mean number of live pairs per KV head
-    capacity: int  # slots per KV head
+    capacities: list[int]  # slots per KV head of each layer
 
 
 class ModelBytes(NamedTuple):
@@ -74,9 +74,11 @@ def serving_plan(
     context: int,
     headroom: float,
     ratios: tuple[float, ...],
+    budgets: tuple[tuple[int, ...], ...] | None = None,
 ) -> ServingPlan:
-    """Plan the arm `dense` and one arm for each nominal compression ratio in `ratios`.
+    """Plan the arm `dense`, one arm for each nominal compression ratio in `ratios`, and one for exact `budgets`.
 
+    `budgets` are pairs per layer and KV head, as under the policy `dms_budget`, whose memory is known beforehand.
     `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands
     for the memory of the hardware. `headroom` is capacity / mean live pairs. Raises ConfigError if the context exceeds
     the model's limit or the weights do not fit into the memory.
@@ -98,23 +100,25 @@ def serving_plan(
     formulas = {
         "capacity_per_layer": f"mean live pairs at window {window}, if decisions do not depend on the position, x "
         f"{headroom:g}, because heads differ, rounded up to a multiple of {multiple}; generate grows the cache when "
-        "a head needs more",
+        "a head needs more; for exact budgets, the largest one of the layer's heads, and nothing grows",
         "most_users": "(memory - weights) / cache of one user; memory: "
         f"{'given' if budget is not None else hardware.source}",
         "tokens_per_second": "users / max(bytes of weights and live pairs / bandwidth, FLOPs / rate of products); "
         + rates.source,
     }
+    by_ratio = loads(config, context, headroom, ratios, multiple)
+    exact = {} if budgets is None else exact_load(context, budgets, multiple)
     arms = {
         name: arm_figures(config, load, sizes, rates, memory, users, context, formulas)
-        for name, load in loads(context, window, headroom, ratios, multiple).items()
+        for name, load in (by_ratio | exact).items()
     }
-    values = [{figure.name: figure.value for figure in figures} for figures in arms.values()]
+    values = [{figure.name: figure.value for figure in arms[name]} for name in by_ratio]
     return ServingPlan(
         setting={"hardware": hardware.name, "mesh": "x".join(map(str, mesh)), "users": users, "context": context},
         figures=[
             Figure("memory_bytes", memory, "bytes", "assumed", note="given" if budget is not None else hardware.source),
             Figure("weight_bytes", sizes.weights, "bytes", "analytic"),
-            Figure("fits", any(arm["fits"] for arm in values), "", "analytic"),
+            Figure("fits", any(f.value for arm in arms.values() for f in arm if f.name == "fits"), "", "analytic"),
         ],
         arms=arms,
         advice=advice(values, users, context, window),
@@ -139,14 +143,30 @@ def model_bytes(config: ModelConfig, hardware: Hardware, mesh: tuple[int, ...]) 
     )
 
 
-def loads(context: int, window: int, headroom: float, ratios: tuple[float, ...], multiple: int) -> dict[str, Load]:
+def loads(
+    config: ModelConfig, context: int, headroom: float, ratios: tuple[float, ...], multiple: int
+) -> dict[str, Load]:
     """Return the load of each arm after `context` tokens. Capacities are rounded up to a multiple of `multiple`."""
-    round_up = lambda slots: -(-slots // multiple) * multiple
-    found = {"dense": Load(1.0, float(context), round_up(context))}
+    window, layers = config.require_dms().window_size, config.num_layers
+    found = {"dense": Load(1.0, float(context), [_round_up(context, multiple)] * layers)}
     for ratio in ratios:
         live = context / realised_cr(ratio, context, window)
-        found[f"cr {ratio:g}"] = Load(ratio, live, round_up(min(context, math.ceil(headroom * live))))
+        slots = _round_up(min(context, math.ceil(headroom * live)), multiple)
+        found[f"cr {ratio:g}"] = Load(ratio, live, [slots] * layers)
     return found
+
+
+def exact_load(context: int, budgets: tuple[tuple[int, ...], ...], multiple: int) -> dict[str, Load]:
+    """Return the load of the arm with exact budgets, in which a head holds its budget, or all tokens if those are
+    fewer."""
+    held = [[min(pairs, context) for pairs in layer] for layer in budgets]
+    live = sum(map(sum, held)) / sum(map(len, held))
+    mean = sum(map(sum, budgets)) / sum(map(len, budgets))
+    return {f"{mean:g} pairs": Load(context / live, live, [_round_up(max(layer), multiple) for layer in held])}
+
+
+def _round_up(slots: int, multiple: int) -> int:
+    return -(-slots // multiple) * multiple
 
 
 def arm_figures(
@@ -160,7 +180,7 @@ def arm_figures(
     formulas: dict[str, str],
 ) -> list[Figure]:
     """Compute the figures of one arm. `batch`, the number of users who are served at once, is limited by `memory`."""
-    user_bytes = load.capacity * (sizes.pair + sizes.bookkeeping)
+    user_bytes = sum(load.capacities) / config.num_layers * (sizes.pair + sizes.bookkeeping)
     max_users = int((memory - sizes.data * sizes.weights) // user_bytes)
     batch = min(users, max_users)
 
@@ -176,7 +196,7 @@ def arm_figures(
     return [
         figure("nominal_cr", load.nominal_cr),
         figure("realised_cr", context / load.live),
-        figure("capacity_per_layer", [load.capacity] * config.num_layers, "slots"),
+        figure("capacity_per_layer", load.capacities, "slots"),
         figure("cache_bytes_per_user", user_bytes, "bytes"),
         figure("most_users", max_users, "users"),
         figure("fits", max_users >= users),

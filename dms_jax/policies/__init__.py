@@ -3,17 +3,18 @@
 Begin with `cache_policy`, which says what a policy is; `POLICIES` lists all of them by name.
 """
 
-from dataclasses import asdict
+from dataclasses import fields
 
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError, naming, suggestion
+from dms_jax.policies.budgeted_eviction import BudgetedEviction
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.h2o import H2O
 from dms_jax.policies.immediate_eviction import ImmediateEviction
 from dms_jax.policies.keep_all import KeepAll
 from dms_jax.policies.keydiff import KeyDiff
 from dms_jax.policies.knorm import KNorm
-from dms_jax.policies.learned_eviction import LearnedEviction
+from dms_jax.policies.learned_eviction import LearnedEviction, learned_config
 from dms_jax.policies.observed_attention import ObservedAttention
 from dms_jax.policies.prompt_compression import PromptCompression
 from dms_jax.policies.quest import Quest
@@ -25,6 +26,7 @@ from dms_jax.policies.tova import TOVA
 POLICIES: dict[str, type[CachePolicy]] = {
     "dense": KeepAll,
     "dms": LearnedEviction,
+    "dms_budget": BudgetedEviction,
     "immediate_eviction": ImmediateEviction,
     "streaming_llm": StreamingLLM,
     "tova": TOVA,
@@ -70,7 +72,8 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
 def describe(policy: CachePolicy) -> dict:
     """Return plain values from which `restored` makes the policy again.
 
-    They do not include the `DMSConfig` of a learned policy, which `restored` takes from the model. Raises ConfigError
+    They do not include the `DMSConfig` of a learned policy, which `restored` takes from the model, nor what a cache
+    holds in arrays (`CachePolicy.in_cache`). Raises ConfigError
     for a policy that is not in `POLICIES`.
     """
     if isinstance(policy, PromptCompression):
@@ -78,14 +81,25 @@ def describe(policy: CachePolicy) -> dict:
     name = next((name for name, kind in POLICIES.items() if kind is type(policy)), None)
     if name is None:
         raise ConfigError(f"only a policy of {', '.join(POLICIES)} can be described, got {type(policy).__name__}")
-    fields = {} if policy.is_learned else asdict(policy)  # pyrefly: ignore[bad-argument-type]  # a dataclass
-    return {"name": name, **fields}
+    policy = policy.in_cache()
+    numbers = {field.name: getattr(policy, field.name) for field in fields(policy)}  # pyrefly: ignore[bad-argument-type]
+    return {"name": name, **{key: number for key, number in numbers.items() if key != "dms" and number is not None}}
+
+
+def policy_name(policy: CachePolicy) -> str:
+    """Return the name that `policy_of` resolves to this policy, if its other parameters are the defaults."""
+    described = describe(policy)
+    if described["name"] == PROMPT:
+        return f"{PROMPT}:{policy_name(policy.method)}"  # pyrefly: ignore[missing-attribute]  # PromptCompression
+    return ":".join(str(described[key]) for key in ("name", "budget") if key in described)
 
 
 def restored(described: dict, config: ModelConfig) -> CachePolicy:
     """Make a policy from the output of `describe`. Raises ConfigError, KeyError or TypeError for any other dict."""
-    fields = dict(described)
-    name = fields.pop("name")
+    numbers = dict(described)
+    name = numbers.pop("name")
     if name == PROMPT:
-        return PromptCompression(restored(fields["method"], config))  # pyrefly: ignore[bad-argument-type]
-    return POLICIES[name](**fields) if fields else policy_of(config, name)
+        return PromptCompression(restored(numbers["method"], config))  # pyrefly: ignore[bad-argument-type]
+    kind = POLICIES[name]
+    own = (learned_config(config),) if kind.is_learned else ()
+    return kind(*own, **numbers)  # pyrefly: ignore[bad-argument-count]  # a learned policy begins with its `DMSConfig`

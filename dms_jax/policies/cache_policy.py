@@ -3,7 +3,8 @@
 1. `mark`, when pairs arrive: until when is each one visible? A rule that depends on the tokens alone needs no more.
 2. `read`, before attention, only if `reads_subset`: which slots are worth reading now?
 3. `select`, after attention, only if `ranks_pairs`: which pairs stay? Methods with a budget rank here.
-4. `slot_bounds`, before anything runs: how many pairs must a head be able to hold?
+4. `slot_bounds` and `budget_table`, before anything runs: how many pairs must a head be able to hold, and how many may
+   it hold at any query?
 
 Class flags say what a policy can do, so no caller compares types or names. To add a policy, write its file, its
 line in `dms_jax.policies.POLICIES` and its test. `keep_all` is the smallest policy, and `knorm` is the
@@ -14,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Self
 
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
@@ -30,6 +32,7 @@ class SlotBounds(NamedTuple):
     min: int  # a head holds at least this many pairs once the row has that many tokens
     max: int | None  # a head never holds more than this; None if the number depends on the tokens
     reason: str  # for messages: where the bounds come from
+    max_of_layer: tuple[int, ...] | None = None  # `max` for each layer, if layers differ
 
 
 class FusedRule(NamedTuple):
@@ -38,6 +41,13 @@ class FusedRule(NamedTuple):
     window_size: int
     decision_shift: Literal[0, 1] | None  # as in `DMSConfig`; None if no pair is ever marked
     granularity: Literal["head", "layer"] = "head"
+
+
+def parsed_budget(text: str) -> int:
+    """Read the budget in the name of a policy. Raises ConfigError."""
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(f"the budget must be a number of pairs per KV head, e.g. 256, got {shown(text)}")
+    return int(text)
 
 
 class CachePolicy(ABC):
@@ -53,12 +63,18 @@ class CachePolicy(ABC):
     def from_text(cls, budget: str, config: ModelConfig) -> Self:
         """Make the policy named "NAME" or "NAME:BUDGET" for a model of `config`. Raises ConfigError."""
         if cls.has_budget:
-            if not re.fullmatch("[0-9]{1,9}", budget):
-                raise ConfigError(f"the budget must be a number of pairs per KV head, e.g. 256, got {shown(budget)}")
-            return cls(int(budget))  # pyrefly: ignore[bad-argument-count]  # `budget` is the first field
+            return cls(parsed_budget(budget))  # pyrefly: ignore[bad-argument-count]  # `budget` is the first field
         if budget:
             raise ConfigError(f"the policy has no budget, got {shown(budget)}; leave it out")
         return cls()
+
+    def budget_table(self, num_layers: int, num_kv_heads: int) -> Int[np.ndarray, "L K"] | None:
+        """Return the budget of each head if `core.budget_eviction` holds heads to it, query by query; else None."""
+        return None
+
+    def in_cache(self) -> Self:
+        """Return the policy without what a cache holds in arrays, so that compiled programs do not depend on it."""
+        return self
 
     @property
     @abstractmethod

@@ -15,6 +15,13 @@ from dms_jax.errors import ConfigError
 from dms_jax.policies.cache_policy import CachePolicy, FusedRule, SlotBounds
 
 
+def learned_config(config: ModelConfig) -> DMSConfig:
+    """Return the parameters of a model's evict head. Raises ConfigError for a model without one."""
+    if config.dms is None:
+        raise ConfigError("the policy needs a retrofitted model, but this one has no evict head; load it with one")
+    return config.dms
+
+
 @dataclass(frozen=True)
 class LearnedEviction(CachePolicy):
     """Evict each pair whose evict logit exceeds the threshold, `window_size` steps after the pair was added."""
@@ -25,10 +32,10 @@ class LearnedEviction(CachePolicy):
     @classmethod
     def from_text(cls, budget: str, config: ModelConfig) -> Self:
         if budget:
-            raise ConfigError(f"a learned policy has a threshold and no budget, got {budget!r}; leave it out")
-        if config.dms is None:
-            raise ConfigError("the policy needs a retrofitted model, but this one has no evict head; load it with one")
-        return cls(config.dms)
+            raise ConfigError(
+                f"the policy has a threshold and no budget, got {budget!r}; leave it out, or use dms_budget:{budget}"
+            )
+        return cls(learned_config(config))
 
     @property
     def window_size(self) -> int:

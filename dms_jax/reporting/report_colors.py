@@ -25,6 +25,7 @@ INK, MUTED, RULE, PAPER = "#1b1f24", "#5c6570", "#dfe3e8", "#fffffe"
 DARK = {INK: "#e8eaed", MUTED: "#9aa4af", RULE: "#30363d", PAPER: "#14171a"}
 LOOKS = {  # after Okabe and Ito (2008)
     "dms": Look("#d55e00", "#ff8a3d", "-", "o", first=True),
+    "dms_budget": Look("#a8321a", "#ffb08a", (0, (10, 1.5)), "x"),
     "dense": Look("#1b1f25", "#e8eaec", ":", "D"),
     "streaming_llm": Look("#0072b2", "#4aa8e0", "--", "s"),
     "tova": Look("#009e73", "#2fc99c", "-", "^"),

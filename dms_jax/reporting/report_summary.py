@@ -15,7 +15,11 @@ from dms_jax.evaluation.aggregate import (
 )
 from dms_jax.evaluation.statistics import Interval, bootstrap_mean
 
-LEARNED = ("dms", "immediate_eviction")  # the policies that need a retrofitted model, as results files name them
+LEARNED = (
+    "dms",
+    "dms_budget",
+    "immediate_eviction",
+)  # the policies that need a retrofitted model, as results files name them
 ROUNDING = 1e-5  # a KL below this is rounding error
 COMPARABLE = 0.1  # results are of equal size if their live tokens differ by at most this fraction
 NO_RIVAL = "; no training-free method was measured at that size."

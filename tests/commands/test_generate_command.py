@@ -70,6 +70,7 @@ def test_dense_threshold_and_capacity_options_take_effect(folder, capsys):
         "always": ["--threshold=-1e9"],
         "budget": ["--threshold", "1e9", "--capacity", "16", "--overflow", "evict"],
         "grow": ["--threshold", "1e9", "--capacity", "16,16,24", "--overflow", "grow"],
+        "lazy": ["--policy", "dms_budget:24"],
     }.items():
         assert run(folder, "--prompt", "hello world", "--json", "--ignore-eos", *argv, new=40) == 0
         numbers[name] = json.loads(capsys.readouterr().out)
@@ -79,6 +80,8 @@ def test_dense_threshold_and_capacity_options_take_effect(folder, capsys):
     )
     assert numbers["dense"]["text"] == numbers["never"]["text"] == numbers["grow"]["text"]
     assert numbers["always"]["live_pairs"] == pytest.approx(9, abs=1) and numbers["always"]["realised_cr"] > 4
+    assert numbers["lazy"]["live_pairs"] == 24 and numbers["lazy"]["forced_evictions"] == 0
+    assert numbers["lazy"]["costs"]["nominal_cr"] is None
     assert numbers["budget"]["live_pairs"] == 16 and numbers["budget"]["forced_evictions"] == 3 * 2 * (51 - 16)
 
 

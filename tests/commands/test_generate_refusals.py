@@ -39,6 +39,8 @@ def plain(tmp_path_factory) -> Path:
         (["--model", "x", "--prompt", "a", "--system", "y"], "--system .*--prompt .*--as-chat"),
         (["--model", "x", "--prompt", "a", "--load-cache", "y", "--capacity", "9"], "--capacity .*--load-cache"),
         (["--model", "x", "--prompt", "a", "--dense", "--threshold", "1"], "--threshold .*--dense"),
+        (["--model", "x", "--prompt", "a", "--dense", "--policy", "tova:9"], "--policy .*--dense"),
+        (["--model", "x", "--prompt", "a", "--load-cache", "y", "--policy", "tova:9"], "--policy .*--load-cache"),
         (["--model", "no_such_folder", "--prompt", "a"], "no_such_folder: no such folder or file"),
         (["--model", "x", "--prompt", "a\udcff"], "--prompt .*UTF-8 at character 1"),
         (["--model", "x", "--prompt", "a", "--stop", "\udcff"], "--stop .*UTF-8 at character 0"),
@@ -77,6 +79,8 @@ def test_options_that_cannot_work_are_refused(argv, message):
         (["--max-new-tokens", "600"], "512 tokens, .*max_position_embeddings, got .*shorten it by"),
         (["--adapter", "no_such"], "no such adapter file"),
         (["--load-cache", "no_such"], "no such cache file"),
+        (["--policy", "dms_budget:3"], r"'dms_budget:3'.*window_size \+ 1"),
+        (["--policy", "tova:32", "--threshold", "1"], "--threshold .*--policy tova:32"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(folder, argv, message):
@@ -90,6 +94,7 @@ def test_plain_model_is_dense_and_refuses_policy_options(plain, capsys):
     assert json.loads(capsys.readouterr().out)["costs"]["nominal_cr"] is None
     for argv, message in [
         (["--threshold", "1"], "--threshold .*no eviction policy"),
+        (["--policy", "dms_budget:32"], "'dms_budget:32'.*no evict head"),
         (["--as-chat"], "has no chat template; use plain text"),
     ]:
         with pytest.raises(ConfigError, match=message):

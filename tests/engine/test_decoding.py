@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import gc
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -12,29 +11,11 @@ import pytest
 from cases import GOLDEN_DMS, GOLDEN_PROMPT, TINY, decode, golden_reference, tiny_model, tokens
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from interleavings import LENGTH, OPERATIONS, ROWS, check_interleaving, heads, policy
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import CompactCache
 from dms_jax.engine import decode_loop, decoding
-
-ROWS, LENGTH = 3, 40
-
-
-def policy(window, shift=1, granularity="head", variant="projection", **fields):
-    return DMSConfig(
-        window_size=window,
-        decision_shift=shift,
-        granularity=granularity,
-        variant=variant,
-        evict_logit_bias=0.0,
-        **fields,
-    )
-
-
-def heads(kv, group, size):
-    return {"num_kv_heads": kv, "num_q_heads": kv * group, "head_dim": size}
-
 
 MODELS = {
     "w0": (policy(0), heads(4, 1, 8)),
@@ -65,39 +46,6 @@ def build(name):
     return model, jax.jit(lambda ids, threshold: model.hard(ids, None, threshold))
 
 
-def poisoned(cache: CompactCache) -> CompactCache:
-    """Write NaN into the keys and values of every slot that is not live."""
-    layers = []
-    for layer in cache.layers:
-        dead = (layer.expiry < cache.seen[:, None, None] - 1)[..., None]
-        layers.append(
-            dataclasses.replace(layer, k=jnp.where(dead, jnp.nan, layer.k), v=jnp.where(dead, jnp.nan, layer.v))
-        )
-    return dataclasses.replace(cache, layers=tuple(layers))
-
-
-poisoned_jit = jax.jit(poisoned)
-reordered = jax.jit(lambda cache, order: jax.tree.map(lambda x: x[order], cache))
-
-
-def padded_chunk(rng, ids, seen, count, any_width):
-    """Return rows of a chunk, padded left, right or, with a mask, on both sides. Padding holds ids that no vocabulary
-    has.
-
-    A chunk is of `any_width` that its rows fit into, or of one of two widths, which compiles less.
-    """
-    most = int(count.max())
-    width = max(most + int(rng.integers(0, 3)), 1) if any_width else 6 if most <= 6 else 15
-    style = rng.choice(["right", "left", "mask"])
-    offset = {"right": np.zeros(ROWS, int), "left": width - count, "mask": rng.integers(0, width - count + 1)}[style]
-    chunk = np.full((ROWS, width), -7, np.int32)
-    for b in range(ROWS):
-        chunk[b, offset[b] : offset[b] + count[b]] = ids[b, seen[b] : seen[b] + count[b]]
-    column = np.arange(width)
-    mask = (column >= offset[:, None]) & (column < (offset + count)[:, None])
-    return chunk, {"mask": mask} if style == "mask" else {"lengths": count, "padding": str(style)}, offset
-
-
 def check(name: str, seed: int, operations: list[str], any_width: bool):
     """Run random ragged rows through a random interleaving; compare every logit and live count with the mask path."""
     rng = np.random.default_rng(seed)
@@ -105,79 +53,16 @@ def check(name: str, seed: int, operations: list[str], any_width: bool):
     ids, threshold = tokens(rng, ROWS, LENGTH), float(rng.choice([0.0, -5.0, 5.0]))
     (want, evict), (_, other) = hard(ids, threshold - 1e-3), hard(ids, threshold + 1e-3)
     assume(np.array_equal(evict, other))  # decisions within rounding errors of the threshold may differ
-    want, evict = np.asarray(want), np.asarray(evict)
-    lengths, seen = rng.integers(1, LENGTH + 1, ROWS), np.zeros(ROWS, np.int64)
     cache = dms_jax.init_cache(model, ROWS, (LENGTH, LENGTH + 9), dense=name == "policy ignored")
-    options, remaining = {"threshold": threshold, "donate": True}, list(operations)
-    while (seen < lengths).any():
-        operation = remaining.pop(0) if remaining else "prefill"
-        if operation == "permute":
-            order = rng.permutation(ROWS)
-            cache = reordered(cache, order)
-            ids, want, evict, lengths, seen = ids[order], want[order], evict[:, order], lengths[order], seen[order]
-        elif operation == "poison":
-            cache = poisoned_jit(cache)
-        elif operation == "fork":
-            cache = reordered(dms_jax.fork(cache, 2), np.arange(1, 2 * ROWS, 2))  # keep the second copy of each row
-        elif operation == "save":
-            with tempfile.TemporaryDirectory() as folder:
-                dms_jax.save_cache(model, cache, f"{folder}/cache.safetensors")
-                cache = dms_jax.load_cache(model, f"{folder}/cache.safetensors")
-        elif operation == "decode":
-            for _ in range(rng.integers(1, 6)):
-                active = (rng.random(ROWS) < 0.7) & (seen < lengths)
-                step = ids[np.arange(ROWS), np.minimum(seen, LENGTH - 1)]
-                logits, cache = dms_jax.decode_step(model, cache, step, active=active, **options)
-                logits = np.asarray(logits)  # slicing it costs no compilation then
-                for b in np.flatnonzero(active):
-                    np.testing.assert_allclose(logits[b], want[b, seen[b]], rtol=1e-5, atol=1e-5)
-                assert not logits[~active].any()
-                seen = seen + active
-        else:
-            count = np.minimum(rng.integers(0, 14, ROWS), lengths - seen)
-            chunk, layout, offset = padded_chunk(rng, ids, seen, count, any_width)
-            size = 5 if operation == "chunks" else None  # few sizes, because each is compiled
-            if operation == "last":
-                logits, cache = dms_jax.prefill(
-                    model, cache, chunk, chunk_size=size, last_only=True, **layout, **options
-                )
-                logits = np.asarray(logits)
-                got = [(logits[b : b + 1], want[b, seen[b] + count[b] - 1 :][:1]) for b in range(ROWS) if count[b]]
-            else:
-                logits, cache = dms_jax.prefill(model, cache, chunk, chunk_size=size, **layout, **options)
-                logits = np.asarray(logits)
-                assert logits.shape == (*chunk.shape, TINY.vocab_size)
-                got = [
-                    (logits[b, offset[b] : offset[b] + count[b]], want[b, seen[b] : seen[b] + count[b]])
-                    for b in range(ROWS)
-                ]
-            for ours, theirs in got:
-                np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-            seen = seen + count
-    np.testing.assert_array_equal(cache.seen, lengths)
-    np.testing.assert_array_equal(cache.live_counts, live_oracle(evict, lengths, model.config.dms))
-    assert not np.asarray(cache.forced_evictions).any()
+    live = live_oracle(np.asarray(evict), model.config.dms)
+    check_interleaving(model, cache, rng, ids, np.asarray(want), live, operations, any_width, threshold)
 
 
-def live_oracle(evict, lengths, dms):
-    if dms is None:
-        dms = DMSConfig()
-    counted = [
-        [
-            [
-                decode(evict[i, b, h, :n].astype(int), dms.window_size, dms.decision_shift)[1][-1]
-                for h in range(evict.shape[2])
-            ]
-            for b, n in enumerate(lengths)
-        ]
-        for i in range(len(evict))
-    ]
-    return np.array(counted)
-
-
-OPERATIONS = st.lists(
-    st.sampled_from(["prefill", "chunks", "decode", "last", "permute", "poison", "fork", "save"]), max_size=12
-)
+def live_oracle(evict, dms):
+    """Return the live pairs after each token [L B K T]."""
+    dms = dms or DMSConfig()
+    after = lambda decisions: decode(decisions.astype(int), dms.window_size, dms.decision_shift)[1]
+    return np.apply_along_axis(after, -1, evict)
 
 
 @pytest.mark.parametrize("cases, any_width", [(15, False), pytest.param(150, True, marks=pytest.mark.slow)])

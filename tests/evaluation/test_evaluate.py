@@ -10,11 +10,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import pair_flags
 from golden_folders import DENSE, DMS, model_folder
 
 import dms_jax
 from dms_jax.commands.evaluate import main
 from dms_jax.core.eviction import live_counts
+from dms_jax.core.visibility import NEVER
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.methods import Method, parse_methods
 from dms_jax.evaluation.result_records import AnswerRecord
@@ -63,16 +65,26 @@ def evaluate(folder, text, output, *argv) -> None:
 
 def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text, tmp_path, capsys):
     whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
-    argv = ("--tasks", "text,greedy,kept", "--policies", "dense,dms,streaming_llm,tova", "--greedy-tokens", "16")
+    argv = (
+        "--tasks",
+        "text,greedy,kept",
+        "--policies",
+        "dense,dms,dms_budget,streaming_llm,tova",
+        "--greedy-tokens",
+        "16",
+    )
     evaluate(folder, text, whole, *argv)
     out = capsys.readouterr().out
     assert "words, 3 rows of 64" in out and "dms@trained" in out and f"python -m infer.report {whole} --output" in out
     results = read_results(whole)
     lives = {
         policy: [r.live_tokens for r in results.of_task("text") if r.policy == policy]
-        for policy in ("dense", "dms", "tova", "streaming_llm")
+        for policy in ("dense", "dms", "dms_budget", "tova", "streaming_llm")
     }
-    assert lives["dense"] == [64] * 3 and lives["tova"] == lives["streaming_llm"] == [round(np.mean(lives["dms"]))] * 3
+    equal = [round(np.mean(lives["dms"]))] * 3
+    assert lives["dense"] == [64] * 3 and lives["tova"] == lives["streaming_llm"] == lives["dms_budget"] == equal
+    lazy = [r for r in results.of_task("text") if r.policy == "dms_budget"]
+    assert all(r.nominal_cr == r.realised_cr == 64 / equal[0] and r.pairs_read == equal[0] for r in lazy)
     dms = [r for r in results.of_task("text") if r.policy == "dms"]
     rows = read_rows(folder, text)
     model = dms_jax.load(folder)
@@ -84,7 +96,10 @@ def test_methods_have_equal_live_tokens_and_a_stopped_run_continues(folder, text
     assert all(len(r.kl) == len(r.nll) == 63 for r in dms)
     greedy = {(r.policy, r.unit): r for r in results.of_task("greedy")}
     assert greedy["dense", "words/0"].match == 1 and greedy["dense", "words/0"].divergence == 16
-    kept = next(results.of_task("kept"))
+    kept, lazy_kept = results.of_task("kept")
+    assert np.mean(lazy_kept.live_per_head) == lazy_kept.live_by_position[-1] == equal[0]
+    assert np.std(lazy_kept.live_per_head) > 0, "calibration must give the heads different budgets"
+    assert np.diff(lazy_kept.live_by_position).min() >= 0, "no more pairs leave than are added"
     np.testing.assert_allclose(np.mean(kept.live_per_head), want[0])
     assert "".join(kept.pieces).startswith("0 the quick")
 
@@ -123,7 +138,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
         [
             *argv,
             "--policies",
-            "dense,dms,tova,prompt:tova",
+            "dense,dms,dms_budget,tova,prompt:tova",
             "--budgets",
             "cr2",
             "--chains",
@@ -140,7 +155,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
         and lines["dense"]["pass@2"] >= lines["dense"]["pass@1"]
     )
     records = list(read_results(output).of_task("recall"))
-    assert len(records) == 4 * 2 * 2 and len({r.key for r in records}) == 16
+    assert len(records) == 5 * 2 * 2 and len({r.key for r in records}) == 20
     model, tokenizer = dms_jax.load(folder), dms_jax.load_tokenizer(folder)
     count = lambda text: len(tokenizer.encode(text))
     problems = {p.unit: p for p in TASKS["recall"].problems(TaskOptions(count=2, lengths=(220,), depths=(0.5,)), count)}
@@ -153,7 +168,7 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
             seen = [len(prompt) + 1 + i for i in range(record.new_tokens)]
             np.testing.assert_allclose(record.kv_reads, sum(seen), rtol=1e-6)
             assert record.realised_cr == 1
-        elif record.policy == "tova":
+        elif record.policy in ("tova", "dms_budget"):
             dms = [r.live_tokens for r in records if r.policy == "dms" and r.groups == record.groups]
             assert record.live_tokens == round(np.mean(dms))
         elif record.policy == "prompt:tova":
@@ -167,7 +182,8 @@ def test_answers_score_as_on_the_full_sequence(folder, tmp_path, capsys):
 def test_retention_equals_the_cache_after_each_prefix(rng):
     for shift in (0, 1):
         evict = rng.random((2, 3, 20)) < 0.6
-        retained = retention(evict, 4, shift)
+        marked = np.apply_along_axis(pair_flags, -1, evict, shift)
+        retained = retention(np.where(marked, np.arange(20) + 4, NEVER))
         for t in range(20):
             # With shift 1 the last decision of a prefix is about the pair before it, so a prefix has all its decisions.
             want = np.asarray(live_counts(evict[:, None, :, : t + 1], 4, shift))
@@ -228,6 +244,8 @@ def test_methods_are_parsed_from_policies_and_budgets():
         (["--policies", ","], ["--policies"]),
         (["--policies", "quest", "--budgets", "32", "--chunk", "32"], ["quest@32", "--chunk 16"]),
         (["--budgets", "cr2", "--calibration-rows", "0"], ["@cr2", "--calibration-rows 1"]),
+        (["--policies", "dms,dms_budget", "--calibration-rows", "0"], ["dms_budget@trained", "--calibration-rows 1"]),
+        (["--policies", "dms_budget", "--budgets", "3"], ["dms_budget:3", r"window_size \+ 1 = \d+"]),
         (["--chains", "4"], ["4 ", "--temperature 0.7"]),
         (["--lengths", "x"], ["--lengths", "'x'"]),
         (["--data", "test.jsonl"], ["--data", "'test'", "--tasks text", "--data TASK=FILE"]),

@@ -66,6 +66,17 @@ def test_immediate_eviction_equals_a_window_of_zero(rng):
     assert model.config.require_dms().window_size == 5, "the model lost its own window"
 
 
+def test_exact_budgets_give_the_same_at_any_chunk_and_cost_nothing_before_they_are_full(rng):
+    model, ids = tiny_model(DMSConfig(window_size=5, evict_logit_bias=0.0), 3, num_layers=2), tokens(rng, B, T)
+    hidden, policy = dense_hidden(model, ids), policy_of(model.config, "dms_budget:11")
+    one, *others = (online_rows(model, hidden, ids, policy, threshold=-9.0, chunk=chunk) for chunk in (1, 16, 48))
+    for other in others:
+        equal(other.tokens, one.tokens)
+    np.testing.assert_array_equal(one.cache.live_counts, 11)
+    assert compression_ratio(one.cache) == nominal_compression_ratio(one.cache) == T / 11
+    assert np.abs(one.tokens.kl_teacher_student[:, :11]).max() < 1e-5 < one.tokens.kl_teacher_student[:, 20:-1].mean()
+
+
 @pytest.mark.parametrize("name", ["tova:9", "h2o:9", "quest:32"])
 def test_policies_keep_to_their_budget_and_diverge_from_dense(rng, name):
     model, ids = tiny_model(None, 3, num_layers=2), tokens(rng, B, T)

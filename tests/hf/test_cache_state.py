@@ -23,10 +23,11 @@ def model():
 @pytest.fixture
 def edited(tmp_path, rng):
     """Save a cache of two rows, of 16 and 9 tokens; then change tensors or the header, and hash it again."""
-    cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32), tokens(rng, 2, 16), [16, 9])[1]
-    dms_jax.save_cache(model(), cache, tmp_path / "good")
+    ids = tokens(rng, 2, 16)
 
-    def edit(change):
+    def edit(change, policy=None):
+        cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32, policy=policy), ids, [16, 9])[1]
+        dms_jax.save_cache(model(), cache, tmp_path / "good")
         good = SafetensorsFiles("good", [str(tmp_path / "good")])
         tensors, metadata = {name: np.array(good.read(name)) for name in good.names()}, good.metadata
         metadata.pop(CONTENT_HASH)
@@ -92,6 +93,24 @@ def test_impossible_states_are_refused(edited, change, message):
     with pytest.raises(ConfigError, match=f"edited is damaged: .*{message}") as why:
         edited(change)
     assert "\n" not in str(why.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (each("budget", lambda x: x + 1), "live pairs must fill the budget"),
+        (each("budget", lambda x: x * 0 + 3), "budget must be at least window_size"),
+        (each("budget", lambda x: x.astype(np.int64)), "budget has dtype int64"),
+        (each("budget", lambda x: x[:1]), "budget of shape"),
+        (each("expiry", lambda x: np.where(x == NEVER, 17, x)), "expiry must be position"),
+        (lambda tensors, _: tensors.pop("layers.0.budget"), "list of tensors"),
+        (renamed(policy='{"name": "dms_budget", "budget": 3}'), "does not name a known policy"),
+        (renamed(policy='{"name": "dms_budget", "budget": 6, "head_budgets": [[6, 6]]}'), "tuple of tuples"),
+    ],
+)
+def test_impossible_budgets_are_refused(edited, change, message):
+    with pytest.raises(ConfigError, match=f"edited is damaged: .*{message}"):
+        edited(change, "dms_budget:6")
 
 
 def test_files_of_earlier_versions_load_without_a_history(edited):

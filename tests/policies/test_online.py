@@ -216,7 +216,8 @@ def test_policy_names_are_parsed_or_refused():
 
 
 def test_every_policy_with_a_budget_is_compared_with_its_oracle():
-    own_oracle = {"quest"}  # test_quest_reads_the_pages_with_the_largest_bounds
+    # test_quest_reads_the_pages_with_the_largest_bounds, and tests/core/test_budget_eviction.py
+    own_oracle = {"quest", "dms_budget"}
     assert METHODS.keys() | own_oracle == {name for name, kind in POLICIES.items() if kind.has_budget}
 
 

@@ -252,6 +252,17 @@ def test_serving_plan_follows_from_bytes():
     assert f"{arms['dense']['most_users']} users" in serving_text(made)
 
 
+def test_exact_budgets_allocate_the_largest_budget_of_each_layer():
+    config = dataclasses.replace(read_config(QWEN), num_layers=2).with_dms(DMSConfig(window_size=512))
+    budgets = ((700,) * 8, (600, 3600, *[900] * 6))
+    made = serving_plan(config, hardware_of("h200x1"), (1, 1), 1e11, 4, 3000, 1.5, (8,), budgets)
+    arm = serving_json(made)["arms"][-1]
+    assert arm["arm"] == "950 pairs" and arm["capacity_per_layer"] == [704, 3008]
+    assert arm["realised_cr"] == pytest.approx(3000 * 16 / (8 * 700 + 600 + 3000 + 5400))
+    assert arm["cache_bytes_per_user"] == 8 * (2 * 128 * 2 + 12) * (704 + 3008)
+    assert "704 to 3008" in serving_text(made) and "CR 8" in " ".join(made.advice)
+
+
 def test_serving_advice_says_where_compression_does_not_help():
     config = read_config(QWEN).with_dms(DMSConfig(window_size=512))
     told = lambda users, context: " ".join(

@@ -87,16 +87,17 @@ def serving_text(plan: ServingPlan) -> str:
         f"{asked['users']} users at {asked['context']} tokens on {asked['hardware']} as {asked['mesh']}: "
         f"{sizes['memory_bytes']}, of which weights take {sizes['weight_bytes']}",
         "",
-        f"{'':<8}" + "".join(f"{heading:>17}" for heading in COLUMNS.values()),
+        f"{'':<12}" + "".join(f"{heading:>17}" for heading in COLUMNS.values()),
     ]
     for name, figures in plan.arms.items():
         cells = {figure.name: _cell(figure) for figure in figures}
-        lines.append(f"{name:<8}" + "".join(f"{cells[column]:>17}" for column in COLUMNS))
+        lines.append(f"{name:<12}" + "".join(f"{cells[column]:>17}" for column in COLUMNS))
     formulas = (f"{name}: {formula}" for name, formula in _formulas(plan).items())
     return "\n".join([*lines, "", *plan.advice, "", *formulas])
 
 
 def _cell(figure: Figure) -> str:
     if isinstance(figure.value, list):
-        return str(figure.value[0])  # the same in all layers
+        low, high = min(figure.value), max(figure.value)
+        return str(low) if low == high else f"{low} to {high}"
     return f"{figure.value:.2f}" if figure.name == "realised_cr" else shown(figure.value, figure.unit)
