@@ -14,6 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple, Self
 
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
@@ -47,6 +48,9 @@ class CachePolicy(ABC):
     has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"
     ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # `read` is asked before attention
+    keeps_prompt: ClassVar[bool] = (
+        False  # the first prefill of a row stays, and `check_prompt` refuses one that is too long
+    )
     compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
 
     @classmethod
@@ -73,6 +77,13 @@ class CachePolicy(ABC):
     @abstractmethod
     def slot_bounds(self) -> SlotBounds:
         """Return how many pairs a head must be able to hold."""
+
+    def check_prompt(self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"]) -> None:
+        """Raise ConfigError if the next `count` tokens of a row, which has `seen` tokens so far, cannot be its prompt.
+
+        `slots` are those of any layer.
+        """
+        return None
 
     def fused_rule(self) -> FusedRule | None:
         """Return the rule for the one-kernel decode step; None if that kernel does not implement this policy."""
@@ -105,6 +116,7 @@ class CachePolicy(ABC):
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
         expiries: Expiries,
         slots: LayerCache,
         position: Int[Array, "B T"],

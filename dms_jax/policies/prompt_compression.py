@@ -30,6 +30,10 @@ class PromptCompression(KeepAll):
     def __post_init__(self):
         if not isinstance(self.method, BudgetPolicy):
             raise ConfigError(f"{type(self.method).__name__} does not rank pairs, so it cannot compress a prompt")
+        if self.method.keeps_prompt:
+            raise ConfigError(
+                f"{type(self.method).__name__} keeps the prompt, so it cannot compress one; leave out prompt:"
+            )
 
     @property
     def features(self) -> int:
@@ -38,8 +42,8 @@ class PromptCompression(KeepAll):
     def fused_rule(self) -> FusedRule | None:
         return None  # the fused step observes no attention
 
-    def select(self, q, k, expiries, slots, position, count) -> Selection | None:
-        pairs = self.method.pairs_after(q, k, expiries, slots, position, count)
+    def select(self, q, k, v, expiries, slots, position, count) -> Selection | None:
+        pairs = self.method.pairs_after(q, k, v, expiries, slots, position, count)
         return Selection(pairs.alive, pairs.statistic) if self.features else None
 
 

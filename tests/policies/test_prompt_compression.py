@@ -12,6 +12,7 @@ from dms_jax.errors import ConfigError
 from dms_jax.policies import (
     H2O,
     TOVA,
+    DropKV,
     KeepAll,
     KeyDiff,
     KNorm,
@@ -20,6 +21,7 @@ from dms_jax.policies import (
     RandomEviction,
     SnapKV,
     StreamingLLM,
+    VaSE,
 )
 from dms_jax.policies.prompt_compression import prompt_pairs
 
@@ -75,7 +77,7 @@ def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
 def test_rows_are_compressed_independently(rng):
     """Compress ragged rows, prefilled in chunks, into a smaller buffer."""
     model, ids, lengths = tiny_model(None, 3, num_layers=2), tokens(rng, 2, 40), [40, 23]
-    for method in [*METHODS.values(), H2O(10), RandomEviction(10)]:
+    for method in [*METHODS.values(), H2O(10), DropKV(10, 4), RandomEviction(10), VaSE(10, 4)]:
         method = dataclasses.replace(method, budget=12)
 
         def compressed(rows, chunk_size, method=method):
