@@ -83,8 +83,9 @@ def init_cache(
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
             raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
+    state = policy.head_state(config)
     layers = tuple(
-        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features)
+        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
         for c in capacities
     )
     cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy, overflow)

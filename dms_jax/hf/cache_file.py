@@ -7,7 +7,7 @@ import os
 import jax.numpy as jnp
 import numpy as np
 
-from dms_jax.config import OVERFLOWS
+from dms_jax.config import OVERFLOWS, ModelConfig
 from dms_jax.core.compact_cache import NO_TOKEN, CompactCache, LayerCache, TokenHistory
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import parse_json
@@ -41,7 +41,7 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
     tensors = {
         f"layers.{i}.{name}": np.asarray(getattr(layer, name))
         for i, layer in enumerate(cache.layers)
-        for name in _fields(cache.policy)
+        for name in _fields(cache.policy, model.config)
     }
     metadata = {
         "kind": KIND,
@@ -73,7 +73,7 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         check_policy(policy)
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
         raise ConfigError(f"{path} is damaged: its header does not name a known policy ({why})") from why
-    fields = _fields(policy)
+    fields = _fields(policy, config)
     names = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
     has_history = set(HISTORY) <= set(tensors.names())  # files of earlier versions have none
     if overflow not in OVERFLOWS or names | (set(HISTORY) if has_history else set()) != set(tensors.names()):
@@ -89,6 +89,8 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         shapes = dict.fromkeys(fields, shape[:3]) | {"k": shape, "v": shape, "forced_evictions": shape[:2]}
         if policy.features:
             shapes["statistic"] = (*shape[:3], policy.features)
+        if (head_state := policy.head_state(config)) is not None:
+            shapes["head_state"] = (*shape[:2], *head_state.shape)
         if misshapen := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(
                 f"{path} is damaged: layer {i} has {misshapen[0]} of shape "
@@ -127,9 +129,10 @@ def _history(state: dict[str, np.ndarray], vocab_size: int) -> TokenHistory:
     return TokenHistory(tuple(np.unique(row[row != NO_TOKEN]) for row in ids), tuple(last.tolist()))
 
 
-def _fields(policy: CachePolicy) -> tuple[str, ...]:
+def _fields(policy: CachePolicy, config: ModelConfig) -> tuple[str, ...]:
     """The names of the tensors of one layer."""
-    return (*FIELDS, "statistic") if policy.features else FIELDS
+    has_state = policy.head_state(config) is not None
+    return FIELDS + ("statistic",) * bool(policy.features) + ("head_state",) * has_state
 
 
 def identity(model: Decoder) -> dict[str, str]:

@@ -24,7 +24,7 @@ from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
-from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
+from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm
 from dms_jax.models.token_ids import checked_on_host
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain, reshard

@@ -9,6 +9,7 @@ from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError, naming, suggestion
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.policies.dropkv import DropKV
+from dms_jax.policies.expected_attention import ExpectedAttention
 from dms_jax.policies.h2o import H2O
 from dms_jax.policies.immediate_eviction import ImmediateEviction
 from dms_jax.policies.keep_all import KeepAll
@@ -37,6 +38,7 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "knorm": KNorm,
     "keydiff": KeyDiff,
     "dropkv": DropKV,
+    "expected_attention": ExpectedAttention,
     "random_all": RandomEviction,
     "random_attention": RandomAttention,
     "vase": VaSE,

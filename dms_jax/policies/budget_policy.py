@@ -35,6 +35,7 @@ class Pairs(NamedTuple):
     alive: Bool[Array, "B K S"]
     statistic: Float[Array, "B K S features"] | None
     now: Int[Array, "B"]  # position of each row's last query
+    head_state: Float[Array, "B K state"] | None = None
 
     @property
     def memory(self) -> Float[Array, "B K S features"]:
@@ -110,6 +111,16 @@ class BudgetPolicy(CachePolicy):
         """
         return statistic
 
+    def observe_queries(
+        self,
+        state: Float[Array, "B K state"],
+        q: Float[Array, "B T N H"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+    ) -> Float[Array, "B K state"]:
+        """Update the state of each KV head with the queries of a chunk, of which the first `count` are real."""
+        return state
+
     def mark(
         self,
         logits: Float[Array, "B K T"],
@@ -131,7 +142,7 @@ class BudgetPolicy(CachePolicy):
     ) -> Selection | None:
         pairs = self.pairs_after(q, k, v, expiries, slots, position, count)
         kept = best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, max_leaving=k.shape[2])
-        return Selection(kept, pairs.statistic)
+        return Selection(kept, pairs.statistic, pairs.head_state)
 
     def pairs_after(self, q, k, v, expiries, slots, position, count) -> Pairs:
         """Return all pairs after a chunk, whose attention has updated the statistic; arguments as in `select`."""
@@ -152,7 +163,8 @@ class BudgetPolicy(CachePolicy):
             )
             values = jnp.where(alive[..., None], both(slots.v, v), 0)  # a dead slot may hold NaN
             statistic = self.observe(statistic, self.importance(weights, values), real, alive)
-        return Pairs(keys, positions, alive, statistic, now)
+        state = None if slots.head_state is None else self.observe_queries(slots.head_state, q, position, count)
+        return Pairs(keys, positions, alive, statistic, now, state)
 
 
 @typed

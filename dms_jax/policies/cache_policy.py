@@ -74,6 +74,10 @@ class CachePolicy(ABC):
         """How many numbers the cache stores for each pair on behalf of this policy."""
         return 0
 
+    def head_state(self, config: ModelConfig) -> Float[Array, "state"] | None:
+        """Return the numbers with which each KV head of a new cache begins; None if the policy remembers none."""
+        return None
+
     @abstractmethod
     def slot_bounds(self) -> SlotBounds:
         """Return how many pairs a head must be able to hold."""

@@ -7,7 +7,7 @@ import itertools
 import jax
 import numpy as np
 import pytest
-from cases import tiny_model, tokens
+from cases import TINY, tiny_model, tokens
 
 import dms_jax
 from dms_jax.core import compact_cache
@@ -18,6 +18,7 @@ from dms_jax.policies import (
     POLICIES,
     TOVA,
     DropKV,
+    ExpectedAttention,
     KeyDiff,
     KNorm,
     ObservedAttention,
@@ -43,6 +44,7 @@ METHODS = {
     "knorm": KNorm(BUDGET),
     "keydiff": KeyDiff(BUDGET),
     "dropkv": DropKV(BUDGET, 3, 3),
+    "expected_attention": ExpectedAttention(BUDGET, num_future=5, num_sinks=1),
     "random_all": RandomEviction(BUDGET),
     "random_attention": RandomAttention(BUDGET, 2),
     "vase": VaSE(BUDGET, 1, 3, num_sinks=1),
@@ -62,8 +64,11 @@ def extend(layer, q, k, v, seen, count, policy):
     return extend_layer(layer, q, k, v, expiries, Chunk(position, count, 0.0), policy, ops)
 
 
+CONFIG = dataclasses.replace(TINY, num_q_heads=K * G, num_kv_heads=K, head_dim=H)
+
+
 def empty(policy):
-    return compact_cache.empty_layer(B, K, C, H, np.float32, policy.features)
+    return compact_cache.empty_layer(B, K, C, H, np.float32, policy.features, policy.head_state(CONFIG))
 
 
 def softmax(x):
@@ -88,7 +93,8 @@ def simulate(name, q, k, v, row, held, new, prompt):
             for p, weight in zip(there, paid, strict=True):
                 held[h][p].append(weight)
     now = new[-1]
-    every = [scores(name, k[row, h], v[row, h], held[h], now, h, prompt) for h in range(K)]
+    of_head = lambda h: (q[row, :, h * G : h * G + G], k[row, h], v[row, h], held[h])
+    every = [scores(name, *of_head(h), now, h, prompt) for h in range(K)]
     if name == "tova":  # averages over all heads of the layer
         every = [{p: np.mean([s[p] for s in every]) if p < now else 9.0 for p in held[0]} for _ in range(K)]
     for h in range(K):
@@ -109,13 +115,32 @@ def output_moves(weights, v):
     return ((left - out) ** 2).sum(-1).mean(-1)
 
 
+def rotation(position):
+    """Return the matrix [H, H] by which RoPE multiplies a vector at a position."""
+    angle = position * np.tile(CONFIG.rope_theta ** (-np.arange(H // 2) / (H // 2)), 2)
+    half = np.eye(H // 2)
+    swap = np.block([[np.zeros_like(half), -half], [half, np.zeros_like(half)]])
+    return np.diag(np.cos(angle)) + np.diag(np.sin(angle)) @ swap
+
+
+def expected_attention(q, k, future):
+    """Return the attention [S] that keys expect from `future` positions, given queries [T G H] at positions 1 to T."""
+    mean_turn = np.mean([rotation(p) for p in future], axis=0)
+    of_heads = []
+    for head in range(G):
+        before = np.stack([rotation(1 + t).T @ row for t, row in enumerate(q[:, head])])
+        mean, covariance = mean_turn @ before.mean(0), mean_turn @ np.cov(before.T, bias=True) @ mean_turn.T
+        of_heads.append(softmax(k @ mean / H**0.5 + np.einsum("sh,hi,si->s", k, covariance, k) / (2 * H)))
+    return np.mean(of_heads, axis=0)
+
+
 def draw(head, *positions):
     """Return the random number of a pair in a head, drawn with seed 0."""
     key = functools.reduce(jax.random.fold_in, (head, *positions), jax.random.key(0))
     return float(jax.random.uniform(key))
 
 
-def scores(name, k, v, held, now, head, prompt):
+def scores(name, q, k, v, held, now, head, prompt):
     """Return {position: score} by the definition of the method."""
     if name == "knorm":
         return {p: -np.linalg.norm(k[p]) for p in held}
@@ -135,6 +160,13 @@ def scores(name, k, v, held, now, head, prompt):
         return {p: sum(paid) / (now - p + 1) for p, paid in held.items()}
     if name == "streaming_llm":
         return {p: 1.0 if p < 2 or now - p < BUDGET - 2 else 0.0 for p in held}
+    if name == "expected_attention":
+        ranked = [p for p in sorted(held) if p >= 1]
+        if not ranked:
+            return {0: np.inf}
+        attention = expected_attention(q[1 : now + 1], k[ranked], now + 1 + np.arange(5))
+        norms = np.linalg.norm(v[ranked], axis=-1)
+        return {0: np.inf} | dict(zip(ranked, attention * norms, strict=True))
     window = 1 if name == "vase" else 3
     old = [p for p in sorted(held) if now - p >= window]
     among = sorted(held) if name == "dropkv" else old
@@ -238,7 +270,9 @@ def test_contents_of_dead_slots_have_no_effect(rng, name):
         np.testing.assert_array_equal(clean, poisoned)
 
 
-@pytest.mark.parametrize("name", ["tova", "snapkv:9", "h2o", "keydiff", "dropkv", "random_all", "vase"])
+@pytest.mark.parametrize(
+    "name", ["tova", "snapkv:9", "h2o", "keydiff", "dropkv", "expected_attention", "random_all", "vase"]
+)
 def test_rows_are_independent_and_decoding_compiles_once(rng, name):
     model, ids = tiny_model(None, 3, num_layers=1), tokens(rng, 2, 40)
     name = METHODS.get(name, name)

@@ -13,6 +13,7 @@ from dms_jax.policies import (
     H2O,
     TOVA,
     DropKV,
+    ExpectedAttention,
     KeepAll,
     KeyDiff,
     KNorm,
@@ -77,7 +78,7 @@ def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
 def test_rows_are_compressed_independently(rng):
     """Compress ragged rows, prefilled in chunks, into a smaller buffer."""
     model, ids, lengths = tiny_model(None, 3, num_layers=2), tokens(rng, 2, 40), [40, 23]
-    for method in [*METHODS.values(), H2O(10), DropKV(10, 4), RandomEviction(10), VaSE(10, 4)]:
+    for method in [*METHODS.values(), H2O(10), DropKV(10, 4), ExpectedAttention(10), RandomEviction(10), VaSE(10, 4)]:
         method = dataclasses.replace(method, budget=12)
 
         def compressed(rows, chunk_size, method=method):
