@@ -21,6 +21,7 @@ from dms_jax.axes import Array
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
