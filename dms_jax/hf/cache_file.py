@@ -90,7 +90,7 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         if policy.features:
             shapes["statistic"] = (*shape[:3], policy.features)
         if (head_state := policy.head_state(config)) is not None:
-            shapes["head_state"] = (*shape[:2], *head_state.shape)
+            shapes["head_state"] = (*shape[:2], head_state.shape[0])
         if misshapen := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(
                 f"{path} is damaged: layer {i} has {misshapen[0]} of shape "
