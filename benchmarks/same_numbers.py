@@ -50,7 +50,6 @@ POLICIES = (
     "keydiff:12",
     "random_all:12",
     "vase:20",
-    "dropkv:36",
     "expected_attention:12",
     "quest:48",
     "immediate_eviction",

@@ -21,12 +21,13 @@ def model():
 
 
 @pytest.fixture
-def edited(tmp_path, rng):
+def edited(tmp_path):
     """Save a cache of two rows, of 16 and 9 tokens; then change tensors or the header, and hash it again."""
-    cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32), tokens(rng, 2, 16), [16, 9])[1]
-    dms_jax.save_cache(model(), cache, tmp_path / "good")
 
-    def edit(change):
+    def edit(change, policy=None):
+        cache = dms_jax.init_cache(model(), 2, 32, policy=policy)
+        cache = dms_jax.prefill(model(), cache, tokens(np.random.default_rng(0), 2, 16), [16, 9])[1]
+        dms_jax.save_cache(model(), cache, tmp_path / "good")
         good = SafetensorsFiles("good", [str(tmp_path / "good")])
         tensors, metadata = {name: np.array(good.read(name)) for name in good.names()}, good.metadata
         metadata.pop(CONTENT_HASH)
@@ -92,6 +93,11 @@ def test_impossible_states_are_refused(edited, change, message):
     with pytest.raises(ConfigError, match=f"edited is damaged: .*{message}") as why:
         edited(change)
     assert "\n" not in str(why.value)
+
+
+def test_state_of_heads_must_be_finite(edited):
+    with pytest.raises(ConfigError, match="layer 0: row 0, KV head 0: head_state must be finite"):
+        edited(each("head_state", lambda x: x * np.nan), "expected_attention:16")
 
 
 def test_files_of_earlier_versions_load_without_a_history(edited):
