@@ -8,8 +8,8 @@ One score serves two protocols:
 - **prompt compression** (`prompt_compression.py`): the whole prompt is prefilled and ranked once, and the best `budget`
   pairs stay.
 
-A method declares how many numbers the cache stores for each pair (`features`) and computes its score from them
-(`keep_scores`).
+A method declares how many numbers the cache stores for each pair (`features`), and which for each KV head
+(`head_state`), and computes its score from them (`keep_scores`).
 """
 
 from abc import abstractmethod

@@ -48,9 +48,7 @@ class CachePolicy(ABC):
     has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"
     ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # `read` is asked before attention
-    keeps_prompt: ClassVar[bool] = (
-        False  # the first prefill of a row stays, and `check_prompt` refuses one that is too long
-    )
+    keeps_prompt: ClassVar[bool] = False  # the first prefill stays, or `check_prompt` refuses it
     compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
 
     @classmethod
