@@ -135,7 +135,7 @@ def prefill(
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
-    cache.policy.check_prompt(cache.layers[0], cache.seen, count)
+    cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
     history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch

@@ -80,10 +80,12 @@ class CachePolicy(ABC):
     def slot_bounds(self) -> SlotBounds:
         """Return how many pairs a head must be able to hold."""
 
-    def check_prompt(self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"]) -> None:
+    def check_prompt(
+        self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"], chunk_size: int | None
+    ) -> None:
         """Raise ConfigError if the next `count` tokens of a row, which has `seen` tokens so far, cannot be its prompt.
 
-        `slots` are those of any layer.
+        `slots` are those of any layer. The tokens are read in chunks of `chunk_size`; None stands for the default.
         """
         return None
 

@@ -44,9 +44,16 @@ class RandomAttention(BudgetPolicy):
     def features(self) -> int:
         return 1  # 1 for a pair of the prompt, else 0
 
-    def check_prompt(self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"]) -> None:
+    def check_prompt(
+        self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"], chunk_size: int | None
+    ) -> None:
         length, largest = np.asarray(seen) + count, self.budget - self.num_recent
         in_prompt = np.asarray(_prompt_length(slots))[:, 0] == np.asarray(seen)
+        if chunk_size == 1 and (in_prompt & (count > 0)).any():
+            raise ConfigError(
+                "random_attention keeps the prompt, which it tells from generated tokens by its chunks; "
+                "use a chunk_size of at least 2, got 1"
+            )
         if (too_long := np.flatnonzero(in_prompt & (length > largest))).size:
             row = too_long[0]
             raise ConfigError(

@@ -59,6 +59,8 @@ def test_prompts_that_leave_no_room_are_refused_with_the_smallest_budget(rng):
             dms_jax.GenerationConfig(max_new_tokens=2, policy=POLICY),
         )
     cache = dms_jax.init_cache(model(), 2, BUDGET, policy=POLICY)
+    with pytest.raises(ConfigError, match="chunk_size of at least 2, got 1"):
+        dms_jax.prefill(model(), cache, ids[:, :36], chunk_size=1)
     _, cache = dms_jax.prefill(model(), cache, ids[:, :36], [20, 36])  # the longest prompt that fits
     with pytest.raises(ConfigError, match=message.format(38) + ".*at least 42"):
         dms_jax.prefill(model(), cache, ids[:, :2])  # the prompt goes on
