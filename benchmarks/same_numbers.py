@@ -48,7 +48,9 @@ POLICIES = (
     "snapkv:16",
     "knorm:12",
     "keydiff:12",
-    "random:12",
+    "random_all:12",
+    "vase:20",
+    "expected_attention:12",
     "quest:48",
     "immediate_eviction",
 )

@@ -7,6 +7,7 @@
     P               parts of a softmax (`core.slot_attention`), or pages of a cache (`policies.quest`)
     M               new tokens, rounded up (`engine.decode_loop`), or query heads after padding (`kernels.head_split`)
     features        numbers that a policy stores for each pair (`CachePolicy.features`)
+    state           numbers that a policy stores for each KV head (`CachePolicy.head_state`)
 
 A and `*A` are any leading axes, and n is a number that the docstring explains. W is the eviction window
 (`window_size`); no array has an axis of this length, so W appears in text only.

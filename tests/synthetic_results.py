@@ -25,7 +25,7 @@ FORGETS = {
     "quest": 0.15,
     "streaming_llm": 1.6,
     "knorm": 4.0,
-    "random": 6.0,
+    "random_all": 6.0,
 }
 HEADER = {
     "dms_jax": "0.1.0",

@@ -60,6 +60,7 @@ class LayerCache:
     forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
     statistic: Float[Array, "B K C features"] | None = None  # numbers that the policy remembers for each pair
     budget: Int[Array, "B K"] | None = None  # live pairs that `core.budget_eviction` keeps; None if nothing is to keep
+    head_state: Float[Array, "B K state"] | None = None  # and for each KV head
 
     @property
     def capacity(self) -> int:
@@ -72,6 +73,7 @@ class Selection(NamedTuple):
 
     kept: Bool[Array, "B K C+T"]
     statistic: Float[Array, "B K C+T features"] | None
+    head_state: Float[Array, "B K state"] | None = None
 
 
 class HostBounds(NamedTuple):
@@ -159,9 +161,18 @@ jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "o
 
 
 def empty_layer(
-    batch: int, kv_heads: int, capacity: int, head_dim: int, dtype: jnp.dtype, features: int = 0
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    features: int = 0,
+    head_state: Float[Array, "state"] | None = None,
 ) -> LayerCache:
-    """Make a layer that has seen no token; its policy remembers `features` numbers for each pair."""
+    """Make a layer that has seen no token.
+
+    Its policy remembers `features` numbers for each pair, and numbers that begin as `head_state` for each KV head.
+    """
     slots = (batch, kv_heads, capacity)
     return LayerCache(
         k=jnp.zeros((*slots, head_dim), dtype),
@@ -171,6 +182,7 @@ def empty_layer(
         score=jnp.zeros(slots, jnp.float32),
         forced_evictions=jnp.zeros(slots[:2], jnp.int32),
         statistic=jnp.zeros((*slots, features), jnp.float32) if features else None,
+        head_state=None if head_state is None else jnp.tile(head_state, (*slots[:2], 1)),
     )
 
 
@@ -250,6 +262,8 @@ def append(
         layer = replace(layer, expiry=jnp.where(wanted[..., :capacity], layer.expiry, NEVER_VISIBLE))
         if selection.statistic is not None:
             layer = replace(layer, statistic=selection.statistic[:, :, :capacity])
+        if selection.head_state is not None:
+            layer = replace(layer, head_state=selection.head_state)
     kept = _push_out(wanted, layer, position, expiries.score, now, window_size)
     forced = jnp.sum(wanted, axis=-1, dtype=jnp.int32) - jnp.sum(kept, axis=-1, dtype=jnp.int32)
     moved = write_pairs(

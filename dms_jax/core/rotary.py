@@ -8,6 +8,26 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.config import ModelConfig
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
+    """Return the angular frequency of each channel pair (i, i + H/2).
+
+    Source of the llama3 scaling: transformers `modeling_rope_utils.py`.
+    """
+    half = config.head_dim // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequency
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    rotations = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # over the original context
+    smooth = jnp.clip(
+        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
+    )
+    return frequency * (smooth + (1 - smooth) / scaling.factor)
 
 
 @typed

@@ -115,7 +115,7 @@ def extend_layer(
         layer = apply_pending(layer, expiries, seen, count)
         layer, expiries = keep_budgets(layer, expiries, seen, count, policy.window_size)
     visible_slots = policy.read(q, layer, position) if policy.reads_subset else None
-    selection = policy.select(q, k, expiries, layer, position, count) if policy.ranks_pairs else None
+    selection = policy.select(q, k, v, expiries, layer, position, count) if policy.ranks_pairs else None
     if q.shape[1] == 1 and visible_slots is None and selection is None:
         # A single token is written before it attends, so that XLA updates the buffers in place. If attention read them
         # first, XLA would copy all keys and values at every step. Both orders see the same pairs, because a single pair
@@ -225,8 +225,8 @@ def attention_weights(
     k: Float[Array, "B K S H"],
     k_position: Int[Array, "B K S"],
     expiry: Int[Array, "B K S"],
-) -> Float[Array, "B K T S"]:
-    """Return fp32 attention weights, averaged over the query heads that share a KV head.
+) -> Float[Array, "B K G T S"]:
+    """Return the fp32 attention weights of each of the G query heads that share a KV head.
 
     Policies that rank by attention use them. Memory grows as [B N T S], so pass only the queries that the policy needs.
     A query that sees no pair gets zeros.
@@ -238,4 +238,4 @@ def attention_weights(
         visible, jnp.einsum("bkgth,bksh->bkgts", rows, k, preferred_element_type=jnp.float32) * h**-0.5, MASKED
     )
     p = jnp.where(visible, jnp.exp(s - s.max(-1, keepdims=True)), 0.0)
-    return jnp.mean(p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30), axis=2)
+    return p / jnp.maximum(p.sum(-1, keepdims=True), 1e-30)

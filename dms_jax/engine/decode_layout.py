@@ -17,10 +17,11 @@ from jaxtyping import Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.models.attention_layer import channel_scale
 from dms_jax.models.decoder import Decoder
-from dms_jax.models.layers import rms_norm, rope_frequencies
+from dms_jax.models.layers import rms_norm
 from dms_jax.platform_defaults import platform_defaults
 
 # model -> (its weights when they were separated, the UnrolledDecoder made of them)

@@ -85,8 +85,9 @@ def init_cache(
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
             raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
+    state = policy.head_state(config)
     layers = tuple(
-        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features)
+        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
         for c in capacities
     )
     table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
@@ -141,6 +142,7 @@ def prefill(
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
+    cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
     history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch

@@ -189,6 +189,7 @@ def _check_sizes(model, cache, lengths, config) -> None:
     count = lengths + config.max_new_tokens
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
+    cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
     if isinstance(config.seed, tuple | list) and len(config.seed) != len(lengths):
         raise ConfigError(
             f"seed must be one number or one for each prompt, got {len(config.seed)} for {len(lengths)} prompts"

@@ -54,10 +54,10 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
     for name in names:
         if (plain := name.removeprefix(PROMPT)) not in POLICIES:
             raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
-        if plain != name and not POLICIES[plain].ranks_pairs:
-            raise ConfigError(
-                f"--policies: {plain} cannot compress a prompt, because it does not rank pairs; write {plain}"
-            )
+        kind = POLICIES[plain]
+        if plain != name and (kind.keeps_prompt or not kind.ranks_pairs):
+            why = "it keeps the prompt" if kind.keeps_prompt else "it does not rank pairs"
+            raise ConfigError(f"--policies: {plain} cannot compress a prompt, because {why}; write {plain}")
     labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
     for label in labels:
         if not _is_budget(label):

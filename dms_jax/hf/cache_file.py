@@ -90,6 +90,8 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         shapes |= {"forced_evictions": shape[:2], "budget": shape[:2]}
         if policy.features:
             shapes["statistic"] = (*shape[:3], policy.features)
+        if (head_state := policy.head_state(config)) is not None:
+            shapes["head_state"] = (*shape[:2], head_state.shape[0])
         if misshapen := [name for name in fields if tensors.shape(f"layers.{i}.{name}") != shapes[name]]:
             raise ConfigError(
                 f"{path} is damaged: layer {i} has {misshapen[0]} of shape "
@@ -131,7 +133,8 @@ def _history(state: dict[str, np.ndarray], vocab_size: int) -> TokenHistory:
 def _fields(policy: CachePolicy, config: ModelConfig) -> tuple[str, ...]:
     """The names of the tensors of one layer."""
     has_budgets = policy.budget_table(config.num_layers, config.num_kv_heads) is not None
-    return FIELDS + ("statistic",) * bool(policy.features) + ("budget",) * has_budgets
+    has_state = policy.head_state(config) is not None
+    return FIELDS + ("statistic",) * bool(policy.features) + ("head_state",) * has_state + ("budget",) * has_budgets
 
 
 def identity(model: Decoder) -> dict[str, str]:

@@ -39,7 +39,7 @@ def check_seen(seen: np.ndarray, limit: int) -> None:
 
 def check_layer(layer: Mapping[str, np.ndarray], seen: np.ndarray, policy: CachePolicy) -> None:
     """Refuse a layer [B K C ...] whose tensors contradict each other, the tokens `seen` [B] or the policy."""
-    dtypes = DTYPES | {"k": layer["v"].dtype, "v": layer["k"].dtype, "statistic": np.float32}
+    dtypes = DTYPES | {"k": layer["v"].dtype, "v": layer["k"].dtype, "statistic": np.float32, "head_state": np.float32}
     for name, tensor in layer.items():
         if tensor.dtype != dtypes[name] or (name == "k" and tensor.dtype not in FLOATS):
             raise ConfigError(f"{name} has dtype {tensor.dtype}")
@@ -54,6 +54,8 @@ def check_layer(layer: Mapping[str, np.ndarray], seen: np.ndarray, policy: Cache
     live = ~empty & (expiry >= rows - 1)
     for name in ("k", "v", "score"):  # a slot that is not live may hold anything, because nothing reads it
         wrong[f"{name} must be finite"] = live & ~_finite(layer[name])
+    if "head_state" in layer:
+        wrong["head_state must be finite"] = ~np.isfinite(layer["head_state"]).all(axis=-1)
     places = np.sort(np.where(live, position, -1 - np.arange(position.shape[-1], dtype=np.int32)), axis=-1)
     wrong["position must be different in each live slot"] = places[..., 1:] == places[..., :-1]
     if policy.is_learned:

@@ -22,10 +22,11 @@ from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.budget_eviction import budgeted_row_expiry
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED, NEVER, segment_bounds
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
-from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm, rope_frequencies
+from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm
 from dms_jax.models.token_ids import checked_on_host
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain, reshard

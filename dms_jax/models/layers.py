@@ -65,25 +65,6 @@ def rms_norm(x: Float[Array, "*A D"], weight: Float[Array, "D"], eps: float) -> 
     return (unit_rms(x, eps).astype(x.dtype) * jax.lax.broadcast_to_rank(weight, x.ndim)).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, "half"]:
-    """Return the angular frequency of each channel pair (i, i + H/2).
-
-    Source of the llama3 scaling: transformers `modeling_rope_utils.py`.
-    """
-    half = config.head_dim // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    rotations = scaling.original_max_position_embeddings * frequency / (2 * jnp.pi)  # over the original context
-    smooth = jnp.clip(
-        (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor), 0.0, 1.0
-    )
-    return frequency * (smooth + (1 - smooth) / scaling.factor)
-
-
 @typed
 def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[Array, "#B {length}"]:
     """Return the rotary positions of a row, counted from the start of each segment.

@@ -9,6 +9,8 @@ from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError, naming, suggestion
 from dms_jax.policies.budgeted_eviction import BudgetedEviction
 from dms_jax.policies.cache_policy import CachePolicy
+from dms_jax.policies.dropkv import DropKV
+from dms_jax.policies.expected_attention import ExpectedAttention
 from dms_jax.policies.h2o import H2O
 from dms_jax.policies.immediate_eviction import ImmediateEviction
 from dms_jax.policies.keep_all import KeepAll
@@ -18,10 +20,12 @@ from dms_jax.policies.learned_eviction import LearnedEviction, learned_config
 from dms_jax.policies.observed_attention import ObservedAttention
 from dms_jax.policies.prompt_compression import PromptCompression
 from dms_jax.policies.quest import Quest
+from dms_jax.policies.random_attention import RandomAttention
 from dms_jax.policies.random_eviction import RandomEviction
 from dms_jax.policies.snapkv import SnapKV
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.policies.tova import TOVA
+from dms_jax.policies.vase import VaSE
 
 POLICIES: dict[str, type[CachePolicy]] = {
     "dense": KeepAll,
@@ -35,7 +39,11 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "snapkv": SnapKV,
     "knorm": KNorm,
     "keydiff": KeyDiff,
-    "random": RandomEviction,
+    "dropkv": DropKV,
+    "expected_attention": ExpectedAttention,
+    "random_all": RandomEviction,
+    "random_attention": RandomAttention,
+    "vase": VaSE,
     "quest": Quest,
 }
 PROMPT = "prompt"  # prefix of a name, as in "prompt:tova:256": ranks the prompt once (`prompt_compression`)

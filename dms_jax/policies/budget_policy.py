@@ -8,8 +8,8 @@ One score serves two protocols:
 - **prompt compression** (`prompt_compression.py`): the whole prompt is prefilled and ranked once, and the best `budget`
   pairs stay.
 
-A method declares how many numbers the cache stores for each pair (`features`) and computes its score from them
-(`keep_scores`).
+A method declares how many numbers the cache stores for each pair (`features`), and which for each KV head
+(`head_state`), and computes its score from them (`keep_scores`).
 """
 
 from abc import abstractmethod
@@ -35,6 +35,7 @@ class Pairs(NamedTuple):
     alive: Bool[Array, "B K S"]
     statistic: Float[Array, "B K S features"] | None
     now: Int[Array, "B"]  # position of each row's last query
+    head_state: Float[Array, "B K state"] | None = None
 
     @property
     def memory(self) -> Float[Array, "B K S features"]:
@@ -87,9 +88,15 @@ class BudgetPolicy(CachePolicy):
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
         """Score the pairs; the `budget` highest stay, the newest among equals. Scores of dead pairs are ignored."""
 
-    def first_statistic(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T features"] | None:
-        """Return the initial statistic of new pairs with keys `k`; None for a method without `features`."""
+    def first_statistic(
+        self, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
+    ) -> Float[Array, "B K T features"] | None:
+        """Return the initial statistic of new pairs; None for a method without `features`."""
         return jnp.zeros((*k.shape[:3], self.features), jnp.float32) if self.features else None
+
+    def importance(self, weights: Float[Array, "B K G n S"], v: Float[Array, "B K S H"]) -> Float[Array, "B K n S"]:
+        """Return what each of n queries says about each pair with value `v`: by default its mean attention weight."""
+        return jnp.mean(weights, axis=2)
 
     def observe(
         self,
@@ -98,12 +105,21 @@ class BudgetPolicy(CachePolicy):
         real: Bool[Array, "B n"],
         alive: Bool[Array, "B K S"],
     ) -> Float[Array, "B K S features"]:
-        """Update the statistic with the attention `weights` of the last n queries.
+        """Update the statistic with the weights of the last n queries, which `importance` has computed.
 
-        Weights are averaged over the query heads of each KV head. A row may have fewer than n queries; the `real` ones
-        come last.
+        A row may have fewer than n queries; the `real` ones come last.
         """
         return statistic
+
+    def observe_queries(
+        self,
+        state: Float[Array, "B K state"],
+        q: Float[Array, "B T N H"],
+        position: Int[Array, "B T"],
+        count: Int[Array, "B"],
+    ) -> Float[Array, "B K state"]:
+        """Update the state of each KV head with the queries of a chunk, of which the first `count` are real."""
+        return state
 
     def mark(
         self,
@@ -118,23 +134,24 @@ class BudgetPolicy(CachePolicy):
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
         expiries: Expiries,
         slots: LayerCache,
         position: Int[Array, "B T"],
         count: Int[Array, "B"],
     ) -> Selection | None:
-        pairs = self.pairs_after(q, k, expiries, slots, position, count)
+        pairs = self.pairs_after(q, k, v, expiries, slots, position, count)
         kept = best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, max_leaving=k.shape[2])
-        return Selection(kept, pairs.statistic)
+        return Selection(kept, pairs.statistic, pairs.head_state)
 
-    def pairs_after(self, q, k, expiries, slots, position, count) -> Pairs:
+    def pairs_after(self, q, k, v, expiries, slots, position, count) -> Pairs:
         """Return all pairs after a chunk, whose attention has updated the statistic; arguments as in `select`."""
         now, length = position[:, 0] + count - 1, k.shape[2]
         chunk_position = jnp.broadcast_to(position[:, None], expiries.expiry.shape)
         both = lambda slot, new: jnp.concatenate([slot, new.astype(slot.dtype)], axis=2)
         keys, positions = both(slots.k, k), both(slots.position, chunk_position)
         alive = alive_pairs(slots, expiries.expiry, now, count)
-        first = self.first_statistic(k)
+        first = self.first_statistic(k, v)
         statistic = None if slots.statistic is None or first is None else both(slots.statistic, first)
         if (number := min(self.num_observed, length)) and statistic is not None:
             # The last queries of each row; a negative index is one that does not exist.
@@ -144,8 +161,10 @@ class BudgetPolicy(CachePolicy):
             weights = attention_weights(
                 last, position[:, :1] + at, keys, positions, both(slots.expiry, expiries.expiry)
             )
-            statistic = self.observe(statistic, weights, real, alive)
-        return Pairs(keys, positions, alive, statistic, now)
+            values = jnp.where(alive[..., None], both(slots.v, v), 0)  # a dead slot may hold NaN
+            statistic = self.observe(statistic, self.importance(weights, values), real, alive)
+        state = None if slots.head_state is None else self.observe_queries(slots.head_state, q, position, count)
+        return Pairs(keys, positions, alive, statistic, now, state)
 
 
 @typed

@@ -57,6 +57,7 @@ class CachePolicy(ABC):
     has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"
     ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # `read` is asked before attention
+    keeps_prompt: ClassVar[bool] = False  # the first prefill stays, or `check_prompt` refuses it
     compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
 
     @classmethod
@@ -86,9 +87,22 @@ class CachePolicy(ABC):
         """How many numbers the cache stores for each pair on behalf of this policy."""
         return 0
 
+    def head_state(self, config: ModelConfig) -> Float[Array, "state"] | None:
+        """Return the numbers with which each KV head of a new cache begins; None if the policy remembers none."""
+        return None
+
     @abstractmethod
     def slot_bounds(self) -> SlotBounds:
         """Return how many pairs a head must be able to hold."""
+
+    def check_prompt(
+        self, slots: LayerCache, seen: Int[Array, "B"], count: Int[np.ndarray, "B"], chunk_size: int | None
+    ) -> None:
+        """Raise ConfigError if the next `count` tokens of a row, which has `seen` tokens so far, cannot be its prompt.
+
+        `slots` are those of any layer. The tokens are read in chunks of `chunk_size`; None stands for the default.
+        """
+        return None
 
     def fused_rule(self) -> FusedRule | None:
         """Return the rule for the one-kernel decode step; None if that kernel does not implement this policy."""
@@ -121,6 +135,7 @@ class CachePolicy(ABC):
         self,
         q: Float[Array, "B T N H"],
         k: Float[Array, "B K T H"],
+        v: Float[Array, "B K T H"],
         expiries: Expiries,
         slots: LayerCache,
         position: Int[Array, "B T"],

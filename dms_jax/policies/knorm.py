@@ -23,7 +23,7 @@ class KNorm(BudgetPolicy):
     def features(self) -> int:
         return 1  # -|k|, computed once
 
-    def first_statistic(self, k: Float[Array, "B K T H"]) -> Float[Array, "B K T 1"]:
+    def first_statistic(self, k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]) -> Float[Array, "B K T 1"]:
         return -jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True)
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:

@@ -9,9 +9,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
+from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, LayerCache, Selection
 from dms_jax.errors import ConfigError
 from dms_jax.policies.budget_policy import BudgetPolicy, Pairs, best
@@ -30,22 +31,31 @@ class PromptCompression(KeepAll):
     def __post_init__(self):
         if not isinstance(self.method, BudgetPolicy):
             raise ConfigError(f"{type(self.method).__name__} does not rank pairs, so it cannot compress a prompt")
+        if self.method.keeps_prompt:
+            raise ConfigError(
+                f"{type(self.method).__name__} keeps the prompt, so it cannot compress one; leave out prompt:"
+            )
 
     @property
     def features(self) -> int:
         return self.method.features
 
+    def head_state(self, config: ModelConfig) -> Float[Array, "state"] | None:
+        return self.method.head_state(config)
+
     def fused_rule(self) -> FusedRule | None:
         return None  # the fused step observes no attention
 
-    def select(self, q, k, expiries, slots, position, count) -> Selection | None:
-        pairs = self.method.pairs_after(q, k, expiries, slots, position, count)
-        return Selection(pairs.alive, pairs.statistic) if self.features else None
+    def select(self, q, k, v, expiries, slots, position, count) -> Selection | None:
+        pairs = self.method.pairs_after(q, k, v, expiries, slots, position, count)
+        return Selection(pairs.alive, pairs.statistic, pairs.head_state) if self.features else None
 
 
 def prompt_pairs(layer: LayerCache, seen: Int[Array, "B"]) -> Pairs:
     """Return the pairs of a prefilled layer in the form that methods rank."""
-    return Pairs(layer.k, layer.position, layer.expiry >= (seen - 1)[:, None, None], layer.statistic, seen - 1)
+    return Pairs(
+        layer.k, layer.position, layer.expiry >= (seen - 1)[:, None, None], layer.statistic, seen - 1, layer.head_state
+    )
 
 
 def compress_prompt(cache: CompactCache, capacity: int | None = None) -> CompactCache:

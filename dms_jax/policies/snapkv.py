@@ -65,12 +65,27 @@ class SnapKV(BudgetPolicy):
         return jnp.take_along_axis(both, source[:, None, None], axis=-1)
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:
-        old = pairs.alive & (pairs.age >= self.observation_window)
-        attention = jnp.where(old, jnp.mean(jnp.where(old[..., None], pairs.memory, 0.0), axis=-1), 0.0)
+        return self.with_window(pairs, self.pooled(pairs, self.is_old(pairs)))
+
+    def is_old(self, pairs: Pairs) -> Bool[Array, "B K S"]:
+        """Return which pairs are older than the window."""
+        return pairs.alive & (pairs.age >= self.observation_window)
+
+    def attention(self, pairs: Pairs) -> Float[Array, "B K S observation_window"]:
+        """Return the attention of each of the last queries, from oldest to newest."""
+        return pairs.memory
+
+    def pooled(self, pairs: Pairs, among: Bool[Array, "B K S"]) -> Float[Array, "B K S"]:
+        """Return the mean attention, averaged over neighbors; pairs that are not `among` those counted add 0."""
+        attention = jnp.where(among, jnp.mean(jnp.where(among[..., None], self.attention(pairs), 0.0), axis=-1), 0.0)
         order = jnp.argsort(jnp.where(pairs.alive, pairs.position, jnp.iinfo(jnp.int32).max), axis=-1)
         side = self.kernel_size // 2
         padded = jnp.pad(jnp.take_along_axis(attention, order, axis=-1), ((0, 0), (0, 0), (side, side)))
         length = attention.shape[-1]
         pooled = sum(padded[..., i : i + length] for i in range(self.kernel_size)) / self.kernel_size
-        score = jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+        return jnp.take_along_axis(pooled, jnp.argsort(order, axis=-1), axis=-1)
+
+    def with_window(self, pairs: Pairs, score: Float[Array, "B K S"]) -> Float[Array, "B K S"]:
+        """Return the scores of old pairs, and higher ones for the pairs of the window."""
+        old = self.is_old(pairs)
         return jnp.where(old, score, jnp.max(jnp.where(old, score, 0.0), axis=(1, 2), keepdims=True) + 1)

@@ -52,7 +52,7 @@ class StreamingLLM(BudgetPolicy):
         expiry = expiry_of(self.marked(position), position, self.window_size)[:, None]
         return Expiries(jnp.broadcast_to(expiry, logits.shape), jnp.zeros(logits.shape, jnp.float32), None, None)
 
-    def select(self, q, k, expiries, slots, position, count) -> None:
+    def select(self, q, k, v, expiries, slots, position, count) -> None:
         return None  # `mark` has already decided
 
     def keep_scores(self, pairs: Pairs) -> Float[Array, "B K S"]:

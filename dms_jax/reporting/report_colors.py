@@ -35,9 +35,14 @@ LOOKS = {  # after Okabe and Ito (2008)
     "keydiff": Look("#8a5a2c", "#cf9f70", (0, (6, 2, 2, 2)), "<"),
     "quest": Look("#5a40b0", "#a892f2", (0, (5, 1, 1, 1, 1, 1)), "p"),
     "observed_attention": Look("#c0395b", "#ff86a4", (0, (2, 1)), ">"),
-    "random": Look("#8b929c", "#a3abb5", (0, (1, 1)), "d"),
+    "random_all": Look("#8b929c", "#a3abb5", (0, (1, 1)), "d"),
+    "random_attention": Look("#6d5f8a", "#b3a5d1", (0, (2, 2, 6, 2)), "1"),
+    "vase": Look("#2f7d4f", "#6fc48f", (0, (7, 2, 1, 2)), "2"),
+    "dropkv": Look("#a0452e", "#f08a70", (0, (3, 1, 3, 3)), "3"),
+    "expected_attention": Look("#1f6391", "#62add9", (0, (9, 2, 2, 2)), "+"),
     "immediate_eviction": Look("#e09a00", "#f2bd42", (0, (4, 2)), "h"),
 }
+FORMER_NAMES = {"random": "random_all"}  # of policies, in files of results
 FALLBACK_LOOKS = (  # for policies that are not in LOOKS
     Look("#117a8c", "#4fc0d4", (0, (6, 2)), "*"),
     Look("#556b2e", "#a9c46e", (0, (3, 1, 1, 1)), "8"),
@@ -56,9 +61,10 @@ EVICTED, KEPT = ("#ffffff", "#15181b"), ("#f39a4a", "#a2530a")
 def policy_look(policy: str) -> Look:
     """Return the look of a policy. A name that is not in LOOKS always gets the same fallback. "prompt:tova" looks like
     "tova", but dotted."""
-    name = policy.removeprefix("prompt:")
+    plain = policy.removeprefix("prompt:")
+    name = FORMER_NAMES.get(plain, plain)
     look = LOOKS.get(name) or FALLBACK_LOOKS[zlib.crc32(name.encode()) % len(FALLBACK_LOOKS)]
-    return look if name == policy else look._replace(dash=(0, (1, 1.5)), first=False)
+    return look if plain == policy else look._replace(dash=(0, (1, 1.5)), first=False)
 
 
 def css_variable(policy: str) -> str:

@@ -12,6 +12,8 @@ from dms_jax.errors import ConfigError
 from dms_jax.policies import (
     H2O,
     TOVA,
+    DropKV,
+    ExpectedAttention,
     KeepAll,
     KeyDiff,
     KNorm,
@@ -20,10 +22,12 @@ from dms_jax.policies import (
     RandomEviction,
     SnapKV,
     StreamingLLM,
+    VaSE,
 )
 from dms_jax.policies.prompt_compression import prompt_pairs
 
 PROMPT, BUDGET = 48, 24
+GOLDEN_FOLDERS = "kvpress", "kvpress_newer"
 METHODS = {
     "knorm": KNorm(BUDGET),
     "keydiff": KeyDiff(BUDGET),
@@ -31,6 +35,8 @@ METHODS = {
     "tova": TOVA(BUDGET),
     "streaming_llm": StreamingLLM(BUDGET),
     "observed_attention": ObservedAttention(BUDGET),
+    "dropkv": DropKV(BUDGET, 8, 5),
+    "expected_attention": ExpectedAttention(BUDGET),
 }
 
 
@@ -41,7 +47,8 @@ def kept_positions(cache, layer, row, head) -> set[int]:
 
 @pytest.mark.parametrize("folder", ["llama3_rope_scaled", "qwen3_qk_norm"])
 def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
-    model, want = dms_jax.load(GOLDEN / folder), load_file(GOLDEN / "kvpress" / f"{folder}.safetensors")
+    model, files = dms_jax.load(GOLDEN / folder), [GOLDEN / name / f"{folder}.safetensors" for name in GOLDEN_FOLDERS]
+    want = load_file(files[0]) | load_file(files[1])
     ids = want["input_ids"]
     for name, method in METHODS.items():
         cache = dms_jax.init_cache(model, 1, 64, policy=PromptCompression(method))
@@ -49,6 +56,10 @@ def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
         scores = np.stack(
             [np.asarray(method.keep_scores(prompt_pairs(layer, cache.seen)))[0, :, :PROMPT] for layer in cache.layers]
         )
+        if name == "dropkv":
+            # kvpress sums over the window of 8, and gives the pairs of the window another score, which is also the
+            # highest of a head.
+            scores, want["dropkv.scores"] = 8 * scores[..., :-8], want["dropkv.scores"][..., :-8]
         np.testing.assert_allclose(scores, want[f"{name}.scores"], atol=1e-5, err_msg=name)
         if name == "knorm":
             # In layer 0, equal tokens have keys of equal norm at any position, and two such pairs tie at the cut. Which
@@ -75,7 +86,7 @@ def test_scores_kept_pairs_and_logits_equal_kvpress(folder):
 def test_rows_are_compressed_independently(rng):
     """Compress ragged rows, prefilled in chunks, into a smaller buffer."""
     model, ids, lengths = tiny_model(None, 3, num_layers=2), tokens(rng, 2, 40), [40, 23]
-    for method in [*METHODS.values(), H2O(10), RandomEviction(10)]:
+    for method in [*METHODS.values(), H2O(10), RandomEviction(10), VaSE(10, 4)]:
         method = dataclasses.replace(method, budget=12)
 
         def compressed(rows, chunk_size, method=method):

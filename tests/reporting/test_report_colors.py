@@ -47,6 +47,7 @@ def test_looks_of_policies_differ_even_without_color():
         "policies must differ without color, with and without markers"
     )
     assert (
-        policy_look("unheard_of") == policy_look("unheard_of")
+        policy_look("random") == policy_look("random_all")  # an older name
+        and policy_look("unheard_of") == policy_look("unheard_of")
         and policy_look("prompt:tova").color == policy_look("tova").color
     )
