@@ -59,8 +59,8 @@ class LayerCache:
     score: Float[Array, "B K C"]  # fp32
     forced_evictions: Int[Array, "B K"]  # pairs that a full buffer pushed out
     statistic: Float[Array, "B K C features"] | None = None  # numbers that the policy remembers for each pair
-    budget: Int[Array, "B K"] | None = None  # live pairs that `core.budget_eviction` keeps; None if nothing is to keep
     head_state: Float[Array, "B K state"] | None = None  # and for each KV head
+    budget: Int[Array, "B K"] | None = None  # live pairs that `core.budget_eviction` keeps; None if nothing is to keep
 
     @property
     def capacity(self) -> int:

@@ -105,7 +105,7 @@ def extend_layer(
     # These records hold the axes of each array in place of the array.
     cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
     statistic, budget = None if layer.statistic is None else VECTORS, None if layer.budget is None else HEADS
-    cache = cache_axes(*PAIRS, HEADS, statistic, budget)
+    cache = cache_axes(*PAIRS, HEADS, statistic, budget=budget)
     last = None if expiries.last_expiry is None else HEADS
     run = _per_device(
         own,

@@ -170,7 +170,7 @@ class FittedHead(NamedTuple):
         slope = SPREAD / self.deviation
         cut = self.mean + self.deviation * NormalDist().inv_cdf(min(max(evicted, 1e-3), 1 - 1e-3))
         constant = (slope * cut + dms.evict_logit_bias) * self.constant[..., None]
-        return (constant - slope * self.value) / dms.evict_logit_scale
+        return jnp.asarray((constant - slope * self.value) / dms.evict_logit_scale)
 
 
 def fit(sums: LabelSums) -> FittedHead:
