@@ -47,7 +47,12 @@ def no_labels(config: ModelConfig) -> LabelSums:
     layers, heads, size = config.num_layers, config.num_kv_heads, config.hidden_size
     zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
     return LabelSums(
-        zeros(), zeros(), zeros(layers, size), zeros(layers, size, size), zeros(layers, heads), zeros(layers, size, heads)
+        zeros(),
+        zeros(),
+        zeros(layers, size),
+        zeros(layers, size, size),
+        zeros(layers, heads),
+        zeros(layers, size, heads),
     )
 
 

@@ -27,8 +27,9 @@ from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shar
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import spec
+from dms_jax.training import fisher_init
 from dms_jax.training.data.rows import Batch
-from dms_jax.training.fisher_init import LabelSums, fit, label_sums, no_labels
+from dms_jax.training.fisher_init import LabelSums, fit, no_labels
 from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
 
@@ -272,8 +273,9 @@ class RetrofitStep:
     def add_labels(self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch) -> LabelSums:
         """Add the sums of a batch of label rows. Rows whose segments are padding add nothing."""
         student = self.student_model(state.trainable, frozen)
-        new = label_sums(student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat)
-        return jax.tree.map(jnp.add, sums, new)
+        return fisher_init.add_labels(
+            sums, student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat
+        )
 
     def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
         """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
