@@ -77,7 +77,7 @@ def add_labels(
     values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
     missing = queries_outside(segment_ids, dms.window_size)
     weight = label_weights(segment_ids, missing, dms.decision_shift)
-    per_query = values / jnp.maximum(missing, 1)[None, :, None]
+    per_query = values / jnp.maximum(missing, 1).astype(jnp.float32)[None, :, None]
     counted = jnp.where((weight > 0)[None, :, None], per_query, -jnp.inf)
     median = threshold_at(counted, 0.5 * jnp.sum(counted >= 0, dtype=jnp.float32))
     floor = jnp.where(sums.weight > 0, sums.floor, jnp.maximum(median, jnp.finfo(jnp.float32).tiny))
