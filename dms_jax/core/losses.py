@@ -238,10 +238,10 @@ def score_gradient(
 
     For a small change of the hidden states, the mean square of its product with this direction is twice the KL that
     the change causes, summed over the tokens. With q = softmax(logits / temperature), the direction is
-    `embedding.T @ (sqrt(q) r - q (sqrt(q) @ r))`, where the signs r are drawn for each token and vocabulary entry. Drawing
-    a next token instead would give the same covariance with a much larger variance of the square. A temperature above
-    1 also counts changes of tokens that are all but certain, whose information at temperature 1 is about 0 although a
-    large change would cost as many nats as elsewhere.
+    `embedding.T @ (sqrt(q) r - q (sqrt(q) @ r))`, where the signs r are drawn for each token and vocabulary entry.
+    Drawing a next token instead would give the same covariance with a much larger variance of the square. A temperature
+    above 1 also counts changes of tokens that are all but certain, whose information at temperature 1 is about 0
+    although a large change would cost as many nats as elsewhere.
 
     The signs are a function of (key, example, position) alone, so they are the same on any mesh. `hidden` is
     final-normed; `chunk` is as in `distill_sum`.

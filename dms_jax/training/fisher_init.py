@@ -25,6 +25,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import unit_rms
 
 DRAWS = (1.0, 3.0)  # temperatures of the score gradients whose squares are averaged
+FLOOR = 10.0  # medians of the values, added to them before their logarithm
 MIN_QUERIES = 32  # a pair that fewer queries can miss has too noisy a label
 SINK_WEIGHT = 50.0  # of the first pair of a document, which every head needs and which is one pair of a thousand
 RIDGE = 0.01  # relative to the mean eigenvalue of the feature products
@@ -70,17 +71,17 @@ def add_labels(
     Different `segment_ids` separate documents, and negative ones mark padding. The result is a function of `sums`, the
     rows, `examples` and `seed`, and does not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`.
 
-    The logarithm of a value far below those at which pairs are worth keeping is noise that a regression would chase.
-    The median of the first batch is therefore added to all values: most pairs are worth less, and all of those may go.
+    The logarithms of values far below those of pairs worth keeping differ by noise, which a regression would chase.
+    `FLOOR` times the median value of the first batch is therefore added to all values.
     """
     dms = model.config.require_dms()
     values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
     missing = queries_outside(segment_ids, dms.window_size)
     weight = label_weights(segment_ids, missing, dms.decision_shift)
-    per_query = values / jnp.maximum(missing, 1).astype(jnp.float32)[None, :, None]
+    per_query = values / jnp.maximum(missing, 1)[None, :, None].astype(jnp.float32)
     counted = jnp.where((weight > 0)[None, :, None], per_query, -jnp.inf)
     median = threshold_at(counted, 0.5 * jnp.sum(counted >= 0, dtype=jnp.float32))
-    floor = jnp.where(sums.weight > 0, sums.floor, jnp.maximum(median, jnp.finfo(jnp.float32).tiny))
+    floor = jnp.where(sums.weight > 0, sums.floor, jnp.maximum(FLOOR * median, jnp.finfo(jnp.float32).tiny))
     # The label of pair t belongs to token t + shift, which decides about it.
     shift = dms.decision_shift
     aligned = lambda x: x[..., : x.shape[-1] - shift]
@@ -180,7 +181,7 @@ def fit(sums: LabelSums) -> FittedHead:
     regularized = products + ridge[:, None, None] * jnp.eye(size)[None]
     right = jnp.concatenate([sums.feature_labels, sums.features[..., None]], axis=-1) / sums.weight
     with jax.default_matmul_precision("highest"):
-        solution = jax.scipy.linalg.solve(regularized, right, assume_a="pos")
+        solution = jax.vmap(lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"))(regularized, right)
     value, constant = solution[..., :-1], solution[..., -1]
     predicted = jnp.einsum("ld,ldk->lk", sums.features / sums.weight, value, precision=EXACT)
     squares = jnp.einsum("ldk,lde,lek->lk", value, products, value, precision=EXACT)
