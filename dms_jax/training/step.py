@@ -280,6 +280,7 @@ class RetrofitStep:
     def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
         """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
         projection = fit(sums).projection(self.dms, evict_fraction(self.dms.target_cr))
+        # pyrefly: ignore[bad-argument-type]  # under JAX's transformations, an array is never NumPy's
         return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
 
     def free_channel(self, state: TrainState) -> TrainState:

@@ -69,7 +69,7 @@ def test_dry_run_names_the_label_pass_and_its_memory(settings, capsys):
     out = capsys.readouterr().out
     assert "12 rows" in out and "compiled label pass" in out and "compiled step" in out
     assert main(arguments(settings, "--dry-run", init="zero")) == 0
-    assert "label" not in capsys.readouterr().out and not settings["output"].exists()
+    assert "label pass" not in capsys.readouterr().out and not settings["output"].exists()
 
 
 def test_steps_after_the_fit_hold_the_target(settings):
