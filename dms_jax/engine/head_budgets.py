@@ -66,6 +66,12 @@ def head_shares(
     return HeadShares.between_edges(np.stack(shares))
 
 
+def shares_of(score: Float[np.ndarray, "L B K n"], means: tuple[float, ...] = MEANS) -> HeadShares:
+    """Return the shares that heads keep of settled pairs with the evict logits `score`, taking the logits as given."""
+    shares = [_shares_at_common_threshold(score, round(mean * score.size)) for mean in means]
+    return HeadShares.between_edges(np.stack(shares))
+
+
 def policy_for_rows(model: Decoder, policy: CachePolicy | str | None, dense: bool, length: int) -> CachePolicy:
     """Resolve the arguments `policy` and `dense` of `GenerationConfig` for rows of at most `length` tokens.
 

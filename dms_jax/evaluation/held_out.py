@@ -1,8 +1,8 @@
-"""Measure how far a retrofitted model is from its dense base on held-out rows, and how far StreamingLLM is with as many
-live tokens.
+"""Measure how far a retrofitted model is from its dense base on held-out rows, by a threshold and within exact budgets,
+and how far StreamingLLM is with as many live tokens.
 
-A training step compiles `retrofit_rows` and `streaming_llm_rows`; `held_out_report` gathers their results over many
-batches.
+A training step compiles `retrofit_rows`, `budgeted_rows` and `streaming_llm_rows`; `held_out_report` gathers their
+results over many batches.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from dms_jax.core.losses import TokenMetrics, token_metrics
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies.streaming_llm import StreamingLLM
 
-STREAMING_LLM = "streaming_llm"
+STREAMING_LLM, DMS_BUDGET = "streaming_llm", "dms_budget"
 METRICS_GROUPS = {STREAMING_LLM: "sliding_window"}  # the group name of the baseline in metrics.jsonl, a file format
 
 
@@ -67,6 +67,23 @@ def retrofit_rows(
         next_tokens(tokens),
     )
     return RowMetrics(tokens_out, live_counts(evict, dms.window_size, dms.decision_shift), jnp.mean(evict, axis=-1))
+
+
+def budgeted_rows(
+    student: Decoder,
+    teacher: Decoder,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    budgets: Int[Array, "L K"],
+) -> TokenMetrics:
+    """Compare the student within exact budgets of live pairs with the dense teacher. All metrics are [B T]."""
+    return token_metrics(
+        student.budgeted_hidden(tokens, budgets, segment_ids)[0],
+        teacher.dense_hidden(tokens, segment_ids),
+        student.output_embedding(),
+        teacher.output_embedding(),
+        next_tokens(tokens),
+    )
 
 
 def streaming_llm_rows(
@@ -194,10 +211,13 @@ def held_out_report(
     batches: Iterable[EvaluationBatch],
     length: int,
     retrofit: Callable[[EvaluationBatch], RowMetrics],
-    streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None,
+    streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics],
+    budgeted: Callable[[EvaluationBatch, int], TokenMetrics] | None,
 ) -> HeldOutReport:
-    """Measure the retrofitted model on `batches` of rows of `length` tokens, then StreamingLLM with as many live tokens
-    as the model kept. The callables run one batch on the devices. If `streaming_llm` is None, there is no baseline."""
+    """Measure the retrofitted model on `batches` of rows of `length` tokens, then the others with as many live tokens.
+
+    The callables run one batch on the devices. `budgeted` gets the mean budget of all heads; None leaves it out.
+    """
     batches = list(batches)
     gathered, live, evict = Gathered(), [], []
     for batch in batches:
@@ -207,12 +227,16 @@ def held_out_report(
         evict.append(metrics.evict_fraction)
     live, evict = np.concatenate(live, axis=1).mean(axis=1), np.concatenate(evict, axis=1).mean(axis=1)
     results = [gathered.result("dms", length, float(live.mean()), float(evict.mean()))]
-    if streaming_llm is not None:
-        policy = StreamingLLM(budget=max(round(float(live.mean())), StreamingLLM.num_sinks + 1))
-        baseline = Gathered()
+
+    def of_budget(name: str, pairs: int, run: Callable[[EvaluationBatch], TokenMetrics]) -> HeldOutResult:
+        rows = Gathered()
         for batch in batches:
-            baseline.add(
-                jax.device_get(streaming_llm(batch, policy)), counted_tokens(batch.loss_mask, batch.segment_ids)
-            )
-        results.append(baseline.result(STREAMING_LLM, length, min(policy.budget, length), 1 - policy.budget / length))
+            rows.add(jax.device_get(run(batch)), counted_tokens(batch.loss_mask, batch.segment_ids))
+        return rows.result(name, length, min(pairs, length), 1 - min(pairs, length) / length)
+
+    pairs = round(float(live.mean()))
+    if budgeted is not None:
+        results.append(of_budget(DMS_BUDGET, pairs, lambda batch: budgeted(batch, pairs)))
+    policy = StreamingLLM(budget=max(pairs, StreamingLLM.num_sinks + 1))
+    results.append(of_budget(STREAMING_LLM, policy.budget, lambda batch: streaming_llm(batch, policy)))
     return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(results), live, evict)

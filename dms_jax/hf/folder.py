@@ -23,6 +23,7 @@ from dms_jax.hf.folder_files import member
 from dms_jax.hf.folder_swap import check_folder, replacing_folder
 from dms_jax.hf.gguf.gguf_file import open_gguf
 from dms_jax.hf.gguf.gguf_tokenizer import write_tokenizer
+from dms_jax.hf.head_budget_file import HEAD_BUDGETS, save_head_shares
 from dms_jax.hf.hf_weights import EVICT, entries, model_writes, read_model
 from dms_jax.hf.safetensors_files import (
     INDEX,
@@ -34,6 +35,7 @@ from dms_jax.hf.safetensors_files import (
     write_folder,
 )
 from dms_jax.kernels.dispatch import KernelQuery, select_implementation
+from dms_jax.policies.head_shares import HeadShares
 
 # Files of a model other than weights and config.json. `save` copies them and LEGAL_FILES unchanged.
 SIDE_FILES = {
@@ -179,13 +181,21 @@ def _merge_policy(own: DMSConfig | None, given: DMSConfig | None) -> DMSConfig |
     return given
 
 
-def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+def save(
+    model,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    head_shares: HeadShares | None = None,
+) -> None:
     """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for
     transformers.
 
     Tensors get the dtype that they had in the source (fp32 for the evict head), so a base that was not trained is
     written back bit for bit. Tokenizer and generation files are copied. The folder appears whole or not at all.
     `overwrite` replaces the model in an existing model folder; other files and folders in it stay as they are.
+    `head_shares` tells `dms_budget:N` how to divide N among the heads (`engine.head_budgets` measures them).
 
     The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
     `save` warns about it.
@@ -207,6 +217,8 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
     with replacing_folder(path) as folder:
         write_folder(folder, folder_writes(model), shard_bytes)
         write_json(os.path.join(folder, "config.json"), hf_config.folder_config(config, original))
+        if head_shares is not None:
+            save_head_shares(folder, head_shares, config.require_dms().window_size)
         if source is not None:
             copy_side_files(source.path, folder)
         old = os.listdir(path) if os.path.isdir(path) else []
@@ -220,7 +232,7 @@ def save(model, path: str | os.PathLike[str], *, overwrite: bool = False, shard_
 
 def check_save(path: str | os.PathLike[str], overwrite: bool) -> None:
     """Raise ConfigError if `save` would refuse to write to `path`, whatever the model is."""
-    check_folder(os.fspath(path), overwrite, SIDE_FILES | LEGAL_FILES)
+    check_folder(os.fspath(path), overwrite, SIDE_FILES | LEGAL_FILES | {HEAD_BUDGETS})
 
 
 def folder_writes(model) -> list[Write]:

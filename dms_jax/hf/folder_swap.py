@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from dms_jax.errors import ConfigError
 from dms_jax.files import check_target, read_json
+from dms_jax.hf.head_budget_file import HEAD_BUDGETS
 from dms_jax.hf.safetensors_files import INDEX, is_plain_name
 
 WEIGHTS = "model.safetensors"
@@ -36,9 +37,10 @@ def check_folder(path: str, overwrite: bool, names: Iterable[str]) -> None:
 def replacing_folder(path: str) -> Iterator[str]:
     """Yield a temporary folder beside `path` to write a model to, which takes the place of `path` on success.
 
-    Files of the old folder go if the new one has their names, and so do the weights that the old one loaded. Everything
-    else stays, as the same files and folders. Where Linux can exchange two folders, the process may be killed at any
-    moment, and `path` is the old or the new folder; elsewhere, there is a moment without a folder at `path`.
+    Files of the old folder go if the new one has their names, and so do the weights that the old one loaded and the
+    budgets of their heads. Everything else stays, as the same files and folders. Where Linux can exchange two folders,
+    the process may be killed at any moment, and `path` is the old or the new folder; elsewhere, there is a moment
+    without a folder at `path`.
     """
     from safetensors import SafetensorError
 
@@ -52,7 +54,7 @@ def replacing_folder(path: str) -> Iterator[str]:
         if not os.path.isdir(path) or not os.listdir(path):
             os.rename(temporary, path)
             return
-        ours = set(os.listdir(temporary)) | _weights_of(path)
+        ours = set(os.listdir(temporary)) | _weights_of(path) | {HEAD_BUDGETS}
         _adopt(path, temporary, ours)
         _exchange(temporary, path)
         replaced = True

@@ -12,18 +12,18 @@ from dms_jax.errors import ConfigError, naming
 from dms_jax.files import read_json, write_json
 from dms_jax.policies.head_shares import HeadShares
 
-FILE = "head_budgets.json"
+HEAD_BUDGETS = "head_budgets.json"
 
 
 def save_head_shares(folder: str | os.PathLike[str], shares: HeadShares, window_size: int) -> None:
     """Write shares that were measured with a window of `window_size` into an exported folder."""
     measured = np.round(shares.share[1:-1], 6).tolist()  # without the two ends, which hold for every model
-    write_json(os.path.join(folder, FILE), {"window_size": window_size, "shares": measured}, indent=None)
+    write_json(os.path.join(folder, HEAD_BUDGETS), {"window_size": window_size, "shares": measured}, indent=None)
 
 
 def load_head_shares(folder: str | os.PathLike[str], config: ModelConfig) -> HeadShares | None:
     """Read the shares for a model of `config`; None if its folder has none, or is a single file."""
-    path = os.path.join(folder, FILE)
+    path = os.path.join(folder, HEAD_BUDGETS)
     if not os.path.isfile(path):
         return None
     content = read_json(path)

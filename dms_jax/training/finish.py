@@ -13,7 +13,7 @@ from dms_jax.training.metrics import read_steps
 from dms_jax.training.plots import plot_kept_fraction, plot_training
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.step import TrainState
-from dms_jax.training.validate import calibrated_threshold, validate
+from dms_jax.training.validate import calibrate, validate
 
 EXPORT = "export"  # the folder of the model, in the output folder
 FILES = ("metrics.jsonl", "report.json", "training.png", "kept_fraction.png", "adapter.safetensors")  # beside it
@@ -22,14 +22,14 @@ FILES = ("metrics.jsonl", "report.json", "training.png", "kept_fraction.png", "a
 def finish(run: PreparedRun, state: TrainState) -> None:
     """Write export/, report.json and the plots to the output folder, and print the held-out table."""
     run.checkpoints.close()
-    threshold = calibrated_threshold(run, state)
-    report = validate(run, state, threshold) if run.held_out.num_rows else None
+    calibration = calibrate(run, state)
+    report = validate(run, state, calibration) if run.held_out.num_rows else None
 
     trained = run.steps.math.student_model(state.trainable, run.frozen)
-    fold_threshold(trained, threshold)
+    fold_threshold(trained, calibration.threshold)
     export = run.output / EXPORT
     with writing_results(run):
-        save(trained, export, overwrite=True)
+        save(trained, export, overwrite=True, head_shares=calibration.shares)
         if run.config.mode == "adapter":
             save_adapter(trained, run.output / "adapter.safetensors", overwrite=True)
         if not run.is_writer:

@@ -16,7 +16,7 @@ from dms_jax.training.restore import checkpoint_metadata, stored
 from dms_jax.training.run_monitor import RunMonitor
 from dms_jax.training.step import TrainState
 from dms_jax.training.stop_signal import StopSignal
-from dms_jax.training.validate import running_threshold, validate
+from dms_jax.training.validate import Calibration, running_threshold, validate
 
 
 def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainState, int]:
@@ -49,7 +49,7 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
             run.say(f"{signal.Signals(number).name}: saved at step {done} of {c.steps}; continue with --resume")
             return state, number
         if validation:
-            report = validate(run, state, running_threshold(state))
+            report = validate(run, state, Calibration(running_threshold(state), None))
             run.record({"step": step} | report.as_metrics())
             log.show(f"step {done}\n{report.table()}")
     log.close()

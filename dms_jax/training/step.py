@@ -19,8 +19,8 @@ from dms_jax.config import DMSConfig
 from dms_jax.core import eviction
 from dms_jax.core.cr_schedule import borrowed_channel_scale, evict_fraction, target_cr
 from dms_jax.core.eviction import decidable, live_counts
-from dms_jax.core.losses import compression_loss, distill_sum
-from dms_jax.evaluation.held_out import RowMetrics, retrofit_rows, streaming_llm_rows
+from dms_jax.core.losses import TokenMetrics, compression_loss, distill_sum
+from dms_jax.evaluation.held_out import RowMetrics, budgeted_rows, retrofit_rows, streaming_llm_rows
 from dms_jax.models.decoder import Decoder, free_borrowed_channel
 from dms_jax.models.layers import EvictParam
 from dms_jax.models.parameters import ModelStructure, Params, flatten, with_shardings
@@ -303,6 +303,11 @@ class RetrofitStep:
         """Compare the student, with hard decisions under `threshold`, with the dense teacher."""
         student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
         return retrofit_rows(student, teacher, batch.tokens, batch.segment_ids, threshold)
+
+    def evaluate_budgeted(self, state: TrainState, frozen: Params, batch: Batch, budgets: Array) -> TokenMetrics:
+        """Compare the student within `budgets` [L K] of live pairs with the dense teacher."""
+        student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
+        return budgeted_rows(student, teacher, batch.tokens, batch.segment_ids, budgets)
 
     def scores(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> Array:
         """Compute the evict logits [L B K T] of rows whose decisions use `threshold`."""

@@ -55,6 +55,7 @@ class StepFunctions:
     add_labels: OnMesh
     fitted_state: OnMesh
     evaluate: OnMesh
+    evaluate_budgeted: OnMesh
     scores: OnMesh
     evaluate_streaming_llm: OnMesh
     finite_gradients: OnMesh
@@ -119,6 +120,7 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
         add_labels=OnMesh(math.add_labels, mesh, sums, donate=(0,)),
         fitted_state=OnMesh(math.fitted_state, mesh, shardings, donate=(0,)),
         evaluate=OnMesh(math.evaluate, mesh, replicated),
+        evaluate_budgeted=OnMesh(math.evaluate_budgeted, mesh, replicated),
         scores=OnMesh(math.scores, mesh, replicated),
         evaluate_streaming_llm=OnMesh(math.evaluate_streaming_llm, mesh, replicated, static=(2,)),
         finite_gradients=OnMesh(math.finite_gradients, mesh, replicated),

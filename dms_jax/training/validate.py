@@ -1,6 +1,6 @@
-"""Measure a retrofit: the report on held-out rows, and the threshold that keeps the realised ratio at its target."""
+"""Measure a retrofit: the report on held-out rows, and what training rows say about thresholds and budgets."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -8,7 +8,9 @@ import numpy as np
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.losses import TokenMetrics
 from dms_jax.engine.calibration import threshold_for
+from dms_jax.engine.head_budgets import shares_of
 from dms_jax.evaluation.held_out import HeldOutReport, RowMetrics, held_out_report
+from dms_jax.policies.head_shares import HeadShares
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.training.data.rows import Batch, Rows
 from dms_jax.training.placement import place
@@ -16,18 +18,34 @@ from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.step import TrainState
 
 
-def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> HeldOutReport:
-    """Compare the retrofitted model under `threshold` with the dense model and with StreamingLLM at equal live
-    tokens."""
+class Calibration(NamedTuple):
+    """What training rows say about a trained head."""
+
+    threshold: float  # at which the rows realise the target ratio
+    shares: HeadShares | None  # of the pairs that heads keep, for the policy `dms_budget`; None without settled pairs
+
+
+def validate(run: PreparedRun, state: TrainState, calibration: Calibration) -> HeldOutReport:
+    """Compare the retrofitted model, by threshold and within budgets, with the dense model and with StreamingLLM.
+
+    Rows of packed documents have no budget in common, so they are not measured within budgets.
+    """
+    config, shares, window = run.config, calibration.shares, run.steps.math.dms.window_size
 
     def retrofitted(batch: Any) -> RowMetrics:
-        return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
+        return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(calibration.threshold))
+
+    def budgeted(batch: Any, pairs: int) -> TokenMetrics:
+        assert shares is not None
+        table = np.array(shares.budgets(max(pairs, window + 1), config.length, window), np.int32)
+        return run.steps.evaluate_budgeted(state, run.frozen, place(batch, run.mesh), table)
 
     def streaming_llm(batch: Any, policy: StreamingLLM) -> TokenMetrics:
         return run.steps.evaluate_streaming_llm(state, run.frozen, policy, place(batch, run.mesh))
 
-    batches: list[Any] = first_batches(run, run.held_out, run.config.eval_rows)
-    return held_out_report(batches, run.config.length, retrofitted, streaming_llm)
+    batches: list[Any] = first_batches(run, run.held_out, config.eval_rows)
+    one_document = shares is not None and config.data.rows == "contiguous"
+    return held_out_report(batches, config.length, retrofitted, streaming_llm, budgeted if one_document else None)
 
 
 def running_threshold(state: TrainState) -> float:
@@ -35,8 +53,8 @@ def running_threshold(state: TrainState) -> float:
     return 0.0 if state.threshold is None else float(state.threshold)
 
 
-def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
-    """Find the threshold at which training rows realise the target ratio.
+def calibrate(run: PreparedRun, state: TrainState) -> Calibration:
+    """Find the threshold at which training rows realise the target ratio, and the pairs that heads then keep.
 
     With ratio_control=threshold, the search begins at the running threshold of training. With ratio_control=loss, the
     result is at least 0, so the ratio is at most the target. It is needed there because the one-sided loss never pushes
@@ -44,12 +62,15 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
     """
     c, dms, start = run.config, run.steps.math.dms, running_threshold(state)
     if not c.calibration_rows:
-        return start
+        return Calibration(start, None)
     batches = [place(batch, run.mesh) for batch in first_batches(run, run.train_rows, c.calibration_rows)]
+    latest: dict[float, np.ndarray] = {}
 
     def scores(threshold: float) -> np.ndarray:
         logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in batches]
-        return np.concatenate(jax.device_get(logits), axis=1)
+        latest.clear()
+        latest[threshold] = np.concatenate(jax.device_get(logits), axis=1)
+        return latest[threshold]
 
     target = realised_cr(dms.target_cr, c.length, dms.window_size)
     threshold = float(np.float32(threshold_for(scores, dms, target, tolerance=0.02, most_runs=6, start=start)))
@@ -59,7 +80,10 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
         run.say(
             f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise CR {target:.2f}"
         )
-    return threshold
+    logits = latest[threshold] if threshold in latest else scores(threshold)
+    settled = c.length - dms.window_size - 1
+    of_pairs = logits[..., dms.decision_shift :][..., : max(settled, 0)]
+    return Calibration(threshold, shares_of(of_pairs) if settled > 0 else None)
 
 
 def first_batches(run: PreparedRun, rows: Rows, count: int) -> list[Batch]:
