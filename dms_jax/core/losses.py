@@ -231,7 +231,7 @@ def score_gradient(
     embedding: Float[Array, "V D"],
     key: Array,
     examples: Int[Array, "B"],
-    temperature: float = 1.0,
+    temperature: Float[Array, "B T"],
     chunk: int = CHUNK,
 ) -> Float[Array, "B T D"]:
     """Return a random direction for each token's hidden state whose covariance is the Fisher information of its logits.
@@ -250,27 +250,29 @@ def score_gradient(
     parts = len(fold_length(hidden)) // rows
     keys = jax.vmap(lambda example: jax.random.fold_in(key, example))(examples)
     positions = fold_length(jnp.broadcast_to(jnp.arange(length), (rows, length)))
-    folded, embedding = fold_length(hidden), _gathered(embedding)
+    folded, temperature, embedding = fold_length(hidden), fold_length(temperature), _gathered(embedding)
     chunk = min(chunk, folded.shape[1])
-    signs_of = jax.vmap(jax.vmap(lambda key, at: _signs(jax.random.fold_in(key, at), len(embedding)), (None, 0)))
+    words = lambda key, at: jax.random.bits(jax.random.fold_in(key, at), (-(-len(embedding) // 32),), jnp.uint32)
+    words_of = jax.vmap(jax.vmap(words, (None, 0)))
 
     def one_chunk(inputs):
-        part, position = inputs
-        soft = _softmax(_logits(part, embedding) / temperature)
+        part, position, temperature = inputs
+        soft = _softmax(_logits(part, embedding) / jnp.maximum(temperature, 1e-6)[..., None])  # 0 is padding of a chunk
         q = soft.weight / soft.total
-        drawn = jnp.sqrt(q) * signs_of(jnp.repeat(keys, parts), position)
+        drawn = _with_signs(jnp.sqrt(q), words_of(jnp.repeat(keys, parts), position))
         direction = drawn - q * drawn.sum(-1, keepdims=True)
         return jnp.einsum("bcv,vd->bcd", direction.astype(embedding.dtype), embedding).astype(hidden.dtype)
 
-    out = jax.lax.map(one_chunk, (_in_chunks(folded, chunk), _in_chunks(positions, chunk)))
+    out = jax.lax.map(one_chunk, tuple(_in_chunks(x, chunk) for x in (folded, positions, temperature)))
     return unfold_length(_from_chunks(out, folded.shape[1]), rows)
 
 
-def _signs(key: Array, number: int) -> Float[Array, "{number}"]:
-    """Draw `number` values of -1 or 1, 32 from each random word."""
-    words = jax.random.bits(key, (-(-number // 32),), jnp.uint32)
-    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)[None]) & 1
-    return 1.0 - 2.0 * bits.reshape(-1)[:number].astype(jnp.float32)
+def _with_signs(values: Float[Array, "*A V"], words: Shaped[Array, "*A words"]) -> Float[Array, "*A V"]:
+    """Give the values >= 0 random signs, each by one bit of the random `words`: V / 32 of them, rounded up."""
+    shift = jax.lax.broadcasted_iota(jnp.uint32, (*words.shape, 32), words.ndim)
+    bits = words[..., None] << shift  # each bit in turn is at the place of the sign
+    sign = bits.reshape(*words.shape[:-1], -1)[..., : values.shape[-1]] & jnp.uint32(1 << 31)
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(values, jnp.uint32) ^ sign, jnp.float32)
 
 
 class TokenMetrics(NamedTuple):

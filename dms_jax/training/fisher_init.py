@@ -24,7 +24,7 @@ from dms_jax.core.losses import score_gradient
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import unit_rms
 
-DRAWS = (1.0, 3.0)  # temperatures of the score gradients whose squares are averaged
+TEMPERATURES = (1.0, 3.0)  # of the score gradient; half of the tokens get each, at random
 FLOOR = 10.0  # medians of the values, added to them before their logarithm
 MIN_QUERIES = 32  # a pair that fewer queries can miss has too noisy a label
 SINK_WEIGHT = 50.0  # of the first pair of a document, which every head needs and which is one pair of a thousand
@@ -66,7 +66,7 @@ def add_labels(
     seed: int,
     remat: str = "full",
 ) -> LabelSums:
-    """Add a batch of rows: one forward pass, and one backward pass for each of `DRAWS`.
+    """Add a batch of rows: one forward and one backward pass.
 
     Different `segment_ids` separate documents, and negative ones mark padding. The result is a function of `sums`, the
     rows, `examples` and `seed`, and does not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`.
@@ -119,12 +119,12 @@ def gate_information(
     hidden, pull_back, stream = jax.vjp(
         lambda log_keep: model.gated_hidden(tokens, log_keep, segment_ids, remat), open_gates, has_aux=True
     )
-    squares = open_gates
-    for draw, temperature in enumerate(DRAWS):
-        key = jax.random.fold_in(jax.random.key(seed), draw)
-        direction = score_gradient(hidden, model.output_embedding(), key, examples, temperature)
-        squares += jnp.square(pull_back(direction)[0])
-    return squares / len(DRAWS), stream
+    key, length = jax.random.key(seed), tokens.shape[1]
+    low, high = TEMPERATURES
+    is_high = jax.vmap(lambda example: jax.random.bernoulli(jax.random.fold_in(key, example), shape=(length,)))
+    temperature = jnp.where(is_high(examples), high, low)
+    direction = score_gradient(hidden, model.output_embedding(), key, examples, temperature)
+    return jnp.square(pull_back(direction)[0]), stream
 
 
 @typed

@@ -31,7 +31,9 @@ def test_score_gradient_has_the_covariance_of_the_fisher_information(rng, temper
     """Its mean is 0 and its covariance is E^T (diag(q) - q q^T) E. 45 is no multiple of the 32 signs of a word."""
     embedding, hidden = rng.normal(size=(45, 5)).astype(np.float32), rng.normal(size=(1, 1, 5)).astype(np.float32)
     draws = 20_000
-    drawn = jax.vmap(lambda example: score_gradient(hidden, embedding, jax.random.key(3), example[None], temperature))
+    drawn = jax.vmap(
+        lambda example: score_gradient(hidden, embedding, jax.random.key(3), example[None], np.float32([[temperature]]))
+    )
     found = np.asarray(jax.jit(drawn)(jnp.arange(draws)))[:, 0, 0]
     q = np.exp(hidden[0, 0] @ embedding.T / temperature)
     q /= q.sum()
@@ -47,7 +49,9 @@ def test_score_gradient_depends_on_example_and_position_alone(rng):
     embedding = rng.normal(size=(40, 4)).astype(np.float32)
     hidden = rng.normal(size=(3, 10, 4)).astype(np.float32)
     of = lambda rows, examples, **options: np.asarray(
-        score_gradient(rows, embedding, jax.random.key(0), np.asarray(examples, np.int32), **options)
+        score_gradient(
+            rows, embedding, jax.random.key(0), np.int32(examples), np.ones(rows.shape[:2], np.float32), **options
+        )
     )
     whole = of(hidden, [4, 5, 6])
     np.testing.assert_allclose(of(hidden[::-1], [6, 5, 4], chunk=3)[::-1], whole, rtol=1e-5, atol=1e-6)
@@ -66,7 +70,7 @@ def test_information_of_gates_is_the_diagonal_of_the_fisher_matrix(rng, monkeypa
     mean = np.einsum("tv,tv...->t...", p, jacobian)
     wanted = np.einsum("tv,tv...->...", p, jacobian**2) - (mean**2).sum(0)
     draws = 400
-    monkeypatch.setattr(fisher_init, "DRAWS", (1.0,))
+    monkeypatch.setattr(fisher_init, "TEMPERATURES", (1.0, 1.0))
     information = jax.jit(lambda seed: gate_information(model, rows, None, jnp.zeros(1, jnp.int32), seed)[0])
     found = np.mean([np.asarray(information(seed)) for seed in range(draws)], axis=0)
     can_leave = np.arange(24) < 24 - 1 - WINDOW
