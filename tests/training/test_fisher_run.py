@@ -66,10 +66,14 @@ def test_run_without_a_step_exports_the_fitted_head(settings, capsys):
 
 def test_dry_run_names_the_label_pass_and_its_memory(settings, capsys):
     assert main(arguments(settings, "--dry-run")) == 0
-    out = capsys.readouterr().out
-    assert "12 rows" in out and "compiled label pass" in out and "compiled step" in out
-    assert main(arguments(settings, "--dry-run", init="zero")) == 0
-    assert "label pass" not in capsys.readouterr().out and not settings["output"].exists()
+    printed = capsys.readouterr()
+    assert all(phrase in printed.out for phrase in ("12 rows", "compiled label pass", "compiled step"))
+    assert "dms.decision_shift" not in printed.err
+    # On request, the next token decides, and a note says what that costs.
+    assert main(arguments(settings, "--dry-run", init="zero", dms__decision_shift=1)) == 0
+    printed = capsys.readouterr()
+    assert "label pass" not in printed.out and not settings["output"].exists()
+    assert printed.err.count("note: dms.decision_shift=1") == 1
 
 
 def test_steps_after_the_fit_hold_the_target(settings):
