@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import tokens
 from safetensors.numpy import load_file
-from train_runs import ROOT, arguments, command, main, run_settings, trace
+from train_runs import ROOT, arguments, command, main, run_settings, start_two_processes, trace
 
 import dms_jax
 from dms_jax.checkpoint import COMMIT_MARKER
@@ -136,6 +136,18 @@ def test_labels_are_the_same_on_another_mesh_and_after_a_change_of_mesh(settings
     one, other = (dms_jax.load(folder / "export").layers.attention for folder in (tmp_path / "one", settings["output"]))
     scale = np.abs(one.evict_proj[...]).max()
     # The solution of the ridge regression magnifies the rounding of the sums by its condition, which is some hundreds.
+    np.testing.assert_allclose(other.evict_proj[...], one.evict_proj[...], atol=1e-4 * scale)
+
+
+@pytest.mark.slow  # one process on other meshes: the test above
+def test_two_processes_fit_the_head_of_one(settings, tmp_path):
+    settings |= {"steps": 0, "calibration_rows": 0}
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    both = start_two_processes(settings, subprocess.DEVNULL)
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    one, other = (dms_jax.load(folder / "export").layers.attention for folder in (tmp_path / "one", settings["output"]))
+    scale = np.abs(one.evict_proj[...]).max()
     np.testing.assert_allclose(other.evict_proj[...], one.evict_proj[...], atol=1e-4 * scale)
 
 
