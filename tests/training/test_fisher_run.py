@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cases import tokens
 from safetensors.numpy import load_file
-from train_runs import ROOT, arguments, command, main, run_settings, trace
+from train_runs import ROOT, arguments, command, main, run_settings, start_two_processes, trace
 
 import dms_jax
 from dms_jax.checkpoint import COMMIT_MARKER
@@ -66,10 +66,14 @@ def test_run_without_a_step_exports_the_fitted_head(settings, capsys):
 
 def test_dry_run_names_the_label_pass_and_its_memory(settings, capsys):
     assert main(arguments(settings, "--dry-run")) == 0
-    out = capsys.readouterr().out
-    assert "12 rows" in out and "compiled label pass" in out and "compiled step" in out
-    assert main(arguments(settings, "--dry-run", init="zero")) == 0
-    assert "label pass" not in capsys.readouterr().out and not settings["output"].exists()
+    printed = capsys.readouterr()
+    assert all(phrase in printed.out for phrase in ("12 rows", "compiled label pass", "compiled step"))
+    assert "dms.decision_shift" not in printed.err
+    # On request, the next token decides, and a note says what that costs.
+    assert main(arguments(settings, "--dry-run", init="zero", dms__decision_shift=1)) == 0
+    printed = capsys.readouterr()
+    assert "label pass" not in printed.out and not settings["output"].exists()
+    assert printed.err.count("note: dms.decision_shift=1") == 1
 
 
 def test_steps_after_the_fit_hold_the_target(settings):
@@ -132,6 +136,18 @@ def test_labels_are_the_same_on_another_mesh_and_after_a_change_of_mesh(settings
     one, other = (dms_jax.load(folder / "export").layers.attention for folder in (tmp_path / "one", settings["output"]))
     scale = np.abs(one.evict_proj[...]).max()
     # The solution of the ridge regression magnifies the rounding of the sums by its condition, which is some hundreds.
+    np.testing.assert_allclose(other.evict_proj[...], one.evict_proj[...], atol=1e-4 * scale)
+
+
+@pytest.mark.slow  # one process on other meshes: the test above
+def test_two_processes_fit_the_head_of_one(settings, tmp_path):
+    settings |= {"steps": 0, "calibration_rows": 0}
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    both = start_two_processes(settings, subprocess.DEVNULL)
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    one, other = (dms_jax.load(folder / "export").layers.attention for folder in (tmp_path / "one", settings["output"]))
+    scale = np.abs(one.evict_proj[...]).max()
     np.testing.assert_allclose(other.evict_proj[...], one.evict_proj[...], atol=1e-4 * scale)
 
 

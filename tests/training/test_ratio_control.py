@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import types
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +17,10 @@ from train_runs import arguments, main, remove, run_settings
 import dms_jax
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.eviction import live_counts
+from dms_jax.errors import ConfigError
 from dms_jax.training.metrics import read_steps
 from dms_jax.training.placement import place
-from dms_jax.training.restore import stored
+from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
 from dms_jax.training.retrofit_config import OptimizerConfig, RetrofitConfig
 
 HELD = RetrofitConfig(
@@ -87,6 +91,25 @@ def test_state_without_a_threshold_is_stored_as_before_there_was_one():
     assert state.threshold is None and stored(state)._fields == ("step", "trainable", "opt_state")
     held = retrofit(config=HELD).state
     assert stored(held) is held
+
+
+@pytest.mark.parametrize("given, changed", [({"init": "zero"}, None), ({}, "init: zero -> fisher")])
+def test_checkpoint_of_before_there_was_a_start_to_choose_began_at_zero(given, changed):
+    config = RetrofitConfig(**given).resolved()
+    data = types.SimpleNamespace(content_hash="d")
+    run: Any = types.SimpleNamespace(config=config, output=Path("o"), base_hash="b", data=data)
+    metadata = checkpoint_metadata(run)
+    old = metadata["config"]
+    for key in ("init", "label_rows", "ratio_control"):
+        del old[key]
+    old |= {"initial_cr": 1.0}
+    old["loss"]["compression_weight"], old["optimizer"]["learning_rate"] = 1.0, 1e-4
+    old["optimizer"]["warmup_steps"] = 0
+    if changed is None:
+        check_checkpoint(run, metadata, accept_changes=False)
+        return
+    with pytest.raises(ConfigError, match=changed):
+        check_checkpoint(run, metadata, accept_changes=False)
 
 
 def test_resumed_run_goes_on_with_its_threshold_and_folds_it_in(tmp_path):
