@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from dms_jax.command import Parser, start_devices
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.config_reader import AtLeast, check_range
-from dms_jax.errors import ConfigError
+from dms_jax.errors import ConfigError, naming
 from dms_jax.training.retrofit_config import Mode, RetrofitConfig
 
 if TYPE_CHECKING:
@@ -211,7 +211,8 @@ def exact_budgets(path: str, config: ModelConfig, pairs: int, context: int) -> t
     from dms_jax.hf.head_budget_file import load_head_shares
     from dms_jax.policies import BudgetedEviction
 
-    policy = BudgetedEviction(config.require_dms(), pairs)
+    with naming("--pairs"):
+        policy = BudgetedEviction(config.require_dms(), pairs)
     shares = load_head_shares(path, config)
     if shares is not None:
         return shares.budgets(pairs, context, policy.window_size)

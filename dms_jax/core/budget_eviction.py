@@ -33,7 +33,7 @@ def keep_budgets(
     if layer.budget is None:
         return layer, expiries
     capacity, length = layer.capacity, expiries.expiry.shape[-1]
-    if length == 1:  # at most one pair settles, so that a maximum takes the place of a sort
+    if length == 1:  # at most one pair settles, so a maximum is enough, as in the overflow rule
         now, alive = seen[:, None, None], layer.expiry >= seen[:, None, None]
         settled = alive & is_outside_window(now, jnp.where(alive, layer.position, 0), window_size)
         over = (jnp.sum(settled, axis=-1) > layer.budget - window_size - 1) & (count > 0)[:, None]
@@ -123,9 +123,10 @@ def _nth_smallest(
 ) -> Int[Array, "S"]:
     """Return the n-th smallest, from 0, of `values[begin:end]` for each of S ranges.
 
-    A negative n gives 0, and an n beyond the range 2**bits - 1. `values` have `bits` bits. Source: the quantile query
-    of Claude and Navarro, "The wavelet matrix" (2012): values are sorted bit by bit, the highest first, and each range
-    follows the half that holds its n-th value. It takes O(S bits) operations and memory for O(S) numbers.
+    A negative n gives 0, and an n beyond the range gives 2**bits - 1. `values` have `bits` bits. Values are sorted by
+    one bit after the other, the highest first, and each range follows the half that holds its n-th value: O(S bits)
+    operations, and memory for O(S) numbers. Source: Gagie, Puglisi and Turpin, "Range quantile queries: another virtue
+    of wavelet trees" (SPIRE 2009).
     """
     index = jnp.arange(len(values), dtype=jnp.int32)
 

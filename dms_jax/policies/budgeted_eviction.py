@@ -11,7 +11,7 @@ from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import Expiries
 from dms_jax.errors import ConfigError, shown
-from dms_jax.policies.cache_policy import FusedRule, SlotBounds, parsed_budget
+from dms_jax.policies.cache_policy import UNBOUNDED, FusedRule, SlotBounds, parsed_budget
 from dms_jax.policies.learned_eviction import LearnedEviction, learned_config
 
 HeadBudgets = tuple[tuple[int, ...], ...]  # pairs per layer and KV head
@@ -22,11 +22,11 @@ class BudgetedEviction(LearnedEviction):
     """Evict nothing while a head is within its budget; then evict the pair with the highest evict logit.
 
     Pairs of the window never leave. There is no threshold: `mark` only scores the pairs, and `core.budget_eviction`
-    lets them expire. A head has at most its budget of pairs at every query, in a prefill as in decoding, so
-    the memory of a cache is known beforehand.
+    lets them expire. A head has at most its budget of pairs at every query, in a prefill as in decoding, so the memory
+    of a cache is known beforehand.
 
-    Deviation from the paper (arXiv:2506.05345), which evicts by a threshold: memory is fixed and the compression ratio
-    grows with the row, instead of the reverse.
+    Deviation from the paper (arXiv:2506.05345), which evicts by a threshold: there, the compression ratio is about
+    constant and memory grows with the row; here, memory is constant and the ratio grows.
     """
 
     has_budget: ClassVar[bool] = True
@@ -39,19 +39,20 @@ class BudgetedEviction(LearnedEviction):
 
     def __post_init__(self):
         smallest, table = self.window_size + 1, self.head_budgets
-        if table is not None and not (isinstance(table, tuple) and all(isinstance(layer, tuple) for layer in table)):
-            raise ConfigError(f"head_budgets must be a tuple of tuples, so that it can be hashed, got {shown(table)}")
-        every = [self.budget, *(pairs for layer in self.head_budgets or () for pairs in layer)]
+        filled = lambda x: isinstance(x, tuple) and len(x) > 0
+        if table is not None and not (filled(table) and all(map(filled, table))):
+            raise ConfigError(f"head_budgets must be a tuple of tuples of numbers, got {shown(table)}")
+        every = [self.budget, *(pairs for layer in table or () for pairs in layer)]
         for pairs in every:
-            if not isinstance(pairs, int) or isinstance(pairs, bool) or pairs < smallest:
+            if not isinstance(pairs, int) or isinstance(pairs, bool) or not smallest <= pairs <= UNBOUNDED:
                 raise ConfigError(
                     f"a budget must be a whole number of at least window_size + 1 = {smallest} pairs, because the "
-                    f"window always stays, got {pairs!r}; use {smallest} or more"
+                    f"window always stays, and at most 2**30, got {shown(pairs)}; use {smallest} or more"
                 )
-        if self.head_budgets is not None and sum(every[1:]) != self.budget * (len(every) - 1):
+        if table is not None and sum(every[1:]) != self.budget * (len(every) - 1):
             raise ConfigError(
                 f"the budgets of heads must have a mean of {self.budget}, the budget of the policy, "
-                f"got {sum(every[1:]) / max(len(every) - 1, 1):g}; use their mean as the budget"
+                f"got {sum(every[1:]) / (len(every) - 1):g}; use their mean as the budget"
             )
 
     def slot_bounds(self) -> SlotBounds:

@@ -196,7 +196,9 @@ def test_impossible_budgets_are_refused():
         lambda: dms_jax.init_cache(tiny_model(None), 1, 8, policy="dms_budget:9"): "no evict head",
         lambda: BudgetedEviction(dms, 5, ((4, 4), (4, 9))): "mean of 5.*got 5.25",
         lambda: BudgetedEviction(dms, 5, ((3, 7), (5, 5))): "window_size",
+        lambda: BudgetedEviction(dms, 2**31): r"at most 2\*\*30",
         lambda: BudgetedEviction(dms, 5, [[5, 5], [5, 5]]): "tuple of tuples",
+        lambda: BudgetedEviction(dms, 5, ()): "tuple of tuples",
         lambda: dms_jax.init_cache(model, 1, 8, policy=BudgetedEviction(dms, 5, ((5, 5),))): "2 numbers for each of 2",
     }.items():
         with pytest.raises(dms_jax.ConfigError, match=message):
