@@ -31,7 +31,7 @@ class SnapKV(BudgetPolicy):
     def __post_init__(self):
         if self.observation_window < 1 or self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ConfigError(
-                "SnapKV must have an observation_window >= 1 and an odd kernel_size >= 1, "
+                f"{type(self).__name__} must have an observation_window >= 1 and an odd kernel_size >= 1, "
                 f"got {self.observation_window} and {self.kernel_size}"
             )
         super().__post_init__()

@@ -13,11 +13,11 @@ from dms_jax.policies.snapkv import SnapKV
 
 @dataclass(frozen=True)
 class VaSE(SnapKV):
-    """Keep recent pairs, protect a quarter of the others for their large values, and sample the rest.
+    """Keep recent pairs; a quarter of the remaining budget is for pairs with large values, the rest for a sample.
 
     A value is as large as its range, the largest channel minus the smallest one. The first `num_sinks` pairs, whose
-    values are small, count as the largest. The rest of the budget is sampled without replacement, in proportion to the
-    score of SnapKV. Each eviction draws anew.
+    values are small, count as the largest. The sample is drawn without replacement, in proportion to the score of
+    SnapKV, and anew at each eviction.
 
     Deviations: pairs leave after each token instead of every 64 tokens, so the window is 16 instead of 64 queries and
     pairs. Scores include the attention within the window. All layers draw alike.
