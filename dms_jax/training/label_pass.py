@@ -72,7 +72,7 @@ def _labels(
     number = 0
     with tqdm(total=c.label_rows, initial=done, unit="row", desc="labels", disable=not run.is_writer) as bar:
         while done < c.label_rows and not number:
-            sums = steps.add_labels(sums, state, run.frozen, place_rows(run, done, size))
+            sums = jax.block_until_ready(steps.add_labels(sums, state, run.frozen, place_rows(run, done, size)))
             before, done = done, min(done + size, c.label_rows)
             number = stop.agreed()
             if number or done == c.label_rows or done // SAVE_ROWS > before // SAVE_ROWS:
