@@ -155,7 +155,7 @@ def label_weights(
 
 
 class FittedHead(NamedTuple):
-    """The ridge regression: u @ value predicts the label of a pair, and u @ constant is close to 1."""
+    """The ridge regression: u @ value predicts the label of a pair less the mean label, and u @ constant is about 1."""
 
     value: Float[Array, "L D K"]
     constant: Float[Array, "L D"]
@@ -174,12 +174,16 @@ class FittedHead(NamedTuple):
 
 
 def fit(sums: LabelSums) -> FittedHead:
-    """Solve the regression of every layer."""
-    size = sums.features.shape[-1]
+    """Solve the regression of every layer, on labels less their mean over all layers and heads.
+
+    The features have no constant entry, so a common offset of the labels would enter the predictions as noise.
+    """
+    size, offset = sums.features.shape[-1], jnp.mean(sums.labels) / sums.weight
     products = sums.products / sums.weight
     ridge = RIDGE * jnp.trace(products, axis1=1, axis2=2) / size
     regularized = products + ridge[:, None, None] * jnp.eye(size)[None]
-    right = jnp.concatenate([sums.feature_labels, sums.features[..., None]], axis=-1) / sums.weight
+    feature_labels = sums.feature_labels - offset * sums.features[..., None]
+    right = jnp.concatenate([feature_labels, sums.features[..., None]], axis=-1) / sums.weight
     with jax.default_matmul_precision("highest"):
         solution = jax.vmap(lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"))(regularized, right)
     value, constant = solution[..., :-1], solution[..., -1]

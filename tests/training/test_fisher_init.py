@@ -108,14 +108,18 @@ def test_sums_and_fit_are_a_weighted_ridge_regression(rng, shift):
     np.testing.assert_allclose(sums.floor, fisher_init.FLOOR * np.median(per_query[counted]), rtol=0.05)
     u = np.asarray(unit_rms(jnp.asarray(stream, jnp.float32), model.config.rms_norm_eps), np.float64)
     end = 120 - shift
+    fitted, layers = fit(sums), range(model.config.num_layers)
     w = weight[:, :end].reshape(-1)
-    fitted = fit(sums)
-    for layer in range(model.config.num_layers):
+    labels_of_layer = [
+        np.log(per_query[layer, :, :, :end] + float(sums.floor)).transpose(0, 2, 1).reshape(len(w), -1)
+        for layer in layers
+    ]
+    offset = np.mean([w @ labels / w.sum() for labels in labels_of_layer])
+    for layer in layers:
         features = u[layer][:, shift:].reshape(-1, u.shape[-1])
-        labels = np.log(per_query[layer, :, :, :end] + float(sums.floor)).transpose(0, 2, 1).reshape(len(w), -1)
         products = (features * w[:, None]).T @ features / w.sum()
         products += fisher_init.RIDGE * np.trace(products) / len(products) * np.eye(len(products))
-        right = np.concatenate([labels, np.ones((len(w), 1))], axis=1)
+        right = np.concatenate([labels_of_layer[layer] - offset, np.ones((len(w), 1))], axis=1)
         solution = np.linalg.solve(products, (features * w[:, None]).T @ right / w.sum())
         np.testing.assert_allclose(fitted.value[layer], solution[:, :-1], rtol=2e-3, atol=2e-3)
         np.testing.assert_allclose(fitted.constant[layer], solution[:, -1], rtol=2e-3, atol=2e-3)
