@@ -13,6 +13,7 @@ from cases import TINY, tiny_model, visible
 
 import dms_jax
 from dms_jax.config import DMSConfig
+from dms_jax.core.compact_cache import HostBounds
 from dms_jax.engine import decode_loop, decoding
 from dms_jax.engine.cache_capacity import default_overflow, plan_capacity
 from dms_jax.engine.generation_config import GenerationConfig
@@ -363,7 +364,7 @@ def test_settings_and_text_streams_import_no_jax():
 
 def test_host_bounds_are_dropped_when_the_cache_changes():
     cache = dms_jax.init_cache(model(), 2, 16)
-    assert cache.bounds == (0, (0, 0))
+    assert cache.bounds == HostBounds(0, (0, 0))
     for changed in (replace(cache, overflow="grow"), jax.tree.map(lambda x: x, cache), dms_jax.fork(cache, 2)):
         assert changed.bounds is None
 
@@ -377,6 +378,7 @@ def test_host_bounds_are_dropped_when_the_cache_changes():
         ("dms", None, True, (192, "grow")),
         ("dms", "evict", True, (192, "evict")),
         ("tova:8", None, False, (64, "raise")),  # the budget, rounded up
+        ("dms_budget:70", None, False, (128, "raise")),
     ],
 )
 def test_plan_capacity_follows_policy_and_overflow(policy, overflow, more_to_come, want):
