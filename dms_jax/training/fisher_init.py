@@ -78,6 +78,8 @@ def add_labels(
     values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
     missing = queries_outside(segment_ids, dms.window_size)
     weight = label_weights(segment_ids, missing, dms.decision_shift)
+    if dms.granularity == "layer":  # a decision is about the pairs of all heads
+        values = jnp.broadcast_to(jnp.sum(values, axis=2, keepdims=True), values.shape)
     per_query = values / jnp.maximum(missing, 1)[None, :, None].astype(jnp.float32)
     counted = jnp.where((weight > 0)[None, :, None], per_query, -jnp.inf)
     median = threshold_at(counted, 0.5 * jnp.sum(counted >= 0, dtype=jnp.float32))
@@ -178,16 +180,20 @@ def fit(sums: LabelSums) -> FittedHead:
 
     The features have no constant entry, so a common offset of the labels would enter the predictions as noise.
     """
-    size, offset = sums.features.shape[-1], jnp.mean(sums.labels) / sums.weight
-    products = sums.products / sums.weight
-    ridge = RIDGE * jnp.trace(products, axis1=1, axis2=2) / size
-    regularized = products + ridge[:, None, None] * jnp.eye(size)[None]
+    offset = jnp.mean(sums.labels) / sums.weight
     feature_labels = sums.feature_labels - offset * sums.features[..., None]
-    right = jnp.concatenate([feature_labels, sums.features[..., None]], axis=-1) / sums.weight
-    with jax.default_matmul_precision("highest"):
-        solution = jax.vmap(lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"))(regularized, right)
-    value, constant = solution[..., :-1], solution[..., -1]
-    predicted = jnp.einsum("ld,ldk->lk", sums.features / sums.weight, value, precision=EXACT)
-    squares = jnp.einsum("ldk,lde,lek->lk", value, products, value, precision=EXACT)
+
+    def of_layer(inputs):  # one after the other, because the products of all layers at once take D x D numbers each
+        features, products, right = (x / sums.weight for x in inputs)
+        size = len(products)
+        regularized = products + RIDGE * jnp.trace(products) / size * jnp.eye(size)
+        right = jnp.concatenate([right, features[:, None]], axis=-1)
+        with jax.default_matmul_precision("highest"):
+            solution = jax.scipy.linalg.solve(regularized, right, assume_a="pos")
+        value, constant = solution[:, :-1], solution[:, -1]
+        squares = jnp.einsum("dk,de,ek->k", value, products, value, precision=EXACT)
+        return value, constant, jnp.einsum("d,dk->k", features, value, precision=EXACT), squares
+
+    value, constant, predicted, squares = jax.lax.map(of_layer, (sums.features, sums.products, feature_labels))
     mean = jnp.mean(predicted)
     return FittedHead(value, constant, mean, jnp.sqrt(jnp.mean(squares) - mean**2))

@@ -125,6 +125,18 @@ def test_sums_and_fit_are_a_weighted_ridge_regression(rng, shift):
         np.testing.assert_allclose(fitted.constant[layer], solution[:, -1], rtol=2e-3, atol=2e-3)
 
 
+def test_layer_granularity_values_the_pairs_of_all_heads(rng):
+    """Where head 0 decides for its layer, all heads get the label of the sum over heads."""
+    model = tiny_model(DMSConfig(window_size=WINDOW, decision_shift=0, granularity="layer"))
+    rows, zeros = tokens(rng, 1, 60), np.zeros((1, 60), np.int32)
+    sums = labels_of(model, rows)
+    values = np.asarray(gate_information(model, rows, zeros, np.zeros(1, np.int32), 0)[0], np.float64).sum(2)[:, 0]
+    missing = np.asarray(fisher_init.queries_outside(zeros, WINDOW))
+    weight = np.asarray(fisher_init.label_weights(zeros, missing, 0), np.float64)[0]
+    wanted = np.log(values / np.maximum(missing[0], 1) + float(sums.floor)) @ weight
+    np.testing.assert_allclose(sums.labels, np.repeat(wanted[:, None], 4, axis=1), rtol=1e-4)
+
+
 def test_labels_of_batches_add_up(rng):
     """Two rows at once, or one after the other with the same floor; a row of padding adds nothing."""
     model, rows = model_of(), tokens(rng, 2, 60)
