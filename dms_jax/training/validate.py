@@ -19,7 +19,7 @@ from dms_jax.training.step import TrainState
 
 
 class Calibration(NamedTuple):
-    """What training rows say about a trained head."""
+    """A threshold and shares of heads that were found on training rows."""
 
     threshold: float  # at which the rows realise the target ratio
     shares: HeadShares | None  # of the pairs that heads keep, for the policy `dms_budget`; None without settled pairs
