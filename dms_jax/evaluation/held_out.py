@@ -52,48 +52,48 @@ def next_tokens(tokens: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def retrofit_rows(
     student: Decoder,
     teacher: Decoder,
+    dense: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     threshold: float | Float[Array, ""] = 0.0,
 ) -> RowMetrics:
-    """Compare the student under its hard decisions with the dense teacher."""
+    """Compare the student under its hard decisions with the dense teacher, whose hidden states are `dense`."""
     dms = student.config.require_dms()
     hidden, evict = student.hard_hidden(tokens, segment_ids, threshold)
-    tokens_out = token_metrics(
-        hidden,
-        teacher.dense_hidden(tokens, segment_ids),
-        student.output_embedding(),
-        teacher.output_embedding(),
-        next_tokens(tokens),
+    return RowMetrics(
+        _compared(student, teacher, hidden, dense, tokens),
+        live_counts(evict, dms.window_size, dms.decision_shift),
+        jnp.mean(evict, axis=-1),
     )
-    return RowMetrics(tokens_out, live_counts(evict, dms.window_size, dms.decision_shift), jnp.mean(evict, axis=-1))
 
 
 def budgeted_rows(
     student: Decoder,
     teacher: Decoder,
+    dense: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"],
     budgets: Int[Array, "L K"],
 ) -> TokenMetrics:
     """Compare the student within exact budgets of live pairs with the dense teacher. All metrics are [B T]."""
-    return token_metrics(
-        student.budgeted_hidden(tokens, budgets, segment_ids)[0],
-        teacher.dense_hidden(tokens, segment_ids),
-        student.output_embedding(),
-        teacher.output_embedding(),
-        next_tokens(tokens),
-    )
+    return _compared(student, teacher, student.budgeted_hidden(tokens, budgets, segment_ids)[0], dense, tokens)
 
 
 def streaming_llm_rows(
-    teacher: Decoder, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"], policy: StreamingLLM
+    teacher: Decoder,
+    dense: Float[Array, "B T D"],
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    policy: StreamingLLM,
 ) -> TokenMetrics:
     """Compare the dense teacher under StreamingLLM with itself without eviction. All metrics are [B T]."""
     marked = policy.marked(jnp.arange(tokens.shape[1]))
     hidden = teacher.marked_hidden(tokens, marked, policy.window_size, segment_ids)
-    dense = teacher.dense_hidden(tokens, segment_ids)
-    return token_metrics(hidden, dense, teacher.output_embedding(), teacher.output_embedding(), next_tokens(tokens))
+    return _compared(teacher, teacher, hidden, dense, tokens)
+
+
+def _compared(model: Decoder, teacher: Decoder, hidden: Array, dense: Array, tokens: Array) -> TokenMetrics:
+    return token_metrics(hidden, dense, model.output_embedding(), teacher.output_embedding(), next_tokens(tokens))
 
 
 @dataclass(frozen=True)

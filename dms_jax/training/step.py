@@ -299,23 +299,32 @@ class RetrofitStep:
 
     # --- held-out rows ---
 
-    def evaluate(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> RowMetrics:
+    def dense_hidden(self, state: TrainState, frozen: Params, batch: Batch) -> Array:
+        """Return the hidden states [B T D] of the dense teacher, with which the other methods compare."""
+        return self.teacher_model(state.trainable, frozen).dense_hidden(batch.tokens, batch.segment_ids)
+
+    def evaluate(self, state: TrainState, frozen: Params, batch: Batch, dense: Array, threshold: Array) -> RowMetrics:
         """Compare the student, with hard decisions under `threshold`, with the dense teacher."""
         student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
-        return retrofit_rows(student, teacher, batch.tokens, batch.segment_ids, threshold)
+        return retrofit_rows(student, teacher, dense, batch.tokens, batch.segment_ids, threshold)
 
-    def evaluate_budgeted(self, state: TrainState, frozen: Params, batch: Batch, budgets: Array) -> TokenMetrics:
+    def evaluate_budgeted(
+        self, state: TrainState, frozen: Params, batch: Batch, dense: Array, budgets: Array
+    ) -> TokenMetrics:
         """Compare the student within `budgets` [L K] of live pairs with the dense teacher."""
         student, teacher = self.student_model(state.trainable, frozen), self.teacher_model(state.trainable, frozen)
-        return budgeted_rows(student, teacher, batch.tokens, batch.segment_ids, budgets)
+        return budgeted_rows(student, teacher, dense, batch.tokens, batch.segment_ids, budgets)
 
     def scores(self, state: TrainState, frozen: Params, batch: Batch, threshold: Array) -> Array:
         """Compute the evict logits [L B K T] of rows whose decisions use `threshold`."""
         return self.student_model(state.trainable, frozen).hard_scores(batch.tokens, batch.segment_ids, threshold)
 
-    def evaluate_streaming_llm(self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch):
+    def evaluate_streaming_llm(
+        self, state: TrainState, frozen: Params, policy: StreamingLLM, batch: Batch, dense: Array
+    ) -> TokenMetrics:
         """Compare the dense teacher under `policy` with the dense teacher itself."""
-        return streaming_llm_rows(self.teacher_model(state.trainable, frozen), batch.tokens, batch.segment_ids, policy)
+        teacher = self.teacher_model(state.trainable, frozen)
+        return streaming_llm_rows(teacher, dense, batch.tokens, batch.segment_ids, policy)
 
 
 def _finite_per_layer(gradient: Array) -> Array:

@@ -54,6 +54,7 @@ class StepFunctions:
     no_labels: OnMesh
     add_labels: OnMesh
     fitted_state: OnMesh
+    dense_hidden: OnMesh
     evaluate: OnMesh
     evaluate_budgeted: OnMesh
     scores: OnMesh
@@ -119,6 +120,7 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
         no_labels=OnMesh(math.no_labels, mesh, sums),
         add_labels=OnMesh(math.add_labels, mesh, sums, donate=(0,)),
         fitted_state=OnMesh(math.fitted_state, mesh, shardings, donate=(0,)),
+        dense_hidden=OnMesh(math.dense_hidden, mesh, None),
         evaluate=OnMesh(math.evaluate, mesh, replicated),
         evaluate_budgeted=OnMesh(math.evaluate_budgeted, mesh, replicated),
         scores=OnMesh(math.scores, mesh, replicated),

@@ -18,6 +18,16 @@ from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.step import TrainState
 
 
+class HeldOutBatch(NamedTuple):
+    """Rows on the host, the same rows on the mesh, and the dense model's hidden states, which run once for all."""
+
+    tokens: Any  # int32 [B, T]
+    segment_ids: Any  # int32 [B, T]
+    loss_mask: Any  # bool [B, T]
+    placed: Batch
+    dense: Any  # [B T D], on the mesh
+
+
 class Calibration(NamedTuple):
     """A threshold and shares of heads that were found on training rows."""
 
@@ -32,18 +42,23 @@ def validate(run: PreparedRun, state: TrainState, calibration: Calibration) -> H
     """
     config, shares, window = run.config, calibration.shares, run.steps.math.dms.window_size
 
+    def on_mesh(batch: Batch) -> HeldOutBatch:
+        placed = place(batch, run.mesh)
+        dense = run.steps.dense_hidden(state, run.frozen, placed)
+        return HeldOutBatch(batch.tokens, batch.segment_ids, batch.loss_mask, placed, dense)
+
     def retrofitted(batch: Any) -> RowMetrics:
-        return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(calibration.threshold))
+        return run.steps.evaluate(state, run.frozen, batch.placed, batch.dense, np.float32(calibration.threshold))
 
     def budgeted(batch: Any, pairs: int) -> TokenMetrics:
         assert shares is not None
         table = np.array(shares.budgets(max(pairs, window + 1), config.length, window), np.int32)
-        return run.steps.evaluate_budgeted(state, run.frozen, place(batch, run.mesh), table)
+        return run.steps.evaluate_budgeted(state, run.frozen, batch.placed, batch.dense, table)
 
     def streaming_llm(batch: Any, policy: StreamingLLM) -> TokenMetrics:
-        return run.steps.evaluate_streaming_llm(state, run.frozen, policy, place(batch, run.mesh))
+        return run.steps.evaluate_streaming_llm(state, run.frozen, policy, batch.placed, batch.dense)
 
-    batches: list[Any] = first_batches(run, run.held_out, config.eval_rows)
+    batches: list[Any] = [on_mesh(batch) for batch in first_batches(run, run.held_out, config.eval_rows)]
     one_document = shares is not None and config.data.rows == "contiguous"
     return held_out_report(batches, config.length, retrofitted, streaming_llm, budgeted if one_document else None)
 

@@ -28,7 +28,7 @@ def test_dms_equals_the_hard_path_at_any_chunk(rng, shift, chunk):
     dms = DMSConfig(window_size=5, evict_logit_bias=0.0, decision_shift=shift)
     model, ids = tiny_model(dms, 3, num_layers=2), tokens(rng, B, T)
     got = online_rows(model, dense_hidden(model, ids), ids, policy_of(model.config), 0.1, chunk)
-    want = retrofit_rows(model, model, ids, None, 0.1)
+    want = retrofit_rows(model, model, model.dense_hidden(ids), ids, None, 0.1)
     equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.cache.live_counts, want.live)
     assert got.tokens.kl_teacher_student[:, :-1].mean() > 1e-4, "the model evicts nothing"
@@ -51,7 +51,7 @@ def test_dense_policy_equals_the_dense_model(rng):
 def test_streaming_llm_equals_the_mask_path_at_any_chunk(rng):
     model, ids = tiny_model(None, 3, num_layers=2), tokens(rng, B, T)
     hidden, policy = dense_hidden(model, ids), StreamingLLM(12)
-    want = streaming_llm_rows(model, ids, None, policy)
+    want = streaming_llm_rows(model, model.dense_hidden(ids), ids, None, policy)
     for chunk in (1, 16):
         got = online_rows(model, hidden, ids, policy, chunk=chunk)
         equal(got.tokens, want)
@@ -62,7 +62,7 @@ def test_immediate_eviction_equals_a_window_of_zero(rng):
     model, ids = tiny_model(DMSConfig(window_size=5, evict_logit_bias=0.0), 3, num_layers=2), tokens(rng, B, T)
     got = online_rows(model, dense_hidden(model, ids), ids, ImmediateEviction(model.config.require_dms()))
     other = with_window(model, 0)
-    equal(got.tokens, retrofit_rows(other, model, ids, None).tokens)
+    equal(got.tokens, retrofit_rows(other, model, model.dense_hidden(ids), ids, None).tokens)
     assert model.config.require_dms().window_size == 5, "the model lost its own window"
 
 
