@@ -76,7 +76,7 @@ def _labels(
             before, done = done, min(done + size, c.label_rows)
             number = stop.agreed()
             if number or done == c.label_rows or done // SAVE_ROWS > before // SAVE_ROWS:
-                _check_finite(sums, before, done)
+                check_finite(sums, before, done)
                 checkpoints.save(done, sums, checkpoint_metadata(run), wait=bool(number))
             bar.update(done - before)
     if number:
@@ -96,11 +96,12 @@ def place_rows(run: PreparedRun, start: int, size: int) -> Batch:
     )
 
 
-def _check_finite(sums: LabelSums, first: int, end: int) -> None:
+def check_finite(sums: LabelSums, first: int, end: int) -> None:
+    """Refuse sums that became NaN or infinite with the label rows `first` to `end` - 1."""
     if not all(np.isfinite(jax.device_get(jnp.sum(array))) for array in sums):
         raise ConfigError(
             f"the labels of rows {first} to {end - 1} of the label rows are not finite, so the head cannot be fitted; "
-            "check the weights of the model and the data, or use init=zero"
+            "check the weights of the model and the data (a retrofit with init=zero needs no labels)"
         )
 
 

@@ -1,5 +1,6 @@
 """Measure a retrofit: the report on held-out rows, and the threshold that keeps the realised ratio at its target."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.losses import TokenMetrics
-from dms_jax.engine.calibration import threshold_for
+from dms_jax.engine.calibration import Scores, threshold_for
 from dms_jax.evaluation.held_out import HeldOutReport, RowMetrics, held_out_report
 from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.training.data.rows import Batch, Rows
@@ -20,14 +21,16 @@ def validate(run: PreparedRun, state: TrainState, threshold: float = 0.0) -> Hel
     """Compare the retrofitted model under `threshold` with the dense model and with StreamingLLM at equal live
     tokens."""
 
-    def retrofitted(batch: Any) -> RowMetrics:
-        return run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
-
     def streaming_llm(batch: Any, policy: StreamingLLM) -> TokenMetrics:
         return run.steps.evaluate_streaming_llm(state, run.frozen, policy, place(batch, run.mesh))
 
     batches: list[Any] = first_batches(run, run.held_out, run.config.eval_rows)
-    return held_out_report(batches, run.config.length, retrofitted, streaming_llm)
+    return held_out_report(batches, run.config.length, hard_rows(run, state, threshold), streaming_llm)
+
+
+def hard_rows(run: PreparedRun, state: TrainState, threshold: float) -> Callable[[Any], RowMetrics]:
+    """Return the function that compares rows under hard decisions by `threshold` with the dense model."""
+    return lambda batch: run.steps.evaluate(state, run.frozen, place(batch, run.mesh), np.float32(threshold))
 
 
 def running_threshold(state: TrainState) -> float:
@@ -45,12 +48,7 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
     c, dms, start = run.config, run.steps.math.dms, running_threshold(state)
     if not c.calibration_rows:
         return start
-    batches = [place(batch, run.mesh) for batch in first_batches(run, run.train_rows, c.calibration_rows)]
-
-    def scores(threshold: float) -> np.ndarray:
-        logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in batches]
-        return np.concatenate(jax.device_get(logits), axis=1)
-
+    scores = scores_of_rows(run, state, first_batches(run, run.train_rows, c.calibration_rows))
     target = realised_cr(dms.target_cr, c.length, dms.window_size)
     threshold = float(np.float32(threshold_for(scores, dms, target, tolerance=0.02, most_runs=6, start=start)))
     if not c.holds_ratio_by_threshold:
@@ -60,6 +58,17 @@ def calibrated_threshold(run: PreparedRun, state: TrainState) -> float:
             f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise CR {target:.2f}"
         )
     return threshold
+
+
+def scores_of_rows(run: PreparedRun, state: TrainState, batches: list[Batch]) -> Scores:
+    """Return the function that computes the evict logits of rows when they run with a threshold."""
+    placed = [place(batch, run.mesh) for batch in batches]
+
+    def scores(threshold: float) -> np.ndarray:
+        logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in placed]
+        return np.concatenate(jax.device_get(logits), axis=1)
+
+    return scores
 
 
 def first_batches(run: PreparedRun, rows: Rows, count: int) -> list[Batch]:
