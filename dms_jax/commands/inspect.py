@@ -22,7 +22,7 @@ from dms_jax.training.retrofit_config import RetrofitConfig, read_config
 from dms_jax.writer_lock import only_writer
 
 NAME = "inspect"
-DEFAULTS: dict[str, Any] = {"output": "runs/inspect", "label_rows": 8, "eval_rows": 4}
+DEFAULTS: dict[str, Any] = {"output": "runs/inspect", "label_rows": 6, "eval_rows": 3}
 KEYS = ("model", "data", "output", "label_rows", "eval_rows", "length", "seed", "mesh", "dtype", "remat")
 KEYS += ("implementation", "dms")
 FILES = ("inspect.json", "inspect.png")

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from dms_jax.axes import Array
+from dms_jax.command import typed_as
 from dms_jax.config import DMSConfig
 from dms_jax.core.cr_schedule import evict_fraction, realised_cr
 from dms_jax.core.eviction import align_to_pairs
@@ -25,13 +26,12 @@ from dms_jax.engine.calibration import MAX_THRESHOLD, threshold_for
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.held_out import held_out_report
 from dms_jax.hf.folder import open_source, resolve
-from dms_jax.models.parameters import Params
 from dms_jax.training.data.default_assets import default_model
 from dms_jax.training.data.rows import PADDING, Batch
 from dms_jax.training.eviction_curve import highest_scores, highest_scores_per_head, pairs_to_evict, proxy
-from dms_jax.training.fisher_init import add_information, fit, gate_information
+from dms_jax.training.fisher_init import LabelSums, add_information, fit, gate_information
 from dms_jax.training.inspection_report import Curve, Inspection, Measured
-from dms_jax.training.label_pass import check_finite, place_rows
+from dms_jax.training.label_pass import check_counted, check_finite, place_rows
 from dms_jax.training.placement import place
 from dms_jax.training.prepare import PreparedRun, prepare
 from dms_jax.training.retrofit_config import RetrofitConfig
@@ -68,11 +68,12 @@ def inspect_model(config: RetrofitConfig) -> Inspection:
         raise ConfigError("an inspection needs held-out rows; raise data.held_out_fraction or set data.eval_paths")
     for note in run.notes:
         run.say(note)
-    heads = fitted_heads(run)
+    add = label_pass(run)
+    heads = fitted_heads(run, add)
     state = run.steps.initial_state(run.trainable)
     states = {shift: _with_head(state, head) for shift, head in heads.items()}
     batches = first_batches(run, run.held_out, run.config.eval_rows)
-    pairs = held_out_pairs(run, states, batches)
+    pairs = held_out_pairs(run, add, states, batches)
     dms = run.steps.math.dms
     curve = curve_of(pairs, dms, run.config.length, ratios)
     rows = batches[: math.ceil(MEASURED_ROWS / len(batches[0].tokens))]
@@ -97,7 +98,7 @@ def _without_policy(config: RetrofitConfig) -> RetrofitConfig:
     if open_source(path)[1].dms is not None:
         raise ConfigError(
             f"model {path} already has a policy, and an inspection fits a new one; inspect its base model, or measure "
-            "its policy with `evaluate`"
+            f"its policy with {typed_as('evaluate')}"
         )
     return dataclasses.replace(config, model=path)
 
@@ -114,58 +115,68 @@ def reachable_ratios(length: int, window_size: int) -> tuple[float, ...]:
     return found
 
 
-def fitted_heads(run: PreparedRun) -> dict[int, jax.Array]:
-    """Fit the evict head to the label rows of a retrofit, for each `decision_shift`. Returns projections [L D K]."""
-    c, steps, dms = run.config, run.steps, run.steps.math.dms
+def label_pass(run: PreparedRun) -> OnMesh:
+    """Return the function (sums by decision_shift, state, frozen, batch) -> (sums, what `gate_information` estimates).
+
+    The fit needs the sums and the held-out rows need the values. Both use this one program, because compiling a
+    gradient takes as long as several rows.
+    """
+    math_ = run.steps.math
 
     def add(sums, state, frozen, batch):
-        values, stream = _information(run, state, frozen, batch)
-        config = steps.math.student.config
-        shifted = {shift: config.with_dms(dataclasses.replace(dms, decision_shift=shift)) for shift in sums}
-        return {
-            shift: add_information(of_shift, shifted[shift], values, stream, batch.segment_ids)
-            for shift, of_shift in sums.items()
+        student = math_.student_model(state.trainable, frozen)
+        values, stream = gate_information(
+            student, batch.tokens, batch.segment_ids, batch.examples, run.config.seed, math_.remat
+        )
+        of_shift = lambda shift: student.config.with_dms(dataclasses.replace(math_.dms, decision_shift=shift))
+        new = {
+            shift: add_information(old, of_shift(shift), values, stream, batch.segment_ids)
+            for shift, old in sums.items()
         }
+        return new, values
 
-    def project(sums):
-        return {shift: fit(s).projection(dms, evict_fraction(dms.target_cr)) for shift, s in sums.items()}
+    labels = jax.tree.map(lambda x: x.sharding, run.steps.abstract_labels)
+    out = dict.fromkeys(SHIFTS, labels), NamedSharding(run.mesh, PartitionSpec())
+    return OnMesh(add, run.mesh, out, donate=(0,))
 
-    labels = jax.tree.map(lambda x: x.sharding, steps.abstract_labels)
-    add_on_mesh = OnMesh(add, run.mesh, dict.fromkeys(SHIFTS, labels), donate=(0,))
-    state = steps.initial_state(run.trainable)
-    sums = {shift: steps.no_labels() for shift in SHIFTS}
+
+def no_sums(run: PreparedRun) -> dict[int, LabelSums]:
+    return {shift: run.steps.no_labels() for shift in SHIFTS}
+
+
+def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:
+    """Fit the evict head to the label rows of a retrofit, for each `decision_shift`. Returns projections [L D K].
+
+    `add` is the function of `label_pass`.
+    """
+    c, steps, dms = run.config, run.steps, run.steps.math.dms
+    state, sums = steps.initial_state(run.trainable), no_sums(run)
     with tqdm(total=c.label_rows, unit="row", desc="labels") as bar:
         for start in range(0, c.label_rows, c.batch_size):
             end = min(start + c.batch_size, c.label_rows)
-            sums = add_on_mesh(sums, state, run.frozen, place_rows(run, start, c.batch_size))
+            sums, _ = add(sums, state, run.frozen, place_rows(run, start, c.batch_size))
             check_finite(sums[dms.decision_shift], start, end)
             bar.update(end - start)
-    projection = steps.abstract_state.trainable[EVICT_PROJECTION].sharding
-    return OnMesh(project, run.mesh, dict.fromkeys(SHIFTS, projection))(sums)
+    check_counted(sums[dms.decision_shift], dms.window_size)
+    project = lambda of_shift: fit(of_shift).projection(dms, evict_fraction(dms.target_cr))
+    on_mesh = OnMesh(project, run.mesh, steps.abstract_state.trainable[EVICT_PROJECTION].sharding)
+    return {shift: on_mesh(of_shift) for shift, of_shift in sums.items()}
 
 
-def _information(run: PreparedRun, state: TrainState, frozen: Params, batch: Batch) -> tuple[Array, Array]:
-    """Return what `gate_information` finds for a batch, in a function that is being compiled."""
-    student, remat = run.steps.math.student_model(state.trainable, frozen), run.steps.math.remat
-    return gate_information(student, batch.tokens, batch.segment_ids, batch.examples, run.config.seed, remat)
-
-
-def _with_head(state: TrainState, projection: jax.Array) -> TrainState:
+def _with_head(state: TrainState, projection: Any) -> TrainState:
     return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
 
 
-def held_out_pairs(run: PreparedRun, states: dict[int, TrainState], batches: list[Batch]) -> Pairs:
-    """Compute the cost of each pair of held-out rows, and its scores under the heads of `states`."""
+def held_out_pairs(run: PreparedRun, add: OnMesh, states: dict[int, TrainState], batches: list[Batch]) -> Pairs:
+    """Compute the cost of each pair of held-out rows, and its scores under the heads of `states`.
+
+    `add` is the function of `label_pass`.
+    """
     settled = run.config.length - 1 - run.steps.math.dms.window_size
-    information_on_mesh = OnMesh(
-        lambda state, frozen, batch: _information(run, state, frozen, batch)[0],
-        run.mesh,
-        NamedSharding(run.mesh, PartitionSpec()),
-    )
     costs, scores = [], {shift: [] for shift in states}
     with tqdm(total=_num_rows(batches), unit="row", desc="held-out rows") as bar:
         for batch in batches:
-            values = information_on_mesh(next(iter(states.values())), run.frozen, place(batch, run.mesh))
+            _, values = add(no_sums(run), states[0], run.frozen, place(batch, run.mesh))
             counted = (batch.segment_ids != PADDING)[None, :, None]
             costs.append(np.where(counted, np.asarray(values), 0)[..., :settled])
             for shift, state in states.items():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dms_jax.checkpoint import Checkpoints
 from dms_jax.errors import ConfigError
 from dms_jax.training.data.rows import PADDING, Batch
-from dms_jax.training.fisher_init import LabelSums
+from dms_jax.training.fisher_init import MIN_QUERIES, LabelSums
 from dms_jax.training.placement import local_rows, place
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
@@ -48,6 +48,7 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
         checkpoints.close()
     if number:
         return state, number
+    check_counted(sums, run.steps.math.dms.window_size)
     state = run.steps.fitted_state(state, sums)
     run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
     _remove(run, folder)
@@ -102,6 +103,17 @@ def check_finite(sums: LabelSums, first: int, end: int) -> None:
         raise ConfigError(
             f"the labels of rows {first} to {end - 1} of the label rows are not finite, so the head cannot be fitted; "
             "check the weights of the model and the data (a retrofit with init=zero needs no labels)"
+        )
+
+
+def check_counted(sums: LabelSums, window_size: int) -> None:
+    """Refuse sums over no pair at all, to which no head can be fitted."""
+    if not float(sums.weight) > 0:
+        least = window_size + MIN_QUERIES + 1
+        raise ConfigError(
+            f"the head cannot be fitted, because the label rows have no pair that {MIN_QUERIES} queries beyond a "
+            f"window of {window_size} could miss; use documents and a length of at least {least} tokens, or a smaller "
+            "dms.window_size"
         )
 
 

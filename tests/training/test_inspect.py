@@ -5,13 +5,13 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 from cases import GOLDEN
 from train_runs import ROOT, arguments, run_settings
-from train_runs import main as retrofit
 
 import dms_jax
 from dms_jax.commands.inspect import FILES, configuration, main
@@ -22,14 +22,16 @@ from dms_jax.errors import ConfigError
 from dms_jax.models.layers import unit_rms
 from dms_jax.training.eviction_curve import highest_scores, highest_scores_per_head, pairs_to_evict, proxy
 from dms_jax.training.fisher_init import gate_information
-from dms_jax.training.inspection import RATIOS, curve_of, fitted_heads, held_out_pairs
+from dms_jax.training.inspection import RATIOS, curve_of, fitted_heads, held_out_pairs, label_pass, reachable_ratios
 from dms_jax.training.inspection_report import TOLERATED_KL, Curve, Inspection, Measured
+from dms_jax.training.label_pass import place_rows
 from dms_jax.training.prepare import prepare
 from dms_jax.training.step import EVICT_PROJECTION
 from dms_jax.training.validate import first_batches
 
 WINDOW, LENGTH = 6, 64
-KEYS = {"length": LENGTH, "dms.window_size": WINDOW, "label_rows": 12, "eval_rows": 3}
+KEYS = {"length": LENGTH, "dms.window_size": WINDOW, "label_rows": 12, "eval_rows": 5}
+KEYS["data.held_out_fraction"] = 0.2
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def settings(tmp_path):
 
 def prepared(settings, **changes):
     assignments = [part for part in arguments(settings, **changes)[:-2] if part != "--set"]
-    return prepare(start_mesh(configuration(assignments, "2x1"), ""))
+    return prepare(start_mesh(configuration(assignments, "4x2"), ""))
 
 
 @pytest.fixture
@@ -85,19 +87,21 @@ def test_oracle_costs_least_and_equal_budgets_cost_it_more(costs, cr):
 def test_costs_and_scores_of_held_out_rows_by_definition(settings):
     """Costs are `gate_information`, scores are u @ projection; both from the model that a user loads."""
     run = prepared(settings)
-    heads = {shift: np.asarray(head) for shift, head in fitted_heads(run).items()}
+    add = label_pass(run)
+    heads = {shift: np.asarray(head) for shift, head in fitted_heads(run, add).items()}
     state = run.steps.initial_state(run.trainable)
     states = {s: state._replace(trainable=state.trainable | {EVICT_PROJECTION: h}) for s, h in heads.items()}
-    batches = first_batches(run, run.held_out, 3)
-    pairs = held_out_pairs(run, states, batches)
+    batches = first_batches(run, run.held_out, 5)
+    pairs = held_out_pairs(run, add, states, batches)
     settled = LENGTH - 1 - WINDOW
-    assert pairs.num_rows == 4 and pairs.num_tokens == 4 * LENGTH and pairs.cost.shape[-1] == 4 * settled
+    assert pairs.num_rows == 8 and pairs.num_tokens == 8 * LENGTH and pairs.cost.shape[-1] == 8 * settled
     dms = run.steps.math.dms
     model = dms_jax.load(settings["model"], dms=dms)
+    information = jax.jit(partial(gate_information, model, seed=0))
     for index, batch in enumerate(batches):
-        values, stream = gate_information(model, batch.tokens, batch.segment_ids, batch.examples, 0)
-        for row in range(2):
-            columns = slice((2 * index + row) * settled, (2 * index + row + 1) * settled)
+        values, stream = information(tokens=batch.tokens, segment_ids=batch.segment_ids, examples=batch.examples)
+        for row in range(4):
+            columns = slice((4 * index + row) * settled, (4 * index + row + 1) * settled)
             np.testing.assert_allclose(pairs.cost[..., columns], values[:, row, :, :settled], rtol=1e-3, atol=1e-7)
             u = np.asarray(unit_rms(stream[:, row], model.config.rms_norm_eps))
             for shift in (0, 1):
@@ -112,28 +116,28 @@ def test_costs_and_scores_of_held_out_rows_by_definition(settings):
     assert (np.array(curve.oracle) < curve.other_shift).all() and (np.diff(curve.common) > 0).all()
     for cr, common, kept in zip(curve.ratios, curve.common, curve.kept, strict=True):
         assert 1 / kept.mean() == pytest.approx(cr, rel=0.01)
-        evicted = highest_scores(pairs.scores[0], pairs_to_evict(cr, 4, LENGTH))
-        assert common == pytest.approx(pairs.cost[evicted].sum() / 2 / (4 * LENGTH), rel=1e-5)
+        evicted = highest_scores(pairs.scores[0], pairs_to_evict(cr, 8, LENGTH))
+        assert common == pytest.approx(pairs.cost[evicted].sum() / 2 / (8 * LENGTH), rel=1e-5)
     # All heads of a layer decide together: the oracle then knows only what their pairs cost together.
     shared = curve_of(pairs, dataclasses.replace(dms, granularity="layer"), LENGTH, RATIOS)
     assert (np.array(shared.oracle) > curve.oracle).all() and shared.common == curve.common
 
 
-def test_inspected_head_is_the_one_that_a_retrofit_starts_from(settings, tmp_path):
-    run = prepared(settings)
-    heads = fitted_heads(run)
-    for shift in (0, 1):
-        changes = {"steps": 0, "calibration_rows": 0, "output": tmp_path / f"start{shift}", "dms.decision_shift": shift}
-        assert retrofit(arguments(settings | changes, mesh="2x1")) == 0
-        start = dms_jax.load(changes["output"] / "export").layers.attention.evict_proj[...]
-        np.testing.assert_allclose(heads[shift], start, rtol=1e-3, atol=1e-5)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_inspected_head_is_the_one_that_a_retrofit_starts_from(settings, shift):
+    run = prepared(settings, dms__decision_shift=shift)
+    sums, state = run.steps.no_labels(), run.steps.initial_state(run.trainable)
+    for start in (0, 4, 8):
+        sums = run.steps.add_labels(sums, state, run.frozen, place_rows(run, start, 4))
+    wanted = run.steps.fitted_state(state, sums).trainable[EVICT_PROJECTION]
+    np.testing.assert_allclose(fitted_heads(run, label_pass(run))[shift], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_padding_costs_nothing_and_is_not_counted(settings):
     run = prepared(settings, data__rows="packed", length=80)
-    batches = first_batches(run, run.held_out, 2)
+    batches = first_batches(run, run.held_out, 4)
     states = dict.fromkeys((0, 1), run.steps.initial_state(run.trainable))
-    pairs = held_out_pairs(run, states, batches)
+    pairs = held_out_pairs(run, label_pass(run), states, batches)
     tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
     assert pairs.num_tokens == tokens < pairs.num_rows * 80
     cost = pairs.cost.reshape(*pairs.cost.shape[:2], pairs.num_rows, -1)
@@ -142,14 +146,14 @@ def test_padding_costs_nothing_and_is_not_counted(settings):
 
 
 def test_command_prints_the_curve_and_writes_numbers_and_picture(settings, capsys):
-    assert main(arguments(settings, mesh="1x1")) == 0
+    assert main(arguments(settings)) == 0
     printed = capsys.readouterr()
     output = settings["output"]
     assert sorted(path.name for path in output.iterdir()) == sorted(FILES)
     assert (output / "inspect.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((output / "inspect.json").read_text())
     assert found["ratios"] == list(RATIOS) and found["versions"]["jax"] == jax.__version__
-    assert [m["cr"] for m in found["measured"]] == [2, 4] and found["measured_rows"] == 2
+    assert [m["cr"] for m in found["measured"]] == [2, 4] and found["measured_rows"] == 8
     for m in found["measured"]:
         assert m["realised_cr"] == pytest.approx(m["cr"], rel=0.02) and m["factor"] == m["kl"] / m["proxy"]
         assert f"{m['kl']:.4f}" in printed.out
@@ -164,14 +168,20 @@ def test_command_prints_the_curve_and_writes_numbers_and_picture(settings, capsy
         main(arguments(settings))
 
 
-def test_ratios_that_rows_cannot_realise_are_named(settings, capsys):
-    """Rows of 20 tokens with a window of 6 realise at most 20 / 7."""
-    assert main(arguments(settings, mesh="1x1", length=20)) == 0
-    printed = capsys.readouterr()
-    found = json.loads((settings["output"] / "inspect.json").read_text())
-    assert found["ratios"] == [1.5, 2] and "CR 2.86" in printed.err and "CR 3 and 4 and 6 and 8" in printed.err
-    with pytest.raises(ConfigError, match=r"CR 1\.43.*dms\.window_size"):
-        main(arguments(settings, mesh="1x1", length=10, output=settings["output"] / "short"))
+def test_ratios_that_rows_cannot_realise_are_named(capsys):
+    """Rows of 64 tokens with a window of 28 realise at most 64 / 29; with a window of 31, exactly 2."""
+    assert reachable_ratios(64, 28) == reachable_ratios(64, 31) == (1.5, 2) and reachable_ratios(64, 7) == RATIOS
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and "CR 2.21" in lines[0] and "CR 3 and 4 and 6 and 8" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "length, window, pattern", [(40, 30, r"CR 1\.29.*dms\.window_size"), (38, 6, r"32 queries.*window_size")]
+)
+def test_rows_that_are_too_short_are_refused(settings, length, window, pattern):
+    with pytest.raises(ConfigError, match=pattern):
+        main(arguments(settings, length=length, dms__window_size=window))
+    assert not settings["output"].exists() or not list(settings["output"].iterdir())
 
 
 def inspection(kls: list[float], ratios=(2.0, 4.0, 8.0), measured=((2.0, 10.0), (4.0, 20.0))) -> Inspection:
@@ -209,7 +219,7 @@ def test_nominal_ratio_inverts_the_realised_one(cr):
         ({"steps": 3}, "`steps`"),
         ({"optimizer.learning_rate": 1}, "`optimizer`"),
         ({"label_row": 3}, "did you mean label_rows"),
-        ({"dms.windw": 3}, "dms.window_size"),
+        ({"dms.windw": 3}, "window_size"),
         ({"label_rows": 0}, "label_rows must be"),
         ({"eval_rows": 0}, "eval_rows must be"),
         ({"dms.target_cr": 1}, "dms.target_cr"),
@@ -223,9 +233,9 @@ def test_keys_without_a_meaning_are_refused(settings, changes, pattern):
     assert not settings["output"].exists()
 
 
-def test_model_with_a_policy_is_refused_before_its_weights_are_read(settings):
+def test_model_that_already_has_a_policy_is_refused(settings):
     with pytest.raises(ConfigError, match="already has a policy.*evaluate"):
-        main(arguments(settings, model=GOLDEN / "projection_per_head"))
+        main(arguments(settings, model=GOLDEN / "qwen3_dms_projection_per_head"))
     assert not settings["output"].exists() or not list(settings["output"].iterdir())
 
 
