@@ -1,4 +1,4 @@
-"""What evicting pairs costs to second order, as a function of the compression ratio: the proxy of `inspect`.
+"""The cost of evicting pairs, to second order, as a function of the compression ratio: the proxy of `inspect`.
 
 Half of the Fisher information of a pair's gate (`fisher_init.gate_information`) is the KL in nats that evicting this
 pair alone costs. The proxy of a set of pairs is the sum over the set, per token. It ignores that evicted pairs make

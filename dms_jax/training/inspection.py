@@ -68,7 +68,7 @@ def inspect_model(config: RetrofitConfig) -> Inspection:
         raise ConfigError("an inspection needs held-out rows; raise data.held_out_fraction or set data.eval_paths")
     for note in run.notes:
         run.say(note)
-    add = label_pass(run)
+    add = label_function(run)
     heads = fitted_heads(run, add)
     state = run.steps.initial_state(run.trainable)
     states = {shift: _with_head(state, head) for shift, head in heads.items()}
@@ -115,7 +115,7 @@ def reachable_ratios(length: int, window_size: int) -> tuple[float, ...]:
     return found
 
 
-def label_pass(run: PreparedRun) -> OnMesh:
+def label_function(run: PreparedRun) -> OnMesh:
     """Return the function (sums by decision_shift, state, frozen, batch) -> (sums, what `gate_information` estimates).
 
     The fit needs the sums and the held-out rows need the values. Both use this one program, because compiling a
@@ -147,7 +147,7 @@ def no_sums(run: PreparedRun) -> dict[int, LabelSums]:
 def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:
     """Fit the evict head to the label rows of a retrofit, for each `decision_shift`. Returns projections [L D K].
 
-    `add` is the function of `label_pass`.
+    `add` is the function of `label_function`.
     """
     c, steps, dms = run.config, run.steps, run.steps.math.dms
     state, sums = steps.initial_state(run.trainable), no_sums(run)
@@ -170,7 +170,7 @@ def _with_head(state: TrainState, projection: Any) -> TrainState:
 def held_out_pairs(run: PreparedRun, add: OnMesh, states: dict[int, TrainState], batches: list[Batch]) -> Pairs:
     """Compute the cost of each pair of held-out rows, and its scores under the heads of `states`.
 
-    `add` is the function of `label_pass`.
+    `add` is the function of `label_function`.
     """
     settled = run.config.length - 1 - run.steps.math.dms.window_size
     costs, scores = [], {shift: [] for shift in states}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-TOLERATED_KL = 0.02  # nats per token; so small a KL multiplies the perplexity by at most about exp(0.02)
+TOLERATED_KL = 0.02  # nats per token: on text that the model itself might write, a perplexity times exp(0.02)
 LEAST = 1e-12  # nats; keeps logarithms finite
 LAYERS_PER_LINE = 10
 
@@ -25,7 +25,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the fitted head costs with hard decisions on a few held-out rows."""
+    """The cost of the fitted head with hard decisions on a few held-out rows."""
 
     cr: float  # the ratio that was asked for
     realised_cr: float
@@ -41,7 +41,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model loses by eviction on held-out rows, before it is trained to evict."""
+    """The loss of a model by eviction on held-out rows, before it is trained to evict."""
 
     model: str
     length: int
@@ -66,7 +66,7 @@ class Inspection:
     def bearable_cr(self) -> float | None:
         """The ratio up to which the estimate stays within TOLERATED_KL; None if the lowest one already exceeds it."""
         estimated, ratios = self.estimated, self.curve.ratios
-        over = next((i for i, kl in enumerate(estimated) if kl > TOLERATED_KL), None)
+        over = next((i for i, kl in enumerate(estimated) if not kl <= TOLERATED_KL), None)  # also NaN
         if over is None:
             return ratios[-1]
         if over == 0:

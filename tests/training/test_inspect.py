@@ -22,7 +22,7 @@ from dms_jax.errors import ConfigError
 from dms_jax.models.layers import unit_rms
 from dms_jax.training.eviction_curve import highest_scores, highest_scores_per_head, pairs_to_evict, proxy
 from dms_jax.training.fisher_init import gate_information
-from dms_jax.training.inspection import RATIOS, curve_of, fitted_heads, held_out_pairs, label_pass, reachable_ratios
+from dms_jax.training.inspection import RATIOS, curve_of, fitted_heads, held_out_pairs, label_function, reachable_ratios
 from dms_jax.training.inspection_report import TOLERATED_KL, Curve, Inspection, Measured
 from dms_jax.training.label_pass import place_rows
 from dms_jax.training.prepare import prepare
@@ -87,7 +87,7 @@ def test_oracle_costs_least_and_equal_budgets_cost_it_more(costs, cr):
 def test_costs_and_scores_of_held_out_rows_by_definition(settings):
     """Costs are `gate_information`, scores are u @ projection; both from the model that a user loads."""
     run = prepared(settings)
-    add = label_pass(run)
+    add = label_function(run)
     heads = {shift: np.asarray(head) for shift, head in fitted_heads(run, add).items()}
     state = run.steps.initial_state(run.trainable)
     states = {s: state._replace(trainable=state.trainable | {EVICT_PROJECTION: h}) for s, h in heads.items()}
@@ -130,14 +130,14 @@ def test_inspected_head_is_the_one_that_a_retrofit_starts_from(settings, shift):
     for start in (0, 4, 8):
         sums = run.steps.add_labels(sums, state, run.frozen, place_rows(run, start, 4))
     wanted = run.steps.fitted_state(state, sums).trainable[EVICT_PROJECTION]
-    np.testing.assert_allclose(fitted_heads(run, label_pass(run))[shift], wanted, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(fitted_heads(run, label_function(run))[shift], wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_padding_costs_nothing_and_is_not_counted(settings):
     run = prepared(settings, data__rows="packed", length=80)
     batches = first_batches(run, run.held_out, 4)
     states = dict.fromkeys((0, 1), run.steps.initial_state(run.trainable))
-    pairs = held_out_pairs(run, label_pass(run), states, batches)
+    pairs = held_out_pairs(run, label_function(run), states, batches)
     tokens = sum(int((batch.segment_ids >= 0).sum()) for batch in batches)
     assert pairs.num_tokens == tokens < pairs.num_rows * 80
     cost = pairs.cost.reshape(*pairs.cost.shape[:2], pairs.num_rows, -1)
