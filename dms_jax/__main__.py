@@ -10,6 +10,7 @@ from dms_jax.errors import ConfigError, suggestion
 SUMMARIES = {
     "retrofit": "train a pretrained model to evict keys and values, by distillation from itself",
     "plan": "predict whether a retrofit or a server fits on named hardware, and how fast it is",
+    "inspect": "estimate before training which compression ratio a model bears on given text",
     "generate": "continue text with a model over a compact cache: prompts or a chat",
     "evaluate": "measure what cache policies cost: divergence, answers to tasks, live tokens",
     "hyperscale": "measure whether more or longer samples pay off with a compressed cache",

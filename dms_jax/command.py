@@ -28,6 +28,7 @@ VERSION = f"dms-jax {__version__}"
 DOORS = {
     "retrofit": "train.retrofit",
     "plan": "train.plan",
+    "inspect": "train.inspect",
     "generate": "infer.generate",
     "evaluate": "infer.evaluate",
     "hyperscale": "infer.hyperscale",

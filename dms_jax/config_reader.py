@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 import typing
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -77,13 +78,16 @@ def _extras(kind: Any) -> tuple:
     return next((typing.get_args(part)[1:] for part in annotated), ())
 
 
-def keys_help(config: Any, path: str = "") -> str:
+def keys_help(config: Any, path: str = "", only: Collection[str] | None = None) -> str:
     """List the keys of a configuration for `--help`: the default, the range or choices, and the meaning of each.
 
+    `only`: the keys of the top level that are listed, or None for all.
     Defaults are printed as YAML, so that they can be copied into a file or after `--set`.
     """
     blocks = []
     for name, kind in typing.get_type_hints(type(config), include_extras=True).items():
+        if only is not None and name not in only:
+            continue
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             blocks.append(keys_help(value, f"{path}{name}."))

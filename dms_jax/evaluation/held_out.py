@@ -211,12 +211,12 @@ def held_out_report(
     batches: Iterable[EvaluationBatch],
     length: int,
     retrofit: Callable[[EvaluationBatch], RowMetrics],
-    streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics],
-    budgeted: Callable[[EvaluationBatch, int], TokenMetrics] | None,
+    streaming_llm: Callable[[EvaluationBatch, StreamingLLM], TokenMetrics] | None = None,
+    budgeted: Callable[[EvaluationBatch, int], TokenMetrics] | None = None,
 ) -> HeldOutReport:
     """Measure the retrofitted model on `batches` of rows of `length` tokens, then the others with as many live tokens.
 
-    The callables run one batch on the devices. `budgeted` gets the mean budget of all heads; None leaves it out.
+    The callables run one batch on the devices; None leaves one out. `budgeted` gets the mean budget of all heads.
     """
     batches = list(batches)
     gathered, live, evict = Gathered(), [], []
@@ -237,6 +237,7 @@ def held_out_report(
     pairs = round(float(live.mean()))
     if budgeted is not None:
         results.append(of_budget(DMS_BUDGET, pairs, lambda batch: budgeted(batch, pairs)))
-    policy = StreamingLLM(budget=max(pairs, StreamingLLM.num_sinks + 1))
-    results.append(of_budget(STREAMING_LLM, policy.budget, lambda batch: streaming_llm(batch, policy)))
+    if streaming_llm is not None:
+        policy = StreamingLLM(budget=max(pairs, StreamingLLM.num_sinks + 1))
+        results.append(of_budget(STREAMING_LLM, policy.budget, lambda batch: streaming_llm(batch, policy)))
     return HeldOutReport(length, sum(len(rows.agree) for rows in gathered.rows), tuple(results), live, evict)

@@ -74,8 +74,22 @@ def add_labels(
     The logarithms of values far below those of pairs worth keeping differ by noise, which a regression would chase.
     `FLOOR` times the median value of the first batch is therefore added to all values.
     """
-    dms = model.config.require_dms()
     values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
+    return add_information(sums, model.config, values, stream, segment_ids)
+
+
+def add_information(
+    sums: LabelSums,
+    config: ModelConfig,
+    values: Float[Array, "L B K T"],
+    stream: Float[Array, "L B T D"],
+    segment_ids: Int[Array, "B T"],
+) -> LabelSums:
+    """Add what `gate_information` found for a batch of rows, as `add_labels` does.
+
+    It does not depend on `decision_shift`, so it serves policies that differ in that alone.
+    """
+    dms = config.require_dms()
     missing = queries_outside(segment_ids, dms.window_size)
     weight = label_weights(segment_ids, missing, dms.decision_shift)
     if dms.granularity == "layer":  # a decision is about the pairs of all heads
@@ -91,7 +105,7 @@ def add_labels(
 
     def of_layer(inputs):
         stream, labels = inputs
-        u = unit_rms(stream, model.config.rms_norm_eps)[:, shift:]
+        u = unit_rms(stream, config.rms_norm_eps)[:, shift:]
         weighted = u * weight[..., None]
         return (
             jnp.sum(weighted, axis=(0, 1)),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dms_jax.checkpoint import Checkpoints
 from dms_jax.errors import ConfigError
 from dms_jax.training.data.rows import PADDING, Batch
-from dms_jax.training.fisher_init import LabelSums
+from dms_jax.training.fisher_init import MIN_QUERIES, LabelSums
 from dms_jax.training.placement import local_rows, place
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
@@ -48,6 +48,7 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
         checkpoints.close()
     if number:
         return state, number
+    check_counted(sums, run.steps.math.dms.window_size)
     state = run.steps.fitted_state(state, sums)
     run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
     _remove(run, folder)
@@ -76,7 +77,7 @@ def _labels(
             before, done = done, min(done + size, c.label_rows)
             number = stop.agreed()
             if number or done == c.label_rows or done // SAVE_ROWS > before // SAVE_ROWS:
-                _check_finite(sums, before, done)
+                check_finite(sums, before, done)
                 checkpoints.save(done, sums, checkpoint_metadata(run), wait=bool(number))
             bar.update(done - before)
     if number:
@@ -96,11 +97,23 @@ def place_rows(run: PreparedRun, start: int, size: int) -> Batch:
     )
 
 
-def _check_finite(sums: LabelSums, first: int, end: int) -> None:
+def check_finite(sums: LabelSums, first: int, end: int) -> None:
+    """Refuse sums that became NaN or infinite with the label rows `first` to `end` - 1."""
     if not all(np.isfinite(jax.device_get(jnp.sum(array))) for array in sums):
         raise ConfigError(
             f"the labels of rows {first} to {end - 1} of the label rows are not finite, so the head cannot be fitted; "
-            "check the weights of the model and the data, or use init=zero"
+            "check the weights of the model and the data (a retrofit with init=zero needs no labels)"
+        )
+
+
+def check_counted(sums: LabelSums, window_size: int) -> None:
+    """Refuse sums over no pair at all, to which no head can be fitted."""
+    if not float(sums.weight) > 0:
+        least = window_size + MIN_QUERIES + 1
+        raise ConfigError(
+            f"the head cannot be fitted, because the label rows have no pair that {MIN_QUERIES} queries beyond a "
+            f"window of {window_size} could miss; use documents and a length of at least {least} tokens, or a smaller "
+            "dms.window_size"
         )
 
 

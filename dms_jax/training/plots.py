@@ -1,10 +1,13 @@
-"""The two plots of a run: losses and compression over steps, and the kept fraction by layer and head."""
+"""The two plots of a run: losses and compression over steps, and the kept fraction by layer and head. Also the picture
+of an inspection, which has the costs of ratios in place of losses.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
 from dms_jax.files import replacing
+from dms_jax.training.inspection_report import TOLERATED_KL, Inspection
 
 
 def plot_training(steps: list[dict], path: Path) -> None:
@@ -37,20 +40,46 @@ def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> No
 
     `live_per_head` [L K]: mean live pairs.
     """
-    plt = _pyplot()
-    layers, heads = live_per_head.shape
-    figure, axes = plt.subplots(
-        figsize=(max(4.5, 1.5 + 0.4 * heads), max(3.0, 1.2 + 0.2 * layers)), layout="constrained"
-    )
-    image = axes.imshow(live_per_head / length, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-    axes.set(
-        xlabel="KV head",
-        ylabel="layer",
-        xticks=range(heads),
-        title=f"Kept fraction of {length} tokens\nrealised CR {length / live_per_head.mean():.2f}",
-    )
-    figure.colorbar(image)
+    figure, axes = _pyplot().subplots(figsize=_heads_size(live_per_head), layout="constrained")
+    title = f"Kept fraction of {length} tokens\nrealised CR {length / live_per_head.mean():.2f}"
+    _draw_heads(axes, live_per_head / length, title)
     _write(figure, path)
+
+
+def plot_inspection(inspection: Inspection, path: Path) -> None:
+    """Plot proxies and KL over the compression ratio (left), and the fraction that each head keeps (right)."""
+    curve, index = inspection.curve, inspection.shown_ratio()
+    width, height = _heads_size(curve.kept[index])
+    figure, (left, right) = _pyplot().subplots(
+        1, 2, figsize=(6.5 + width, max(4.0, height)), width_ratios=(6.5, width), layout="constrained"
+    )
+    for values, label in (
+        (curve.common, "one threshold"),
+        (curve.equal, "equal budgets"),
+        (curve.oracle, "oracle"),
+        (curve.other_shift, f"decision_shift {1 - inspection.decision_shift}"),
+    ):
+        left.plot(curve.ratios, values, "--", marker=".", label=f"proxy, {label}")
+    left.plot(curve.ratios, inspection.estimated, "k-", label="KL, estimated")
+    left.plot([m.cr for m in inspection.measured], [m.kl for m in inspection.measured], "ko", label="KL, measured")
+    left.axhline(TOLERATED_KL, color="gray", linewidth=1)
+    left.set(xlabel="realised compression ratio", ylabel="nats per token", title="Before training", yscale="log")
+    left.grid(alpha=0.3)
+    left.legend()
+    _draw_heads(right, curve.kept[index], f"Kept fraction\nrealised CR {curve.ratios[index]:g}")
+    _write(figure, path)
+
+
+def _heads_size(kept: np.ndarray) -> tuple[float, float]:
+    """Return the size in inches of a picture of the heads [L K]."""
+    layers, heads = kept.shape
+    return max(4.5, 1.5 + 0.4 * heads), max(3.0, 1.2 + 0.2 * layers)
+
+
+def _draw_heads(axes, kept: np.ndarray, title: str) -> None:
+    image = axes.imshow(kept, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    axes.set(xlabel="KV head", ylabel="layer", xticks=range(kept.shape[1]), title=title)
+    axes.figure.colorbar(image)
 
 
 def _write(figure, path: Path) -> None:

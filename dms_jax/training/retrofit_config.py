@@ -282,8 +282,13 @@ FREE_ON_RESUME = {
 }
 
 
-def read_config(path: str | None, assignments: list[str], mesh: str | None) -> RetrofitConfig:
-    """Read the YAML file; assignments of `--set` override its keys, and `--mesh` overrides both."""
+def read_config(
+    path: str | None, assignments: list[str], mesh: str | None, defaults: dict[str, Any] | None = None
+) -> RetrofitConfig:
+    """Read the YAML file; assignments of `--set` override its keys, and `--mesh` overrides both.
+
+    `defaults`: values of keys of the top level that are not given, in place of those of `RetrofitConfig`.
+    """
     given: dict[str, Any] = {}
     for layer in (read_yaml(path) if path else {}, *map(parse_assignment, assignments)):
         if not isinstance(layer.get("data", {}), dict):
@@ -293,7 +298,7 @@ def read_config(path: str | None, assignments: list[str], mesh: str | None) -> R
     if mesh is not None:
         given["mesh"] = mesh
     # The defaults of `dms` are those of this recipe, not those of DMSConfig, also if only some of its keys are given.
-    merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)}
+    merged: dict[str, Any] = {"dms": dataclasses.asdict(RetrofitConfig().dms)} | (defaults or {})
     # On a frozen base, the hidden state of the next token does not know enough about a pair (docs/experiments.md).
     # Where all weights train, attention can carry it there, so NVIDIA's convention holds.
     if given.get("mode", "adapter") != "adapter":

@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -69,6 +69,12 @@ def by_first_process(action: Callable[[], None]) -> None:
 
 def check_output(output: Path) -> None:
     """Make the output folder, and check that everything that the run will write to it can be written."""
+    check_writable(output, FILES)
+    check_save(output / EXPORT, overwrite=True)
+
+
+def check_writable(output: Path, names: Iterable[str]) -> None:
+    """Make the output folder, and check that files of these names can be written to it."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         probe = output / f".writable-{uuid.uuid4().hex}"  # several processes may probe at once
@@ -76,9 +82,8 @@ def check_output(output: Path) -> None:
         probe.unlink()
     except OSError as why:
         raise ConfigError(f"cannot write to output {output}: {why}; choose another --set output=FOLDER") from why
-    for name in FILES:
+    for name in names:
         check_target(output / name)
-    check_save(output / EXPORT, overwrite=True)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Measure a retrofit: the report on held-out rows, and what training rows say about thresholds and budgets."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import numpy as np
 
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.core.losses import TokenMetrics
-from dms_jax.engine.calibration import threshold_for
+from dms_jax.engine.calibration import Scores, threshold_for
 from dms_jax.engine.head_budgets import shares_of
 from dms_jax.evaluation.held_out import HeldOutReport, RowMetrics, held_out_report
 from dms_jax.policies.head_shares import HeadShares
@@ -42,14 +43,6 @@ def validate(run: PreparedRun, state: TrainState, calibration: Calibration) -> H
     """
     config, shares, window = run.config, calibration.shares, run.steps.math.dms.window_size
 
-    def on_mesh(batch: Batch) -> HeldOutBatch:
-        placed = place(batch, run.mesh)
-        dense = run.steps.dense_hidden(state, run.frozen, placed)
-        return HeldOutBatch(batch.tokens, batch.segment_ids, batch.loss_mask, placed, dense)
-
-    def retrofitted(batch: Any) -> RowMetrics:
-        return run.steps.evaluate(state, run.frozen, batch.placed, batch.dense, np.float32(calibration.threshold))
-
     def budgeted(batch: Any, pairs: int) -> TokenMetrics:
         assert shares is not None
         table = np.array(shares.budgets(max(pairs, window + 1), config.length, window), np.int32)
@@ -58,9 +51,22 @@ def validate(run: PreparedRun, state: TrainState, calibration: Calibration) -> H
     def streaming_llm(batch: Any, policy: StreamingLLM) -> TokenMetrics:
         return run.steps.evaluate_streaming_llm(state, run.frozen, policy, batch.placed, batch.dense)
 
-    batches: list[Any] = [on_mesh(batch) for batch in first_batches(run, run.held_out, config.eval_rows)]
+    batches = on_mesh(run, state, first_batches(run, run.held_out, config.eval_rows))
     one_document = shares is not None and config.data.rows == "contiguous"
-    return held_out_report(batches, config.length, retrofitted, streaming_llm, budgeted if one_document else None)
+    hard = hard_rows(run, state, calibration.threshold)
+    return held_out_report(batches, config.length, hard, streaming_llm, budgeted if one_document else None)
+
+
+def on_mesh(run: PreparedRun, state: TrainState, batches: list[Batch]) -> list[Any]:
+    """Place rows on the mesh and run the dense model on them. Returns `HeldOutBatch`es."""
+    placed = [place(batch, run.mesh) for batch in batches]
+    dense = [run.steps.dense_hidden(state, run.frozen, rows) for rows in placed]
+    return [HeldOutBatch(*batch[:3], *rest) for batch, *rest in zip(batches, placed, dense, strict=True)]
+
+
+def hard_rows(run: PreparedRun, state: TrainState, threshold: float) -> Callable[[Any], RowMetrics]:
+    """Return the function that compares a `HeldOutBatch` under hard decisions by `threshold` with the dense model."""
+    return lambda batch: run.steps.evaluate(state, run.frozen, batch.placed, batch.dense, np.float32(threshold))
 
 
 def running_threshold(state: TrainState) -> float:
@@ -78,17 +84,16 @@ def calibrate(run: PreparedRun, state: TrainState) -> Calibration:
     c, dms, start = run.config, run.steps.math.dms, running_threshold(state)
     if not c.calibration_rows:
         return Calibration(start, None)
-    batches = [place(batch, run.mesh) for batch in first_batches(run, run.train_rows, c.calibration_rows)]
+    scores = scores_of_rows(run, state, first_batches(run, run.train_rows, c.calibration_rows))
     latest: dict[float, np.ndarray] = {}
 
-    def scores(threshold: float) -> np.ndarray:
-        logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in batches]
+    def remembered(threshold: float) -> np.ndarray:
         latest.clear()
-        latest[threshold] = np.concatenate(jax.device_get(logits), axis=1)
+        latest[threshold] = scores(threshold)
         return latest[threshold]
 
     target = realised_cr(dms.target_cr, c.length, dms.window_size)
-    threshold = float(np.float32(threshold_for(scores, dms, target, tolerance=0.02, most_runs=6, start=start)))
+    threshold = float(np.float32(threshold_for(remembered, dms, target, tolerance=0.02, most_runs=6, start=start)))
     if not c.holds_ratio_by_threshold:
         threshold = max(0.0, threshold)
     if threshold:
@@ -99,6 +104,17 @@ def calibrate(run: PreparedRun, state: TrainState) -> Calibration:
     settled = c.length - dms.window_size - 1
     of_pairs = logits[..., dms.decision_shift :][..., : max(settled, 0)]
     return Calibration(threshold, shares_of(of_pairs) if settled > 0 else None)
+
+
+def scores_of_rows(run: PreparedRun, state: TrainState, batches: list[Batch]) -> Scores:
+    """Return the function that computes the evict logits of rows when they run with a threshold."""
+    placed = [place(batch, run.mesh) for batch in batches]
+
+    def scores(threshold: float) -> np.ndarray:
+        logits = [run.steps.scores(state, run.frozen, batch, np.float32(threshold)) for batch in placed]
+        return np.concatenate(jax.device_get(logits), axis=1)
+
+    return scores
 
 
 def first_batches(run: PreparedRun, rows: Rows, count: int) -> list[Batch]:

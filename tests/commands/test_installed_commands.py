@@ -9,12 +9,12 @@ from cases import GOLDEN
 from synthetic_results import records, write
 
 from dms_jax.command import DOORS
-from dms_jax.commands import evaluate, generate, hyperscale, plan, report, retrofit
+from dms_jax.commands import evaluate, generate, hyperscale, inspect, plan, report, retrofit
 from dms_jax.errors import ConfigError
 from dms_jax.reporting.report_page import build
 
 COMMANDS = {"evaluate": evaluate, "generate": generate, "hyperscale": hyperscale, "plan": plan, "report": report}
-COMMANDS["retrofit"] = retrofit
+COMMANDS |= {"retrofit": retrofit, "inspect": inspect}
 
 
 @pytest.mark.parametrize("name", DOORS)

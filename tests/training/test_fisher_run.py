@@ -14,6 +14,7 @@ from train_runs import ROOT, arguments, command, main, run_settings, start_two_p
 import dms_jax
 from dms_jax.checkpoint import COMMIT_MARKER
 from dms_jax.core.cr_schedule import realised_cr
+from dms_jax.errors import ConfigError
 from dms_jax.training import label_pass
 from dms_jax.training.data.rows import Rows
 from dms_jax.training.metrics import read_steps
@@ -62,6 +63,13 @@ def test_run_without_a_step_exports_the_fitted_head(settings, capsys):
     # The finished run can be resumed, and takes no labels again.
     assert main(arguments(settings, "--resume")) == 0
     assert "resumed at step 0 of 0" in capsys.readouterr().err and not label_checkpoints(output)
+
+
+def test_rows_without_a_pair_to_label_are_refused(settings):
+    """In rows of 38 tokens, 31 queries come after the window of 6 of the first pair."""
+    with pytest.raises(ConfigError, match="32 queries.*window_size"):
+        main(arguments(settings, length=38))
+    assert not (settings["output"] / "export").exists()
 
 
 def test_dry_run_names_the_label_pass_and_its_memory(settings, capsys):

@@ -1,0 +1,79 @@
+"""Before training, an answer: which compression ratio does a model bear on given text?
+
+    python -m train.inspect                                                # SmolLM2-135M on the default text
+    python -m train.inspect --set model=FOLDER --set data=FILE.jsonl
+    python -m train.inspect --set length=4096 --set dms.window_size=256 --set label_rows=24 --set eval_rows=10
+
+The evict head is fitted in closed form, as at the start of a retrofit. On held-out rows, the command then estimates the
+KL at several compression ratios and measures it at two of them. It prints a table, and writes inspect.json and
+inspect.png, which also show what each head keeps, to the output folder (key `output`). The keys mean what they mean in
+a retrofit, and those that only concern training are refused.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from dms_jax.command import Parser
+from dms_jax.commands.retrofit import start_mesh
+from dms_jax.config_reader import keys_help, parse_assignment
+from dms_jax.errors import ConfigError, suggestion
+from dms_jax.training.retrofit_config import RetrofitConfig, read_config
+from dms_jax.writer_lock import only_writer
+
+NAME = "inspect"
+DEFAULTS: dict[str, Any] = {"output": "runs/inspect", "label_rows": 6, "eval_rows": 3}
+KEYS = ("model", "data", "output", "label_rows", "eval_rows", "length", "seed", "mesh", "dtype", "remat")
+KEYS += ("implementation", "dms")
+FILES = ("inspect.json", "inspect.png")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    keys = keys_help(RetrofitConfig(**DEFAULTS), only=KEYS)
+    parser = Parser(NAME, __doc__, epilog=f"keys of --set (key = default, range or choices, and meaning):\n{keys}")
+    parser.add_argument(
+        "--mesh",
+        metavar="AxB[xC]",
+        help="number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="assignments",
+        help="set one key; may be repeated",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    config = configuration(options.assignments, options.mesh)
+    output = Path(config.output)
+    with only_writer(output, "choose another --set output=FOLDER", is_folder=True):
+        if (output / FILES[0]).exists():
+            raise ConfigError(f"{output} already contains an inspection; choose another --set output=FOLDER")
+        config = start_mesh(config, "")
+        from dms_jax.files import write_json
+        from dms_jax.provenance import versions
+        from dms_jax.training.inspection import inspect_model
+        from dms_jax.training.plots import plot_inspection
+        from dms_jax.training.run import check_writable
+
+        check_writable(output, FILES)
+        inspection = inspect_model(config)
+        print(inspection.table())
+        plot_inspection(inspection, output / FILES[1])
+        write_json(output / FILES[0], {"versions": versions()} | inspection.as_json())
+        print(f"\nNumbers and picture are in {output}.")
+    return 0
+
+
+def configuration(assignments: list[str], mesh: str | None) -> RetrofitConfig:
+    """Read the keys of an inspection; its defaults are DEFAULTS and those of a retrofit in mode adapter."""
+    for assignment in assignments:
+        (key,) = parse_assignment(assignment)
+        if key not in KEYS:
+            raise ConfigError(f"`{key}` is not a key of an inspection, which does not train; {suggestion(key, KEYS)}")
+    return read_config(None, assignments, mesh, {**DEFAULTS, "init": "fisher"})
