@@ -56,7 +56,7 @@ class OptimizerConfig:
         float | None, Above(0), "peak learning rate; null: 1.5e-5 with init=fisher, 1e-4 with init=zero"
     ] = None
     warmup_steps: Annotated[
-        int | None, AtLeast(0), "number of steps of linear warm-up; null: 5 with init=fisher, 0 with init=zero"
+        int | None, AtLeast(0), "number of steps of linear warm-up; null: 2 with init=fisher, 0 with init=zero"
     ] = None
     decay_fraction: Annotated[
         float,
@@ -100,8 +100,8 @@ class RetrofitConfig:
         int,
         AtLeast(1),
         "number of training rows whose pairs init=fisher fits the head to",
-    ] = 24
-    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 55
+    ] = 20
+    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 8
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
@@ -239,7 +239,7 @@ class RetrofitConfig:
                 # After the fit, Adam moves a logit by up to about 5e4 times the rate in a step; at 1.5e-5 that is a
                 # fifth of the spread of the logits.
                 learning_rate=_default(self.optimizer.learning_rate, 1.5e-5 if fitted else 1e-4),
-                warmup_steps=_default(self.optimizer.warmup_steps, 5 if fitted else 0),
+                warmup_steps=_default(self.optimizer.warmup_steps, 2 if fitted else 0),
             ),
         )
 

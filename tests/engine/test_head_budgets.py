@@ -6,7 +6,7 @@ from cases import tiny_model, tokens
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.engine.head_budgets import head_budgets, head_shares
+from dms_jax.engine.head_budgets import head_budgets, head_shares, shares_of
 from dms_jax.hf.head_budget_file import load_head_shares, save_head_shares
 from dms_jax.policies import BudgetedEviction
 from dms_jax.policies.head_shares import HeadShares
@@ -93,6 +93,23 @@ def test_folder_brings_budgets_for_any_mean(rng, tmp_path):
     assert want.std() > 1 and live().mean() == 20
     equal = dms_jax.GenerationConfig(max_new_tokens=4, stop_ids=(), policy=BudgetedEviction(DMS, 20))
     assert (np.asarray(dms_jax.generate(model, ids, equal).cache.live_counts) == 20).all()
+
+
+def test_overwritten_folder_does_not_keep_budgets_of_other_weights(rng, tmp_path):
+    model = tiny_model(DMS, 3)
+    dms_jax.save(model, tmp_path / "model", head_shares=head_shares(model, tokens(rng, 1, 60), (0.25, 0.5)))
+    assert load_head_shares(tmp_path / "model", model.config) is not None
+    (tmp_path / "model" / "notes.txt").write_text("mine")
+    dms_jax.save(tiny_model(DMS, 4), tmp_path / "model", overwrite=True)
+    assert load_head_shares(tmp_path / "model", model.config) is None
+    assert (tmp_path / "model" / "notes.txt").read_text() == "mine"
+
+
+def test_shares_of_given_logits_follow_one_common_threshold():
+    """Of eight pairs of two heads, the lowest two are the first head's, and the lowest four are divided 3 to 1."""
+    score = np.array([[0.0, 1.0, 3.0, 9.0], [2.0, 5.0, 6.0, 7.0]], np.float32)[None, None]
+    shares = shares_of(score, (0.25, 0.5))
+    np.testing.assert_array_equal(shares.share[1:-1, 0], [[0.5, 0.0], [0.75, 0.25]])
 
 
 @pytest.mark.parametrize(

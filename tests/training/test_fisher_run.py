@@ -15,6 +15,7 @@ import dms_jax
 from dms_jax.checkpoint import COMMIT_MARKER
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.errors import ConfigError
+from dms_jax.hf.head_budget_file import load_head_shares
 from dms_jax.training import label_pass
 from dms_jax.training.data.rows import Rows
 from dms_jax.training.metrics import read_steps
@@ -48,6 +49,12 @@ def test_run_without_a_step_exports_the_fitted_head(settings, capsys):
     assert read_steps(output / "metrics.jsonl") == [] and not (output / "training.png").exists()
     report = json.loads((output / "report.json").read_text())
     assert report["held_out/realised_cr"] == pytest.approx(realised_cr(2, 64, 6), rel=0.15)
+    # The arm of exact budgets has as many live tokens, and the export says how to divide them among heads.
+    assert "\ndms_budget" in printed.out and report["dms_budget/live_tokens"] == round(report["held_out/live_tokens"])
+    exported_config = dms_jax.load(output / "export").config
+    shares = load_head_shares(output / "export", exported_config)
+    pairs = round(report["held_out/live_tokens"])
+    assert np.mean(shares.budgets(pairs, 64, 6)) == pairs
 
     base, exported = load_file(settings["model"] / "model.safetensors"), load_file(output / "export/model.safetensors")
     added = [name.removeprefix("model.layers.") for name in exported if name not in base]
