@@ -70,7 +70,7 @@ def test_wheel_retrofits_in_three_steps(installed):
     np.save(work / "ids.npy", np.random.default_rng(0).integers(0, 97, (60, 70)).astype(np.int32))
     pairs = f"""
         model={GOLDEN / "llama3_rope_scaled"} data=ids.npy data.cache_dir=cache output=run \
-steps=3 length=32 batch_size=2
+steps=3 length=48 batch_size=2
         dms.window_size=4 dms.target_cr=2 eval_rows=1
     """
     settings = [part for pair in pairs.split() for part in ("--set", pair)]

@@ -23,6 +23,7 @@ from dms_jax.core.eviction import threshold_at
 from dms_jax.core.losses import score_gradient
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import unit_rms
+from dms_jax.sharding import constrain
 
 TEMPERATURES = (1.0, 3.0)  # of the score gradient; half of the tokens get each, at random
 FLOOR = 10.0  # medians of the values, added to them before their logarithm
@@ -90,6 +91,8 @@ def add_information(
     It does not depend on `decision_shift`, so it serves policies that differ in that alone.
     """
     dms = config.require_dms()
+    # Attention leaves them sharded over heads, in copies if the devices do not divide the heads.
+    values = constrain(values, "layers", "batch", None, None)
     missing = queries_outside(segment_ids, dms.window_size)
     weight = label_weights(segment_ids, missing, dms.decision_shift)
     if dms.granularity == "layer":  # a decision is about the pairs of all heads
