@@ -172,12 +172,12 @@ class RetrofitConfig:
                 f"dms.target_cr must be at least initial_cr ({self.initial_cr:g}), got {self.dms.target_cr:g}; "
                 "the target only rises"
             )
+        if self.ramp_steps and self.mode != "borrowed":
+            raise ConfigError(f"ramp_steps must be 0 unless mode is borrowed; mode is {self.mode}")
         if self.cr_steps + self.ramp_steps > self.steps:
             raise ConfigError(
                 f"steps must be at least cr_steps + ramp_steps ({self.cr_steps} + {self.ramp_steps}), got {self.steps}"
             )
-        if self.ramp_steps and self.mode != "borrowed":
-            raise ConfigError(f"ramp_steps must be 0 unless mode is borrowed; mode is {self.mode}")
         if not self.output:
             raise ConfigError("output must name a folder, got ''")
         if self.mode == "adapter" and self.dms.variant == "borrowed":

@@ -131,7 +131,7 @@ def test_keys_that_contradict_init_or_ratio_control_are_refused(given, has_polic
         (["mode=full"], False, "fisher", "threshold", 1.5e-5),
         (["mode=borrowed"], False, "zero", "loss", 1e-4),
         (["init=zero"], False, "zero", "loss", 1e-4),
-        (["ratio_control=loss", "cr_steps=9"], False, "fisher", "loss", 1.5e-5),
+        (["ratio_control=loss", "cr_steps=7"], False, "fisher", "loss", 1.5e-5),
         (["ratio_control=threshold", "optimizer.learning_rate=1e-3"], True, "zero", "threshold", 1e-3),
     ],
 )
