@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dms_jax.command import Parser
-from dms_jax.commands.retrofit import start_mesh
+from dms_jax.commands.retrofit import add_key_options, start_mesh
 from dms_jax.config_reader import keys_help, parse_assignment
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
@@ -31,19 +31,7 @@ FILES = ("inspect.json", "inspect.png")
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = keys_help(RetrofitConfig(**DEFAULTS), only=KEYS)
     parser = Parser(NAME, __doc__, epilog=f"keys of --set (key = default, range or choices, and meaning):\n{keys}")
-    parser.add_argument(
-        "--mesh",
-        metavar="AxB[xC]",
-        help="number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh",
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="assignments",
-        help="set one key; may be repeated",
-    )
+    add_key_options(parser, "set one key; may be repeated")
     return parser.parse_args(argv)
 
 

@@ -71,7 +71,7 @@ def inspect_model(config: RetrofitConfig) -> Inspection:
     add = label_function(run)
     heads = fitted_heads(run, add)
     state = run.steps.initial_state(run.trainable)
-    states = {shift: _with_head(state, head) for shift, head in heads.items()}
+    states = {shift: state.with_projection(head) for shift, head in heads.items()}
     batches = first_batches(run, run.held_out, run.config.eval_rows)
     pairs = held_out_pairs(run, add, states, batches)
     dms = run.steps.math.dms
@@ -161,10 +161,6 @@ def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:
     project = lambda of_shift: fit(of_shift).projection(dms, evict_fraction(dms.target_cr))
     on_mesh = OnMesh(project, run.mesh, steps.abstract_state.trainable[EVICT_PROJECTION].sharding)
     return {shift: on_mesh(of_shift) for shift, of_shift in sums.items()}
-
-
-def _with_head(state: TrainState, projection: Any) -> TrainState:
-    return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
 
 
 def held_out_pairs(run: PreparedRun, add: OnMesh, states: dict[int, TrainState], batches: list[Batch]) -> Pairs:

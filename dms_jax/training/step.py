@@ -34,8 +34,6 @@ from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
 
 THRESHOLD_RATE = 0.5  # part of the way to the threshold of its batch that a step moves the running one
-
-
 EVICT_PROJECTION = "layers.attention.evict_proj"
 
 
@@ -46,6 +44,11 @@ class TrainState(NamedTuple):
     trainable: Params
     opt_state: Any
     threshold: Array | None = None  # fp32, of the evict logits, with ratio_control=threshold; None with the other
+
+    def with_projection(self, projection: Array) -> "TrainState":
+        """Return this state with another projection of the evict head, [L D K]."""
+        # pyrefly: ignore[bad-argument-type]  # under JAX's transformations, an array is never NumPy's
+        return self._replace(trainable=self.trainable | {EVICT_PROJECTION: projection})
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,8 +283,7 @@ class RetrofitStep:
     def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
         """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
         projection = fit(sums).projection(self.dms, evict_fraction(self.dms.target_cr))
-        # pyrefly: ignore[bad-argument-type]  # under JAX's transformations, an array is never NumPy's
-        return state._replace(trainable=state.trainable | {EVICT_PROJECTION: projection})
+        return state.with_projection(projection)
 
     def free_channel(self, state: TrainState) -> TrainState:
         """Set the borrowed channel to exactly 0 after the first steps of `borrowed`, and reset the optimizer state.
