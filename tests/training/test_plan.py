@@ -13,6 +13,7 @@ from dms_jax.commands import plan
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import losses
 from dms_jax.errors import ConfigError
+from dms_jax.hf import folder
 from dms_jax.hf.folder import read_config
 from dms_jax.planning import hardware as target_hardware
 from dms_jax.planning import roofline
@@ -56,7 +57,7 @@ def setting_of(
     batch: int,
     remat: str = "matmuls",
 ) -> step_setting.StepSetting:
-    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat, init="zero").resolved()
+    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat).resolved()
     return step_setting.StepSetting(model, hardware_of(hardware), mesh, step)
 
 
@@ -81,6 +82,12 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
     )
     # If the assumptions hold, this is five times cheaper than the reference, which takes 4 hours on the same H100s.
     assert found["hours_to_cr8"] < 4 / 5
+    # The default retrofit: 20 label rows, 8 at a time, and 8 steps. Labels need no teacher.
+    assert found["seconds_per_step"] / 3 < found["seconds_of_labels"] / 3 < found["seconds_per_step"]
+    assert found["seconds_of_retrofit"] == found["seconds_of_labels"] + 8 * found["seconds_per_step"]
+    # Two copies of the sums of 36 layers, and one more of a single layer.
+    sums = 36 * (4096 * (4096 + 8 + 1) + 8) * 4 / 8
+    assert found["label_bytes_per_device"] > found["bytes_per_device"]["weights"] + (2 + 1 / 36) * sums
     numbers = {key for key, value in found.items() if isinstance(value, float | bool)}
     numbers |= {f"bytes_per_device.{kind}" for kind in found["bytes_per_device"]}
     numbers |= {f"seconds.{part}" for part in found["seconds"] if part != "total"}
@@ -130,7 +137,7 @@ def test_steps_per_cr_grow_when_a_step_has_fewer_tokens(capsys):
 @pytest.mark.parametrize("mode", ["adapter", "full"])
 def test_cpu_plan_has_the_memory_of_the_compiled_program(mode, monkeypatch):
     if mode != "adapter":  # one measurement is enough
-        monkeypatch.setattr(step_program, "cpu_seconds", lambda setting, mesh: (1.0, "measured here"))
+        monkeypatch.setattr(step_program, "cpu_seconds", lambda *_, labels=False: (1.0, "measured here"))
     devices = jax.device_count()
     setting = setting_of(plan_config(mode), f"cpux{devices}", (devices, 1), mode, 64, 8)
     found = step_plan.planned(setting, analytic=False)
@@ -142,6 +149,10 @@ def test_cpu_plan_has_the_memory_of_the_compiled_program(mode, monkeypatch):
         - analysis.alias_size_in_bytes
     )
     figures = {figure.name: figure for figure in found.figures}
+    assert figures["seconds_of_labels"].source == "measured"
+    if mode == "adapter":  # in the others, the program of the labels does not take all that is in memory
+        labels = program_bytes(step_program.compiled_labels(setting, make_mesh(devices, 1)).memory_analysis())
+        assert figures["label_bytes_per_device"].value == pytest.approx(labels, rel=0.01)
     assert figures["bytes_per_device.total"].value == pytest.approx(total, rel=0.01)
     assert figures["bytes_per_device"].source == "compiled" and figures["seconds_per_step"].source == "measured"
     assert figures["seconds_per_step"].note.startswith("measured here") and found.value("seconds_per_step") > 0
@@ -162,6 +173,10 @@ def test_executed_flops_count_each_pass():
     assert again.products - work.products == pytest.approx(
         layers * tokens
     ) and again.attention - work.attention == pytest.approx(attention * tokens)
+    labels = roofline.label_work(config, tokens, length, "none", "gpu")  # no teacher, and the sums in fp32
+    sums = 15 * 2 * config.num_layers * config.hidden_size * (config.hidden_size + config.num_kv_heads)
+    assert work.products - labels.products == pytest.approx((layers + output - sums) * tokens)
+    assert work.attention - labels.attention == pytest.approx(attention * tokens)
     full = roofline.step_work(config, tokens, length, "full", "none")
     assert full.products - work.products == pytest.approx((layers + output) * tokens)
 
@@ -354,8 +369,9 @@ def test_estimate_is_within_15_percent_of_the_cpu_compiler(mode, remat):
     config = dataclasses.replace(plan.read_config(f"{MODELS}/smollm2-135m.json", 128, mode), num_layers=2)
     devices = jax.device_count()
     setting = setting_of(config, f"cpux{devices}", (devices, 1), mode, 512, devices, remat)
-    compiled = program_bytes(step_program.compiled(setting, make_mesh(devices, 1)).memory_analysis())
-    assert step_plan.estimate(setting).total == pytest.approx(compiled, rel=0.15)
+    compiled = step_plan.compiled_facts(setting)
+    assert step_plan.estimate(setting).total == pytest.approx(compiled.memory.total, rel=0.15)
+    assert step_plan.estimated_labels(setting) == pytest.approx(compiled.label_bytes, rel=0.15)
 
 
 @pytest.mark.slow
@@ -389,6 +405,18 @@ def test_estimate_is_within_15_percent_of_the_compilers(capsys, arguments):
     # jax 0.11.2.
     if hardware_of(options.hardware).platform == "gpu":
         assert sum(sent.values()) == pytest.approx(sum(compiled.values()), rel=0.2, abs=2**28)
+
+
+def test_label_pass_must_fit_too_and_is_planned_only_where_it_runs(capsys, monkeypatch):
+    arguments = ("--model", QWEN, "--hardware", "h100x8", "--analytic", "--length", "8192")
+    monkeypatch.setattr(step_plan, "estimated_labels", lambda setting: 1e15)
+    assert not planned(capsys, *arguments)["fits"]
+    borrowed = planned(capsys, *arguments, "--mode", "borrowed")
+    assert borrowed["fits"] and not {"seconds_of_labels", "label_bytes_per_device"} & borrowed.keys()
+    options = plan.parse([*arguments])
+    assert plan.setting_of(options).step.ratio_control == "threshold"
+    monkeypatch.setattr(folder, "read_config", lambda path: read_config(path).with_dms(DMSConfig()))
+    assert not plan.setting_of(options).has_labels, "the model has a policy, whose training continues"
 
 
 def test_dtypes_follow_the_hardware():
