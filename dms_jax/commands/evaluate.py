@@ -42,8 +42,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     add("--allow-non-finite", action="store_true", help="load weights that have NaN or infinities, as they are")
     add("--tasks", default="text", metavar="A,B", help=f"{', '.join(RECORDS)}, or tasks with answers (default text)")
-    policies = "policies; prompt:NAME ranks pairs only once, after the prompt (default dense,dms,streaming_llm)"
-    add("--policies", default="", metavar="A,B", help=policies)
+    policies = "policies; prompt:NAME ranks pairs only once, after the prompt; under adakv:NAME, heads share budgets"
+    add("--policies", default="", metavar="A,B", help=f"{policies} (default dense,dms,streaming_llm)")
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
     add(
         "--output",

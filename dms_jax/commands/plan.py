@@ -136,26 +136,31 @@ def read_config(path: str, window: int, mode: str) -> ModelConfig:
     """
     from dms_jax.hf.folder import read_config as read
 
-    config = read(path)
+    return with_trained_policy(read(path), window, mode)
+
+
+def with_trained_policy(config: ModelConfig, window: int, mode: str) -> ModelConfig:
+    """Add the DMSConfig that `mode` trains to a model's configuration; arguments as in `read_config`."""
     dms = config.dms or DMSConfig(window_size=window)
     return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
 
 
 def setting_of(options: argparse.Namespace) -> "StepSetting":
-    """Make the setting that the options ask for."""
+    """Make the setting that the options ask for, with the defaults of a retrofit for all other keys."""
+    from dms_jax.hf.folder import read_config as read
     from dms_jax.platform_defaults import platform_defaults
     from dms_jax.training.planning.step_setting import StepSetting
 
     hardware, mesh = hardware_and_mesh(options)
-    model = read_config(options.model, options.window, options.mode)
+    base = read(options.model)
+    model = with_trained_policy(base, options.window, options.mode)
     step = RetrofitConfig(
         mode=options.mode,
-        init="zero",
         length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
         batch_size=options.batch or mesh[0] * options.accumulate,
         accumulate=options.accumulate,
         remat=options.remat if options.remat != "auto" else platform_defaults(hardware.platform).remat,
-    ).resolved()
+    ).resolved(has_policy=base.dms is not None)
     model = dataclasses.replace(model, implementation=options.implementation)
     setting = StepSetting(model, hardware, mesh, step)
     if (problem := setting.problem()) is not None:
@@ -168,7 +173,7 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     from dms_jax.planning.hardware import missing_compiler
     from dms_jax.training.planning.nearby_settings import nearest
     from dms_jax.training.planning.plan_text import RetrofitPlan
-    from dms_jax.training.planning.step_plan import label_figure, planned, ramp_figures
+    from dms_jax.training.planning.step_plan import planned, ramp_figures
 
     setting = setting_of(options)
     hardware = setting.hardware
@@ -182,8 +187,6 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
-    if options.mode != "borrowed":  # which has no projection to fit
-        figures.append(label_figure(setting, seconds))
     alternative = None if plan.value("fits") else nearest(setting, analytic, say)
     figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
     if alternative is None and not plan.value("fits"):

@@ -132,10 +132,10 @@ def test_unchanged_file_is_loaded_with_its_history(edited, rng):
     assert loaded.history.last == (ids[0, 15], ids[1, 8])
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "prompt:tova"])
+@pytest.mark.parametrize("name", [*POLICIES, "prompt:tova", "adakv:h2o"])
 def test_caches_of_every_policy_are_loaded(tmp_path, rng, name):
     """Whatever a policy leaves in a cache is possible, also after a learned policy has run out of slots."""
-    kind = POLICIES[name.removeprefix("prompt:")]
+    kind = POLICIES[name.rpartition(":")[2]]
     policy, slots = f"{name}:40" if kind.has_budget else name, 10 if kind.is_learned else 64
     cache = dms_jax.init_cache(model(), 2, slots, policy=policy, overflow="evict", dtype="bfloat16")
     ids, prompt = tokens(rng, 2, 48), 16  # the first turn, which some policies keep whole
