@@ -4,10 +4,16 @@ On a CPU, XLA copies a layer's weights out of a stacked array before it multipli
 traffic of a decode step (measured: 0.26 s sliced, 0.08 s scanned, 0.03 s as separate arrays). On a CPU, the
 layers are therefore separated once, and the copies live as long as the model. Accelerators read a slice in place, so
 there the layers stay stacked.
+
+Every step calls the same jitted functions: `enter`, `extend_layer` for each layer, and `final_hidden`. Inside a larger
+program they are parts of it, and a layer is traced once for all layers. On a CPU they are programs of their own, so a
+layer is also compiled once for all layers: 2 s in place of 16 s for the 30 layers of SmolLM2-135M, at the same speed of
+a step, because the CPU starts the next layer without waiting for the host.
 """
 
 import weakref
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +22,14 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
-from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.compact_cache import CompactCache, LayerCache
 from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.models.attention_layer import channel_scale
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.layers import rms_norm
 from dms_jax.platform_defaults import platform_defaults
+from dms_jax.policies.cache_policy import CachePolicy
 
 # model -> (its weights when they were separated, the UnrolledDecoder made of them)
 _separated: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -40,32 +47,73 @@ class UnrolledDecoder:
     graph: nnx.GraphDef = field(metadata={"static": True})
     config: ModelConfig = field(metadata={"static": True})
 
+    @property
+    def runs_by_layer(self) -> bool:
+        """Whether each layer runs as a program of its own, unless a larger program is being traced."""
+        return isinstance(self.layers, tuple)
+
     def extend(
         self,
         cache: CompactCache,
         tokens: Int[Array, "B T"],
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
+        donate: bool = False,
     ) -> tuple[Float[Array, "B T D"], CompactCache]:
-        """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
-        config, policy = self.config, cache.policy
-        position = cache.seen[:, None] + jnp.arange(tokens.shape[1])[None]
-        chunk = Chunk(position, count, threshold)
-        frequency, channel = rope_frequencies(config), channel_scale(config)
-        x, layers = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], []
+        """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache.
+
+        Outside of a jitted function, `donate` gives the memory of the old cache to the new one.
+        """
+        step, layers = _extend_layer_donated if donate else _extend_layer, []
+        x, chunk = _enter(self.embed, cache.seen, tokens, count, threshold)
         for index, layer_cache in enumerate(cache.layers):
-            block = nnx.merge(self.graph, self._layer(index))  # as in the scan of `models.decoder`
-            x, layer_cache = block.extend(x, layer_cache, policy, chunk, channel, frequency)
+            x, layer_cache = step(self.graph, self._layer(index), x, layer_cache, cache.policy, chunk)
             layers.append(layer_cache)
-        hidden = rms_norm(x, self.final_norm, config.rms_norm_eps)
-        return hidden, replace(cache, layers=tuple(layers), seen=cache.seen + count)
+        hidden, seen = _leave(x, cache.seen, count, self.final_norm, self.config.rms_norm_eps)
+        return hidden, replace(cache, layers=tuple(layers), seen=seen)
 
     def logits(self, hidden: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
         """Return the logits of final-normed hidden states, fp32."""
-        return jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
+        return output_logits(hidden, self.head)
 
     def _layer(self, index: int) -> nnx.State:
         return self.layers[index] if isinstance(self.layers, tuple) else jax.tree.map(lambda w: w[index], self.layers)
+
+
+def output_logits(hidden: Float[Array, "*A D"], head: Float[Array, "V D"]) -> Float[Array, "*A V"]:
+    """Return the logits of final-normed hidden states, fp32."""
+    return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def _enter(embed: Array, seen: Array, tokens: Array, count: Array, threshold: Array) -> tuple[Array, Chunk]:
+    """Return the embedded tokens of a chunk, and where it continues each row."""
+    position = seen[:, None] + jnp.arange(tokens.shape[1])[None]
+    x = embed[jnp.where(position < (seen + count)[:, None], tokens, 0)]
+    return x, Chunk(position, count, threshold)
+
+
+def _run_layer(
+    graph: nnx.GraphDef, weights: nnx.State, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk
+) -> tuple[Array, LayerCache]:
+    block = nnx.merge(graph, weights)  # as in the scan of `models.decoder`
+    return block.extend(x, cache, policy, chunk, channel_scale(block.config), rope_frequencies(block.config))
+
+
+_extend_layer = jax.jit(_run_layer, static_argnames=("graph", "policy"))
+_extend_layer_donated = jax.jit(_run_layer, static_argnames=("graph", "policy"), donate_argnames="cache")
+
+
+@partial(jax.jit, static_argnames="eps")
+def _leave(x: Array, seen: Array, count: Array, norm: Array, eps: float) -> tuple[Array, Array]:
+    """Return the final-normed hidden states, and the tokens that each row has seen after the chunk."""
+    return rms_norm(x, norm, eps), seen + count
+
+
+def num_layer_compilations() -> int:
+    """Count the programs for single layers and for what surrounds them that have been compiled so far."""
+    programs = _enter, _extend_layer, _extend_layer_donated, _leave
+    return sum(program._cache_size() for program in programs)  # pyrefly: ignore[missing-attribute]
 
 
 def stacked(model: Decoder) -> UnrolledDecoder:
