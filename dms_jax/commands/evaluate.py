@@ -36,7 +36,7 @@ NAME = "evaluate"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="a retrofitted model, or a base model")
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")

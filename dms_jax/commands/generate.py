@@ -37,7 +37,7 @@ NAME = "generate"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
     parser.add_argument("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     parser.add_argument(

@@ -30,7 +30,9 @@ FILES = ("inspect.json", "inspect.png")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = keys_help(RetrofitConfig(**DEFAULTS), only=KEYS)
-    parser = Parser(NAME, __doc__, epilog=f"keys of --set (key = default, range or choices, and meaning):\n{keys}")
+    parser = Parser(
+        NAME, __doc__, compiles=True, epilog=f"keys of --set (key = default, range or choices, and meaning):\n{keys}"
+    )
     add_key_options(parser, "set one key; may be repeated")
     return parser.parse_args(argv)
 

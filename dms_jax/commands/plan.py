@@ -48,7 +48,7 @@ RANGES = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
 
     def number(
         group: Any, name: str, default: float, meaning: str, default_meaning: str = "{}", at_most: bool = False

@@ -39,7 +39,7 @@ def add_key_options(parser: argparse.ArgumentParser, set_help: str) -> None:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = f"keys of --config and --set (key = default, range or choices, and meaning):\n{keys_help(RetrofitConfig())}"
-    parser = Parser(NAME, __doc__, epilog=keys)
+    parser = Parser(NAME, __doc__, compiles=True, epilog=keys)
     parser.add_argument("--config", metavar="F.yaml", help="YAML file with any of the keys below")
     add_key_options(parser, "set one key, overriding --config; may be repeated")
     parser.add_argument(
