@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
+from dms_jax.commands.option_values import add_mesh
 from dms_jax.config_reader import keys_help
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
@@ -29,11 +30,8 @@ NAME = "retrofit"
 
 def add_key_options(parser: argparse.ArgumentParser, set_help: str) -> None:
     """Add the options `--mesh` and `--set`, which set keys of the configuration."""
-    parser.add_argument(
-        "--mesh",
-        metavar="AxB[xC]",
-        help="number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh",
-    )
+    text = "number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh"
+    add_mesh(parser, "AxB[xC]", text)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help=set_help)
 
 

@@ -32,7 +32,7 @@ from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy, policy_of
-from dms_jax.sharding import mesh_of
+from dms_jax.sharding import mesh_of, shard_heads
 
 MIN_CHUNK = 16  # tokens; shorter chunks are padded to it
 
@@ -86,16 +86,20 @@ def init_cache(
             raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
     state = policy.head_state(config)
-    layers = tuple(
-        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
-        for c in capacities
-    )
+    with mesh_of(model.embed.get_value()):
+        layers = tuple(
+            shard_heads(
+                empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
+            )
+            for c in capacities
+        )
+        seen = shard_heads(jnp.zeros(batch_size, jnp.int32))
     table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
     if table is not None:
         rows = jnp.asarray(np.repeat(table[:, None], batch_size, axis=1))
         layers = tuple(replace(layer, budget=rows[index]) for index, layer in enumerate(layers))
         largest = tuple(table.max(axis=1).tolist())
-    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.in_cache(), overflow)
+    cache = CompactCache(layers, seen, policy.in_cache(), overflow)
     empty = HostBounds(0, (0,) * config.num_layers, largest)
     return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
