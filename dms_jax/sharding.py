@@ -61,7 +61,7 @@ def mesh_of(x: Array) -> contextlib.AbstractContextManager:
 
 
 def shard_heads(tree: Any) -> Any:
-    """Place new arrays [B] or [B K ...] on the devices of the mesh that is set, if there is one, by rows and KV heads."""
+    """Split new arrays [B] or [B K ...] by rows and KV heads over the mesh that is set, if there is one."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
 
