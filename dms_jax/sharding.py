@@ -66,7 +66,7 @@ def shard_heads(tree: Any) -> Any:
         return tree
 
     def place(x: Array) -> Array:
-        axes = ("batch", "kv_heads", *(None,) * (x.ndim - 2))[: x.ndim]
+        axes = ("batch", "kv_heads")[: x.ndim]  # as compiled steps write them, without the axes that are not split
         return jax.device_put(x, named_sharding(axes, x.shape, jax.sharding.get_mesh()))
 
     return jax.tree.map(place, tree)

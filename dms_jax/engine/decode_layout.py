@@ -14,6 +14,7 @@ a step, because the CPU starts the next layer without waiting for the host.
 import weakref
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -100,7 +101,7 @@ class UnrolledDecoder:
         return output_logits(hidden, self.head)
 
     def _layer(self, index: int) -> Weights:
-        return self.layers[index] if self.runs_by_layer else _take(self.layers, index)
+        return cast(Weights, self.layers[index]) if self.runs_by_layer else _take(self.layers, index)
 
 
 def output_logits(hidden: Float[Array, "*A D"], head: Float[Array, "V D"]) -> Float[Array, "*A V"]:

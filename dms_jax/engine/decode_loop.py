@@ -176,7 +176,7 @@ def _one_token(
 
 
 @partial(jax.jit, static_argnames="mode")
-def _choose(state: DecodeState, bound, stop_ids, append_stop_id, numbers, mode):
+def _choose(state, bound, stop_ids, append_stop_id, numbers, mode):
     """Return the next token [B 1], whether it is appended [B], which rows go on [B], and the state with the token."""
     going = _going(state, bound)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_generated)

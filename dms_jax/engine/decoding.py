@@ -8,6 +8,7 @@ Errors are `ConfigError`.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,7 +264,7 @@ _whole = jax.jit(extend_rows)
 _whole_donated = jax.jit(extend_rows, donate_argnums=1)
 
 
-def _extend(model: UnrolledDecoder, cache: CompactCache, *chunk: Array | None, donate: bool) -> tuple:
+def _extend(model: UnrolledDecoder, cache: CompactCache, *chunk: Any, donate: bool) -> tuple[Array, CompactCache]:
     """Run `extend_rows` in the way that compiles fastest at full speed: layer by layer, or as one program."""
     with mesh_of(model.embed):
         if model.runs_by_layer:

@@ -113,7 +113,7 @@ def train_case(
     )
 
 
-def dense_decode(live: int, how: str):
+def dense_decode(live: int, how: Any):
     """Return dense attention over the first `live` slots of every head, as JAX's implementation `how` computes it."""
 
     def run(q, layer, position, k, v, expiry):

@@ -121,7 +121,7 @@ def measure(kernel: str, implementation: str, head_dim: int, kv_dtype: str) -> F
         case = cases.SUITES[kernel].tuned(head_dim, cached)(dtype=cached if cached == jnp.float32 else cases.BF16)
         with jax.default_matmul_precision("highest"):
             wanted = jax.jit(case.reference)(*cases.in_fp32(case.inputs))
-        calls = {name: jax.jit(case.run(name)) for name in (XLA, implementation)}
+        calls: dict[str, Callable] = {name: jax.jit(case.run(name)) for name in (XLA, implementation)}
         errors = {name: cases.error(case, call(*case.inputs), wanted) for name, call in calls.items()}
         ours, theirs = errors[implementation], errors[XLA]
         if not ours <= max(cases.TOLERANCE, 1.5 * theirs):
