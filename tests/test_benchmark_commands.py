@@ -283,7 +283,7 @@ def test_benchmarks_import_without_the_shape_checkers():
         "import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
-        "import dms_jax.kernels.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, "
+        "import benchmarks.models, benchmarks.decode, benchmarks.prefill, dms_jax.kernels.kernel_cases, "
         "benchmarks.retrofit_step, dms_jax.training.step\n"
         "import benchmarks.autotune, benchmarks.everything, benchmarks.kernels\n"
         "print(dms_jax.kernels.kernel_cases.Case)"
