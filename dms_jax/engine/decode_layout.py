@@ -8,8 +8,8 @@ there the layers stay stacked.
 Every step calls the same jitted functions: `_enter`, `_extend_layer` for each layer, and `_leave`. Inside a larger
 program they are parts of it, and a layer is traced once for all layers. On a CPU they are programs of their own, so a
 layer is also compiled once for all layers. For the 30 layers of SmolLM2-135M, the decode step compiles in 2 s of CPU
-time instead of 16 s, and a token takes 32 ms instead of 34 ms at best, although the host is busier (38 to 44 ms of CPU
-time instead of 34 ms).
+time instead of 16 s. Decoding costs more on the host: on two cores that other jobs shared, a token took 38 to 44 ms of
+CPU time instead of 33 to 34 ms, and 32 ms instead of 34 ms at best but 58 ms instead of 42 ms in the median.
 """
 
 import weakref
