@@ -14,7 +14,7 @@ from cases import TINY, tiny_model, visible
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.core.compact_cache import HostBounds
-from dms_jax.engine import decode_layout, decode_loop, decoding
+from dms_jax.engine import decode_loop, decoding
 from dms_jax.engine.cache_capacity import default_overflow, plan_capacity
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
@@ -155,27 +155,6 @@ def test_loop_is_compiled_once_for_all_numbers(prompts):
     )
     dms_jax.generate(model(), [p[:2] for p in prompts], settings())
     assert (decode_loop.num_loop_compilations(), decoding.num_compilations()) == warm
-
-
-def test_prompt_of_another_length_compiles_nothing_within_a_size():
-    run = lambda length: dms_jax.generate(model(), [list(range(1, length + 1))], settings(max_new_tokens=40))
-    first, compiled = run(20), []
-    listener = lambda event, *_, **__: compiled.append(event)
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        lengths = [run(length).cache.capacities for length in (32, 17, 31)]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert not [event for event in compiled if event.startswith("/jax/core/compile/")]
-    assert lengths == [first.cache.capacities] * 3
-
-
-def test_layers_share_their_programs_on_a_cpu():
-    deep = tiny_model(DMSConfig(window_size=8), 3, num_layers=5)
-    before = decode_layout.num_layer_compilations()
-    dms_jax.generate(deep, [[1, 2, 3]], settings())
-    # A prefill chunk and a decode step each compile what enters the layers, one layer, and what leaves them.
-    assert decode_layout.num_layer_compilations() - before <= 6
 
 
 def test_memory_stays_constant_over_ten_thousand_steps():
