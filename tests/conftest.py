@@ -14,6 +14,8 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 
 # Also where there is a GPU; and its plugin on a machine without one would not compile for other hardware.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test writes to the user's cache of compiled programs, nor do the commands that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax  # noqa: E402
 

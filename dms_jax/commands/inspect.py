@@ -34,7 +34,13 @@ FILES = ("inspect.json", "inspect.png")
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = keys_help(RetrofitConfig(**DEFAULTS), only=KEYS)
-    parser = Parser(NAME, __doc__, epilog=f"keys that count (key = default, range or choices, and meaning):\n{keys}")
+    parser = Parser(
+        NAME,
+        __doc__,
+        compiles=True,
+        epilog=f"keys that count (key = default, range or choices, and meaning):
+{keys}",
+    )
     add_key_options(parser)
     return parser.parse_args(argv)
 

@@ -21,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
+from dms_jax.commands.option_values import add_mesh
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.config_reader import AtLeast, check_range
 from dms_jax.errors import ConfigError, naming
@@ -48,7 +49,7 @@ RANGES = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
 
     def number(
         group: Any, name: str, default: float, meaning: str, default_meaning: str = "{}", at_most: bool = False
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8, ...; the numbers of a TPU slice count chips"
     add("--hardware", required=True, metavar="NAME", help=kinds)
     axes = "devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)"
-    add("--mesh", metavar="AxB[xC]", help=axes)
+    add_mesh(parser, "AxB[xC]", axes)
     number(parser, "length", DEFAULT_LENGTH, "tokens per row", or_limit, at_most=True)
     number(parser, "batch", 0, "rows per optimizer step", "0, which is one per data-parallel device and micro-batch")
     modes = "train only the evict head, all weights, or all weights with a borrowed channel (default: %(default)s)"

@@ -24,6 +24,14 @@ def round_up(number: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def size_class(number: int) -> int:
+    """Round a number of slots up to one of few sizes, so that prompts of other lengths need no other programs.
+
+    Sizes are the multiples of 128 up to 1024, and four for each further power of two, at most a quarter too large.
+    """
+    return round_up(-(-number // (step := max(128, (1 << (number - 1).bit_length()) // 8))) * step)
+
+
 def default_overflow(policy: CachePolicy) -> Overflow:
     """Choose "evict" for a learned policy, and "raise" for one that evicts nothing or has a budget."""
     slots = policy.slot_bounds()
@@ -50,7 +58,7 @@ def plan_capacity(
     overflow = overflow or ("grow" if more_to_come and capacity is None else default_overflow(policy))
     if capacity is not None:
         return capacity, overflow
-    slots, bounds = round_up(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
+    slots, bounds = size_class(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
     if bounds.max is not None or (overflow == "grow" and not more_to_come):
         if bounds.max_of_layer is not None:
             return tuple(min(slots, round_up(most)) for most in bounds.max_of_layer), overflow

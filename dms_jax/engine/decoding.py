@@ -1,4 +1,4 @@
-"""Prefill and decoding against a compact cache: one jitted function, `extend_rows`, for chunks of any length.
+"""Prefill and decoding against a compact cache: one function, `extend_rows`, for chunks of any length.
 
 A chunk attends to the slots and to itself under the rule of `core/visibility.py`. Then the pairs that stay move into
 free slots, so a dense cache never exists. Lengths are rounded up to a few sizes, so that few programs are compiled.
@@ -8,6 +8,7 @@ Errors are `ConfigError`.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,13 @@ from dms_jax.engine.cache_capacity import (
     grow_for,
     host_bounds,
 )
-from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
+from dms_jax.engine.decode_layout import UnrolledDecoder, num_layer_compilations, output_logits, unrolled
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy, policy_of
-from dms_jax.sharding import mesh_of
+from dms_jax.sharding import mesh_of, shard_heads
 
 MIN_CHUNK = 16  # tokens; shorter chunks are padded to it
 
@@ -86,16 +87,20 @@ def init_cache(
             raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
     state = policy.head_state(config)
-    layers = tuple(
-        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
-        for c in capacities
-    )
+    with mesh_of(model.embed.get_value()):
+        layers = tuple(
+            shard_heads(
+                empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
+            )
+            for c in capacities
+        )
+        seen = shard_heads(jnp.zeros(batch_size, jnp.int32))
     table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
     if table is not None:
         rows = jnp.asarray(np.repeat(table[:, None], batch_size, axis=1))
         layers = tuple(replace(layer, budget=rows[index]) for index, layer in enumerate(layers))
         largest = tuple(table.max(axis=1).tolist())
-    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.in_cache(), overflow)
+    cache = CompactCache(layers, seen, policy.in_cache(), overflow)
     empty = HostBounds(0, (0,) * config.num_layers, largest)
     return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
@@ -182,9 +187,8 @@ def prefill_rows(
         cache = grow_for(cache, int(counts.max()))
         before = host_bounds(cache)
         # From the second chunk on, the cache was made here, so nobody else uses it.
-        step = _extend_donated if donate or start > 0 else _extend
-        with mesh_of(runner.embed):
-            logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
+        chunk = part, counts, jnp.float32(threshold), last if last_only else None
+        logits, cache = _extend(runner, cache, *chunk, donate=donate or start > 0)
         last = logits if last_only else last
         parts.append(logits)
         cache = check_overflow(cache, before, int(counts.max()))
@@ -222,9 +226,8 @@ def decode_step(
     check_context(model.config, cache, np.ones(1, np.int32))
     cache = grow_for(cache, 1)
     before = host_bounds(cache)
-    step, runner = _extend_donated if donate else _extend, unrolled(model)
-    with mesh_of(runner.embed):
-        logits, cache = step(runner, cache, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
+    chunk = jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None
+    logits, cache = _extend(unrolled(model), cache, *chunk, donate=donate)
     return logits[:, 0], check_overflow(cache, before, 1)
 
 
@@ -235,27 +238,44 @@ def extend_rows(
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
     last: Array | None,
+    donate: bool = False,
 ) -> tuple[Array, CompactCache]:
-    """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
+    """Append the first `count` tokens of each row: the step of every prefill and decode loop.
 
     Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits
     of each row's last token so far; return them after this chunk. A row without tokens in the chunk keeps its logits.
+    `donate` is as in `UnrolledDecoder.extend`.
     """
-    hidden, cache = model.extend(cache, tokens, count, threshold)
+    hidden, cache = model.extend(cache, tokens, count, threshold, donate)
+    return _read_logits(hidden, model.head, count, last), cache
+
+
+@jax.jit
+def _read_logits(hidden: Array, head: Array, count: Array, last: Array | None) -> Array:
+    """Return the logits as `extend_rows` says."""
     if last is None:
-        real = jnp.arange(tokens.shape[1])[None] < count[:, None]
-        return jnp.where(real[..., None], model.logits(hidden), 0.0), cache
+        real = jnp.arange(hidden.shape[1])[None] < count[:, None]
+        return jnp.where(real[..., None], output_logits(hidden, head), 0.0)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((count > 0)[:, None], model.logits(final), last), cache
+    return jnp.where((count > 0)[:, None], output_logits(final, head), last)
 
 
-_extend = jax.jit(extend_rows)
-_extend_donated = jax.jit(extend_rows, donate_argnums=1)
+_whole = jax.jit(extend_rows)
+_whole_donated = jax.jit(extend_rows, donate_argnums=1)
+
+
+def _extend(model: UnrolledDecoder, cache: CompactCache, *chunk: Any, donate: bool) -> tuple[Array, CompactCache]:
+    """Run `extend_rows` in the way that compiles fastest at full speed: layer by layer, or as one program."""
+    with mesh_of(model.embed):
+        if model.runs_by_layer:
+            return extend_rows(model, cache, *chunk, donate=donate)
+        return (_whole_donated if donate else _whole)(model, cache, *chunk)
 
 
 def num_compilations() -> int:
-    """Count the programs that `prefill` and `decode_step` have compiled so far: one for each size."""
-    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]
+    """Count the programs that `prefill` and `decode_step` have compiled so far: a few for each size."""
+    programs = _whole, _whole_donated, _read_logits
+    return num_layer_compilations() + sum(p._cache_size() for p in programs)  # pyrefly: ignore[missing-attribute]
 
 
 @jax.jit

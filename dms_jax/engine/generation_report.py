@@ -48,6 +48,7 @@ class Report:
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
             **{f"{phase}_s": round(value, 4) for phase, value in seconds.items()},
+            "seconds_to_first_token": self.clock.to_first_token and round(self.clock.to_first_token, 4),
             "prefill_tokens_per_s": _rate(self.prefill_tokens, seconds["prefill"]),
             "decode_tokens_per_s": _rate(self.decode_tokens, seconds["decode"]),
             "realised_cr": _ratio(sums["seen"], sums["live"]) or 1.0,
