@@ -181,10 +181,10 @@ def prefill_rows(
         counts = np.clip(count - start, 0, part.shape[1]).astype(np.int32)
         cache = grow_for(cache, int(counts.max()))
         before = host_bounds(cache)
-        # From the second chunk on, the cache was made here, so nobody else uses it.
-        step = _extend_donated if donate or start > 0 else _extend
         with mesh_of(runner.embed):
-            logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
+            # From the second chunk on, the cache was made here, so nobody else uses it.
+            own = cache if donate or start > 0 else _copy(cache)
+            logits, cache = _extend(runner, own, part, counts, jnp.float32(threshold), last if last_only else None)
         last = logits if last_only else last
         parts.append(logits)
         cache = check_overflow(cache, before, int(counts.max()))
@@ -222,9 +222,10 @@ def decode_step(
     check_context(model.config, cache, np.ones(1, np.int32))
     cache = grow_for(cache, 1)
     before = host_bounds(cache)
-    step, runner = _extend_donated if donate else _extend, unrolled(model)
+    runner = unrolled(model)
     with mesh_of(runner.embed):
-        logits, cache = step(runner, cache, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
+        own = cache if donate else _copy(cache)
+        logits, cache = _extend(runner, own, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
     return logits[:, 0], check_overflow(cache, before, 1)
 
 
@@ -249,13 +250,15 @@ def extend_rows(
     return jnp.where((count > 0)[:, None], model.logits(final), last), cache
 
 
-_extend = jax.jit(extend_rows)
-_extend_donated = jax.jit(extend_rows, donate_argnums=1)
+# The cache is always donated. A cache that the caller keeps is copied first, which the program would do as well if it
+# were not donated, so that one program serves both.
+_extend = jax.jit(extend_rows, donate_argnums=1)
+_copy = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
 
 
 def num_compilations() -> int:
     """Count the programs that `prefill` and `decode_step` have compiled so far: one for each size."""
-    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]
+    return _extend._cache_size()  # pyrefly: ignore[missing-attribute]
 
 
 @jax.jit
