@@ -38,8 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         NAME,
         __doc__,
         compiles=True,
-        epilog=f"keys that count (key = default, range or choices, and meaning):
-{keys}",
+        epilog=f"keys that count (key = default, range or choices, and meaning):\n{keys}",
     )
     add_key_options(parser)
     return parser.parse_args(argv)

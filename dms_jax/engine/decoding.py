@@ -260,21 +260,24 @@ def _read_logits(hidden: Array, head: Array, count: Array, last: Array | None) -
     return jnp.where((count > 0)[:, None], output_logits(final, head), last)
 
 
-_whole = jax.jit(extend_rows)
-_whole_donated = jax.jit(extend_rows, donate_argnums=1)
+# The cache is always donated. A cache that the caller keeps is copied first, which the program would do as well if it
+# were not donated, so that one program serves both.
+_whole = jax.jit(extend_rows, donate_argnums=1)
+_copy = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
 
 
 def _extend(model: UnrolledDecoder, cache: CompactCache, *chunk: Any, donate: bool) -> tuple[Array, CompactCache]:
     """Run `extend_rows` in the way that compiles fastest at full speed: layer by layer, or as one program."""
     with mesh_of(model.embed):
+        own = cache if donate else _copy(cache)
         if model.runs_by_layer:
-            return extend_rows(model, cache, *chunk, donate=donate)
-        return (_whole_donated if donate else _whole)(model, cache, *chunk)
+            return extend_rows(model, own, *chunk, donate=True)
+        return _whole(model, own, *chunk)
 
 
 def num_compilations() -> int:
     """Count the programs that `prefill` and `decode_step` have compiled so far: a few for each size."""
-    programs = _whole, _whole_donated, _read_logits
+    programs = _whole, _read_logits
     return num_layer_compilations() + sum(p._cache_size() for p in programs)  # pyrefly: ignore[missing-attribute]
 
 

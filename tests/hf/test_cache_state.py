@@ -20,14 +20,19 @@ def model():
     return tiny_model(DMSConfig(window_size=3, evict_logit_bias=0.0), 3, num_layers=1)
 
 
+@functools.cache
+def cache_of(policy):
+    """A cache of two rows, of 16 and 9 tokens."""
+    ids = tokens(np.random.default_rng(0), 2, 16)
+    return dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32, policy=policy), ids, [16, 9])[1]
+
+
 @pytest.fixture
 def edited(tmp_path):
-    """Save a cache of two rows, of 16 and 9 tokens; then change tensors or the header, and hash it again."""
-    ids = tokens(np.random.default_rng(0), 2, 16)
+    """Save a cache; then change tensors or the header, and hash it again."""
 
     def edit(change, policy=None):
-        cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32, policy=policy), ids, [16, 9])[1]
-        dms_jax.save_cache(model(), cache, tmp_path / "good")
+        dms_jax.save_cache(model(), cache_of(policy), tmp_path / "good")
         good = SafetensorsFiles("good", [str(tmp_path / "good")])
         tensors, metadata = {name: np.array(good.read(name)) for name in good.names()}, good.metadata
         metadata.pop(CONTENT_HASH)
