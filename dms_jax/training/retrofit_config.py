@@ -102,7 +102,7 @@ class RetrofitConfig:
         AtLeast(1),
         "number of training rows whose pairs init=fisher fits the head to",
     ] = 20
-    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 8
+    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 4
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
@@ -155,13 +155,13 @@ class RetrofitConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: Annotated[int, AtLeast(0), "number of steps between validations; 0: validate only at the end"] = 0
-    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 10
+    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 5
     calibration_rows: Annotated[
         int,
         AtLeast(0),
         "number of training rows on which the eviction threshold is set after training, so that their realised "
         "compression ratio is the target; with ratio_control=loss it is only raised. 0: keep the threshold of training",
-    ] = 4
+    ] = 3
     save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
     keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
     tensorboard: Annotated[bool, 'also write OUTPUT/tensorboard (pip install "dms-jax[log]")'] = False
