@@ -328,14 +328,16 @@ def _keep_programs(config: Any) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Make glibc reuse large buffers.
+    """Make glibc keep and reuse the memory of large buffers.
 
-    By default glibc maps every large temporary buffer of a step anew. The page faults made attention with small blocks
-    up to twice as slow on two cores.
+    By default glibc maps every large temporary buffer of a step anew, and returns free memory at the end of the heap.
+    On two cores, the page faults made attention with small blocks up to twice as slow, and a label row take 11.4 s
+    instead of 8.8 s.
     """
     import ctypes
 
-    M_MMAP_THRESHOLD = -3
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST = -1, -3, 2**31 - 1
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if libc is not None and hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        libc.mallopt(M_TRIM_THRESHOLD, LARGEST)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from cases import GOLDEN
-from train_runs import ROOT, arguments, run_settings
+from train_runs import ROOT, arguments, run_settings, sharing_functions
 
 import dms_jax
 from dms_jax.commands.inspect import FILES, configuration, main
@@ -42,7 +42,12 @@ def settings(tmp_path):
 
 def prepared(settings, **changes):
     assignments = [part for part in arguments(settings, **changes)[:-2] if part != "--set"]
+<<<<<<< HEAD
     return prepare(start_mesh(configuration(None, assignments, "4x2"), ""))
+=======
+    with sharing_functions():
+        return prepare(start_mesh(configuration(assignments, "4x2"), ""))
+>>>>>>> suite
 
 
 @pytest.fixture
