@@ -42,12 +42,8 @@ def settings(tmp_path):
 
 def prepared(settings, **changes):
     assignments = [part for part in arguments(settings, **changes)[:-2] if part != "--set"]
-<<<<<<< HEAD
-    return prepare(start_mesh(configuration(None, assignments, "4x2"), ""))
-=======
     with sharing_functions():
-        return prepare(start_mesh(configuration(assignments, "4x2"), ""))
->>>>>>> suite
+        return prepare(start_mesh(configuration(None, assignments, "4x2"), ""))
 
 
 @pytest.fixture
