@@ -95,7 +95,8 @@ def _with_threshold(run: PreparedRun, state: TrainState) -> TrainState:
     The head alone evicts too much or too little, since its logits are not normally distributed. Steps at a wrong ratio
     would be wasted, and runs have few.
     """
-    rows = run.train_rows.batch(0, run.mesh.shape["data"], run.config.seed + ORDER_SEED)
+    c = run.config
+    rows = run.train_rows.batch(0, c.batch_size // c.accumulate, c.seed + ORDER_SEED)
     threshold = threshold_at_target(run, scores_of_rows(run, state, [rows]), tolerance=0.05, most_runs=3)
     assert state.threshold is not None, "a run that holds its ratio by a threshold has one"
     return state._replace(threshold=state.threshold + np.float32(threshold))  # 0 so far; keeps its sharding

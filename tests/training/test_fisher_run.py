@@ -117,6 +117,15 @@ def test_killed_label_pass_resumes_bit_for_bit(settings, tmp_path, capsys):
     same_export(tmp_path / "whole", settings["output"])
 
 
+def test_first_step_has_the_target_ratio(settings):
+    """The head alone has another: its logits are not normally distributed."""
+    assert main(arguments(settings, steps=1)) == 0
+    (step,) = read_steps(settings["output"] / "metrics.jsonl")
+    assert step["cache/threshold"] != 0
+    # Noise flips some decisions, and the rows of the step are not those of the threshold.
+    assert step["cache/nominal_cr"] == pytest.approx(2, rel=0.15)
+
+
 @pytest.mark.parametrize("after", [8, 12])
 def test_run_stopped_after_any_label_row_is_the_same(settings, tmp_path, monkeypatch, capsys, after):
     """Also after the last row, and when the checkpoint of step 0 is not yet there."""
