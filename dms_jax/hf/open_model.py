@@ -26,9 +26,8 @@ def open_model(
 
     If a mesh is set, the model is sharded over it. Unless `quiet`, print on stderr where the policy came from.
     """
-    config = read_config(
-        name
-    )  # the library that reads the tokenizer would blame the tokenizer for a damaged config.json
+    # Before the tokenizer, because the library that reads it would blame the tokenizer for a damaged config.json.
+    config = read_config(name)
     tokenizer = load_tokenizer(name)  # before the weights, which take long
     mesh = None if jax.sharding.get_abstract_mesh().empty else jax.sharding.get_mesh()
     devices = num_shards("kv_heads")

@@ -72,8 +72,7 @@ def _labels(
             done, sums = found.step, found.state
             where = f"resumed at row {done} of the {c.label_rows} label rows"
             run.say("; skipped checkpoint ".join([where, *found.skipped]))
-    size = c.batch_size // c.accumulate  # as many rows at a time as in a step, so that they fit
-    number = 0
+    size, number = c.rows_at_once, 0
     with tqdm(total=c.label_rows, initial=done, unit="row", desc="labels", disable=not run.is_writer) as bar:
         while done < c.label_rows and not number:
             sums = jax.block_until_ready(steps.add_labels(sums, state, run.frozen, place_rows(run, done, size)))
@@ -96,7 +95,7 @@ def _with_threshold(run: PreparedRun, state: TrainState) -> TrainState:
     would be wasted, and runs have few.
     """
     c = run.config
-    rows = run.train_rows.batch(0, c.batch_size // c.accumulate, c.seed + ORDER_SEED)
+    rows = run.train_rows.batch(0, c.rows_at_once, c.seed + ORDER_SEED)
     threshold = threshold_at_target(run, scores_of_rows(run, state, [rows]), tolerance=0.05, most_runs=3)
     assert state.threshold is not None, "a run that holds its ratio by a threshold has one"
     return state._replace(threshold=state.threshold + np.float32(threshold))  # 0 so far; keeps its sharding

@@ -252,6 +252,11 @@ class RetrofitConfig:
         )
 
     @property
+    def rows_at_once(self) -> int:
+        """The rows that a micro-batch of a step, or of the label pass, reads. Both are as many, so that they fit."""
+        return self.batch_size // self.accumulate
+
+    @property
     def holds_ratio_by_threshold(self) -> bool:
         return self.ratio_control == "threshold"
 

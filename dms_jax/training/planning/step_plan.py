@@ -212,7 +212,7 @@ def _label_seconds(setting: StepSetting, facts: StepFacts) -> tuple[float, str]:
     if chip is None:
         return step_program.cpu_seconds(setting, step_program.mesh_of(setting, analytic=False), labels=True)
     rates = roofline.rates_of(chip, facts.implementation)
-    tokens = setting.label_rows_at_once * c.length
+    tokens = setting.step.rows_at_once * c.length
     work = roofline.label_work(setting.model, tokens, c.length, c.remat, chip.platform)
     weights, sent = _weight_bytes(setting) / c.accumulate, sum(facts.sent.values()) / c.accumulate
     seconds = roofline.step_time(work, setting.hardware.count, weights, sent, rates).total
@@ -224,7 +224,7 @@ def _label_figures(setting: StepSetting, facts: StepFacts, seconds_per_step: Fig
 
     Validation, checkpoints and compilation are not included.
     """
-    rows, steps, at_once = RetrofitConfig().label_rows, RetrofitConfig().steps, setting.label_rows_at_once
+    rows, steps, at_once = RetrofitConfig().label_rows, RetrofitConfig().steps, setting.step.rows_at_once
     seconds, note = _label_seconds(setting, facts)
     seconds *= math.ceil(rows / at_once)
     source = seconds_per_step.source
@@ -248,10 +248,8 @@ def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: f
     found = [
         Figure("steps_per_cr", steps_per_cr, "steps", "assumed" if given else "analytic", given or recipe, note=given)
     ]
-    ramp, formula = (
-        1.0,
-        "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the recipe of the paper: the ratio rises from 1",
-    )
+    ramp = 1.0
+    formula = "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the recipe of the paper: the ratio rises from 1"
     if (
         setting.step.mode == "borrowed"
     ):  # by default, 1/3 of the steps free the channel and 9/10 of the others raise the ratio

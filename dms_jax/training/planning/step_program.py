@@ -65,7 +65,7 @@ def compiled(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
 def compiled_labels(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
     """Compile the label pass of init=fisher for the devices of `mesh`."""
     steps, _, frozen = program_of(setting, mesh)
-    return steps.lower_labels(frozen, setting.label_rows_at_once).compile()
+    return steps.lower_labels(frozen, setting.step.rows_at_once).compile()
 
 
 def label_sum_bytes(setting: StepSetting, mesh: Mesh) -> float:
@@ -126,7 +126,7 @@ def timed(setting: StepSetting, mesh: Mesh, labels: bool = False) -> float:
         return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
 
     steps, trainable, frozen = program_of(setting, mesh, make)
-    rows, length = setting.label_rows_at_once if labels else setting.step.batch_size, setting.step.length
+    rows, length = setting.step.rows_at_once if labels else setting.step.batch_size, setting.step.length
     tokens = np.zeros((rows, length), np.int32)
     host = Batch(tokens, tokens, np.ones(tokens.shape, bool), np.arange(rows, dtype=np.int32))
     batch, seconds, state = place(host, mesh), [], steps.initial_state(trainable)

@@ -39,11 +39,6 @@ class StepSetting:
         return self.step.init == "fisher"
 
     @property
-    def label_rows_at_once(self) -> int:
-        """Rows that the label pass reads at one time: as many as a step, so that they fit."""
-        return self.step.batch_size // self.step.accumulate
-
-    @property
     def micro_batch(self) -> MicroBatch:
         return MicroBatch(
             mesh=self.mesh_sizes,
