@@ -3,6 +3,7 @@
     B batch rows    T queries, or tokens of a chunk    S keys    C cache slots    L layers    V vocabulary
     N query heads   K key/value heads                  G query heads that share a KV head, N / K
     D model width   F MLP width                        H head_dim, `half` = H / 2 rotary channel pairs
+    U hidden units of an evict head (`DMSConfig.head_units`)
     R = G T         queries of one KV head as the rows of one matrix
     P               parts of a softmax (`core.slot_attention`), or pages of a cache (`policies.quest`)
     M               new tokens, rounded up (`engine.decode_loop`), or query heads after padding (`kernels.head_split`)

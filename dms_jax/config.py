@@ -10,6 +10,7 @@ from dms_jax.errors import ConfigError, shown
 MAX_LAYERS = 4096  # far beyond any decoder, so that a damaged file cannot make us name a billion tensors
 MAX_FLOAT = 3.4e38  # of float32, in which evict logits are computed
 MAX_WINDOW = 2**30  # position + window_size is an int32 expiry
+MAX_UNITS = 2**16  # of an evict head; far more than any head needs, so that a damaged file cannot ask for terabytes
 
 ImplementationName = Literal["auto", "xla", "mosaic_gpu", "pallas_tpu"]  # see `dms_jax.kernels.dispatch`
 Overflow = Literal["evict", "raise", "grow"]  # what a full buffer of the cache does; see `dms_jax.init_cache`
@@ -55,9 +56,20 @@ class DMSConfig:
         Literal["none", "pre", "pre+post"],
         "when the borrowed channel is set to zero. none: never; pre: before RoPE; pre+post: before and after RoPE",
     ] = "pre+post"
+    head_units: Annotated[
+        int,
+        Between(0, MAX_UNITS),
+        "hidden units of an MLP that the projection variant adds to its linear map; 0: a linear head, in the format of "
+        "Model-Optimizer [dms_head_units]",
+    ] = 0
 
     def __post_init__(self):
         check_ranges(self, "dms.")
+        if self.head_units and self.variant == "borrowed":
+            raise ConfigError(
+                "dms.head_units must be 0 with dms.variant=borrowed (or mode=borrowed), whose evict logit is a channel "
+                f"of a query; got {self.head_units}; drop it, or use dms.variant=projection"
+            )
         if self.window_size > MAX_WINDOW:
             raise ConfigError(f"dms.window_size must be at most 2**30, got {shown(self.window_size)}")
         for name in ("target_cr", "tau", "evict_logit_scale", "evict_logit_bias"):

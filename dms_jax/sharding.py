@@ -36,6 +36,7 @@ LOGICAL_TO_MESH = {
     "row_parts": ("data", "context", "model"),
     "rows": ("data", "context"),
     "head_dim": (),
+    "evict_units": (),
     "layers": (),
 }
 

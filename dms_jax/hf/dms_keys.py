@@ -22,6 +22,7 @@ DMS_KEYS = {
     "granularity": ("dms_alpha_per", "head"),
     "decision_shift": ("dms_decision_shift", 1),
     "zero_borrowed": ("dms_zero_mode", "pre+post"),
+    "head_units": ("dms_head_units", 0),  # our own: Model-Optimizer has linear heads only
 }
 SEPARATE = "dms_separate_alpha"  # true: a projection of its own; false: the borrowed query channel
 # FastDMS trains token t to decide about pair t, and keeps the borrowed channel in the attention scores.
@@ -68,8 +69,14 @@ def dms_config(raw: dict, fastdms: dict | None = None) -> DMSConfig | None:
 
 
 def dms_keys(dms: DMSConfig) -> dict:
-    """Return all `dms_*` keys of a DMSConfig. `dms_config` reads them back to an equal one."""
-    keys = {SEPARATE: dms.variant == "projection"} | {key: getattr(dms, field) for field, (key, _) in DMS_KEYS.items()}
+    """Return all `dms_*` keys of a DMSConfig. `dms_config` reads them back to an equal one.
+
+    `dms_head_units` is left out at 0, so that linear heads have the keys of Model-Optimizer.
+    """
+    keys = {SEPARATE: dms.variant == "projection"}
+    keys |= {
+        key: getattr(dms, field) for field, (key, _) in DMS_KEYS.items() if field != "head_units" or dms.head_units
+    }
     # Other readers expect an int in `dms_cr` if the ratio is a whole number.
     return keys | {"dms_cr": int(dms.target_cr) if dms.target_cr == int(dms.target_cr) else dms.target_cr}
 

@@ -19,6 +19,7 @@ from dms_jax.errors import ConfigError
 from dms_jax.hf.safetensors_files import Tensors, Write, row_chunks, shorten
 from dms_jax.hf.weight_values import refuse_non_finite
 from dms_jax.models.decoder import Decoder
+from dms_jax.models.layers import ParamFactory
 from dms_jax.models.parameters import ModelStructure, abstract_model, flatten
 from dms_jax.sharding import named_sharding
 
@@ -39,6 +40,10 @@ WEIGHTS = {
     "model.layers.{}.self_attn.dms_proj_alpha_norm.weight": ("layers.attention.evict_norm", "D -> D"),
     "model.layers.{}.self_attn.dms_proj_alpha.weight": ("layers.attention.evict_proj", "K D -> D K"),
     "model.layers.{}.self_attn.dms_proj_alpha.bias": ("layers.attention.evict_bias", "K -> K"),
+    # The hidden units of an evict head, which Model-Optimizer does not have.
+    "model.layers.{}.self_attn.dms_proj_alpha_units_in.weight": ("layers.attention.evict_units_in", "U D -> D U"),
+    "model.layers.{}.self_attn.dms_proj_alpha_units_in.bias": ("layers.attention.evict_units_bias", "U -> U"),
+    "model.layers.{}.self_attn.dms_proj_alpha_units_out.weight": ("layers.attention.evict_units_out", "K U -> U K"),
     "model.layers.{}.post_attention_layernorm.weight": ("layers.mlp_norm", "D -> D"),
     "model.layers.{}.mlp.gate_proj.weight": ("layers.mlp.gate", "F D -> D F"),
     "model.layers.{}.mlp.up_proj.weight": ("layers.mlp.up", "F D -> D F"),
@@ -50,6 +55,7 @@ WEIGHTS = {
     "lm_head.weight": ("head", "V D -> V D"),
 }
 EVICT = ".dms_proj_alpha"  # marks a tensor of the evict head
+UNITS = f"{EVICT}_units"  # of its hidden units
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -126,7 +132,7 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
     """List the parameters of a model with this config, in the order of the table."""
     sizes = tuple(
         zip(
-            "VDNKHF",
+            "VDNKHFU",
             (
                 config.vocab_size,
                 config.hidden_size,
@@ -134,6 +140,7 @@ def entries(config: ModelConfig) -> tuple[Entry, ...]:
                 config.num_kv_heads,
                 config.head_dim,
                 config.intermediate_size,
+                config.dms.head_units if config.dms is not None else 0,
             ),
             strict=True,
         )
@@ -160,7 +167,7 @@ def read_model(
 
     Args:
       dtype: the dtype of the base; the evict head is fp32.
-      fresh_evict_head: the file has no evict head, so start one that never evicts.
+      fresh_evict_head: the file has no evict head, so start one that never evicts (`ParamFactory.evict_head`).
       allow_non_finite: read NaN, infinities and numbers that overflow as they are.
 
     Raises:
@@ -170,16 +177,15 @@ def read_model(
     from_file = [entry for entry in table if not (fresh_evict_head and entry.evict)]
     check_tensors(tensors, config, from_file)
     structure, params = ModelStructure(abstract_model(config, dtype)), {}
+    fresh = ParamFactory(config, nnx.Rngs(0), dtype).evict_head() if fresh_evict_head else {}
     for entry in table:
         variable = structure.variables[entry.path]
         placement = _Placement(variable, mesh)
         if entry in from_file:
             params[entry.path] = placement.build(_reader(tensors, entry, variable, allow_non_finite))
         else:
-            fill = 1.0 if entry.path.endswith("norm") else 0.0
-            params[entry.path] = placement.build(
-                lambda index, v=variable, fill=fill: np.full(_extent(index, v.shape), fill, v.dtype)
-            )
+            value = np.asarray(fresh[entry.path.rpartition(".")[2]].get_value())
+            params[entry.path] = placement.build(lambda index, value=value: value[index])
     return structure.build(params)
 
 
@@ -213,10 +219,10 @@ def check_tensors(tensors: Tensors, config: ModelConfig, table: Sequence[Entry])
     if missing:
         raise ConfigError(f"{tensors.where} lacks {len(missing)} tensors: {shorten(missing)}" + _hint(missing, extra))
     if extra:
-        policy = any(EVICT in name for name in extra)
+        keys = "dms_head_units to its hidden units" if UNITS in extra[0] else "dms_separate_alpha to true"
         raise ConfigError(
             f"{tensors.where} has {len(extra)} tensors that its configuration does not ask for: {shorten(extra)}"
-            + ("; for an evict head set dms_separate_alpha to true in config.json" if policy else "")
+            + (f"; for an evict head set {keys} in config.json" if any(EVICT in name for name in extra) else "")
         )
     for name, shape in expected.items():
         got = tensors.shape(name)

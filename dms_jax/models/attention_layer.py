@@ -22,7 +22,7 @@ from dms_jax.core.rotary import rope, rope_cos_sin
 from dms_jax.core.slot_attention import CacheOps, Chunk, expiring_attention
 from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
 from dms_jax.kernels.dispatch import KernelQuery, is_available
-from dms_jax.models.layers import EvictParam, rms_norm, unit_rms
+from dms_jax.models.layers import EvictParam, ParamFactory, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy, FusedRule
 from dms_jax.sharding import constrain, gather_for_matmul, num_shards, reshard
 
@@ -95,7 +95,15 @@ def _fused_step(
 class AttentionLayer(nnx.Module):
     """Grouped-query attention with an evict head. Weights are stacked [L ...]; methods run with one layer's slice."""
 
-    def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
+    # The evict head of the projection variant (`ParamFactory.evict_head`).
+    evict_norm: EvictParam
+    evict_proj: EvictParam
+    evict_bias: EvictParam  # with `o_bias`
+    evict_units_in: EvictParam  # these three with `head_units`
+    evict_units_bias: EvictParam
+    evict_units_out: EvictParam
+
+    def __init__(self, config: ModelConfig, param: ParamFactory):
         self.config = config
         self.q = param("layers", "embed", "q_heads", "head_dim")
         self.k, self.v = (param("layers", "embed", "kv_heads", "head_dim") for _ in "kv")
@@ -107,12 +115,8 @@ class AttentionLayer(nnx.Module):
             self.o_bias = param("layers", "embed", fill=0.0)
         if config.qk_norm:
             self.q_norm, self.k_norm = (param("layers", "head_dim", fill=1.0) for _ in "qk")
-        if config.dms is not None and config.dms.variant == "projection":
-            # Zero weights: every logit starts at -bias, so the untrained student keeps (almost) everything.
-            self.evict_norm = param("layers", "embed", fill=1.0, kind=EvictParam)
-            self.evict_proj = param("layers", "embed", "kv_heads", fill=0.0, kind=EvictParam)
-            if config.o_bias:  # Model-Optimizer ties the bias of the evict head to `attention_bias`
-                self.evict_bias = param("layers", "kv_heads", fill=0.0, kind=EvictParam)
+        for name, value in param.evict_head().items():
+            setattr(self, name, value)
 
     def __call__(
         self,
@@ -223,7 +227,7 @@ class AttentionLayer(nnx.Module):
             return jnp.zeros((x.shape[0], self.config.num_kv_heads, x.shape[1]), jnp.float32)
         if dms.variant == "borrowed":
             return self._scaled_logits(q[:, :, :: self.config.group_size, -1])
-        return self._scaled_logits(self._biased(unit_rms(x, self.config.rms_norm_eps) @ self._evict_weights()))
+        return self._logits_of_stream(x, lambda weights: weights, lambda raw: raw)
 
     def evict_logits_for_training(self, x: Float[Array, "B T D"], q: Float[Array, "B T N H"]) -> Float[Array, "B K T"]:
         """Return `evict_logits(x, q)` for `x` sharded along T.
@@ -235,18 +239,26 @@ class AttentionLayer(nnx.Module):
         if dms is None or dms.variant == "borrowed":
             return self.evict_logits(x, q)
         with jax.named_scope("evict_head"):
-            weights = reshard(self._evict_weights(), (None, None), (None, "kv_heads"))
-            raw = constrain(
-                unit_rms(x, self.config.rms_norm_eps).astype(weights.dtype) @ weights, "batch", "sequence", None
+            return self._logits_of_stream(
+                x,
+                lambda weights: reshard(weights, (None, None), (None, "kv_heads")),
+                lambda raw: constrain(raw, "batch", "sequence", None),
             )
-            return self._scaled_logits(self._biased(raw))
 
-    def _evict_weights(self) -> Float[Array, "D K"]:
+    def _logits_of_stream(self, x: Float[Array, "B T D"], gather: Callable, split: Callable) -> Float[Array, "B K T"]:
+        """Return the logits of the projection variant: a linear map of x / rms(x), plus an MLP if it has hidden units.
+
+        `gather` fetches weights [D K] or [U K] that are sharded over heads; `split` shards products [B T K] or [B T U].
+        """
+        u = unit_rms(x, self.config.rms_norm_eps).astype(self.evict_norm[...].dtype)
         # Multiply the projection by the norm's weight, instead of every token: equal, but with a cheaper gradient.
-        return self.evict_norm[...][:, None] * self.evict_proj[...]
-
-    def _biased(self, raw: Float[Array, "B T K"]) -> Float[Array, "B T K"]:
-        return raw + self.evict_bias[None, None] if self.config.o_bias else raw
+        raw = split(u @ gather(self.evict_norm[...][:, None] * self.evict_proj[...]))
+        if self.config.o_bias:
+            raw = raw + self.evict_bias[None, None]
+        if self.config.require_dms().head_units:
+            units = jax.nn.silu(split(u @ self.evict_units_in[...]) + self.evict_units_bias[None, None])
+            raw = raw + split(units @ gather(self.evict_units_out[...]))
+        return self._scaled_logits(raw)
 
     def _scaled_logits(self, raw: Float[Array, "B T K"]) -> Float[Array, "B K T"]:
         dms = self.config.require_dms()

@@ -9,7 +9,7 @@ mesh for that layer alone. Merging happens while tracing, so it costs nothing at
 layers in the same way.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import replace
 
 import jax
@@ -44,7 +44,7 @@ REMAT = {
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
+    def __init__(self, config: ModelConfig, param: ParamFactory):
         self.config = config
         self.attention_norm, self.mlp_norm = (param("layers", "embed", fill=1.0) for _ in range(2))
         self.attention, self.mlp = AttentionLayer(config, param), MLP(config, param)

@@ -1,6 +1,5 @@
 """The small parts of a decoder: parameters with logical axes, RMSNorm, rotary frequencies, the SwiGLU MLP."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -37,18 +36,43 @@ class ParamFactory:
             "q_heads": c.num_q_heads,
             "kv_heads": c.num_kv_heads,
             "head_dim": c.head_dim,
+            "evict_units": c.dms.head_units if c.dms is not None else 0,
         }[axis]
 
-    def __call__(self, *axes: str, fill: float | None = None, kind: type[nnx.Param] = nnx.Param) -> nnx.Param:
-        """Make a parameter: constant `fill`, or normal with standard deviation 0.02. An `EvictParam` is fp32."""
+    def __call__(self, *axes: str, fill: float | None = None) -> nnx.Param:
+        """Make a parameter: constant `fill`, or normal with standard deviation 0.02."""
         shape = tuple(map(self.size, axes))
-        dtype = jnp.float32 if kind is EvictParam else self.dtype
         value = (
-            jnp.full(shape, fill, dtype)
+            jnp.full(shape, fill, self.dtype)
             if fill is not None
-            else 0.02 * jax.random.normal(self.rngs.params(), shape, dtype)
+            else 0.02 * jax.random.normal(self.rngs.params(), shape, self.dtype)
         )
-        return kind(value, axes=axes)
+        return nnx.Param(value, axes=axes)
+
+    def evict_head(self) -> dict[str, EvictParam]:
+        """Make the parameters of a fresh evict head by name, fp32; none for a model without one.
+
+        Zero weights: every logit starts at -bias, so the untrained student keeps (almost) everything. Only the weights
+        into the hidden units are random, because units that are all alike would stay so. They are the same in every
+        model of a shape, so that neither the seed of the base nor the mesh changes them.
+        """
+        dms = self.config.dms
+        if dms is None or dms.variant != "projection":
+            return {}
+        filled = lambda fill, *axes: EvictParam(jnp.full(tuple(map(self.size, axes)), fill, jnp.float32), axes=axes)
+        head = {
+            "evict_norm": filled(1.0, "layers", "embed"),
+            "evict_proj": filled(0.0, "layers", "embed", "kv_heads"),
+        }
+        if self.config.o_bias:  # Model-Optimizer ties the bias of the evict head to `attention_bias`
+            head["evict_bias"] = filled(0.0, "layers", "kv_heads")
+        if dms.head_units:
+            axes = ("layers", "embed", "evict_units")
+            normal = jax.random.normal(jax.random.key(0), tuple(map(self.size, axes)), jnp.float32)
+            head["evict_units_in"] = EvictParam(normal * self.config.hidden_size**-0.5, axes=axes)
+            head["evict_units_bias"] = filled(0.0, "layers", "evict_units")
+            head["evict_units_out"] = filled(0.0, "layers", "evict_units", "kv_heads")
+        return head
 
 
 def unit_rms(x: Float[Array, "*A D"], eps: float) -> Float[Array, "*A D"]:
@@ -81,7 +105,7 @@ def positions(length: int, segment_ids: Int[Array, "B {length}"] | None) -> Int[
 class MLP(nnx.Module):
     """SwiGLU, down(silu(gate(x)) * up(x)), with weights stacked over layers."""
 
-    def __init__(self, config: ModelConfig, param: Callable[..., nnx.Param]):
+    def __init__(self, config: ModelConfig, param: ParamFactory):
         self.gate, self.up = param("layers", "embed", "mlp"), param("layers", "embed", "mlp")
         self.down = param("layers", "mlp", "embed")
         if config.mlp_bias:

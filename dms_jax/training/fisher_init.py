@@ -7,7 +7,8 @@ unit is the same in every layer and head, so one threshold on it serves all of t
 
 The label of a pair is the logarithm of that value per query that would miss the pair. A ridge regression in each layer
 predicts the labels from the residual stream of the deciding token, which is what the evict head sees. The regression
-needs only sums over the rows (`LabelSums`), which add up over batches and devices. Begin with `add_labels`.
+needs only sums over the rows (`LabelSums`), which add up over batches and devices. An evict head with hidden units also
+needs the pairs themselves (`LabeledPairs`), because no closed form fits it; `mlp_head` does. Begin with `add_labels`.
 """
 
 from statistics import NormalDist
@@ -44,6 +45,14 @@ class LabelSums(NamedTuple):
     feature_labels: Float[Array, "L D K"]  # sum of w u y
 
 
+class LabeledPairs(NamedTuple):
+    """The features and labels of rows themselves, to which hidden units are fitted (`training.mlp_head`)."""
+
+    features: Float[Array, "L B T D"]  # u of each token, fp16
+    labels: Float[Array, "L B K T"]  # what each pair is worth, in nats per query that would miss it
+    weight: Float[Array, "B T"]  # of each pair
+
+
 def no_labels(config: ModelConfig) -> LabelSums:
     """Return the sums over no rows."""
     layers, heads, size = config.num_layers, config.num_kv_heads, config.hidden_size
@@ -66,17 +75,20 @@ def add_labels(
     examples: Int[Array, "B"],
     seed: int,
     remat: str = "full",
-) -> LabelSums:
+) -> tuple[LabelSums, LabeledPairs | None]:
     """Add a batch of rows: one forward and one backward pass.
 
-    Different `segment_ids` separate documents, and negative ones mark padding. The result is a function of `sums`, the
-    rows, `examples` and `seed`, and does not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`.
+    Different `segment_ids` separate documents, and negative ones mark padding. The sums are a function of `sums`, the
+    rows, `examples` and `seed`, and do not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`. If the head
+    has hidden units, the pairs of the rows are returned, too.
 
     The logarithms of values far below those of pairs worth keeping differ by noise, which a regression would chase.
     `FLOOR` times the median value of the first batch is therefore added to all values.
     """
-    values, stream = gate_information(model, tokens, segment_ids, examples, seed, remat)
-    return add_information(sums, model.config, values, stream, segment_ids)
+    measured = gate_information(model, tokens, segment_ids, examples, seed, remat)
+    sums = add_information(sums, model.config, *measured, segment_ids)
+    has_units = model.config.require_dms().head_units
+    return sums, labeled_pairs(model.config, *measured, segment_ids) if has_units else None
 
 
 def add_information(
@@ -91,13 +103,7 @@ def add_information(
     It does not depend on `decision_shift`, so it serves policies that differ in that alone.
     """
     dms = config.require_dms()
-    # Attention leaves them sharded over heads, in copies if the devices do not divide the heads.
-    values = constrain(values, "layers", "batch", None, None)
-    missing = queries_outside(segment_ids, dms.window_size)
-    weight = label_weights(segment_ids, missing, dms.decision_shift)
-    if dms.granularity == "layer":  # a decision is about the pairs of all heads
-        values = jnp.broadcast_to(jnp.sum(values, axis=2, keepdims=True), values.shape)
-    per_query = values / jnp.maximum(missing, 1)[None, :, None].astype(jnp.float32)
+    per_query, weight = _per_query(dms, values, segment_ids)
     counted = jnp.where((weight > 0)[None, :, None], per_query, -jnp.inf)
     median = threshold_at(counted, 0.5 * jnp.sum(counted >= 0, dtype=jnp.float32))
     floor = jnp.where(sums.weight > 0, sums.floor, jnp.maximum(FLOOR * median, jnp.finfo(jnp.float32).tiny))
@@ -119,6 +125,32 @@ def add_information(
 
     new = LabelSums(floor - sums.floor, jnp.sum(weight), *jax.lax.map(of_layer, (stream, labels)))
     return jax.tree.map(jnp.add, sums, new)
+
+
+def labeled_pairs(
+    config: ModelConfig,
+    values: Float[Array, "L B K T"],
+    stream: Float[Array, "L B T D"],
+    segment_ids: Int[Array, "B T"],
+) -> LabeledPairs:
+    """Return the features, labels and weights whose sums `add_information` adds."""
+    per_query, weight = _per_query(config.require_dms(), values, segment_ids)
+    # At most sqrt(D), so fp16 holds them. One layer after the other, because all of them in fp32 are twice as large.
+    features = jax.lax.map(lambda x: unit_rms(x, config.rms_norm_eps).astype(jnp.float16), stream)
+    return LabeledPairs(constrain(features, "layers", "batch", "sequence", None), per_query, weight)
+
+
+def _per_query(
+    dms: DMSConfig, values: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"]
+) -> tuple[Float[Array, "L B K T"], Float[Array, "B T"]]:
+    """Return what each pair is worth per query that would miss it, and the weight of the pair."""
+    # Attention leaves them sharded over heads, in copies if the devices do not divide the heads.
+    values = constrain(values, "layers", "batch", None, None)
+    missing = queries_outside(segment_ids, dms.window_size)
+    weight = label_weights(segment_ids, missing, dms.decision_shift)
+    if dms.granularity == "layer":  # a decision is about the pairs of all heads
+        values = jnp.broadcast_to(jnp.sum(values, axis=2, keepdims=True), values.shape)
+    return values / jnp.maximum(missing, 1)[None, :, None].astype(jnp.float32), weight
 
 
 def gate_information(
@@ -190,6 +222,10 @@ class FittedHead(NamedTuple):
         cut = self.mean + self.deviation * NormalDist().inv_cdf(min(max(evicted, 1e-3), 1 - 1e-3))
         constant = (slope * cut + dms.evict_logit_bias) * self.constant[..., None]
         return jnp.asarray((constant - slope * self.value) / dms.evict_logit_scale)
+
+    def weights_of_logits(self, dms: DMSConfig, of_predictions: Float[Array, "L U K"]) -> Float[Array, "L U K"]:
+        """Turn weights that add to the predictions into weights that add to the raw logits."""
+        return jnp.asarray(-SPREAD / self.deviation * of_predictions / dms.evict_logit_scale)
 
 
 def fit(sums: LabelSums) -> FittedHead:

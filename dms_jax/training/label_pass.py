@@ -1,10 +1,11 @@
 """The start of a run with init=fisher: labels of pairs from rows of the training data, and the head fitted to them.
 
 Only sums over the rows are kept (`LabelSums`). They are saved in `checkpoints/labels` every few rows, so that a stopped
-run goes on from there, and removed once the state with the fitted head is the checkpoint of step 0. Begin with
-`first_state`.
+run goes on from there, and removed once the state with the fitted head is the checkpoint of step 0. Hidden units of the
+head also need the rows themselves, which `UnitsPass` keeps there. Begin with `first_state`.
 """
 
+import contextlib
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
 from dms_jax.training.step import TrainState
 from dms_jax.training.stop_signal import StopSignal
+from dms_jax.training.units_pass import UnitsPass
 from dms_jax.training.validate import scores_of_rows, threshold_at_target
 
 SAVE_ROWS = 8  # rows between two checkpoints of the sums, which hold D x D numbers per layer
@@ -43,14 +45,18 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
     if not resume:
         _remove(run, folder)
     checkpoints = Checkpoints(folder, keep=1)
-    try:
-        sums, number = _labels(run, state, checkpoints, stop, resume, accept_changes)
-    finally:
+    with contextlib.ExitStack() as held:
+        held.callback(checkpoints.close)
+        kept = held.enter_context(contextlib.closing(UnitsPass(run, folder)))
+        sums, number = _labels(run, state, checkpoints, kept, stop, resume, accept_changes)
         checkpoints.close()
-    if number:
-        return state, number
-    check_counted(sums, run.steps.math.dms.window_size)
-    state = run.steps.fitted_state(state, sums)
+        if number:
+            return state, number
+        check_counted(sums, run.steps.math.dms.window_size)
+        units, number = kept.fit(state, sums, stop)
+        if number:
+            return state, number
+    state = run.steps.fitted_state(state, sums, units)
     if run.config.holds_ratio_by_threshold:
         state = _with_threshold(run, state)
     run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
@@ -59,7 +65,13 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
 
 
 def _labels(
-    run: PreparedRun, state: TrainState, checkpoints: Checkpoints, stop: StopSignal, resume: bool, accept_changes: bool
+    run: PreparedRun,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    kept: UnitsPass,
+    stop: StopSignal,
+    resume: bool,
+    accept_changes: bool,
 ) -> tuple[LabelSums, int]:
     """Return the sums over `label_rows` rows, and the number of the signal that stopped the pass early, or 0."""
     c, steps, done = run.config, run.steps, 0
@@ -68,18 +80,23 @@ def _labels(
         found = checkpoints.restore_latest(
             steps.abstract_labels, lambda metadata: check_checkpoint(run, metadata, accept_changes)
         )
-        if found is not None:
+        if found is not None and not kept.holds(found.step):
+            run.say(f"{checkpoints.folder} lacks rows that hidden units are fitted to, so the labels begin at row 0")
+        elif found is not None:
             done, sums = found.step, found.state
             where = f"resumed at row {done} of the {c.label_rows} label rows"
             run.say("; skipped checkpoint ".join([where, *found.skipped]))
     size, number = c.rows_at_once, 0
     with tqdm(total=c.label_rows, initial=done, unit="row", desc="labels", disable=not run.is_writer) as bar:
         while done < c.label_rows and not number:
-            sums = jax.block_until_ready(steps.add_labels(sums, state, run.frozen, place_rows(run, done, size)))
+            rows = place_rows(run, done, size)
+            sums, pairs = jax.block_until_ready(steps.add_labels(sums, state, run.frozen, rows))
             before, done = done, min(done + size, c.label_rows)
+            kept.keep(pairs, before, done)
             number = stop.agreed()
             if number or done == c.label_rows or done // SAVE_ROWS > before // SAVE_ROWS:
                 check_finite(sums, before, done)
+                kept.flush()
                 checkpoints.save(done, sums, checkpoint_metadata(run), wait=bool(number))
             bar.update(done - before)
     if number:

@@ -29,12 +29,14 @@ from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import spec
 from dms_jax.training import fisher_init
 from dms_jax.training.data.rows import Batch
-from dms_jax.training.fisher_init import LabelSums, fit, no_labels
+from dms_jax.training.fisher_init import LabeledPairs, LabelSums, fit, no_labels
+from dms_jax.training.mlp_head import HiddenUnits
 from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
 
 THRESHOLD_RATE = 0.5  # part of the way to the threshold of its batch that a step moves the running one
 EVICT_PROJECTION = "layers.attention.evict_proj"
+EVICT_UNITS = tuple(f"layers.attention.evict_units_{part}" for part in ("in", "bias", "out"))
 
 
 class TrainState(NamedTuple):
@@ -273,17 +275,31 @@ class RetrofitStep:
     def no_labels(self) -> LabelSums:
         return no_labels(self.student.config)
 
-    def add_labels(self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch) -> LabelSums:
-        """Add the sums of a batch of label rows. Rows whose segments are padding add nothing."""
+    def add_labels(
+        self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch
+    ) -> tuple[LabelSums, LabeledPairs | None]:
+        """Add the sums of a batch of label rows; also return its pairs if the head has hidden units.
+
+        Rows whose segments are padding add nothing.
+        """
         student = self.student_model(state.trainable, frozen)
         return fisher_init.add_labels(
             sums, student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat
         )
 
-    def fitted_state(self, state: TrainState, sums: LabelSums) -> TrainState:
-        """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions."""
-        projection = fit(sums).projection(self.dms, evict_fraction(self.dms.target_cr))
-        return state.with_projection(projection)
+    def fitted_state(self, state: TrainState, sums: LabelSums, units: HiddenUnits | None = None) -> TrainState:
+        """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions.
+
+        `units`: what `training.mlp_head` fitted to the residuals of the linear solution, if the head has hidden units.
+        """
+        head = fit(sums)
+        if units is not None:
+            head = head._replace(mean=units.mean, deviation=units.deviation)
+            out = head.weights_of_logits(self.dms, units.out)
+            new = dict(zip(EVICT_UNITS, (units.weights, units.bias, out), strict=True))
+            # pyrefly: ignore[bad-argument-type]  # as in `with_projection`
+            state = state._replace(trainable=state.trainable | new)
+        return state.with_projection(head.projection(self.dms, evict_fraction(self.dms.target_cr)))
 
     def free_channel(self, state: TrainState) -> TrainState:
         """Set the borrowed channel to exactly 0 after the first steps of `borrowed`, and reset the optimizer state.

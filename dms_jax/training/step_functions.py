@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from dms_jax.models.parameters import Params
 from dms_jax.sharding import named_sharding
-from dms_jax.training.fisher_init import LabelSums
+from dms_jax.training.fisher_init import LabelSums, fit
 from dms_jax.training.optimizer import optimizer_shardings
 from dms_jax.training.placement import abstract_batch
 from dms_jax.training.step import RetrofitStep, TrainState
@@ -43,7 +43,8 @@ class StepFunctions:
     The state is an argument and a result: `state, metrics = steps.step(state, frozen, batch)`.
 
     `step`, `free_channel` and `fitted_state` donate the state that they are given, and `add_labels` the sums. The
-    functions take the arguments of the methods of `RetrofitStep` with the same names (`step` those of `update`).
+    functions take the arguments of the methods of `RetrofitStep` with the same names (`step` those of `update`, and
+    `fit` those of `fisher_init.fit`).
     """
 
     math: RetrofitStep
@@ -53,6 +54,7 @@ class StepFunctions:
     free_channel: OnMesh
     no_labels: OnMesh
     add_labels: OnMesh
+    fit: OnMesh
     fitted_state: OnMesh
     dense_hidden: OnMesh
     evaluate: OnMesh
@@ -118,7 +120,8 @@ def step_functions(math: RetrofitStep, trainable: Params) -> StepFunctions:
         step=OnMesh(math.update, mesh, (shardings, replicated), donate=(0,)),
         free_channel=OnMesh(math.free_channel, mesh, shardings, donate=(0,)),
         no_labels=OnMesh(math.no_labels, mesh, sums),
-        add_labels=OnMesh(math.add_labels, mesh, sums, donate=(0,)),
+        add_labels=OnMesh(math.add_labels, mesh, (sums, None), donate=(0,)),
+        fit=OnMesh(fit, mesh, replicated),
         fitted_state=OnMesh(math.fitted_state, mesh, shardings, donate=(0,)),
         dense_hidden=OnMesh(math.dense_hidden, mesh, None),
         evaluate=OnMesh(math.evaluate, mesh, replicated),

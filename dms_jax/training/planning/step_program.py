@@ -134,7 +134,7 @@ def timed(setting: StepSetting, mesh: Mesh, labels: bool = False) -> float:
     while len(seconds) < 4 or sum(seconds[1:]) < 1.0:
         start = time.perf_counter()
         if labels:
-            sums = steps.add_labels(sums, state, frozen, batch)
+            sums, _ = steps.add_labels(sums, state, frozen, batch)
         else:
             state, _ = steps.step(state, frozen, batch)
         jax.block_until_ready(sums if labels else state)
