@@ -81,4 +81,10 @@ def configuration(path: str | None, assignments: list[str], mesh: str | None) ->
         (key,) = parse_assignment(assignment)
         if key not in KEYS:
             raise ConfigError(f"`{key}` is not a key of an inspection, which does not train; {suggestion(key, KEYS)}")
-    return read_config(path, assignments, mesh, {**DEFAULTS, "init": "fisher"}, counted)
+    config = read_config(path, assignments, mesh, {**DEFAULTS, "init": "fisher"}, counted)
+    if config.dms.head_units:
+        raise ConfigError(
+            f"dms.head_units must be 0 in an inspection, which fits the linear part of a head; got "
+            f"{config.dms.head_units}; add --set dms.head_units=0"
+        )
+    return config

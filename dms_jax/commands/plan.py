@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
 from dms_jax.commands.option_values import add_mesh
-from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
-from dms_jax.config_reader import AtLeast, check_range
+from dms_jax.config import MAX_UNITS, DMSConfig, ImplementationName, ModelConfig
+from dms_jax.config_reader import AtLeast, Between, check_range
 from dms_jax.errors import ConfigError, naming
 from dms_jax.training.retrofit_config import Mode, RetrofitConfig
 
@@ -40,6 +40,7 @@ RANGES = {
     "batch": AtLeast(0),
     "accumulate": AtLeast(1),
     "window": AtLeast(0),
+    "head_units": Between(0, MAX_UNITS),
     "steps_per_cr": AtLeast(0),
     "users": AtLeast(1),
     "context": AtLeast(2),
@@ -78,13 +79,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     attention = "implementation of training attention (default: %(default)s)"
     add("--implementation", choices=get_args(ImplementationName), default="auto", help=attention)
     number(parser, "window", 512, "eviction window of a model that has no DMS policy yet")
+    number(parser, "head_units", 0, "hidden units of the evict head of such a model")
     recipe = "0, which is Model-Optimizer's recipe"
     number(parser, "steps_per_cr", 0.0, "optimizer steps that raise the compression ratio by 1", recipe)
     add("--analytic", action="store_true", help="estimate instead of compiling")
     add("--json", action="store_true", help="print the plan as one JSON object")
 
     server = parser.add_argument_group("plan a server instead of a retrofit")
-    inference = "plan a server; of the options above, only --model, --hardware, --mesh, --window and --json count"
+    inference = (
+        "plan a server; of the options above, only --model, --hardware, --mesh, --window, --head-units and --json count"
+    )
     server.add_argument("--inference", action="store_true", help=inference)
     memory = "memory for weights and caches on all devices together, e.g. 80GiB (default: that of the hardware)"
     server.add_argument("--memory", default="", metavar="SIZE", help=memory)
@@ -130,19 +134,19 @@ def hardware_and_mesh(options: argparse.Namespace) -> "tuple[Hardware, tuple[int
     return hardware, mesh
 
 
-def read_config(path: str, window: int, mode: str) -> ModelConfig:
+def read_config(path: str, window: int, mode: str, head_units: int = 0) -> ModelConfig:
     """Read the configuration of a model, and add the DMSConfig that `mode` trains.
 
-    `path`: a folder, a config file, a .gguf file or a hub id. `window`: for a model without a DMSConfig.
+    `path`: a folder, a config file, a .gguf file or a hub id. `window`, `head_units`: for a model without a DMSConfig.
     """
     from dms_jax.hf.folder import read_config as read
 
-    return with_trained_policy(read(path), window, mode)
+    return with_trained_policy(read(path), window, mode, head_units)
 
 
-def with_trained_policy(config: ModelConfig, window: int, mode: str) -> ModelConfig:
+def with_trained_policy(config: ModelConfig, window: int, mode: str, head_units: int = 0) -> ModelConfig:
     """Add the DMSConfig that `mode` trains to a model's configuration; arguments as in `read_config`."""
-    dms = config.dms or DMSConfig(window_size=window)
+    dms = config.dms or DMSConfig(window_size=window, head_units=head_units)
     return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
 
 
@@ -154,7 +158,7 @@ def setting_of(options: argparse.Namespace) -> "StepSetting":
 
     hardware, mesh = hardware_and_mesh(options)
     base = read(options.model)
-    model = with_trained_policy(base, options.window, options.mode)
+    model = with_trained_policy(base, options.window, options.mode, options.head_units)
     step = RetrofitConfig(
         mode=options.mode,
         length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
@@ -204,7 +208,7 @@ def server_plan(options: argparse.Namespace) -> "ServingPlan":
 
     hardware, mesh = hardware_and_mesh(options)
     budget = parse_bytes(options.memory) if options.memory else None
-    config = read_config(options.model, options.window, options.mode)
+    config = read_config(options.model, options.window, options.mode, options.head_units)
     context = min(DEFAULT_CONTEXT, config.context_limit()[0]) if options.context is None else options.context
     budgets = exact_budgets(options.model, config, options.pairs, context) if options.pairs else None
     return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS, budgets)

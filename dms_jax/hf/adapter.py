@@ -20,9 +20,9 @@ KIND, VERSION = "dms_jax.adapter", "2"
 def save_adapter(model: Decoder, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the evict head of a model as one safetensors file, with its DMSConfig and the hash of its base.
 
-    The file holds two small fp32 tensors per layer. It suits a projection policy whose base was not trained; a borrowed
-    policy or a fully trained model changes the base weights themselves, so use `save` for it. The base is read once to
-    compute its hash. The file appears whole or not at all.
+    The file holds two small fp32 tensors per layer, or five if the head has hidden units. It suits a projection policy
+    whose base was not trained; a borrowed policy or a fully trained model changes the base weights themselves, so use
+    `save` for it. The base is read once to compute its hash. The file appears whole or not at all.
     """
     dms = model.config.dms
     if dms is None or dms.variant == "borrowed":

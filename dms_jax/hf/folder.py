@@ -189,6 +189,7 @@ def save(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     head_shares: HeadShares | None = None,
+    model_optimizer: bool = False,
 ) -> None:
     """Write a Hugging Face folder: a model with its policy for `load` and Model-Optimizer, a dense one for
     transformers.
@@ -199,16 +200,25 @@ def save(
     `head_shares` tells `dms_budget:N` how to divide N among the heads (`engine.head_budgets` measures them).
 
     The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
-    `save` warns about it.
+    `save` warns about it. Model-Optimizer has neither hidden units of the evict head nor a `decision_shift` of 0:
+    `save` warns about hidden units, and with `model_optimizer` refuses both.
     """
     path = os.path.abspath(os.fspath(path))
     check_save(path, overwrite)
     config, source = model.config, getattr(model, "source", None)
+    if model_optimizer and config.dms is not None:
+        _check_model_optimizer(config.dms)
     if config.dms is not None and config.dms.variant == "borrowed":
         warnings.warn(
             f"{path}: transformers will load this folder without an error but compute wrong logits, because the "
             "borrowed-channel policy is not stored in any tensor that it knows; load it with dms_jax or "
             "Model-Optimizer",
+            stacklevel=2,
+        )
+    if config.dms is not None and config.dms.head_units:
+        warnings.warn(
+            f"{path}: Model-Optimizer would leave out the {config.dms.head_units} hidden units of the evict head; load "
+            "it with dms_jax",
             stacklevel=2,
         )
     original = parse_json(source.config_json, source.path) if source and source.config_json else None
@@ -228,6 +238,16 @@ def save(
                 f"{path} keeps {', '.join(kept)}, which this model does not have; delete them if they belong to "
                 "another model",
                 stacklevel=2,
+            )
+
+
+def _check_model_optimizer(dms: DMSConfig) -> None:
+    """Refuse a policy that Model-Optimizer cannot run."""
+    for name, needed in (("head_units", 0), ("decision_shift", 1)):
+        if getattr(dms, name) != needed:
+            raise ConfigError(
+                f"Model-Optimizer can only run a policy with dms.{name}={needed}, this one has {getattr(dms, name)}; "
+                "save it without model_optimizer=True for dms_jax"
             )
 
 

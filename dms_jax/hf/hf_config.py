@@ -14,7 +14,7 @@ from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.files import read_json
 from dms_jax.hf.config_keys import refuse_unsupported
 from dms_jax.hf.config_values import flag, positive_number, token_id, token_ids, whole_number
-from dms_jax.hf.dms_keys import FASTDMS_KEYS, READ_KEYS, dms_config, dms_keys, fastdms_metadata, is_fastdms
+from dms_jax.hf.dms_keys import DMS_KEYS, FASTDMS_KEYS, READ_KEYS, dms_config, dms_keys, fastdms_metadata, is_fastdms
 from dms_jax.hf.families import FAMILIES, Family
 from dms_jax.hf.folder_files import member
 
@@ -140,7 +140,8 @@ def model_config(raw: dict, fastdms: dict | None = None) -> ModelConfig:
 def folder_config(config: ModelConfig, original: dict | None = None) -> dict:
     """Return the `config.json` to write: the original with the keys of the policy replaced, or else a fresh one."""
     raw = dict(original) if original is not None else fresh_config(config)
-    raw = {key: value for key, value in raw.items() if key not in FASTDMS_KEYS}
+    # `dms_keys` has no `dms_head_units` for a linear head, which may have replaced one with hidden units.
+    raw = {key: value for key, value in raw.items() if key not in FASTDMS_KEYS | {DMS_KEYS["head_units"][0]}}
     # `auto_map` names Python files, which are not copied; no remote code is needed to read the policy.
     raw.pop("auto_map", None)
     family = FAMILIES[config.model_type]

@@ -44,7 +44,8 @@ FORMULAS = {
 
 LABELS = (
     "weights + optimizer + 2 sums of the labels, which have L D (D + K) fp32 numbers, and one layer of them + L x "
-    "tokens x D of the residual stream + activations, logits and temporary as in a step that trains no weights"
+    "tokens x D of the residual stream, and again in fp16 for hidden units of the head + "
+    "activations, logits and temporary as in a step that trains no weights"
 )
 
 
@@ -149,8 +150,9 @@ def estimated_label_bytes(
     cast = trainable / 2 if micro.trains_all and micro.number_bytes < 4 else 0.0
     alike = micro._replace(mode="adapter", accumulates=False, labels=True)
     stream = micro.number_bytes * config.num_layers * micro.tokens * config.hidden_size
+    features = 2.0 * config.num_layers * micro.tokens * config.hidden_size * (config.require_dms().head_units > 0)
     sums *= 2 + 1 / config.num_layers
-    return estimated_memory(config, alike, weights, optimizer, 0.0).total + cast + stream + sums
+    return estimated_memory(config, alike, weights, optimizer, 0.0).total + cast + stream + features + sums
 
 
 def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:

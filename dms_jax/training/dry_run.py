@@ -9,6 +9,7 @@ import numpy as np
 from dms_jax.command import typed_as
 from dms_jax.planning.figures import GIB
 from dms_jax.planning.memory_estimate import program_bytes
+from dms_jax.training.label_file import label_file_bytes
 from dms_jax.training.prepare import PreparedRun
 
 
@@ -27,6 +28,10 @@ def dry_run_text(run: PreparedRun) -> str:
     if c.init == "fisher":
         at_once = f"{c.rows_at_once} at a time"
         lines += [f"init=fisher: labels from {c.label_rows} rows, {at_once}; then the evict head is fitted to them", ""]
+        if units := run.steps.math.dms.head_units:
+            size = label_file_bytes(run.steps.math.student.config, c.label_rows, c.length) / GIB
+            kept = f"{size:.2f} GiB of disk in {run.output} keep the label rows until then"
+            lines[-1:] = [f"its {units} hidden units are fitted layer by layer: {kept}", ""]
     lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
     lines += [

@@ -121,6 +121,11 @@ def trained_policy(config: RetrofitConfig, base: ModelConfig, path: str) -> DMSC
     if base.dms is None:
         return config.trained_dms
     given = config.trained_dms
+    if given.head_units not in (0, base.dms.head_units):
+        raise ConfigError(
+            f"dms.head_units must be {base.dms.head_units}, as in the policy that {path} already has, got "
+            f"{given.head_units}; drop it, or use the base model to start from nothing"
+        )
     dms = dataclasses.replace(base.dms, window_size=given.window_size, target_cr=given.target_cr, tau=given.tau)
     if config.mode != "full" and (config.mode == "borrowed") != (dms.variant == "borrowed"):
         raise ConfigError(

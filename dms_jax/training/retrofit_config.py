@@ -187,6 +187,15 @@ class RetrofitConfig:
 
     def _check_start(self) -> None:
         """Refuse keys that `init` and `ratio_control` leave without a meaning."""
+        if self.mode == "borrowed" and self.dms.head_units:
+            raise ConfigError(
+                f"dms.head_units must be 0 in mode borrowed, whose head is a query channel; got {self.dms.head_units}"
+            )
+        if self.init == "fisher" and self.dms.head_units and self.label_rows < 2:
+            raise ConfigError(
+                "label_rows must be at least 2 with init=fisher and dms.head_units, whose fit holds out a row; got "
+                f"{self.label_rows}"
+            )
         if self.mode == "borrowed" and self.init == "fisher":
             raise ConfigError("init must be zero or auto in mode borrowed, whose head is a query channel; got fisher")
         if self.init == "fisher" and self.dms.target_cr <= 1:

@@ -18,6 +18,7 @@ from dms_jax.planning.flops import step_flops
 from dms_jax.planning.hardware import KIND_NAMES
 from dms_jax.planning.hlo_collectives import collectives
 from dms_jax.planning.memory_estimate import MemoryEstimate, program_bytes, with_compiled
+from dms_jax.training.label_file import label_file_bytes
 from dms_jax.training.planning import step_program
 from dms_jax.training.planning.step_setting import StepSetting
 from dms_jax.training.retrofit_config import RetrofitConfig
@@ -131,6 +132,8 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
     if facts.label_bytes is not None:
         labels = [Figure("label_bytes_per_device", facts.label_bytes, "bytes", source, memory_estimate.LABELS)]
         fits += ", and label_bytes_per_device, too"
+        if setting.model.require_dms().head_units:
+            labels.append(_label_file_figure(setting))
     return [
         Figure("fits", max(memory.total, facts.label_bytes or 0) <= usable, "", source, fits),
         Figure("bytes_per_device", {}, "bytes", source),
@@ -141,6 +144,17 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
         Figure("memory_per_device", usable, "bytes", "assumed", note=hardware.source),
         Figure("collective_bytes_per_device", facts.sent, "bytes", source, roofline.EXCHANGED),
     ]
+
+
+def _label_file_figure(setting: StepSetting) -> Figure:
+    """Count what the fit of hidden units needs on the disk of the output folder."""
+    rows = RetrofitConfig().label_rows
+    size = label_file_bytes(setting.model, rows, setting.step.length)
+    formula = (
+        f"{rows} label_rows x L x pairs that can leave x (2 D + 4 K + 4): a file in the output folder, removed after "
+        "the fit, of which the host and one device hold a layer at a time"
+    )
+    return Figure("label_file_bytes", size, "bytes", "analytic", formula)
 
 
 def _weight_bytes(setting: StepSetting) -> float:
