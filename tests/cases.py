@@ -43,6 +43,11 @@ def tiny_model(dms: DMSConfig | None, seed: int = 0, evict_scale: float = 0.1, *
     if dms is not None and dms.variant == "projection":
         head = model.layers.attention.evict_proj
         head[...] = evict_scale * jax.random.normal(jax.random.key(seed + 1), head[...].shape)
+        if dms.head_units:
+            for key, part in enumerate(
+                (model.layers.attention.evict_units_bias, model.layers.attention.evict_units_out)
+            ):
+                part[...] = evict_scale * jax.random.normal(jax.random.key(seed + 2 + key), part[...].shape)
     # Weights of size 0.02 make all logits nearly equal. Larger ones make attention and the KL worth comparing.
     attention = model.layers.attention
     for weights in (model.embed, attention.q, attention.k, attention.v, attention.o):

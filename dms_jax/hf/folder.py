@@ -200,8 +200,8 @@ def save(
     `head_shares` tells `dms_budget:N` how to divide N among the heads (`engine.head_budgets` measures them).
 
     The borrowed variant has no tensors of its own, so transformers would compute wrong logits from such a folder;
-    `save` warns about it. Model-Optimizer has neither hidden units of the evict head nor a `decision_shift` of 0:
-    `save` warns about hidden units, and with `model_optimizer` refuses both.
+    `save` warns about it. Model-Optimizer has neither hidden units of an evict head, which it would leave out, nor a
+    `decision_shift` of 0; with `model_optimizer`, such a model is refused.
     """
     path = os.path.abspath(os.fspath(path))
     check_save(path, overwrite)
@@ -213,12 +213,6 @@ def save(
             f"{path}: transformers will load this folder without an error but compute wrong logits, because the "
             "borrowed-channel policy is not stored in any tensor that it knows; load it with dms_jax or "
             "Model-Optimizer",
-            stacklevel=2,
-        )
-    if config.dms is not None and config.dms.head_units:
-        warnings.warn(
-            f"{path}: Model-Optimizer would leave out the {config.dms.head_units} hidden units of the evict head; load "
-            "it with dms_jax",
             stacklevel=2,
         )
     original = parse_json(source.config_json, source.path) if source and source.config_json else None

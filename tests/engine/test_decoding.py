@@ -27,6 +27,7 @@ MODELS = {
     "w > T": (policy(1000), heads(2, 2, 8)),
     "w0, own decision": (policy(0, 0), heads(3, 2, 8)),
     "one for all heads, biases": (policy(2, 1, "layer"), heads(4, 2, 8) | {"qkv_bias": True, "o_bias": True}),
+    "hidden units": (policy(3, 0, head_units=6), heads(2, 2, 8) | {"o_bias": True}),
     "borrowed": (policy(4, variant="borrowed"), heads(2, 4, 8) | {"qk_norm": True}),
     "borrowed, never zeroed": (policy(0, 0, variant="borrowed", zero_borrowed="none"), heads(4, 2, 8)),
     "borrowed, zeroed before": (policy(1, 1, "layer", "borrowed", zero_borrowed="pre"), heads(2, 2, 8)),

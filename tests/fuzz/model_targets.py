@@ -80,7 +80,8 @@ def mutate_config(rng: random.Random, folder: Path) -> str:
         key = rng.choice(
             sorted(
                 HANDLED
-                | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "hidden_act", "quantization_config"}
+                | {"dms_tau", "dms_window_size", "dms_cr", "dms_separate_alpha", "dms_head_units"}
+                | {"hidden_act", "quantization_config"}
             )
         )
         raw[key] = rng.choice(
@@ -166,6 +167,7 @@ def meant_config(folder: Path) -> dict[str, Any]:
         "granularity": raw.get("dms_alpha_per", "head"),
         "decision_shift": raw.get("dms_decision_shift", 1),
         "zero_borrowed": raw.get("dms_zero_mode", "pre+post"),
+        "head_units": raw.get("dms_head_units", 0),
         "variant": "projection" if raw.get("dms_separate_alpha") else "borrowed",
     }
     return typed(found | {"eos": tuple(eos), "dms": DMSConfig(**dms)})

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,6 +70,47 @@ def test_adapter_fits_its_base_in_another_dtype_and_its_export(base, adapter, tm
     assert {k: v.tobytes() for k, v in got.items()} == {k: v.tobytes() for k, v in want.items()}
     again = dms_jax.load_adapter(dms_jax.load(tmp_path / "merged"), adapter)
     np.testing.assert_array_equal(again.hard(TOKENS)[1], dms_jax.load(TRAINED).hard(TOKENS)[1])
+
+
+def test_head_with_hidden_units_round_trips_in_folder_and_adapter(base, adapter, tmp_path):
+    """Base plus adapter, the merged folder and the model itself give equal logits and decisions, bit for bit."""
+    model = dms_jax.load(base, dms=DMSConfig(window_size=4, head_units=5, evict_logit_bias=0.0, decision_shift=0))
+    attention = model.layers.attention
+    names = ("evict_proj", "evict_units_bias", "evict_units_out")
+    for key, head in zip(jax.random.split(jax.random.key(0), 3), (getattr(attention, n) for n in names), strict=True):
+        head[...] = 0.1 * jax.random.normal(key, head[...].shape)
+    dms_jax.save_adapter(model, tmp_path / "units.safetensors")
+    assert len(load_file(tmp_path / "units.safetensors")) == 5 * model.config.num_layers
+    adapted = dms_jax.load_adapter(dms_jax.load(base), tmp_path / "units.safetensors")
+    dms_jax.save(adapted, tmp_path / "merged")
+    merged = dms_jax.load(tmp_path / "merged")
+    want = model.hard(TOKENS)
+    assert 0.1 < want[1].mean() < 0.9
+    for same in (adapted, merged):
+        assert same.config == model.config
+        jax.tree.map(np.testing.assert_array_equal, same.hard(TOKENS), want)
+    # A linear head in place of one with units, and back; no key of the other is left over.
+    linear = dms_jax.load_adapter(merged, adapter)
+    dms_jax.save(linear, tmp_path / "linear")
+    again = dms_jax.load(tmp_path / "linear")
+    assert not again.config.dms.head_units
+    np.testing.assert_array_equal(again.hard(TOKENS)[1], dms_jax.load(TRAINED).hard(TOKENS)[1])
+    back = dms_jax.load_adapter(again, tmp_path / "units.safetensors")
+    np.testing.assert_array_equal(back.hard(TOKENS)[1], want[1])
+
+
+def test_cache_of_a_model_belongs_to_its_hidden_units(base, tmp_path):
+    """A cache of other weights out of the units, or of none, is another model's."""
+    dms = DMSConfig(window_size=4, head_units=5)
+    model = dms_jax.load(base, dms=dms)
+    _, cache = dms_jax.prefill(model, dms_jax.init_cache(model, 2, 40), TOKENS)
+    dms_jax.save_cache(model, cache, tmp_path / "cache")
+    assert dms_jax.load_cache(model, tmp_path / "cache").seen.tolist() == [30, 30]
+    with pytest.raises(ConfigError, match="another model"):
+        dms_jax.load_cache(dms_jax.load(base, dms=DMSConfig(window_size=4)), tmp_path / "cache")
+    model.layers.attention.evict_units_out[...] = model.layers.attention.evict_units_out[...] + 1e-3
+    with pytest.raises(ConfigError, match="evict_head_sha256"):
+        dms_jax.load_cache(model, tmp_path / "cache")
 
 
 def test_other_base_is_refused(base, adapter):

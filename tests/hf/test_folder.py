@@ -131,6 +131,45 @@ def test_only_run_time_fields_of_a_trained_policy_may_be_replaced():
             dms_jax.load(PROJECTION, dms=dataclasses.replace(own, **change))
 
 
+def edited(folder: Path, edit) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(edit(raw)))
+
+
+def test_hidden_units_of_a_folder_must_be_those_of_its_key_and_of_the_request(tmp_path):
+    """A linear folder with units asked for, a folder with units and a linear request, and files that contradict."""
+    own = dms_jax.load(PROJECTION).config.dms
+    with pytest.raises(ConfigError, match="dms.head_units=0, got 8") as refusal:
+        dms_jax.load(PROJECTION, dms=dataclasses.replace(own, head_units=8))
+    assert "\n" not in str(refusal.value)
+    units = dataclasses.replace(own, head_units=8)
+    dms_jax.save(dms_jax.load(PLAIN, dms=units), tmp_path / "units")
+    assert dms_jax.load(tmp_path / "units").config.dms == units
+    with pytest.raises(ConfigError, match="dms.head_units=8, got 0"):
+        dms_jax.load(tmp_path / "units", dms=own)
+    edited(tmp_path / "units", lambda raw: {k: v for k, v in raw.items() if k != "dms_head_units"})
+    with pytest.raises(ConfigError, match="set dms_head_units to its hidden units in config.json"):
+        dms_jax.load(tmp_path / "units")
+    edited(tmp_path / "units", lambda raw: raw | {"dms_head_units": 9})
+    with pytest.raises(ConfigError, match=r"dms_proj_alpha_units_in\.weight .*must have shape \[9, "):
+        dms_jax.load(tmp_path / "units")
+    dms_jax.save(dms_jax.load(PROJECTION), tmp_path / "linear")
+    edited(tmp_path / "linear", lambda raw: raw | {"dms_head_units": 9})
+    with pytest.raises(ConfigError, match=r"lacks 9 tensors: .*dms_proj_alpha_units_in"):
+        dms_jax.load(tmp_path / "linear")
+
+
+def test_folder_for_model_optimizer_has_a_policy_that_it_can_run(tmp_path):
+    dms_jax.save(dms_jax.load(PROJECTION), tmp_path / "linear", model_optimizer=True)
+    assert files(tmp_path / "linear") == files(PROJECTION)
+    dms_jax.save(dms_jax.load(PLAIN), tmp_path / "dense", model_optimizer=True)
+    for changed in ({"head_units": 8}, {"decision_shift": 0}):
+        model = dms_jax.load(PLAIN, dms=DMSConfig(**changed))
+        with pytest.raises(ConfigError, match=f"Model-Optimizer.*dms.{next(iter(changed))}=") as refusal:
+            dms_jax.save(model, tmp_path / "out", model_optimizer=True)
+        assert "\n" not in str(refusal.value) and not (tmp_path / "out").exists()
+
+
 def test_source_survives_split_merge_and_jit():
     model = dms_jax.load(PLAIN)
     graph, state = nnx.split(model)

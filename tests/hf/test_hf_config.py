@@ -131,6 +131,9 @@ def test_sliding_window_of_the_model(family, keys, window):
         ({"model_type": "mistral", "num_key_value_heads": 2, "attention_bias": True}, "attention_bias.*mistral"),
         ({"dms_window_size": "big"}, "dms_window_size"),
         ({"dms_window_size": -1}, "dms_window_size.*-1"),
+        ({"dms_separate_alpha": True, "dms_head_units": -1}, "dms_head_units.*-1"),
+        ({"dms_separate_alpha": True, "dms_head_units": 2.5}, "dms_head_units.*2.5"),
+        ({"dms_separate_alpha": False, "dms_head_units": 8}, "dms_head_units.*borrowed.*8"),
         ({"dms_alpha_per": "token"}, "dms_alpha_per.*head, layer"),
         ({"dms_disable_eviction": True}, "dms_disable_eviction"),
     ],
@@ -177,9 +180,11 @@ def test_fastdms_folder_has_shift_zero_and_keeps_the_channel(tmp_path):
 
 @pytest.mark.parametrize("variant", ["projection", "borrowed"])
 def test_dms_keys_round_trip_with_every_key_explicit(variant):
-    dms = DMSConfig(variant, 7, 3.5, 0.25, 50.0, 2.0, "layer", 0, "pre")
+    units = 5 if variant == "projection" else 0  # which the borrowed variant cannot have
+    dms = DMSConfig(variant, 7, 3.5, 0.25, 50.0, 2.0, "layer", 0, "pre", units)
     assert dms_config(dms_keys(dms)) == dms
-    assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items()), (
+    assert ("dms_head_units" in dms_keys(dms)) == (units > 0), "Model-Optimizer does not have this key"
+    assert all(getattr(dms, field) != default for field, (_, default) in DMS_KEYS.items() if field != "head_units"), (
         "every field must differ from its default in this test"
     )
 

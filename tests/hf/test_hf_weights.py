@@ -24,7 +24,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = sorted(folder.name for folder in GOLDEN.iterdir() if (folder / "model.safetensors").is_file())
 # A model with every parameter that the decoder can have, and with distinct sizes where possible.
 EVERYTHING = ModelConfig(
-    "llama", 40, 48, 32, 3, 8, 4, 6, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True, dms=DMSConfig()
+    "llama",
+    40,
+    48,
+    32,
+    3,
+    8,
+    4,
+    6,
+    qkv_bias=True,
+    o_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    dms=DMSConfig(head_units=10),
 )
 
 
@@ -86,6 +98,9 @@ def test_table_equals_hand_written_transposes():
     assert tensor("self_attn.o_proj.weight")[d, head * 6 + channel] == attention.o[...][1, head, channel, d]
     assert tensor("self_attn.q_proj.bias")[head * 6 + channel] == attention.q_bias[...][1, head, channel]
     assert tensor("self_attn.dms_proj_alpha.weight")[3, d] == attention.evict_proj[...][1, d, 3]
+    assert tensor("self_attn.dms_proj_alpha_units_in.weight")[9, d] == attention.evict_units_in[...][1, d, 9]
+    assert tensor("self_attn.dms_proj_alpha_units_in.bias")[9] == attention.evict_units_bias[...][1, 9]
+    assert tensor("self_attn.dms_proj_alpha_units_out.weight")[3, 9] == attention.evict_units_out[...][1, 9, 3]
     assert tensor("mlp.gate_proj.weight")[f, d] == mlp.gate[...][1, d, f]
     assert tensor("mlp.down_proj.weight")[d, f] == mlp.down[...][1, f, d]
     assert file["lm_head.weight"][9, d] == model.head[...][9, d]

@@ -20,6 +20,7 @@ POLICIES = [
     DMSConfig(window_size=0, evict_logit_bias=0.0),
     DMSConfig(window_size=7, evict_logit_bias=0.0, granularity="layer"),
     DMSConfig(window_size=4, evict_logit_bias=0.0, variant="borrowed"),
+    DMSConfig(window_size=4, evict_logit_bias=0.0, head_units=6),
 ]
 
 

@@ -25,8 +25,8 @@ def model_of(shift: int = 0, granularity: str = "head"):
 
 @functools.cache
 def adding(model):
-    """`add_labels` for a model, compiled once for each shape of rows."""
-    return jax.jit(lambda sums, *batch: add_labels(sums, model, *batch, 0))
+    """The sums of `add_labels` for a model, compiled once for each shape of rows."""
+    return jax.jit(lambda sums, *batch: add_labels(sums, model, *batch, 0)[0])
 
 
 @functools.cache
@@ -207,7 +207,7 @@ def test_no_recompilation(rng):
     """Sums and rows of equal shape run the program that the first batch compiled."""
     model, rows = model_of(), tokens(rng, 2, 60)
     segments, examples = np.zeros((2, 60), np.int32), np.arange(2, dtype=np.int32)
-    add = jax.jit(lambda sums, *batch: add_labels(sums, model, *batch, 0))
+    add = jax.jit(lambda sums, *batch: add_labels(sums, model, *batch, 0)[0])
     sums = add(no_labels(model.config), rows, segments, examples)
     add(sums, rows[::-1].copy(), segments, examples + 2)
     assert add._cache_size() == 1

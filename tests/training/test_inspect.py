@@ -129,7 +129,7 @@ def test_inspected_head_is_the_one_that_a_retrofit_starts_from(settings, shift):
     run = prepared(settings, dms__decision_shift=shift)
     sums, state = run.steps.no_labels(), run.steps.initial_state(run.trainable)
     for start in (0, 4, 8):
-        sums = run.steps.add_labels(sums, state, run.frozen, place_rows(run, start, 4))
+        sums, _ = run.steps.add_labels(sums, state, run.frozen, place_rows(run, start, 4))
     wanted = run.steps.fitted_state(state, sums).trainable[EVICT_PROJECTION]
     np.testing.assert_allclose(fitted_heads(run, label_function(run))[shift], wanted, rtol=1e-3, atol=1e-5)
 
@@ -274,5 +274,9 @@ def test_file_of_a_retrofit_is_inspected_without_the_keys_of_training(tmp_path, 
     path.write_text("model: m\nstepz: 9\n")
     with pytest.raises(ConfigError, match=r"run\.yaml.*stepz"):
         configuration(str(path), [], None)
+    path.write_text("dms: {head_units: 8}\n")
+    with pytest.raises(ConfigError, match="dms.head_units must be 0 in an inspection.*got 8"):
+        configuration(str(path), [], None)
+    assert not configuration(str(path), ["dms.head_units=0"], None).dms.head_units
     path.write_text("label_rows: 9\n")
     assert configuration(str(path), [], None).label_rows == 9 and not capsys.readouterr().err

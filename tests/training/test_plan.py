@@ -104,6 +104,27 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
     )
 
 
+def test_plan_counts_the_hidden_units_of_the_head_and_the_disk_of_their_fit(capsys):
+    common = ("--model", QWEN, "--hardware", "h100x8", "--analytic", "--length", "4096", "--window", "256")
+    linear, found = planned(capsys, *common), planned(capsys, *common, "--head-units", "64")
+    # 8 KV heads; the units are split like the projection, but for their biases.
+    numbers = 36 * 64 * (4096 / 8 + 1 + 8)
+    assert found["bytes_per_device"]["weights"] - linear["bytes_per_device"]["weights"] == pytest.approx(4 * numbers)
+    assert found["bytes_per_device"]["optimizer"] - linear["bytes_per_device"]["optimizer"] == pytest.approx(
+        8 * numbers
+    )
+    # Two moments, fp32 weights, and the fp16 features of a row.
+    more = found["label_bytes_per_device"] - linear["label_bytes_per_device"]
+    assert more == pytest.approx(12 * numbers + 2 * 36 * 4096 * 4096)
+    pairs = 4096 - 256 - 32
+    assert found["label_file_bytes"] == 20 * 36 * pairs * (2 * 4096 + 4 * 8 + 4) and "label_file_bytes" not in linear
+    assert "label_file_bytes" in found["source"]
+    with pytest.raises(ConfigError, match="--head-units"):
+        run(capsys, *common, "--head-units", "-1")
+    with pytest.raises(ConfigError, match="dms.head_units must be 0.*borrowed"):
+        run(capsys, *common, "--head-units", "64", "--mode", "borrowed")
+
+
 def test_steps_per_cr_grow_when_a_step_has_fewer_tokens(capsys):
     small = planned(capsys, "--model", QWEN, "--hardware", "h100x8", "--analytic", "--length", "4096", "--batch", "8")
     assert small["steps_per_cr"] == 34 * 8

@@ -3,6 +3,7 @@
 This also holds for numbers of KV heads that no mesh axis divides.
 """
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from retrofit_cases import config_of, outcome, retrofit, same_outcome
+from retrofit_cases import DMS, config_of, outcome, retrofit, same_outcome
 from train_runs import free_port
 
 TESTS = Path(__file__).parent.parent
@@ -38,6 +39,14 @@ def cases(table, core):
 @pytest.mark.parametrize("mode, mesh", cases([(mode, mesh) for mode in MODES for mesh in MESHES], CORE))
 def test_run_is_the_same_on_every_mesh(mode, mesh):
     same_outcome(outcome(retrofit(mesh, config_of(mode))), on_one_device(mode))
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), pytest.param((2, 2), marks=pytest.mark.slow), (2, 2, 2)])
+def test_hidden_units_of_the_head_train_the_same_on_every_mesh(mesh):
+    of = lambda sizes: outcome(retrofit(sizes, dms=dataclasses.replace(DMS, head_units=6)))
+    found, alone = of(mesh), of((1, 1))
+    same_outcome(found, alone)
+    assert all(np.any(alone[f"gradient layers.attention.evict_units_{part}"] != 0) for part in ("in", "bias", "out"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,238 @@
+"""Runs of the training command whose evict head has hidden units: fit, resume, meshes, disk, and the first step."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from cases import tiny_model, tokens
+from flax import nnx
+from retrofit_cases import CONFIG, DMS, advance, batch, run_of
+from safetensors.numpy import load_file
+from train_runs import arguments, main, run_settings, send_signal, start_two_processes
+
+import dms_jax
+from dms_jax.config import DMSConfig
+from dms_jax.errors import ConfigError
+from dms_jax.models.layers import unit_rms
+from dms_jax.sharding import make_mesh
+from dms_jax.training import fisher_init, label_file
+from dms_jax.training.fisher_init import LabeledPairs, add_labels, gate_information, no_labels
+from dms_jax.training.label_file import LabelFile, label_file_bytes
+from dms_jax.training.metrics import read_steps
+
+PARTS = ("evict_units_in", "evict_units_bias", "evict_units_out")
+
+
+@pytest.fixture
+def settings(tmp_path):
+    found = run_settings(tmp_path) | {"init": "fisher", "label_rows": 12, "dms.decision_shift": 0, "length": 64}
+    return found | {"optimizer.learning_rate": 1e-4, "dms.target_cr": 2, "dms.head_units": 6, "steps": 0}
+
+
+def tensors(output) -> dict[str, np.ndarray]:
+    return load_file(output / "export" / "model.safetensors")
+
+
+def test_run_without_a_step_is_a_complete_retrofit(settings, capsys):
+    """The export and the adapter hold the fitted units beside the linear head of the same labels."""
+    linear = settings["output"].parent / "linear"
+    assert main(arguments(settings, output=linear, dms__head_units=0)) == 0
+    assert main(arguments(settings)) == 0
+    printed, output = capsys.readouterr(), settings["output"]
+    assert "hidden units" in printed.err and "streaming_llm" in printed.out
+    assert not (output / "checkpoints" / "labels").exists()
+    raw = json.loads((output / "export" / "config.json").read_text())
+    assert raw["dms_head_units"] == 6
+    assert "dms_head_units" not in json.loads((linear / "export" / "config.json").read_text())
+    model = dms_jax.load(output / "export")
+    head, layers = model.layers.attention, model.config.num_layers
+    assert all(np.any(np.asarray(getattr(head, part)[...])) for part in PARTS)
+    units, alone = tensors(output), tensors(linear)
+    more = [name for name in units if name not in alone]
+    assert len(more) == 3 * layers and all(".self_attn.dms_proj_alpha_units_" in name for name in more)
+    # The linear parts rank pairs alike: each is a multiple of the regression, less a constant.
+    flat = lambda found: np.concatenate(
+        [found[f"model.layers.{i}.self_attn.dms_proj_alpha.weight"] for i in range(layers)]
+    )
+    assert np.corrcoef(flat(units).ravel(), flat(alone).ravel())[0, 1] > 0.9
+    ids = tokens(np.random.default_rng(5), 2, 40)
+    np.testing.assert_array_equal(model.dense(ids), dms_jax.load(settings["model"]).dense(ids))
+    adapted = dms_jax.load_adapter(dms_jax.load(settings["model"]), output / "adapter.safetensors")
+    np.testing.assert_array_equal(adapted.hard(ids)[1], model.hard(ids)[1])
+    np.testing.assert_array_equal(adapted.hard_scores(ids), model.hard_scores(ids))
+    # The logits have the wanted spread, and their threshold realises the target.
+    report = json.loads((output / "report.json").read_text())
+    assert report["held_out/realised_cr"] == pytest.approx(64 / 35, rel=0.15)
+
+
+def test_run_stopped_in_the_labels_or_in_the_fit_is_the_same(settings, tmp_path, monkeypatch, capsys):
+    assert main(arguments(settings, output=tmp_path / "whole")) == 0
+    send_signal(monkeypatch, signal.SIGTERM, step=0)
+    assert main(arguments(settings)) == 128 + signal.SIGTERM
+    assert len(list((settings["output"] / "checkpoints/labels").glob("pairs-*"))) == 1
+    monkeypatch.undo()
+    send_signal(monkeypatch, signal.SIGTERM, step=2)  # after the other batch, and before the second layer
+    assert main(arguments(settings, "--resume")) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert "resumed at row 8 of the 12 label rows" in err and "labels are saved" in err
+    monkeypatch.undo()
+    assert main(arguments(settings, "--resume")) == 0
+    assert "resumed at row 12 of the 12 label rows" in capsys.readouterr().err
+    for name in ("model.safetensors", "config.json"):
+        whole, ours = (folder / "export" / name for folder in (tmp_path / "whole", settings["output"]))
+        assert whole.read_bytes() == ours.read_bytes()
+
+
+def test_label_pass_without_its_rows_begins_again(settings, tmp_path, monkeypatch, capsys):
+    assert main(arguments(settings, output=tmp_path / "whole")) == 0
+    send_signal(monkeypatch, signal.SIGTERM, step=0)
+    assert main(arguments(settings)) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    (kept,) = (settings["output"] / "checkpoints/labels").glob("pairs-*")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert main(arguments(settings, "--resume")) == 0
+    assert "begin at row 0" in capsys.readouterr().err
+    for name, value in tensors(tmp_path / "whole").items():
+        np.testing.assert_array_equal(tensors(settings["output"])[name], value, err_msg=name)
+
+
+def test_first_step_from_zero_is_that_of_a_linear_head():
+    config = dataclasses.replace(CONFIG, steps=10)
+    base = tiny_model(None, 3)
+    metrics, changed = [], []
+    for units in (0, 6):
+        dms = dataclasses.replace(DMS, head_units=units)
+        fresh = type(base)(dataclasses.replace(base.config, dms=dms), rngs=nnx.Rngs(3))
+        run = run_of(fresh, None, config, (1, 1))
+        before = {name: np.asarray(value) for name, value in run.state.trainable.items()}
+        metrics.append(jax.tree.map(np.asarray, advance(run, batch())))
+        changed.append(
+            {n.rpartition(".")[2] for n, v in run.state.trainable.items() if not np.array_equal(v, before[n])}
+        )
+    for name, value in metrics[0].items():
+        if name != "optim/grad_norm":  # that of the units is added
+            np.testing.assert_array_equal(metrics[1][name], value, err_msg=name)
+    assert changed[0] == {"evict_proj"} and changed[1] == {"evict_proj", "evict_units_out"}
+
+
+def test_steps_after_the_fit_train_both_parts(settings):
+    settings |= {"steps": 2, "optimizer.learning_rate": 1e-2}
+    assert main(arguments(settings, output=settings["output"].parent / "fit", steps=0)) == 0
+    assert main(arguments(settings)) == 0
+    assert len(read_steps(settings["output"] / "metrics.jsonl")) == 2
+    fit, trained = tensors(settings["output"].parent / "fit"), tensors(settings["output"])
+    moved = {name.rpartition("self_attn.")[2] for name in fit if not np.array_equal(fit[name], trained[name])}
+    assert moved == {
+        "dms_proj_alpha.weight",
+        "dms_proj_alpha_norm.weight",
+        "dms_proj_alpha_units_in.weight",
+        "dms_proj_alpha_units_in.bias",
+        "dms_proj_alpha_units_out.weight",
+    }
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x2x2"])
+def test_rows_kept_for_the_units_do_not_depend_on_the_mesh(rng, mesh):
+    model, rows = tiny_model(DMSConfig(window_size=6, head_units=4), num_layers=2), tokens(rng, 8, 64)
+    segments, examples = np.zeros((8, 64), np.int32), np.arange(8, dtype=np.int32)
+    add = lambda: jax.jit(lambda sums: add_labels(sums, model, rows, segments, examples, 0)[1])(no_labels(model.config))
+    alone = add()
+    with jax.set_mesh(make_mesh(*map(int, mesh.split("x")))):
+        sharded = add()
+    # fp16 has 11 bits, of which rounding flips the last one.
+    for name, one, other, tolerance in zip(LabeledPairs._fields, alone, sharded, (1e-3, 1e-4, 0), strict=True):
+        scale = float(np.abs(np.asarray(one, np.float64)).max())
+        np.testing.assert_allclose(other, one, rtol=tolerance, atol=0.1 * tolerance * scale, err_msg=name)
+    values, stream = gate_information(model, rows, segments, examples, 0)
+    np.testing.assert_allclose(alone.features, unit_rms(stream, model.config.rms_norm_eps), atol=2e-3)
+    missing = np.maximum(64 - 1 - 6 - np.arange(64), 1)
+    np.testing.assert_allclose(alone.labels, np.asarray(values) / missing, rtol=1e-4, atol=1e-9)
+    assert not alone.weight[:, 64 - 6 - fisher_init.MIN_QUERIES :].any() and alone.weight[:, : 64 - 6 - 32].all()
+
+
+def test_fitted_units_are_the_same_on_another_mesh(settings, tmp_path):
+    settings |= {"calibration_rows": 0}
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    assert main(arguments(settings, mesh="2x2x2")) == 0
+    ids = tokens(np.random.default_rng(5), 2, 60)
+    one, other = (dms_jax.load(folder / "export").hard_scores(ids) for folder in (tmp_path / "one", settings["output"]))
+    # Rounding of features and labels, in fp16 and fp32, moves the fit by this much of the spread of the logits, 4.
+    np.testing.assert_allclose(other, one, atol=0.02)
+
+
+@pytest.mark.slow  # one process on other meshes: the test above
+def test_two_processes_fit_the_units_of_one(settings, tmp_path):
+    settings |= {"calibration_rows": 0}
+    assert main(arguments(settings, output=tmp_path / "one")) == 0
+    both = start_two_processes(settings, subprocess.DEVNULL)
+    errors = [process.communicate(timeout=400)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    ids = tokens(np.random.default_rng(5), 2, 60)
+    one, other = (dms_jax.load(folder / "export").hard_scores(ids) for folder in (tmp_path / "one", settings["output"]))
+    np.testing.assert_allclose(other, one, atol=0.02)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_file_gives_back_the_pairs_that_count(rng, tmp_path, shift):
+    """The features of a pair are those of the token that decides about it, and pairs without a weight are left out."""
+    config = tiny_model(DMSConfig(window_size=6, head_units=4, decision_shift=shift), num_layers=2).config
+    length, rows = 60, 3
+    features = rng.normal(size=(2, rows, length, 32)).astype(np.float16)
+    labels = rng.random((2, rows, 4, length)).astype(np.float32)
+    weight = (rng.random((rows, length)) < 0.5).astype(np.float32) * (np.arange(length) < length - 6 - 32)
+    file = LabelFile(tmp_path, config, rows, length)
+    file.write(0, LabeledPairs(features[:, :1], labels[:, :1], weight[:1]))
+    file.write(1, LabeledPairs(features[:, 1:], labels[:, 1:], weight[1:]))
+    file.flush()
+    assert file.num_rows == rows and file.path.stat().st_size == label_file_bytes(config, rows, length)
+    pairs = length - 6 - 32
+    assert label_file_bytes(config, rows, length) == rows * 2 * pairs * (2 * 32 + 4 * 4 + 4)
+    found = file.read(1, 1, 3)
+    at = [(row, t) for row in (1, 2) for t in range(length) if weight[row, t]]
+    np.testing.assert_array_equal(found.features, [features[1, row, t + shift] for row, t in at])
+    np.testing.assert_array_equal(found.labels, [labels[1, row, :, t] for row, t in at])
+    assert (found.weight == 1).all()
+    file.close()
+
+
+def test_disk_that_is_too_small_is_refused_before_the_labels(settings, monkeypatch):
+    usage = SimpleNamespace(total=2**30, used=2**30, free=1000)
+    monkeypatch.setattr(label_file, "shutil", SimpleNamespace(disk_usage=lambda folder: usage))
+    with pytest.raises(ConfigError, match=r"12 label rows need .* GiB .*dms.head_units=0") as refusal:
+        main(arguments(settings))
+    assert "\n" not in str(refusal.value)
+    assert shutil.disk_usage(settings["output"]).free > 1000
+
+
+def test_write_that_fails_is_one_line(settings, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(label_file.os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"No space left on device.*--resume") as refusal:
+        main(arguments(settings))
+    assert "\n" not in str(refusal.value)
+
+
+def test_dry_run_names_the_units_and_their_disk(settings, capsys):
+    assert main(arguments(settings, "--dry-run")) == 0
+    printed = capsys.readouterr().out
+    assert "6 hidden units" in printed and "GiB of disk" in printed and "evict_units_in" in printed
+    assert not settings["output"].exists()
+
+
+def test_head_of_another_number_of_units_is_refused(settings, tmp_path):
+    assert main(arguments(settings, output=tmp_path / "first")) == 0
+    again = settings | {"model": tmp_path / "first" / "export", "init": "zero", "steps": 1}
+    with pytest.raises(ConfigError, match=r"dms.head_units must be 6, as in the policy.*got 7") as refusal:
+        main(arguments(again, dms__head_units=7))
+    assert "\n" not in str(refusal.value)
+    # Without the key, the training of the head goes on.
+    assert main(arguments({k: v for k, v in again.items() if k != "dms.head_units"})) == 0
+    assert dms_jax.load(settings["output"] / "export").config.dms.head_units == 6
