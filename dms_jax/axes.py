@@ -5,7 +5,8 @@
     D model width   F MLP width                        H head_dim, `half` = H / 2 rotary channel pairs
     U hidden units of an evict head (`DMSConfig.head_units`)
     R = G T         queries of one KV head as the rows of one matrix
-    P               parts of a softmax (`core.slot_attention`), or pages of a cache (`policies.quest`)
+    P               parts of a softmax (`core.slot_attention`), pages of a cache (`policies.quest`), or pairs of a row
+                    that a fit keeps (`training.fisher_init`)
     M               new tokens, rounded up (`engine.decode_loop`), or query heads after padding (`kernels.head_split`)
     features        numbers that a policy stores for each pair (`CachePolicy.features`)
     state           numbers that a policy stores for each KV head (`CachePolicy.head_state`)

@@ -44,7 +44,7 @@ FORMULAS = {
 
 LABELS = (
     "weights + optimizer + 2 sums of the labels, which have L D (D + K) fp32 numbers, and one layer of them + L x "
-    "tokens x D of the residual stream, and again in fp16 for hidden units of the head + "
+    "tokens x D of the residual stream + L x (D fp16 + K fp32 numbers) of each pair that the fit keeps + "
     "activations, logits and temporary as in a step that trains no weights"
 )
 
@@ -141,18 +141,25 @@ def estimated_memory(
 
 
 def estimated_label_bytes(
-    config: ModelConfig, micro: MicroBatch, weights: float, optimizer: float, trainable: float, sums: float
+    config: ModelConfig,
+    micro: MicroBatch,
+    weights: float,
+    optimizer: float,
+    trainable: float,
+    sums: float,
+    pairs: float,
 ) -> float:
     """Estimate the bytes per device of the label pass of init=fisher, as LABELS says.
 
-    `weights` to `trainable` are as in `estimated_memory`. `sums` are the bytes of the shards of the labels' sums.
+    `weights` to `trainable` are as in `estimated_memory`. `sums` are the bytes of the shards of the labels' sums,
+    and `pairs` counts the pairs that the fit keeps of the rows on a device.
     """
     cast = trainable / 2 if micro.trains_all and micro.number_bytes < 4 else 0.0
     alike = micro._replace(mode="adapter", accumulates=False, labels=True)
     stream = micro.number_bytes * config.num_layers * micro.tokens * config.hidden_size
-    features = 2.0 * config.num_layers * micro.tokens * config.hidden_size * (config.require_dms().head_units > 0)
+    kept = pairs * config.num_layers * (2.0 * config.hidden_size + 4.0 * config.num_kv_heads)
     sums *= 2 + 1 / config.num_layers
-    return estimated_memory(config, alike, weights, optimizer, 0.0).total + cast + stream + features + sums
+    return estimated_memory(config, alike, weights, optimizer, 0.0).total + cast + stream + kept + sums
 
 
 def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:

@@ -26,12 +26,14 @@ def dry_run_text(run: PreparedRun) -> str:
     known = f"{run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out"
     lines += [f"batch: {rows}; {known}; {len(run.steps.math.evict_head)} evict-head arrays", ""]
     if c.init == "fisher":
-        at_once = f"{c.rows_at_once} at a time"
-        lines += [f"init=fisher: labels from {c.label_rows} rows, {at_once}; then the evict head is fitted to them", ""]
-        if units := run.steps.math.dms.head_units:
-            size = label_file_bytes(run.steps.math.student.config, c.label_rows, c.length) / GIB
-            kept = f"{size:.2f} GiB of disk in {run.output} keep the label rows until then"
-            lines[-1:] = [f"its {units} hidden units are fitted layer by layer: {kept}", ""]
+        math = run.steps.math
+        size = label_file_bytes(math.student.config, c.label_rows, c.length) / GIB
+        units = f" with {math.dms.head_units} hidden units" if math.dms.head_units else ""
+        lines += [
+            f"init=fisher: labels from {c.label_rows} rows, {c.rows_at_once} at a time; then the evict head{units} is "
+            f"fitted to them; {size:.2f} GiB of disk in {run.output} keep their pairs until then",
+            "",
+        ]
     lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
     lines += [

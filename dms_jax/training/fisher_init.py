@@ -7,8 +7,8 @@ unit is the same in every layer and head, so one threshold on it serves all of t
 
 The label of a pair is the logarithm of that value per query that would miss the pair. A ridge regression in each layer
 predicts the labels from the residual stream of the deciding token, which is what the evict head sees. The regression
-needs only sums over the rows (`LabelSums`), which add up over batches and devices. An evict head with hidden units also
-needs the pairs themselves (`LabeledPairs`), because no closed form fits it; `mlp_head` does. Begin with `add_labels`.
+needs only sums over the rows (`LabelSums`), which add up over batches and devices. `gamma_regression` starts there and
+predicts the value itself; it needs the pairs (`LabeledPairs`). Begin with `add_labels`.
 """
 
 from statistics import NormalDist
@@ -31,6 +31,7 @@ FLOOR = 10.0  # medians of the values, added to them before their logarithm
 MIN_QUERIES = 32  # a pair that fewer queries can miss has too noisy a label
 SINK_WEIGHT = 50.0  # of the first pair of a document, which every head needs and which is one pair of a thousand
 RIDGE = 0.01  # relative to the mean eigenvalue of the feature products
+MAX_PAIRS = 1024  # of a row that are kept for `gamma_regression`, drawn at random from those with a label
 SPREAD = 4.0  # standard deviation of the evict logits; at tau = 0.1, training noise then flips one decision in seven
 
 
@@ -46,11 +47,11 @@ class LabelSums(NamedTuple):
 
 
 class LabeledPairs(NamedTuple):
-    """The features and labels of rows themselves, to which hidden units are fitted (`training.mlp_head`)."""
+    """P pairs of each row, with the features of their deciding tokens and what they are worth."""
 
-    features: Float[Array, "L B T D"]  # u of each token, fp16
-    labels: Float[Array, "L B K T"]  # what each pair is worth, in nats per query that would miss it
-    weight: Float[Array, "B T"]  # of each pair
+    features: Float[Array, "L B P D"]  # u, fp16
+    labels: Float[Array, "L B K P"]  # nats per query that would miss the pair
+    weight: Float[Array, "B P"]  # as many pairs as each stands for; 0 for those without a label
 
 
 def no_labels(config: ModelConfig) -> LabelSums:
@@ -75,20 +76,19 @@ def add_labels(
     examples: Int[Array, "B"],
     seed: int,
     remat: str = "full",
-) -> tuple[LabelSums, LabeledPairs | None]:
+) -> tuple[LabelSums, LabeledPairs]:
     """Add a batch of rows: one forward and one backward pass.
 
     Different `segment_ids` separate documents, and negative ones mark padding. The sums are a function of `sums`, the
-    rows, `examples` and `seed`, and do not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`. If the head
-    has hidden units, the pairs of the rows are returned, too.
+    rows, `examples` and `seed`, and do not depend on the mesh. `remat` is as in `Decoder.relaxed_hidden`. The pairs of
+    the rows are returned, too.
 
     The logarithms of values far below those of pairs worth keeping differ by noise, which a regression would chase.
     `FLOOR` times the median value of the first batch is therefore added to all values.
     """
     measured = gate_information(model, tokens, segment_ids, examples, seed, remat)
     sums = add_information(sums, model.config, *measured, segment_ids)
-    has_units = model.config.require_dms().head_units
-    return sums, labeled_pairs(model.config, *measured, segment_ids) if has_units else None
+    return sums, labeled_pairs(model.config, *measured, segment_ids, examples, seed)
 
 
 def add_information(
@@ -132,12 +132,39 @@ def labeled_pairs(
     values: Float[Array, "L B K T"],
     stream: Float[Array, "L B T D"],
     segment_ids: Int[Array, "B T"],
+    examples: Int[Array, "B"],
+    seed: int,
 ) -> LabeledPairs:
-    """Return the features, labels and weights whose sums `add_information` adds."""
-    per_query, weight = _per_query(config.require_dms(), values, segment_ids)
-    # At most sqrt(D), so fp16 holds them. One layer after the other, because all of them in fp32 are twice as large.
-    features = jax.lax.map(lambda x: unit_rms(x, config.rms_norm_eps).astype(jnp.float16), stream)
-    return LabeledPairs(constrain(features, "layers", "batch", "sequence", None), per_query, weight)
+    """Return the pairs whose sums `add_information` adds, or `MAX_PAIRS` of each row that stand for them.
+
+    Those at the start of a document are always among them. The choice is a function of `examples` and `seed`.
+    """
+    dms, length = config.require_dms(), segment_ids.shape[1]
+    per_query, weight = _per_query(dms, values, segment_ids)
+    draw = lambda example: jax.random.uniform(jax.random.fold_in(jax.random.key(seed), example), (length,))
+    rank = jax.vmap(draw)(examples) + jnp.where(weight > 1, 2.0, jnp.where(weight > 0, 1.0, 0.0))
+    chosen = jnp.sort(jax.lax.top_k(rank, num_kept(config, length))[1], axis=1)
+    kept = jnp.take_along_axis(weight, chosen, axis=1)
+    plain = lambda weights: jnp.sum(weights == 1, axis=1, keepdims=True)
+    kept = jnp.where(kept == 1, plain(weight) / jnp.maximum(plain(kept), 1), kept)
+    labels = jnp.take_along_axis(per_query, chosen[None, :, None], axis=-1)
+
+    def features_of(stream):  # at most sqrt(D), so fp16 holds them
+        deciding = jnp.take_along_axis(stream, chosen[..., None] + dms.decision_shift, axis=1)
+        return unit_rms(deciding, config.rms_norm_eps).astype(jnp.float16)
+
+    features = jax.lax.map(features_of, stream)  # one layer after the other: all of them in fp32 are twice as large
+    return LabeledPairs(constrain(features, "layers", "batch", None, None), labels, kept)
+
+
+def first_rows(pairs: LabeledPairs, count: int) -> LabeledPairs:
+    """Return the pairs of the first `count` rows."""
+    return LabeledPairs(pairs.features[:, :count], pairs.labels[:, :count], pairs.weight[:count])
+
+
+def num_kept(config: ModelConfig, length: int) -> int:
+    """Return how many pairs of a row of `length` tokens `labeled_pairs` keeps."""
+    return min(max(1, length - config.require_dms().window_size - MIN_QUERIES), MAX_PAIRS)
 
 
 def _per_query(

@@ -5,10 +5,13 @@ curve; a few of these rows also run with hard decisions, which measures the KL a
 with `inspect_model`.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,18 +22,21 @@ from tqdm import tqdm
 
 from dms_jax.axes import Array
 from dms_jax.command import typed_as
-from dms_jax.config import DMSConfig
+from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core.cr_schedule import evict_fraction, realised_cr
 from dms_jax.core.eviction import align_to_pairs
 from dms_jax.engine.calibration import MAX_THRESHOLD, threshold_for
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.held_out import held_out_report
 from dms_jax.hf.folder import open_source, resolve
+from dms_jax.hf.hf_weights import to_host
 from dms_jax.training.data.default_assets import default_model
 from dms_jax.training.data.rows import PADDING, Batch
 from dms_jax.training.eviction_curve import highest_scores, highest_scores_per_head, pairs_to_evict, proxy
-from dms_jax.training.fisher_init import LabelSums, add_information, fit, gate_information
+from dms_jax.training.fisher_init import LabelSums, add_information, first_rows, gate_information, labeled_pairs
+from dms_jax.training.head_fit import refined
 from dms_jax.training.inspection_report import Curve, Inspection, Measured
+from dms_jax.training.label_file import LabelFile
 from dms_jax.training.label_pass import check_counted, check_finite, place_rows
 from dms_jax.training.placement import place
 from dms_jax.training.prepare import PreparedRun, prepare
@@ -116,10 +122,11 @@ def reachable_ratios(length: int, window_size: int) -> tuple[float, ...]:
 
 
 def label_function(run: PreparedRun) -> OnMesh:
-    """Return the function (sums by decision_shift, state, frozen, batch) -> (sums, what `gate_information` estimates).
+    """Return the function (sums, state, frozen, batch) -> (sums, pairs, values).
 
-    The fit needs the sums and the held-out rows need the values. Both use this one program, because compiling a
-    gradient takes as long as several rows.
+    Sums and pairs are of each `decision_shift`, and the values are those of `gate_information`. The fit needs sums and
+    pairs, and the held-out rows need values. Both use this one program, because compiling a gradient takes as long as
+    several rows.
     """
     math_ = run.steps.math
 
@@ -128,20 +135,23 @@ def label_function(run: PreparedRun) -> OnMesh:
         values, stream = gate_information(
             student, batch.tokens, batch.segment_ids, batch.examples, run.config.seed, math_.remat
         )
-        of_shift = lambda shift: student.config.with_dms(dataclasses.replace(math_.dms, decision_shift=shift))
-        new = {
-            shift: add_information(old, of_shift(shift), values, stream, batch.segment_ids)
-            for shift, old in sums.items()
-        }
-        return new, values
+        of_rows, who = (values, stream, batch.segment_ids), (batch.examples, run.config.seed)
+        new = {shift: add_information(old, _with_shift(run, shift), *of_rows) for shift, old in sums.items()}
+        return new, {shift: labeled_pairs(_with_shift(run, shift), *of_rows, *who) for shift in sums}, values
 
     labels = jax.tree.map(lambda x: x.sharding, run.steps.abstract_labels)
-    out = dict.fromkeys(SHIFTS, labels), NamedSharding(run.mesh, PartitionSpec())
+    out = dict.fromkeys(SHIFTS, labels), None, NamedSharding(run.mesh, PartitionSpec())
     return OnMesh(add, run.mesh, out, donate=(0,))
 
 
 def no_sums(run: PreparedRun) -> dict[int, LabelSums]:
     return {shift: run.steps.no_labels() for shift in SHIFTS}
+
+
+def _with_shift(run: PreparedRun, shift: int) -> ModelConfig:
+    """Return the configuration of the model with another `decision_shift`."""
+    math_ = run.steps.math
+    return math_.student.config.with_dms(dataclasses.replace(math_.dms, decision_shift=shift))
 
 
 def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:
@@ -151,16 +161,31 @@ def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:
     """
     c, steps, dms = run.config, run.steps, run.steps.math.dms
     state, sums = steps.initial_state(run.trainable), no_sums(run)
-    with tqdm(total=c.label_rows, unit="row", desc="labels") as bar:
+    with contextlib.ExitStack() as held:
+        folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+        bar = held.enter_context(tqdm(total=c.label_rows, unit="row", desc="labels"))
+        files = {}
+        for shift in SHIFTS:
+            (folder / str(shift)).mkdir()
+            files[shift] = LabelFile(folder / str(shift), _with_shift(run, shift), c.label_rows, c.length)
+            held.enter_context(contextlib.closing(files[shift]))
         for start in range(0, c.label_rows, c.batch_size):
             end = min(start + c.batch_size, c.label_rows)
-            sums, _ = add(sums, state, run.frozen, place_rows(run, start, c.batch_size))
+            sums, pairs, _ = add(sums, state, run.frozen, place_rows(run, start, c.batch_size))
             check_finite(sums[dms.decision_shift], start, end)
+            for shift, of_shift in pairs.items():
+                files[shift].write(start, first_rows(jax.tree.map(to_host, of_shift), end - start))
             bar.update(end - start)
-    check_counted(sums[dms.decision_shift], dms.window_size)
-    project = lambda of_shift: fit(of_shift).projection(dms, evict_fraction(dms.target_cr))
-    on_mesh = OnMesh(project, run.mesh, steps.abstract_state.trainable[EVICT_PROJECTION].sharding)
-    return {shift: on_mesh(of_shift) for shift, of_shift in sums.items()}
+        check_counted(sums[dms.decision_shift], dms.window_size)
+        return {shift: _fitted_projection(run, sums[shift], files[shift]) for shift in SHIFTS}
+
+
+def _fitted_projection(run: PreparedRun, sums: LabelSums, file: LabelFile) -> Array:
+    file.flush()
+    head = jax.tree.map(to_host, run.steps.fit(sums))
+    head, _ = refined(head, lambda layer: file.read(layer, 0, run.config.label_rows))
+    dms, projection = run.steps.math.dms, run.steps.abstract_state.trainable[EVICT_PROJECTION]
+    return jax.device_put(head.projection(dms, evict_fraction(dms.target_cr)), projection.sharding)
 
 
 def held_out_pairs(run: PreparedRun, add: OnMesh, states: dict[int, TrainState], batches: list[Batch]) -> Pairs:
@@ -172,7 +197,7 @@ def held_out_pairs(run: PreparedRun, add: OnMesh, states: dict[int, TrainState],
     costs, scores = [], {shift: [] for shift in states}
     with tqdm(total=_num_rows(batches), unit="row", desc="held-out rows") as bar:
         for batch in batches:
-            _, values = add(no_sums(run), states[0], run.frozen, place(batch, run.mesh))
+            *_, values = add(no_sums(run), states[0], run.frozen, place(batch, run.mesh))
             counted = (batch.segment_ids != PADDING)[None, :, None]
             costs.append(np.where(counted, np.asarray(values), 0)[..., :settled])
             for shift, state in states.items():

@@ -1,6 +1,6 @@
-"""The labeled pairs of the label rows on disk, from which the hidden units of an evict head are fitted.
+"""The labeled pairs of the label rows on disk, to which an evict head is fitted.
 
-They do not fit into memory: each row has T x D features in each layer. The file holds rows one after the other and, in
+They do not fit into memory: each pair has D features in each layer. The file holds rows one after the other and, in
 each, the layers one after the other, so that a label pass appends to it and the fit reads one layer of all rows.
 """
 
@@ -13,13 +13,13 @@ import numpy as np
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError
 from dms_jax.planning.figures import GIB
-from dms_jax.training.fisher_init import MIN_QUERIES, LabeledPairs
-from dms_jax.training.mlp_head import Pairs
+from dms_jax.training.fisher_init import LabeledPairs, num_kept
+from dms_jax.training.gamma_regression import Pairs
 
 
 def record_of(config: ModelConfig, length: int) -> np.dtype:
-    """Return the layout of the pairs of one row and layer: those that at least MIN_QUERIES queries could miss."""
-    pairs = max(1, length - config.require_dms().window_size - MIN_QUERIES)
+    """Return the layout of the pairs of one row and layer."""
+    pairs = num_kept(config, length)
     fields = {
         "features": ("<f2", (pairs, config.hidden_size)),
         "labels": ("<f4", (config.num_kv_heads, pairs)),
@@ -38,7 +38,7 @@ class LabelFile:
 
     def __init__(self, folder: Path, config: ModelConfig, rows: int, length: int):
         """Open or make the file in `folder`. Raises ConfigError if the disk has too little space for all `rows`."""
-        self._shift, self._layers = config.require_dms().decision_shift, config.num_layers
+        self._layers = config.num_layers
         self._record = record_of(config, length)
         shape = (config.num_layers, *self._record["features"].shape, config.num_kv_heads)
         self.path = folder / f"pairs-{'x'.join(map(str, shape))}.bin"  # another shape is another file
@@ -49,7 +49,7 @@ class LabelFile:
             if size > held + free:
                 raise ConfigError(
                     f"the features of {rows} label rows need {size / GIB:.2f} GiB in {folder}, whose disk has "
-                    f"{free / GIB:.2f} GiB free; free some space, or use fewer label_rows or dms.head_units=0"
+                    f"{free / GIB:.2f} GiB free; free some space, or use fewer label_rows"
                 )
             self._file = open(self.path, "r+b" if held else "w+b")  # noqa: SIM115  # for as long as the label pass takes
         except OSError as why:
@@ -62,11 +62,10 @@ class LabelFile:
 
     def write(self, first: int, pairs: LabeledPairs) -> None:
         """Write rows, which are on the host, as rows `first` and following."""
-        count = self._record["weight"].shape[0]
         rows = np.zeros((len(pairs.weight), self._layers), self._record)
-        rows["features"] = np.swapaxes(pairs.features, 0, 1)[:, :, self._shift :][:, :, :count]
-        rows["labels"] = np.swapaxes(pairs.labels, 0, 1)[..., :count]
-        rows["weight"] = pairs.weight[:, None, :count]
+        rows["features"] = np.swapaxes(pairs.features, 0, 1)
+        rows["labels"] = np.swapaxes(pairs.labels, 0, 1)
+        rows["weight"] = pairs.weight[:, None]
         try:
             self._file.seek(first * self._layers * self._record.itemsize)
             self._file.write(rows.tobytes())
@@ -97,5 +96,5 @@ class LabelFile:
     def _refusal(self, why: OSError) -> ConfigError:
         return ConfigError(
             f"cannot keep the features of the label rows in {self.path}: {why.strerror or why}; free some space, then "
-            "continue with --resume, or use dms.head_units=0"
+            "continue with --resume"
         )

@@ -1,8 +1,8 @@
 """The start of a run with init=fisher: labels of pairs from rows of the training data, and the head fitted to them.
 
-Only sums over the rows are kept (`LabelSums`). They are saved in `checkpoints/labels` every few rows, so that a stopped
-run goes on from there, and removed once the state with the fitted head is the checkpoint of step 0. Hidden units of the
-head also need the rows themselves, which `UnitsPass` keeps there. Begin with `first_state`.
+Sums over the rows (`LabelSums`) are saved in `checkpoints/labels` every few rows, and the pairs themselves beside them
+(`HeadFit`), so that a stopped run goes on from there. Both are removed once the state with the fitted head is the
+checkpoint of step 0. Begin with `first_state`.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from dms_jax.checkpoint import Checkpoints
 from dms_jax.errors import ConfigError
 from dms_jax.training.data.rows import PADDING, Batch
 from dms_jax.training.fisher_init import MIN_QUERIES, LabelSums
+from dms_jax.training.head_fit import HeadFit
 from dms_jax.training.placement import local_rows, place
 from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
 from dms_jax.training.step import TrainState
 from dms_jax.training.stop_signal import StopSignal
-from dms_jax.training.units_pass import UnitsPass
 from dms_jax.training.validate import scores_of_rows, threshold_at_target
 
 SAVE_ROWS = 8  # rows between two checkpoints of the sums, which hold D x D numbers per layer
@@ -47,16 +47,16 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
     checkpoints = Checkpoints(folder, keep=1)
     with contextlib.ExitStack() as held:
         held.callback(checkpoints.close)
-        kept = held.enter_context(contextlib.closing(UnitsPass(run, folder)))
+        kept = held.enter_context(contextlib.closing(HeadFit(run, folder)))
         sums, number = _labels(run, state, checkpoints, kept, stop, resume, accept_changes)
         checkpoints.close()
         if number:
             return state, number
         check_counted(sums, run.steps.math.dms.window_size)
-        units, number = kept.fit(state, sums, stop)
+        head, units, number = kept.fit(state, sums, stop)
         if number:
             return state, number
-    state = run.steps.fitted_state(state, sums, units)
+    state = run.steps.fitted_state(state, head, units)
     if run.config.holds_ratio_by_threshold:
         state = _with_threshold(run, state)
     run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
@@ -68,7 +68,7 @@ def _labels(
     run: PreparedRun,
     state: TrainState,
     checkpoints: Checkpoints,
-    kept: UnitsPass,
+    kept: HeadFit,
     stop: StopSignal,
     resume: bool,
     accept_changes: bool,
@@ -81,7 +81,7 @@ def _labels(
             steps.abstract_labels, lambda metadata: check_checkpoint(run, metadata, accept_changes)
         )
         if found is not None and not kept.holds(found.step):
-            run.say(f"{checkpoints.folder} lacks rows that hidden units are fitted to, so the labels begin at row 0")
+            run.say(f"{checkpoints.folder} lacks the pairs of its rows, so the labels begin at row 0")
         elif found is not None:
             done, sums = found.step, found.state
             where = f"resumed at row {done} of the {c.label_rows} label rows"

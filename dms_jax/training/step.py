@@ -29,8 +29,8 @@ from dms_jax.policies.streaming_llm import StreamingLLM
 from dms_jax.sharding import spec
 from dms_jax.training import fisher_init
 from dms_jax.training.data.rows import Batch
-from dms_jax.training.fisher_init import LabeledPairs, LabelSums, fit, no_labels
-from dms_jax.training.mlp_head import HiddenUnits
+from dms_jax.training.fisher_init import FittedHead, LabeledPairs, LabelSums, no_labels
+from dms_jax.training.mlp_head import Units
 from dms_jax.training.optimizer import build_optimizer, rate_schedule
 from dms_jax.training.retrofit_config import RetrofitConfig
 
@@ -277,8 +277,8 @@ class RetrofitStep:
 
     def add_labels(
         self, sums: LabelSums, state: TrainState, frozen: Params, batch: Batch
-    ) -> tuple[LabelSums, LabeledPairs | None]:
-        """Add the sums of a batch of label rows; also return its pairs if the head has hidden units.
+    ) -> tuple[LabelSums, LabeledPairs]:
+        """Add the sums of a batch of label rows; also return its pairs.
 
         Rows whose segments are padding add nothing.
         """
@@ -287,14 +287,12 @@ class RetrofitStep:
             sums, student, batch.tokens, batch.segment_ids, batch.examples, self.config.seed, self.remat
         )
 
-    def fitted_state(self, state: TrainState, sums: LabelSums, units: HiddenUnits | None = None) -> TrainState:
+    def fitted_state(self, state: TrainState, head: FittedHead, units: Units | None = None) -> TrainState:
         """Put the head that fits the labels into a state. It evicts about the target fraction of the decisions.
 
-        `units`: what `training.mlp_head` fitted to the residuals of the linear solution, if the head has hidden units.
+        `units`: its hidden units, if it has some, with an axis of layers.
         """
-        head = fit(sums)
         if units is not None:
-            head = head._replace(mean=units.mean, deviation=units.deviation)
             out = head.weights_of_logits(self.dms, units.out)
             new = dict(zip(EVICT_UNITS, (units.weights, units.bias, out), strict=True))
             # pyrefly: ignore[bad-argument-type]  # as in `with_projection`

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from dms_jax.training.eviction_curve import highest_scores, highest_scores_per_h
 from dms_jax.training.fisher_init import gate_information
 from dms_jax.training.inspection import RATIOS, curve_of, fitted_heads, held_out_pairs, label_function, reachable_ratios
 from dms_jax.training.inspection_report import TOLERATED_KL, Curve, Inspection, Measured
-from dms_jax.training.label_pass import place_rows
+from dms_jax.training.label_pass import first_state
 from dms_jax.training.prepare import prepare
 from dms_jax.training.step import EVICT_PROJECTION
 from dms_jax.training.validate import first_batches
@@ -127,10 +128,8 @@ def test_costs_and_scores_of_held_out_rows_by_definition(settings):
 @pytest.mark.parametrize("shift", [0, 1])
 def test_inspected_head_is_the_one_that_a_retrofit_starts_from(settings, shift):
     run = prepared(settings, dms__decision_shift=shift)
-    sums, state = run.steps.no_labels(), run.steps.initial_state(run.trainable)
-    for start in (0, 4, 8):
-        sums, _ = run.steps.add_labels(sums, state, run.frozen, place_rows(run, start, 4))
-    wanted = run.steps.fitted_state(state, sums).trainable[EVICT_PROJECTION]
+    never = SimpleNamespace(agreed=lambda: 0)
+    wanted = first_state(run, never, resume=False, accept_changes=False)[0].trainable[EVICT_PROJECTION]
     np.testing.assert_allclose(fitted_heads(run, label_function(run))[shift], wanted, rtol=1e-3, atol=1e-5)
 
 

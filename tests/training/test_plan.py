@@ -113,11 +113,11 @@ def test_plan_counts_the_hidden_units_of_the_head_and_the_disk_of_their_fit(caps
     assert found["bytes_per_device"]["optimizer"] - linear["bytes_per_device"]["optimizer"] == pytest.approx(
         8 * numbers
     )
-    # Two moments, fp32 weights, and the fp16 features of a row.
+    # Two moments and fp32 weights.
     more = found["label_bytes_per_device"] - linear["label_bytes_per_device"]
-    assert more == pytest.approx(12 * numbers + 2 * 36 * 4096 * 4096)
-    pairs = 4096 - 256 - 32
-    assert found["label_file_bytes"] == 20 * 36 * pairs * (2 * 4096 + 4 * 8 + 4) and "label_file_bytes" not in linear
+    assert more == pytest.approx(12 * numbers)
+    # Of the 3808 pairs of a row that can leave, 1024 are kept.
+    assert found["label_file_bytes"] == 20 * 36 * 1024 * (2 * 4096 + 4 * 8 + 4) == linear["label_file_bytes"]
     assert "label_file_bytes" in found["source"]
     with pytest.raises(ConfigError, match="--head-units"):
         run(capsys, *common, "--head-units", "-1")

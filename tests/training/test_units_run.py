@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import shutil
 import signal
 import subprocess
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,13 +15,7 @@ from safetensors.numpy import load_file
 from train_runs import arguments, main, run_settings, send_signal, start_two_processes
 
 import dms_jax
-from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
-from dms_jax.models.layers import unit_rms
-from dms_jax.sharding import make_mesh
-from dms_jax.training import fisher_init, label_file
-from dms_jax.training.fisher_init import LabeledPairs, add_labels, gate_information, no_labels
-from dms_jax.training.label_file import LabelFile, label_file_bytes
 from dms_jax.training.metrics import read_steps
 
 PARTS = ("evict_units_in", "evict_units_bias", "evict_units_out")
@@ -137,25 +129,6 @@ def test_steps_after_the_fit_train_both_parts(settings):
     }
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x2x2"])
-def test_rows_kept_for_the_units_do_not_depend_on_the_mesh(rng, mesh):
-    model, rows = tiny_model(DMSConfig(window_size=6, head_units=4), num_layers=2), tokens(rng, 8, 64)
-    segments, examples = np.zeros((8, 64), np.int32), np.arange(8, dtype=np.int32)
-    add = lambda: jax.jit(lambda sums: add_labels(sums, model, rows, segments, examples, 0)[1])(no_labels(model.config))
-    alone = add()
-    with jax.set_mesh(make_mesh(*map(int, mesh.split("x")))):
-        sharded = add()
-    # fp16 has 11 bits, of which rounding flips the last one.
-    for name, one, other, tolerance in zip(LabeledPairs._fields, alone, sharded, (1e-3, 1e-4, 0), strict=True):
-        scale = float(np.abs(np.asarray(one, np.float64)).max())
-        np.testing.assert_allclose(other, one, rtol=tolerance, atol=0.1 * tolerance * scale, err_msg=name)
-    values, stream = gate_information(model, rows, segments, examples, 0)
-    np.testing.assert_allclose(alone.features, unit_rms(stream, model.config.rms_norm_eps), atol=2e-3)
-    missing = np.maximum(64 - 1 - 6 - np.arange(64), 1)
-    np.testing.assert_allclose(alone.labels, np.asarray(values) / missing, rtol=1e-4, atol=1e-9)
-    assert not alone.weight[:, 64 - 6 - fisher_init.MIN_QUERIES :].any() and alone.weight[:, : 64 - 6 - 32].all()
-
-
 def test_fitted_units_are_the_same_on_another_mesh(settings, tmp_path):
     settings |= {"calibration_rows": 0}
     assert main(arguments(settings, output=tmp_path / "one")) == 0
@@ -176,48 +149,6 @@ def test_two_processes_fit_the_units_of_one(settings, tmp_path):
     ids = tokens(np.random.default_rng(5), 2, 60)
     one, other = (dms_jax.load(folder / "export").hard_scores(ids) for folder in (tmp_path / "one", settings["output"]))
     np.testing.assert_allclose(other, one, atol=0.02)
-
-
-@pytest.mark.parametrize("shift", [0, 1])
-def test_file_gives_back_the_pairs_that_count(rng, tmp_path, shift):
-    """The features of a pair are those of the token that decides about it, and pairs without a weight are left out."""
-    config = tiny_model(DMSConfig(window_size=6, head_units=4, decision_shift=shift), num_layers=2).config
-    length, rows = 60, 3
-    features = rng.normal(size=(2, rows, length, 32)).astype(np.float16)
-    labels = rng.random((2, rows, 4, length)).astype(np.float32)
-    weight = (rng.random((rows, length)) < 0.5).astype(np.float32) * (np.arange(length) < length - 6 - 32)
-    file = LabelFile(tmp_path, config, rows, length)
-    file.write(0, LabeledPairs(features[:, :1], labels[:, :1], weight[:1]))
-    file.write(1, LabeledPairs(features[:, 1:], labels[:, 1:], weight[1:]))
-    file.flush()
-    assert file.num_rows == rows and file.path.stat().st_size == label_file_bytes(config, rows, length)
-    pairs = length - 6 - 32
-    assert label_file_bytes(config, rows, length) == rows * 2 * pairs * (2 * 32 + 4 * 4 + 4)
-    found = file.read(1, 1, 3)
-    at = [(row, t) for row in (1, 2) for t in range(length) if weight[row, t]]
-    np.testing.assert_array_equal(found.features, [features[1, row, t + shift] for row, t in at])
-    np.testing.assert_array_equal(found.labels, [labels[1, row, :, t] for row, t in at])
-    assert (found.weight == 1).all()
-    file.close()
-
-
-def test_disk_that_is_too_small_is_refused_before_the_labels(settings, monkeypatch):
-    usage = SimpleNamespace(total=2**30, used=2**30, free=1000)
-    monkeypatch.setattr(label_file, "shutil", SimpleNamespace(disk_usage=lambda folder: usage))
-    with pytest.raises(ConfigError, match=r"12 label rows need .* GiB .*dms.head_units=0") as refusal:
-        main(arguments(settings))
-    assert "\n" not in str(refusal.value)
-    assert shutil.disk_usage(settings["output"]).free > 1000
-
-
-def test_write_that_fails_is_one_line(settings, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(label_file.os, "fsync", full)
-    with pytest.raises(ConfigError, match=r"No space left on device.*--resume") as refusal:
-        main(arguments(settings))
-    assert "\n" not in str(refusal.value)
 
 
 def test_dry_run_names_the_units_and_their_disk(settings, capsys):

@@ -18,6 +18,7 @@ from dms_jax.planning.flops import step_flops
 from dms_jax.planning.hardware import KIND_NAMES
 from dms_jax.planning.hlo_collectives import collectives
 from dms_jax.planning.memory_estimate import MemoryEstimate, program_bytes, with_compiled
+from dms_jax.training.fisher_init import MAX_PAIRS, num_kept
 from dms_jax.training.label_file import label_file_bytes
 from dms_jax.training.planning import step_program
 from dms_jax.training.planning.step_setting import StepSetting
@@ -99,8 +100,9 @@ def estimated_labels(setting: StepSetting) -> float:
     mesh = step_program.mesh_of(setting, analytic=True)
     trainable, frozen, optimizer = step_program.state_bytes(setting, mesh)
     sums, weights = step_program.label_sum_bytes(setting, mesh), trainable + frozen
-    micro = setting.micro_batch
-    return memory_estimate.estimated_label_bytes(setting.model, micro, weights, optimizer, trainable, sums)
+    micro, length = setting.micro_batch, setting.step.length
+    pairs = micro.tokens / length * num_kept(setting.model, length)
+    return memory_estimate.estimated_label_bytes(setting.model, micro, weights, optimizer, trainable, sums, pairs)
 
 
 def estimated_exchange(setting: StepSetting) -> dict[str, float]:
@@ -130,10 +132,11 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
     ]
     labels, fits = [], "bytes_per_device.total <= memory_per_device"
     if facts.label_bytes is not None:
-        labels = [Figure("label_bytes_per_device", facts.label_bytes, "bytes", source, memory_estimate.LABELS)]
+        labels = [
+            Figure("label_bytes_per_device", facts.label_bytes, "bytes", source, memory_estimate.LABELS),
+            _label_file_figure(setting),
+        ]
         fits += ", and label_bytes_per_device, too"
-        if setting.model.require_dms().head_units:
-            labels.append(_label_file_figure(setting))
     return [
         Figure("fits", max(memory.total, facts.label_bytes or 0) <= usable, "", source, fits),
         Figure("bytes_per_device", {}, "bytes", source),
@@ -147,12 +150,12 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
 
 
 def _label_file_figure(setting: StepSetting) -> Figure:
-    """Count what the fit of hidden units needs on the disk of the output folder."""
+    """Count what the fit of the evict head needs on the disk of the output folder."""
     rows = RetrofitConfig().label_rows
     size = label_file_bytes(setting.model, rows, setting.step.length)
     formula = (
-        f"{rows} label_rows x L x pairs that can leave x (2 D + 4 K + 4): a file in the output folder, removed after "
-        "the fit, of which the host and one device hold a layer at a time"
+        f"{rows} label_rows x L x pairs that can leave, at most {MAX_PAIRS}, x (2 D + 4 K + 4): a file in the output "
+        "folder, removed after the fit, of which the host and one device hold a layer at a time"
     )
     return Figure("label_file_bytes", size, "bytes", "analytic", formula)
 
