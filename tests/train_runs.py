@@ -27,7 +27,7 @@ GOLDEN = ROOT / "tests" / "golden"
 # Keys on which no compiled function of a run depends.
 HOST_KEYS = {"data": DataConfig(), "output": "any", "mesh": "any", "eval_every": 0, "eval_rows": 1} | {
     "calibration_rows": 0,
-    "label_rows": 1,
+    "label_rows": 2,
     "save_every": 1,
     "keep": 1,
 }
