@@ -1,21 +1,18 @@
-"""Make the texts of docs/results.md from their sources: three held-out domains, and the part of the training text that
-is not in the default.
+"""Make the texts of docs/results.md from their sources: three domains that the default text does not contain.
 
     python -m benchmarks.results_texts --output runs/texts                                    # from the hub
-    python -m benchmarks.results_texts --output runs/texts --wikitext FILE --gsm8k-train FILE --math500 FILE
+    python -m benchmarks.results_texts --output runs/texts --wikitext FILE --math500 FILE
 
-The command writes gsm8k_train.jsonl (for data.paths), prose.txt (WikiText-2 test), code.txt (modules of the standard
-library of the running Python, unchanged) and maths.txt (problems and solutions of MATH-500). Each FILE is a text, or a
-.jsonl file with the columns of the dataset on the hub.
+The command writes prose.txt (WikiText-2 test), code.txt (modules of the installed NumPy, unchanged) and maths.txt
+(problems and solutions of MATH-500). Each FILE is a text, or a .jsonl file with the columns of the dataset on the hub.
 """
 
 import argparse
-import itertools
-import json
 import re
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 from dms_jax.command import Parser, run_command
 from dms_jax.errors import ConfigError
@@ -24,16 +21,14 @@ from dms_jax.files import read_jsonl, read_text
 NAME = "benchmarks.results_texts"
 SOURCES = {
     "wikitext": "hf:Salesforce/wikitext:wikitext-2-raw-v1:test",
-    "gsm8k_train": "hf:openai/gsm8k:main:train",
     "math500": "hf:HuggingFaceH4/MATH-500:test",
 }
-NUM_TRAIN_PROBLEMS, PROBLEMS_PER_DOCUMENT = 1200, 8  # to get about as much math as Python documentation
 MAX_CODE_CHARACTERS, MIN_MODULE_CHARACTERS = 400_000, 20_000
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(NAME, __doc__)
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder for the four files")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder for the three files")
     for name, source in SOURCES.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", default=source, metavar="FILE", help=f"the source (default {source})"
@@ -43,15 +38,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    problems = [
-        f"Question: {p['question']}\nAnswer: {p['answer']}"
-        for p in itertools.islice(records(options.gsm8k_train), NUM_TRAIN_PROBLEMS)
-    ]
-    documents = [
-        "\n\n".join(problems[i : i + PROBLEMS_PER_DOCUMENT]) for i in range(0, len(problems), PROBLEMS_PER_DOCUMENT)
-    ]
     texts = {
-        "gsm8k_train.jsonl": "".join(json.dumps({"text": document}) + "\n" for document in documents),
         "prose.txt": detokenized("".join(record["text"] for record in records(options.wikitext))),
         "code.txt": "\n\n".join(modules()),
         "maths.txt": "\n\n".join(
@@ -90,9 +77,11 @@ def detokenized(text: str) -> str:
 
 
 def modules() -> Iterator[str]:
-    """Yield the source of long modules of the standard library, in alphabetical order."""
+    """Yield the source of long modules of NumPy without their tests, in the order of their paths."""
     characters = 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+    for path in sorted(Path(np.__file__).parent.rglob("*.py")):
+        if "tests" in path.parts:
+            continue
         text = path.read_text(encoding="utf-8")
         if len(text) >= MIN_MODULE_CHARACTERS and characters < MAX_CODE_CHARACTERS:
             characters += len(text)

@@ -93,7 +93,7 @@ class RetrofitConfig:
     ] = "adapter"
     init: Annotated[
         Init,
-        "how the evict head starts. fisher: fitted in closed form to what each pair is worth to the dense model; zero: "
+        "how the evict head starts. fisher: fitted to what each pair is worth to the dense model; zero: "
         "at 0, where nothing is evicted, or as the model's own policy; auto: fisher, but zero in mode borrowed and for "
         "a model that already has a policy",
     ] = "auto"
@@ -102,7 +102,7 @@ class RetrofitConfig:
         AtLeast(1),
         "number of training rows whose pairs init=fisher fits the head to",
     ] = 20
-    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 4
+    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 0
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from train_runs import arguments, main, run_settings, send_signal, start_two_processes
 
 import dms_jax
+from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.training.metrics import read_steps
 from dms_jax.training.prepare import trained_policy
