@@ -58,7 +58,7 @@ class Pairs(NamedTuple):
 
 
 class LayerFit(NamedTuple):
-    """What the fit of one layer found."""
+    """The result of the fit of one layer."""
 
     units: Units
     before: float  # loss of the held-out pairs without hidden units

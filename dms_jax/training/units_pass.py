@@ -75,8 +75,13 @@ class UnitsPass:
                 of_layer = Units(*(part[layer] for part in start))
                 fits.append(fit_layer(*self._pairs(layer), value[layer], offset, of_layer, key))
             units = stacked(fits)
-            losses = (np.mean([of_layer.before for of_layer in fits]), np.mean([of_layer.after for of_layer in fits]))
-            run.say("hidden units: loss of the held-out label rows {:.4f} -> {:.4f}".format(*losses))
+            before, after = np.mean([(of_layer.before, of_layer.after) for of_layer in fits], axis=0)
+            if not np.isfinite(before):
+                raise ConfigError(
+                    "the hidden units cannot be fitted, because predictions of the linear head are not finite; use more "
+                    "label_rows, or dms.head_units=0"
+                )
+            run.say(f"hidden units: loss of the held-out label rows {before:.4f} -> {after:.4f}")
         return multihost_utils.broadcast_one_to_all(units), number
 
     def _pairs(self, layer: int) -> tuple[Pairs, Pairs]:
