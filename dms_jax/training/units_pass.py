@@ -78,8 +78,8 @@ class UnitsPass:
             before, after = np.mean([(of_layer.before, of_layer.after) for of_layer in fits], axis=0)
             if not np.isfinite(before):
                 raise ConfigError(
-                    "the hidden units cannot be fitted, because predictions of the linear head are not finite; use more "
-                    "label_rows, or dms.head_units=0"
+                    "the hidden units cannot be fitted, because predictions of the linear head are not finite; use "
+                    "more label_rows, or dms.head_units=0"
                 )
             run.say(f"hidden units: loss of the held-out label rows {before:.4f} -> {after:.4f}")
         return multihost_utils.broadcast_one_to_all(units), number
