@@ -55,14 +55,15 @@ def deviance(
 
 
 @jax.jit
-def mean_ratio(pairs: Pairs, value: Float[Array, "D K"]) -> Float[Array, ""]:
-    """Return the mean of the labels over exp(linear prediction) of one layer."""
-    return jnp.mean(pairs.labels * jnp.exp(-(pairs.features.astype(jnp.float32) @ value)))
+def log_mean_ratio(pairs: Pairs, value: Float[Array, "D K"]) -> Float[Array, ""]:
+    """Return the logarithm of the mean of the labels over exp(linear prediction) of one layer."""
+    log_ratio = jnp.log(pairs.labels) - pairs.features.astype(jnp.float32) @ value
+    return jax.nn.logsumexp(log_ratio) - jnp.log(log_ratio.size)
 
 
 def common_offset(ratios: Sequence[float]) -> Float[Array, ""]:
-    """Return what to add to the predictions of all layers, given the `mean_ratio` of each."""
-    return np.array(np.log(np.mean(ratios)), np.float32)
+    """Return what to add to the predictions of all layers, given the `log_mean_ratio` of each."""
+    return np.array(np.logaddexp.reduce(ratios) - np.log(len(ratios)), np.float32)
 
 
 @jax.jit

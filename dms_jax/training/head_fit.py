@@ -17,7 +17,7 @@ from dms_jax.axes import Array
 from dms_jax.errors import ConfigError
 from dms_jax.hf.hf_weights import to_host
 from dms_jax.training.fisher_init import FittedHead, LabeledPairs, LabelSums, first_rows
-from dms_jax.training.gamma_regression import Moments, Pairs, common_offset, mean_ratio, refine
+from dms_jax.training.gamma_regression import Moments, Pairs, common_offset, log_mean_ratio, refine
 from dms_jax.training.label_file import LabelFile
 from dms_jax.training.mlp_head import LayerFit, Units, fit_layer
 from dms_jax.training.prepare import PreparedRun
@@ -81,8 +81,8 @@ class HeadFit:
             key = jax.random.fold_in(jax.random.key(run.config.seed), layer)
             of_start, held_out = Units(*(part[layer] for part in start)), self._pairs(layer, first_held_out, rows)
             fits.append(fit_layer(train(layer), held_out, head.value[layer], offset, of_start, key))
-        losses = (np.mean([fit.before for fit in fits]), np.mean([fit.after for fit in fits]))
-        run.say("hidden units: loss of the held-out label rows {:.4f} -> {:.4f}".format(*losses))
+        before, after = np.mean([(fit.before, fit.after) for fit in fits], axis=0)
+        run.say(f"hidden units: loss of the held-out label rows {before:.4f} -> {after:.4f}")
         units = jax.tree.map(lambda *parts: np.stack(parts), *(fit.units for fit in fits))
         return with_moments(head, [fit.moments for fit in fits]), units, 0
 
@@ -108,9 +108,12 @@ def refined(head: FittedHead, pairs_of: Callable[[int], Pairs]) -> tuple[FittedH
     Also returns what adds to its predictions to make them those of the log of a value.
     """
     layers = range(len(head.value))
-    offset = common_offset([float(mean_ratio(pairs_of(layer), head.value[layer])) for layer in layers])
+    offset = common_offset([float(log_mean_ratio(pairs_of(layer), head.value[layer])) for layer in layers])
     values, moments = zip(*(refine(pairs_of(layer), head.value[layer], offset) for layer in layers), strict=True)
-    return with_moments(head._replace(value=np.stack(values)), moments), offset
+    head = with_moments(head._replace(value=np.stack(values)), moments)
+    if not np.isfinite(head.deviation):
+        raise ConfigError("the head cannot be fitted, because its predictions are not finite; use more label_rows")
+    return head, offset
 
 
 def with_moments(head: FittedHead, moments: Sequence[Moments]) -> FittedHead:

@@ -32,7 +32,7 @@ class Units(NamedTuple):
 
 
 class LayerFit(NamedTuple):
-    """What the fit of one layer found."""
+    """The result of the fit of one layer."""
 
     units: Units
     before: float  # loss of the held-out pairs without hidden units

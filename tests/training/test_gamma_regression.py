@@ -6,7 +6,7 @@ import numpy as np
 import scipy.optimize
 
 from dms_jax.training import gamma_regression
-from dms_jax.training.gamma_regression import MAX_RATIO, Pairs, common_offset, deviance, mean_ratio, refine
+from dms_jax.training.gamma_regression import MAX_RATIO, Pairs, common_offset, deviance, log_mean_ratio, refine
 
 SIZE, HEADS = 5, 2
 
@@ -65,7 +65,7 @@ def test_refined_head_ranks_by_the_mean_and_not_by_the_mean_logarithm(rng):
     labels = np.where(rare, high, 1.0).astype(np.float32)[:, None] * np.float32(1e-3)
     data = Pairs(u, labels, np.ones(count, np.float32))
     start = np.linalg.lstsq(u.astype(np.float32), np.log(labels / 1e-3), rcond=None)[0]
-    offset = common_offset([float(mean_ratio(data, start))])
+    offset = common_offset([float(log_mean_ratio(data, start))])
     value = np.asarray(refine(data, start, offset)[0])
     assert start[1, 0] < -0.5
     # Six damped rounds go most of the way to log(0.4 * 6 + 0.6 * 0.1).

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dms_jax.training import mlp_head
-from dms_jax.training.gamma_regression import Pairs, common_offset, mean_ratio
+from dms_jax.training.gamma_regression import Pairs, common_offset, log_mean_ratio
 from dms_jax.training.mlp_head import Units, fit_layer
 
 SIZE, UNITS, HEADS = 8, 16, 2
@@ -39,7 +39,7 @@ VALUE[[0, 1, 2], [0, 0, 1]] = 1, -0.5, 0.7  # the linear part of both
 
 def fitted(log_value, seed=5, count=6144):
     train, held_out = pairs(1, log_value, count), pairs(2, log_value, 2048)
-    offset = common_offset([float(mean_ratio(train, VALUE))])
+    offset = common_offset([float(log_mean_ratio(train, VALUE))])
     return fit_layer(train, held_out, VALUE, offset, start(), jax.random.key(seed)), offset
 
 
