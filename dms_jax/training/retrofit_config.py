@@ -102,7 +102,12 @@ class RetrofitConfig:
         AtLeast(1),
         "number of training rows whose pairs init=fisher fits the head to",
     ] = 20
-    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 0
+    steps: Annotated[
+        int | None,
+        AtLeast(0),
+        "number of optimizer steps; 0: export the head as init=fisher fitted it; null: 0 with init=fisher, 100 with "
+        "init=zero",
+    ] = None
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
@@ -175,15 +180,15 @@ class RetrofitConfig:
             )
         if self.ramp_steps and self.mode != "borrowed":
             raise ConfigError(f"ramp_steps must be 0 unless mode is borrowed; mode is {self.mode}")
-        if self.cr_steps + self.ramp_steps > self.steps:
-            raise ConfigError(
-                f"steps must be at least cr_steps + ramp_steps ({self.cr_steps} + {self.ramp_steps}), got {self.steps}"
-            )
         if not self.output:
             raise ConfigError("output must name a folder, got ''")
         if self.mode == "adapter" and self.dms.variant == "borrowed":
             raise ConfigError("dms.variant=borrowed has no adapter to train; use mode=borrowed")
         self._check_start()
+        if self.steps is not None and self.cr_steps + self.ramp_steps > self.steps:
+            raise ConfigError(
+                f"steps must be at least cr_steps + ramp_steps ({self.cr_steps} + {self.ramp_steps}), got {self.steps}"
+            )
 
     def _check_start(self) -> None:
         """Refuse keys that `init` and `ratio_control` leave without a meaning."""
@@ -200,7 +205,7 @@ class RetrofitConfig:
             raise ConfigError("init must be zero or auto in mode borrowed, whose head is a query channel; got fisher")
         if self.init == "fisher" and self.dms.target_cr <= 1:
             raise ConfigError("dms.target_cr must be above 1 with init=fisher, got 1, which evicts nothing")
-        if self.init == "zero" and not self.steps:
+        if self.init == "zero" and self.steps == 0:
             raise ConfigError("steps must be at least 1 with init=zero, which starts from nothing; got 0")
         no_ramp = self.initial_cr in (None, self.dms.target_cr)
         if self.init == "fisher" and self.ratio_control == "loss" and self.cr_steps and no_ramp:
@@ -243,7 +248,8 @@ class RetrofitConfig:
         control = self.ratio_control
         if control == "auto":
             control = "threshold" if fitted else "loss"
-        config = dataclasses.replace(self, init="fisher" if fitted else "zero", ratio_control=control)
+        steps = _default(self.steps, 0 if fitted else 100)
+        config = dataclasses.replace(self, init="fisher" if fitted else "zero", steps=steps, ratio_control=control)
         held = control == "threshold"
         return dataclasses.replace(
             config,

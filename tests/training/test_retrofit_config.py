@@ -45,7 +45,6 @@ ROOT = Path(__file__).parent.parent.parent
         ("dms.head_units=1.5", "1.5"),
         ("mode=lora", "adapter, full, borrowed"),
         ("initial_cr=4", "dms.target_cr"),
-        ("cr_steps=1000", "got 4"),
         ("ramp_steps=10", "borrowed"),
         ("dms.variant=borrowed", "mode=borrowed"),
         ("optimizer.learning_rate=0", "> 0"),
@@ -114,6 +113,7 @@ def test_decision_shift_follows_the_mode_unless_it_is_given(mode, shift, model):
         (["init=fisher"], True, ["init must be", "already has a policy"]),
         (["mode=borrowed", "ratio_control=threshold"], False, ["ratio_control must be", "borrowed"]),
         (["initial_cr=1"], False, ["initial_cr", "ratio_control=loss"]),
+        (["init=zero", "steps=4", "cr_steps=1000"], False, ["cr_steps + ramp_steps", "got 4"]),
         (["cr_steps=3"], False, ["cr_steps", "ratio_control=loss"]),
         (["loss.compression_weight=2"], False, ["loss.compression_weight", "ratio_control=loss"]),
         (["loss.scope=head", "loss.decidable_only=true"], False, ["loss.scope and loss.decidable_only"]),
@@ -147,6 +147,7 @@ def test_auto_and_null_get_their_values(given, has_policy, init, control, rate):
     config = read_config(None, given, None).resolved(has_policy)
     assert (config.init, config.ratio_control, config.optimizer.learning_rate) == (init, control, rate)
     assert config.optimizer.warmup_steps == (2 if init == "fisher" else 0)
+    assert config.steps == (0 if init == "fisher" else 100)
     assert config.initial_cr == (config.dms.target_cr if "fisher" in init or control == "threshold" else 1)
     assert config.loss.compression_weight == (0 if control == "threshold" else 1)
     assert config.resolved(has_policy and init == "zero") == config
@@ -216,5 +217,5 @@ def test_key_with_a_value_and_with_keys_below_it_is_refused(assignments):
 
 
 def test_ramp_of_a_fitted_head_is_accepted_from_a_lower_ratio():
-    config = read_config(None, ["ratio_control=loss", "initial_cr=1", "cr_steps=3"], None).resolved()
+    config = read_config(None, ["ratio_control=loss", "initial_cr=1", "cr_steps=3", "steps=3"], None).resolved()
     assert (config.init, config.initial_cr, config.rising_steps) == ("fisher", 1.0, 3)

@@ -241,7 +241,8 @@ def _label_figures(setting: StepSetting, facts: StepFacts, seconds_per_step: Fig
 
     Validation, checkpoints and compilation are not included.
     """
-    rows, steps, at_once = RetrofitConfig().label_rows, RetrofitConfig().steps, setting.step.rows_at_once
+    default, at_once = RetrofitConfig().resolved(), setting.step.rows_at_once
+    rows, steps = default.label_rows, default.steps or 0
     seconds, note = _label_seconds(setting, facts)
     seconds *= math.ceil(rows / at_once)
     source = seconds_per_step.source
