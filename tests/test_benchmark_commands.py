@@ -17,15 +17,8 @@ from benchmarks.timing import Ceilings, Chain, time_all
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import IMPLEMENTATIONS
-from dms_jax.kernels.kernel_cases import (
-    SUITES,
-    compaction_case,
-    error,
-    filled_layer,
-    slot_case,
-    train_case,
-    update_case,
-)
+from dms_jax.kernels.filled_layer import filled_layer, held_pairs
+from dms_jax.kernels.kernel_cases import SUITES, compaction_case, error, slot_case, train_case, update_case
 from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 
@@ -101,9 +94,11 @@ def test_cases_count_their_bytes_and_flops():
     case = train_case(1, 16, 2, 1, 8, 4, FP32)
     q, k = case.inputs[:2]
     assert case.min_bytes == 4 * (5 * q.size + 6 * k.size)
-    layer, seen = filled_layer(np.random.default_rng(0), 2, 2, 64, 40, 8, FP32)
-    live = int(jnp.sum(layer.expiry >= seen[:, None, None]))
-    assert 2 * 2 * 30 <= live <= 2 * 2 * 50
+    numbers = np.random.default_rng(0)
+    counts, capacity = held_pairs(numbers, 2, 2, 64, 40)
+    layer, seen = filled_layer(numbers, counts, capacity, 8, FP32)
+    assert capacity == 64 and counts.min() >= 30 and counts.max() <= 50
+    np.testing.assert_array_equal(jnp.sum(layer.expiry >= seen[:, None, None], axis=-1), counts)
     case = slot_case(2, 1, 64, 40, 4, 2, 8, FP32, FP32)
     counts = int(jnp.sum(case.inputs[1].expiry >= 64))
     assert case.flops == 4 * 8 * 2 * counts and case.min_bytes == counts * (2 * 8 * 4 + 8) + 2 * 4 * case.inputs[0].size
