@@ -68,7 +68,7 @@ def log_normal_counts(heads: int, mean: float, cv: float, low: int, high: int, s
 def quantile_counts(heads: int, mean: float, measured: np.ndarray, seed: int = SEED) -> np.ndarray:
     """Return live pairs [heads] with the given mean, distributed like measured ones: their quantiles at
     (i + 1/2) / heads, scaled, in an order that `seed` decides. Each head holds at least one pair."""
-    values = np.quantile(measured, (np.arange(heads) + 0.5) / heads)
+    values = np.quantile(measured, (np.arange(heads) + 0.5) / heads, method="hazen")
     counts = _whole(values * mean / values.mean(), round(heads * mean))
     return np.random.default_rng(seed).permutation(np.maximum(counts, 1))
 
@@ -83,7 +83,7 @@ def _with_mean(exponents: np.ndarray, mean: float, low: int, high: int) -> np.nd
 
 def _root(increasing: Callable[[float], float], low: float, high: float) -> float:
     """Return where an increasing function is zero, or the nearest end of the interval, by bisection."""
-    for _ in range(100):
+    for _ in range(60):  # more than a float's digits
         middle = (low + high) / 2
         low, high = (low, middle) if increasing(middle) >= 0 else (middle, high)
     return high

@@ -77,7 +77,7 @@ def test_every_kernel_has_a_suite_of_its_own_cases():
     for kernel, suite in SUITES.items():
         assert suite.cpu[0](dtype=FP32).kernel == kernel
         assert suite.cpu and suite.quick and suite.full
-    by_benchmark = [make().kernel for make in kernels.cases(True, ("compaction", "decode_attention"), FP32)]
+    by_benchmark = [make().kernel for _, make in kernels.cases(True, ("compaction", "decode_attention"), FP32)]
     assert by_benchmark == ["decode_attention", "compaction"]
     makers = list(autotune.cases(["train_attention", "compaction"], [64, 128]))
     assert len(makers) == 6 and all(callable(make) for make in makers)
@@ -127,7 +127,7 @@ def test_timing_takes_medians_and_leaves_the_first_call_out():
 
 
 def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "cases", lambda quick, chosen, dtype: (lambda case=case: case for case in cases()))
+    monkeypatch.setattr(kernels, "cases", lambda *_: ((case.kernel, lambda case=case: case) for case in cases()))
     monkeypatch.setattr(
         "dms_jax.kernels.dispatch.IMPLEMENTATIONS", {name: IMPLEMENTATIONS[name] for name in ("pallas_tpu", "xla")}
     )
@@ -175,32 +175,26 @@ def test_failing_or_wrong_implementation_is_reported_and_the_others_are_measured
 
 
 def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
-    decode_benchmark.main(
-        [
-            "--model",
-            "tiny",
-            "--batch",
-            "2",
-            "--context",
-            "64",
-            "--cr",
-            "1,4",
-            "--steps",
-            "1",
-            "--repeats",
-            "1",
-            "--equal-memory",
-        ]
-    )
+    options = "--model tiny --batch 2 --context 640 --cr 1,4 --steps 1 --repeats 1 --equal-memory"
+    decode_benchmark.main(options.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     arms = {row["arm"]: row for row in result["decode"]}
-    assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, 4x rows"] and arms["cr 4, 4x rows"]["batch"] == 8
-    pair, heads = 2 * 8 * 4 + 8, 2 * 2
-    assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (64 - 16) * pair
-    assert (
-        arms["cr 4, 4x rows"]["step_bytes"] == arms["dense"]["step_bytes"]
-        and arms["cr 4, 4x rows"]["roofline_speed_to_dense"] == 4
+    assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, equal memory"]
+    # Two more pairs need the next multiple of 64 slots. Each has a key, a value, position, expiry and score; each head
+    # counts its forced evictions, and each row its tokens.
+    heads = 2 * 2
+    row_bytes = lambda slots: heads * (slots * (2 * 8 * 4 + 12) + 4) + 4
+    assert arms["dense"]["allocated_bytes"] == 2 * row_bytes(704) and arms["cr 4"]["allocated_bytes"] == 2 * row_bytes(
+        192
     )
+    more = arms["cr 4, equal memory"]
+    assert more["batch"] == 2 * row_bytes(704) // row_bytes(192) == 7 and more["rows_to_dense"] == 3.5
+    assert more["allocated_bytes"] == 7 * row_bytes(192)
+    for row in arms.values():
+        assert row["live_bytes"] == row["batch"] * heads * row["live_at_end"] * 2 * 8 * 4
+        assert row["allocated_to_live"] == row["allocated_bytes"] / row["live_bytes"] > 1
+    pair = 2 * 8 * 4 + 8
+    assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (640 - 160) * pair
     assert arms["cr 4"]["fraction_of_roofline"] == pytest.approx(
         arms["cr 4"]["speed_to_dense"] / arms["cr 4"]["roofline_speed_to_dense"]
     )

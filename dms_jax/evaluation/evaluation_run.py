@@ -106,8 +106,9 @@ def write_counts(evaluation: Evaluation, options: EvaluationOptions, command: st
     kept = [r for m in evaluation.methods for r in file.records_of("kept", m.policy, m.budget)]
     records = [record for record in kept if isinstance(record, KeptRecord) and record.unit in units]
     texts = {name: digest(text) for name, text in options.texts.items()}
-    now = {"command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), "texts": texts}
-    write_live_counts(options.live_counts, live_counts_of(records, options.model, now | file.header))
+    provenance = {"command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), "texts": texts}
+    provenance |= {name: value for name, value in file.header.items() if name != "model"}
+    write_live_counts(options.live_counts, live_counts_of(records, options.model, provenance))
 
 
 def load_model(options: CommonOptions) -> tuple[Decoder, Tokenizer]:

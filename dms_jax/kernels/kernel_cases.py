@@ -320,6 +320,7 @@ class Suite(NamedTuple):
     full: Sequence[CaseMaker]
     tuned: Callable[[int, jnp.dtype], CaseMaker]  # (head size, cache dtype) -> the case for autotuning
     cache_dtypes: tuple[jnp.dtype, ...] = (BF16, FP8)  # the cache dtypes for autotuning
+    takes_counts: bool = False  # the cases take `head_counts`
 
 
 def full_decode_cases() -> Iterator[CaseMaker]:
@@ -349,12 +350,14 @@ SUITES = {
         quick=[partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128)],
         full=[*full_decode_cases()],
         tuned=lambda head_dim, cached: partial(slot_case, 16, 1, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
     "chunk_attention": Suite(
         cpu=[partial(slot_case, 1, 64, 128, 100, 2, 1, 64)],
         quick=[partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128)],
         full=[partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128)],
         tuned=lambda head_dim, cached: partial(slot_case, 2, 1024, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
     "compaction": Suite(
         cpu=[partial(compaction_case, 1, 64, 128, 2, 64), partial(compaction_case, 2, 128, 512, 2, 128)],
@@ -367,5 +370,6 @@ SUITES = {
         quick=[partial(update_case, 32, 4096, 3000, 32, 8, 128)],
         full=[partial(update_case, batch, 8192, 4096, 32, 8, 128) for batch in (8, 64)],
         tuned=lambda head_dim, cached: partial(update_case, 32, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
 }
