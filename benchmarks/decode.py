@@ -28,7 +28,15 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
-from benchmarks.ragged import add_ragged, check_ragged, log_normal_counts, spread
+from benchmarks.ragged import (
+    add_ragged,
+    check_ragged,
+    log_normal_counts,
+    memory_record,
+    memory_text,
+    spread,
+    spread_record,
+)
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.live_counts import LiveCounts
@@ -190,20 +198,16 @@ def arm_record(name: str, arm: Arm, timing: tuple, model, options) -> dict:
     """Return what was measured on one arm. `timing` is its item of `timed_arms`."""
     seconds, at_end, allocated = timing
     median, counts = statistics.median(seconds), arm.counts()
-    live = int(at_end.sum()) * 2 * model.config.head_dim * model.embed[...].dtype.itemsize
+    pair_bytes = 2 * model.config.head_dim * model.embed[...].dtype.itemsize
     return {
         "arm": name,
         "batch": arm.batch,
         "rows_to_dense": arm.batch / options.batch,
         "tokens_seen": options.context,
         "live_at_start": float(counts.mean()),
-        "live_min": int(counts.min()),
-        "live_max": int(counts.max()),
-        "live_cv": spread(counts),
+        **spread_record(counts),
         "live_at_end": float(at_end.mean()),
-        "allocated_bytes": allocated,
-        "live_bytes": live,
-        "allocated_to_live": allocated / live,
+        **memory_record(at_end, allocated, pair_bytes),
         "step_ms": 1e3 * median,
         "tokens_per_s": arm.batch / median,
         "step_ms_all": [1e3 * s for s in seconds],
@@ -232,8 +236,7 @@ def described(row: dict) -> str:
     text = f"{row['arm']:<20} {row['batch']:>4} rows, live {row['live_at_start']:>7.1f} "
     text += f"({row['live_min']} to {row['live_max']}), {row['step_ms']:>8.2f} ms per step "
     text += f"({min(times):.2f} to {max(times):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
-    text += f", {row['allocated_bytes'] / 2**20:.1f} MiB allocated, {row['live_bytes'] / 2**20:.1f} MiB live "
-    text += f"({row['allocated_to_live']:.2f}x)"
+    text += f", {memory_text(row)}"
     if "speed_to_dense" in row:
         text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
     return text

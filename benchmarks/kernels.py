@@ -32,7 +32,15 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from benchmarks.benchmark_options import check_at_least, check_minutes
-from benchmarks.ragged import add_ragged, check_ragged, log_normal_counts, quantile_counts, spread
+from benchmarks.ragged import (
+    add_ragged,
+    check_ragged,
+    log_normal_counts,
+    memory_record,
+    memory_text,
+    quantile_counts,
+    spread_record,
+)
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.live_counts import LiveCounts
@@ -261,15 +269,8 @@ def memory_of(case) -> dict[str, float]:
     layer = next(x for x in case.inputs if isinstance(x, LayerCache))
     counts = np.asarray((layer.expiry == NEVER).sum(-1))
     allocated = sum(x.nbytes for x in jax.tree.leaves(layer))
-    live = int(counts.sum()) * 2 * layer.k.shape[-1] * layer.k.dtype.itemsize
-    return {
-        "live_min": int(counts.min()),
-        "live_max": int(counts.max()),
-        "live_cv": spread(counts),
-        "allocated_bytes": allocated,
-        "live_bytes": live,
-        "allocated_to_live": allocated / live,
-    }
+    pair_bytes = 2 * layer.k.shape[-1] * layer.k.dtype.itemsize
+    return spread_record(counts) | memory_record(counts, allocated, pair_bytes)
 
 
 def fractions_of_ceilings(case, seconds: float, ceilings) -> dict[str, float]:
@@ -304,10 +305,7 @@ def described(record: dict) -> str:
             "of matmul"
         )
     if "live_bytes" in record:
-        text += (
-            f", {record['allocated_bytes'] / 2**20:.1f} MiB allocated, {record['live_bytes'] / 2**20:.1f} MiB live "
-            f"({record['allocated_to_live']:.2f}x, CV {record['live_cv']:.2f})"
-        )
+        text += f", {memory_text(record)}, live CV {record['live_cv']:.2f}"
     return start + text + (" (interpreted)" if record.get("interpreted") else "")
 
 

@@ -42,6 +42,23 @@ def spread(counts: np.ndarray) -> float:
     return float(np.std(counts) / np.mean(counts))
 
 
+def memory_record(counts: np.ndarray, allocated: int, pair_bytes: int) -> dict[str, float]:
+    """Return what a cache allocates and what of it is live, in bytes. Bookkeeping is allocated, but never live."""
+    live = int(counts.sum()) * pair_bytes
+    return {"allocated_bytes": allocated, "live_bytes": live, "allocated_to_live": allocated / live}
+
+
+def memory_text(record: dict) -> str:
+    """Return a `memory_record` as a person reads it."""
+    allocated, live = (record[name] / 2**20 for name in ("allocated_bytes", "live_bytes"))
+    return f"{allocated:.1f} MiB allocated, {live:.1f} MiB live ({record['allocated_to_live']:.2f}x)"
+
+
+def spread_record(counts: np.ndarray) -> dict[str, float]:
+    """Return how far the live pairs of heads differ."""
+    return {"live_min": int(counts.min()), "live_max": int(counts.max()), "live_cv": spread(counts)}
+
+
 def log_normal_counts(heads: int, mean: float, cv: float, low: int, high: int, seed: int = SEED) -> np.ndarray:
     """Draw live pairs [heads] from a log-normal distribution that is clipped to [low, high].
 

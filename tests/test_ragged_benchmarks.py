@@ -117,6 +117,20 @@ def test_ragged_arms_have_the_mean_of_even_ones(model):
         assert spread(counts) == pytest.approx(0.6, abs=0.02) and counts.min() > config.dms.window_size
 
 
+def test_rows_take_the_rows_of_a_file_in_turn():
+    shape = (TINY.num_layers, 2, TINY.num_kv_heads)
+    rows = np.random.default_rng(0).integers(1, 65, shape)
+    live = {f"{row}/0": rows[:, row].tolist() for row in range(2)}
+    measured = LiveCounts(**counts_file(live=live, realised_cr=64 / rows.mean()))
+    options = decode.parse(["--live", "FILE", "--batch", "3"])
+    ratios = decode.checked_ratios(options, measured)
+    assert ratios == [measured.realised_cr] and options.context == 64
+    arms = decode.arms_of(options, TINY, ratios, measured)
+    assert list(arms) == ["dense", "live"] and (arms["dense"].counts() == 64).all()
+    np.testing.assert_array_equal(arms["live"].counts(), rows[:, [0, 1, 0]])
+    np.testing.assert_array_equal(arms["live"].counts(1), rows[:, :1])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("models") / "dms", DMS)
