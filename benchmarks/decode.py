@@ -2,12 +2,16 @@
 transformers.
 
     python -m benchmarks.decode --model smollm2-135m --batch 1 --context 4096 --cr 1,2,4,8
+    python -m benchmarks.decode --model smollm2-135m --batch 8 --ragged 0.9 --equal-memory
     python -m benchmarks.decode --model FOLDER --transformers --prompt-tokens 512 --new-tokens 32
 
-The caches are filled artificially: every head holds context / CR pairs, in buffers that are just large enough, and each
-step appends one pair. One arm is `dense` (no policy, all pairs), and there is one arm for each CR under the policy. The
-roofline of an arm is the speed at which a step could read its bytes, which are the weights and the live pairs.
---equal-memory adds arms with CR times as many rows, which hold as many pairs as the dense arm.
+The caches are filled artificially. One arm is `dense` (no policy, all pairs), and there is one arm for each CR under
+the policy. Its heads hold context / CR pairs on average: all the same number, or with --ragged numbers of a given
+spread, unless CR is 1. With --live, one arm `live` takes the counts of a real model instead. Each layer has just enough
+slots for its fullest head and for the pairs that the steps append. Each line gives the bytes that the cache allocates,
+those of the keys and values that are live after the last step, and their ratio. --equal-memory adds arms with as many
+rows as fit into the bytes that the dense arm allocates. The roofline of an arm is the speed at which a step could read
+its bytes, which are the weights and the live pairs.
 
 The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together.
 An arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate`
@@ -16,16 +20,26 @@ is the time that further tokens add. Compare the ratios of the medians. The last
 """
 
 import argparse
-import dataclasses
 import json
 import statistics
 import time
-from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
+from benchmarks.ragged import (
+    add_ragged,
+    check_ragged,
+    log_normal_counts,
+    memory_record,
+    memory_text,
+    spread,
+    spread_record,
+)
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
+from dms_jax.evaluation.live_counts import LiveCounts
 
 NAME = "benchmarks.decode"
 
@@ -35,13 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add_model(parser, "smollm2-135m")
     add = parser.add_argument
     add("--batch", type=int, default=1, metavar="N", help="rows of the dense arm (default %(default)s)")
-    context = "tokens seen before the timed steps (default %(default)s)"
-    add("--context", type=int, default=4096, metavar="N", help=context)
-    cr = "realised compression ratios; an empty list leaves the decode arms out (default %(default)s)"
-    add("--cr", default="1,2,4,8", metavar="X,Y", help=cr)
+    context = "tokens seen before the timed steps (default 4096, or those of --live)"
+    add("--context", type=int, metavar="N", help=context)
+    cr = "realised compression ratios; an empty list leaves the decode arms out (default 1,2,4,8)"
+    add("--cr", metavar="X,Y", help=cr)
+    add_ragged(parser, "its model must have the shape of --model")
     add("--steps", type=int, default=16, metavar="N", help="decode steps per timing (default %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="timings per arm (default %(default)s)")
-    add("--equal-memory", action="store_true", help="for each CR above 1, also measure CR times as many rows")
+    add("--equal-memory", action="store_true", help="also measure as many rows as fit into what dense allocates")
     add("--transformers", action="store_true", help="also time `generate` of transformers (torch, fp32)")
     prompt = "tokens per prompt, with --transformers (default %(default)s)"
     add("--prompt-tokens", type=int, default=512, metavar="N", help=prompt)
@@ -53,7 +68,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
-    ratios = parse_ratios(options.cr)
+    measured = check_ragged(options)
+    ratios = checked_ratios(options, measured)
     check_at_least(options, batch=1, context=2, steps=1, repeats=1, layers=0, prompt_tokens=2, new_tokens=2)
     start_devices(1)
     from benchmarks.models import load, provenance
@@ -67,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     } | provenance()
     show = (lambda *_: None) if options.json else print
     if ratios:
-        result["decode"] = decode(options, model, ratios, show)
+        result |= {"ragged": options.ragged, "live": options.live}
+        result["decode"] = decode(options, model, ratios, measured, show)
     if options.transformers:
         from benchmarks.against_transformers import against_transformers
 
@@ -75,41 +92,65 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps(result))
 
 
-def filled_cache(model, batch: int, context: int, live: int, room: int, dense: bool):
-    """Make a cache of random numbers that has seen `context` tokens and holds `live` of them: the oldest and the
-    newest, half each."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import dms_jax
-    from dms_jax.core.visibility import NEVER
-    from dms_jax.engine.cache_capacity import round_up
-
-    cache = dms_jax.init_cache(model, batch, round_up(live + room), overflow="evict", dense=dense)
-    position = np.concatenate([np.arange(live - live // 2), np.arange(context - live // 2, context)]).astype(np.int32)
-
-    @partial(jax.jit, donate_argnums=0)
-    def fill(layer, key):
-        kv = jax.random.normal(key, (2, *layer.k.shape), layer.k.dtype)
-        return dataclasses.replace(
-            layer,
-            k=kv[0],
-            v=kv[1],
-            position=layer.position.at[:, :, :live].set(position),
-            expiry=layer.expiry.at[:, :, :live].set(NEVER),
+def checked_ratios(options: argparse.Namespace, measured: LiveCounts | None) -> list[float]:
+    """Return the ratios to measure, and set the default of --context. A file of counts has its own of both."""
+    if measured is None:
+        options.context = 4096 if options.context is None else options.context
+        return parse_ratios("1,2,4,8" if options.cr is None else options.cr)
+    if options.cr is not None:
+        raise ConfigError(
+            f"--cr and --live exclude each other, because {options.live} has a CR of {measured.realised_cr:.2f}; "
+            "leave --cr out"
         )
+    if options.context not in (None, measured.length):
+        raise ConfigError(
+            f"--context must be the {measured.length} tokens after which {options.live} was measured, got "
+            f"{options.context}, because heads spread differently at other lengths; leave --context out"
+        )
+    options.context = measured.length
+    return [measured.realised_cr]
 
-    layers, cache = list(cache.layers), dataclasses.replace(cache, layers=())
-    for index in range(len(layers)):
-        layers[index] = fill(layers[index], jax.random.key(index))
-    return dataclasses.replace(cache, layers=tuple(layers), seen=jnp.full(batch, context, jnp.int32))
+
+class Arm(NamedTuple):
+    """The settings of one arm of the benchmark."""
+
+    dense: bool
+    heads: np.ndarray  # live pairs [L R K] of each head at the start; rows take the R kinds of rows in turn
+    batch: int
+
+    def counts(self, batch: int | None = None) -> np.ndarray:
+        """Return the live pairs [L B K] of `batch` rows, or of the arm's own."""
+        return self.heads[:, np.arange(batch or self.batch) % self.heads.shape[1]]
 
 
-def decode(options, model, ratios: list[float], show) -> list[dict]:
+def arms_of(options, config, ratios: list[float], measured: LiveCounts | None) -> dict[str, Arm]:
+    """Return the arms of the dense arm's number of rows by their names."""
+    context, shape = options.context, (config.num_layers, 1, config.num_kv_heads)
+    arms = {"dense": Arm(True, np.full(shape, context), options.batch)}
+    if measured is not None:
+        layers, _, kv_heads = measured.counts.shape
+        if (layers, kv_heads) != (config.num_layers, config.num_kv_heads):
+            raise ConfigError(
+                f"--live {options.live} has {layers} layers of {kv_heads} KV heads, but --model {options.model} has "
+                f"{config.num_layers} of {config.num_kv_heads}; use --ragged {spread(measured.counts):.2f}, their "
+                "coefficient of variation"
+            )
+        return arms | {"live": Arm(False, measured.counts, options.batch)}
+    for ratio in ratios:
+        live = max(1, round(context / ratio))
+        heads = np.full(shape, live)
+        if options.ragged is not None and live < context:
+            low = min(config.require_dms().window_size + 1, context)
+            heads = log_normal_counts(heads.size, live, options.ragged, low, context).reshape(shape)
+        arms[f"cr {ratio:g}"] = Arm(False, heads, options.batch)
+    return arms
+
+
+def decode(options, model, ratios: list[float], measured: LiveCounts | None, show) -> list[dict]:
     """Return a record for each arm. Each step feeds back the most likely token of the step before."""
     import jax
 
+    from benchmarks.filled_cache import allocated_bytes, max_rows
     from benchmarks.timing import measure_ceilings
 
     total = (options.repeats + 1) * options.steps
@@ -118,11 +159,14 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
             f"--context plus {total} steps must fit into this model's context of "
             f"{model.config.max_position_embeddings} tokens, got {options.context + total}; use a smaller --context"
         )
-    arms = {"dense": Arm(True, 1.0, options.batch)} | {f"cr {r:g}": Arm(False, r, options.batch) for r in ratios}
+    arms = arms_of(options, model.config, ratios, measured)
+    size = lambda arm, batch: allocated_bytes(model, arm.counts(batch), total, arm.dense)
+    need = {name: size(arm, arm.batch) for name, arm in arms.items()}
     if options.equal_memory:
-        arms |= {f"cr {r:g}, {r:g}x rows": Arm(False, r, round(options.batch * r)) for r in ratios if r > 1}
-    live = {name: max(1, round(options.context / arm.ratio)) for name, arm in arms.items()}
-    need = {name: cache_bytes(model, arm.batch, live[name] + total) for name, arm in arms.items()}
+        for name, arm in [(name, arm) for name, arm in arms.items() if arm.heads.mean() < options.context]:
+            rows = max_rows(lambda batch, arm=arm: size(arm, batch), need["dense"])
+            arms[f"{name}, equal memory"] = arm._replace(batch=rows)
+            need[f"{name}, equal memory"] = size(arm, rows)
     room = free_bytes()
     left_out = {
         name: f"needs {need[name] / 2**30:.1f} GiB of cache, {room / 2**30:.1f} are free"
@@ -134,13 +178,13 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     timed = {}
     for group in [list(arms)] if together else [[name] for name in arms]:
         try:
-            timed |= timed_arms(model, {name: arms[name] for name in group}, live, options, total)
+            timed |= timed_arms(model, {name: arms[name] for name in group}, options, total)
         except jax.errors.JaxRuntimeError as why:  # out of memory all the same; the other arms go on
             left_out |= {name: " ".join(str(why).split())[:200] for name in group}
     bandwidth = measure_ceilings(model.embed[...].dtype, 3, quick=True)[0].copy_bytes
     rows, dense = [], timed.get("dense")
     for name, timing in timed.items():
-        row = arm_record(name, arms[name].batch, live[name], timing, options.context)
+        row = arm_record(name, arms[name], timing, model, options)
         row |= compared_with_dense(row, model, dense, options.batch, bandwidth)
         rows.append(row)
         show(described(row))
@@ -150,27 +194,22 @@ def decode(options, model, ratios: list[float], show) -> list[dict]:
     return rows
 
 
-class Arm(NamedTuple):
-    """The settings of one arm of the benchmark."""
-
-    dense: bool
-    ratio: float  # tokens seen per live pair
-    batch: int
-
-
-def arm_record(name: str, batch: int, live: int, timing: tuple, context: int) -> dict:
+def arm_record(name: str, arm: Arm, timing: tuple, model, options) -> dict:
     """Return what was measured on one arm. `timing` is its item of `timed_arms`."""
-    seconds, live_at_end, size = timing
-    median = statistics.median(seconds)
+    seconds, at_end, allocated = timing
+    median, counts = statistics.median(seconds), arm.counts()
+    pair_bytes = 2 * model.config.head_dim * model.embed[...].dtype.itemsize
     return {
         "arm": name,
-        "batch": batch,
-        "tokens_seen": context,
-        "live_at_start": live,
-        "live_at_end": live_at_end,
-        "cache_bytes": size,
+        "batch": arm.batch,
+        "rows_to_dense": arm.batch / options.batch,
+        "tokens_seen": options.context,
+        "live_at_start": float(counts.mean()),
+        **spread_record(counts),
+        "live_at_end": float(at_end.mean()),
+        **memory_record(at_end, allocated, pair_bytes),
         "step_ms": 1e3 * median,
-        "tokens_per_s": batch / median,
+        "tokens_per_s": arm.batch / median,
         "step_ms_all": [1e3 * s for s in seconds],
     }
 
@@ -194,25 +233,24 @@ def compared_with_dense(row: dict, model, dense: tuple | None, dense_batch: int,
 def described(row: dict) -> str:
     """Return the line that shows an arm's record to a person."""
     times = row["step_ms_all"]
-    text = f"{row['arm']:<16} live {row['live_at_start']:>6}  {row['step_ms']:>8.2f} ms per step "
+    text = f"{row['arm']:<20} {row['batch']:>4} rows, live {row['live_at_start']:>7.1f} "
+    text += f"({row['live_min']} to {row['live_max']}), {row['step_ms']:>8.2f} ms per step "
     text += f"({min(times):.2f} to {max(times):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
+    text += f", {memory_text(row)}"
     if "speed_to_dense" in row:
         text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
     return text
 
 
-def timed_arms(model, arms: dict[str, Arm], live: dict, options, total: int) -> dict:
-    """Return for each arm the seconds per step, the mean live pairs at the end, and the bytes of the cache."""
+def timed_arms(model, arms: dict[str, Arm], options, total: int) -> dict:
+    """Return for each arm the seconds per step, the live pairs [L B K] at the end, and the bytes of the cache."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     import dms_jax
+    from benchmarks.filled_cache import filled_cache
 
-    caches = {
-        name: filled_cache(model, arm.batch, options.context, live[name], total, arm.dense)
-        for name, arm in arms.items()
-    }
+    caches = {name: filled_cache(model, arm.counts(), options.context, total, arm.dense) for name, arm in arms.items()}
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name in arms:
@@ -226,24 +264,10 @@ def timed_arms(model, arms: dict[str, Arm], live: dict, options, total: int) -> 
             if repeat:  # the first one compiles
                 seconds[name].append((time.perf_counter() - start) / options.steps)
             caches[name] = cache
-    return {
-        name: (seconds[name], float(np.asarray(cache.live_counts).mean()), cache.bytes)
-        for name, cache in caches.items()
-    }
+    return {name: (seconds[name], np.asarray(cache.live_counts), cache.bytes) for name, cache in caches.items()}
 
 
-def cache_bytes(model, batch: int, capacity: int) -> int:
-    config = model.config
-    return (
-        config.num_layers
-        * batch
-        * config.num_kv_heads
-        * capacity
-        * (2 * config.head_dim * model.embed[...].dtype.itemsize + 12)
-    )
-
-
-def step_bytes(model, batch: int, live: int) -> int:
+def step_bytes(model, batch: int, live: float) -> int:
     """Return the bytes that a decode step must read: the weights of the layers and of the output, and the live pairs
     with position and expiry."""
     import jax
@@ -255,7 +279,7 @@ def step_bytes(model, batch: int, live: int) -> int:
         + model.output_embedding().nbytes
     )
     pair = 2 * config.head_dim * model.embed[...].dtype.itemsize + 8
-    return weights + config.num_layers * batch * config.num_kv_heads * live * pair
+    return weights + round(config.num_layers * batch * config.num_kv_heads * live) * pair
 
 
 def free_bytes() -> float:

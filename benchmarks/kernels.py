@@ -3,6 +3,7 @@ limits of the device.
 
     python -m benchmarks.kernels --quick --json
     python -m benchmarks.kernels --kernel decode_attention --minutes 5
+    python -m benchmarks.kernels --kernel decode_attention --ragged 0.9
 
 Two ceilings of the device are measured first: the bandwidth of a copy (bytes read plus written) and the FLOP/s of a
 matrix product. One line for each kernel, shape and implementation follows. `max_error` is the largest error of any row
@@ -11,6 +12,12 @@ against the fp32 reference, relative to the norm of that row. `ratio_to_xla` is 
 copy bandwidth; `fraction_of_matmul` compares its FLOPs with the matrix product in the same way. dense_xla and
 dense_cudnn are `jax.nn.dot_product_attention`, which has no gate and no lengths per head; they show the cost of a dense
 model.
+
+Cases with a cache hold `live` pairs per head on average; heads differ by up to a quarter if the slots allow. With
+--ragged or --live, heads differ as in a real model, all rows are alike, and there are just enough slots for the fullest
+head and a new pair. Only the kernels that read live pairs are then measured. Under --ragged a head holds from a window
+to four times the mean; under --live the heads have the distribution of all heads in FILE, scaled to the mean.
+`allocated_bytes` are those of the layer's cache, `live_bytes` those of its live keys and values.
 
 On a CPU the Pallas kernels run in interpret mode, which shows that they are correct, but their times mean nothing. With
 --json, the output is JSON lines only, each with its provenance.
@@ -25,11 +32,22 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from benchmarks.benchmark_options import check_at_least, check_minutes
+from benchmarks.ragged import (
+    add_ragged,
+    check_ragged,
+    log_normal_counts,
+    memory_record,
+    memory_text,
+    quantile_counts,
+    spread_record,
+)
 from dms_jax.command import Parser, run_command, start_devices
 from dms_jax.errors import ConfigError
+from dms_jax.evaluation.live_counts import LiveCounts
 from dms_jax.kernels.kernel_table import KERNELS
 
 NAME = "benchmarks.kernels"
+RAGGED_CR = 4  # compression ratio of the rows that --ragged stands for
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes", type=float, default=9.0, metavar="X", help="start no new case after this time (default 9)"
     )
+    add_ragged(parser, "scaled to the mean of each case")
     parser.add_argument("--json", action="store_true", help="print only JSON lines")
     return parser.parse_args(argv)
 
@@ -58,19 +77,42 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     check_at_least(options, repeats=1)
     check_minutes(options.minutes)
+    measured_counts = check_ragged(options)
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS
-    from dms_jax.kernels.kernel_cases import DENSE
+    from dms_jax.kernels.kernel_cases import DENSE, SUITES
 
     if unknown := set(options.arm or ()) - {*IMPLEMENTATIONS, *DENSE}:
         raise ConfigError(f"--arm must be one of {', '.join((*IMPLEMENTATIONS, *DENSE))}, got {min(unknown)!r}")
+    counts = kernel_counts(options.ragged, measured_counts)
+    if counts is not None and (even := [kernel for kernel in options.kernel or () if not SUITES[kernel].takes_counts]):
+        raise ConfigError(
+            f"--ragged and --live have no meaning for --kernel {even[0]}, which reads no live pairs; leave it out"
+        )
     start_devices(8)  # on a CPU: the interpreter of GPU kernels needs a thread per warpgroup
-    for record in run(options, time.monotonic() + 60 * options.minutes):
+    for record in run(options, time.monotonic() + 60 * options.minutes, counts):
         print(json.dumps(record) if options.json else described(record), flush=True)
 
 
-def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
-    """Yield the records, each as soon as it is measured. A case for which no time is left yields a record that says
-    so."""
+def kernel_counts(cv: float | None, measured_counts: LiveCounts | None) -> Callable | None:
+    """Return the `head_counts` of the cases under --ragged or --live; None leaves them to the cases."""
+    if cv is None and measured_counts is None:
+        return None
+    from benchmarks.models import default_window
+    from dms_jax.engine.cache_capacity import layer_capacities
+
+    def head_counts(batch: int, kv_heads: int, live: int):
+        if measured_counts is not None:
+            heads = quantile_counts(kv_heads, live, measured_counts.counts)
+        else:
+            length = RAGGED_CR * live
+            heads = log_normal_counts(kv_heads, live, cv, default_window(length) + 1, length)
+        return heads[None].repeat(batch, axis=0), layer_capacities([int(heads.max()) + 1])[0]
+
+    return head_counts
+
+
+def run(options: argparse.Namespace, deadline: float, head_counts: Callable | None = None) -> Iterator[dict]:
+    """Yield the records, each as soon as it is measured. A case that is left out yields a record that says why."""
     import jax.numpy as jnp
 
     from benchmarks.timing import measure_ceilings
@@ -81,8 +123,12 @@ def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
     dtype = jnp.dtype(platform_defaults().dtype)
     ceilings, lines = measure_ceilings(dtype, options.repeats, options.quick)
     yield from (line | {"provenance": where} for line in lines)
-    for make in cases(options.quick, options.kernel or KERNELS, dtype):
-        case = make()
+    for kernel, make in cases(options.quick, options.kernel or KERNELS, dtype, head_counts):
+        try:
+            case = make()
+        except ConfigError as why:  # its heads are too few for such a spread
+            yield {"kernel": kernel, "skipped": str(why), "provenance": where}
+            continue
         if time.monotonic() > deadline:
             yield {
                 "kernel": case.kernel,
@@ -95,19 +141,25 @@ def run(options: argparse.Namespace, deadline: float) -> Iterator[dict]:
             yield record | {"provenance": where}
 
 
-def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
-    """Yield functions that make the cases, so that only one case at a time is in memory."""
+def cases(
+    quick: bool, kernels: Collection[str], dtype, head_counts: Callable | None = None
+) -> Iterator[tuple[str, Callable]]:
+    """Yield kernels with functions that make their cases, so that only one case at a time is in memory. With
+    `head_counts`, only kernels that read live pairs are among them."""
     import jax
 
     from dms_jax.kernels.kernel_cases import SUITES
 
+    how = {"dtype": dtype} if head_counts is None else {"dtype": dtype, "head_counts": head_counts}
     for kernel in (kernel for kernel in KERNELS if kernel in kernels):
         suite = SUITES[kernel]
+        if head_counts is not None and not suite.takes_counts:
+            continue
         if jax.default_backend() == "cpu":
             makers = suite.cpu[:1] if quick else suite.cpu
         else:
             makers = suite.quick if quick else suite.full
-        yield from (partial(make, dtype=dtype) for make in makers)
+        yield from ((kernel, partial(make, **how)) for make in makers)
 
 
 def precise(case, f):
@@ -158,6 +210,7 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
         **case.shape,
         "dtype": case.dtype.name,
         "cache_dtype": jax.numpy.dtype(case.cache_dtype).name,
+        **memory_of(case),
     }
     arms, found, failed = {}, {}, {}
 
@@ -202,6 +255,24 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
         yield record | {"min_bytes": case.min_bytes, "flops": case.flops}
 
 
+def memory_of(case) -> dict[str, float]:
+    """Return the bytes of a case's cache, allocated and live, and how its heads differ; {} for a case without live
+    pairs."""
+    if "live" not in case.shape:
+        return {}
+    import jax
+    import numpy as np
+
+    from dms_jax.core.compact_cache import LayerCache
+    from dms_jax.core.visibility import NEVER
+
+    layer = next(x for x in case.inputs if isinstance(x, LayerCache))
+    counts = np.asarray((layer.expiry == NEVER).sum(-1))
+    allocated = sum(x.nbytes for x in jax.tree.leaves(layer))
+    pair_bytes = 2 * layer.k.shape[-1] * layer.k.dtype.itemsize
+    return spread_record(counts) | memory_record(counts, allocated, pair_bytes)
+
+
 def fractions_of_ceilings(case, seconds: float, ceilings) -> dict[str, float]:
     """Return how close a kernel comes to the measured bandwidth and to the measured speed of matrix products."""
     return {
@@ -233,6 +304,8 @@ def described(record: dict) -> str:
             f", {record['fraction_of_copy_bandwidth']:.0%} of copy bandwidth, {record['fraction_of_matmul']:.0%} "
             "of matmul"
         )
+    if "live_bytes" in record:
+        text += f", {memory_text(record)}, live CV {record['live_cv']:.2f}"
     return start + text + (" (interpreted)" if record.get("interpreted") else "")
 
 

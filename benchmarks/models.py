@@ -19,8 +19,13 @@ from dms_jax.models.parameters import ModelStructure, flatten
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.provenance import versions
 
-WINDOW = 128  # window size of the policy that is added to a model without one
+WINDOW = 128
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"  # a config.json for each named shape
+
+
+def default_window(context: int) -> int:
+    """Return the window size of the policy that is added to a model without one, for rows of `context` tokens."""
+    return min(WINDOW, context // 8)
 
 
 def load(name: str, layers: int, context: int, implementation: str = "auto", dtype: jnp.dtype | None = None, mesh=None):
@@ -28,7 +33,7 @@ def load(name: str, layers: int, context: int, implementation: str = "auto", dty
 
     `layers` is the number of layers of a random model; 0 keeps that of the named shape.
     """
-    policy = DMSConfig(window_size=min(WINDOW, context // 8))
+    policy = DMSConfig(window_size=default_window(context))
     dtype = dtype or jnp.dtype(platform_defaults().dtype)
     if not (named := CONFIGS / f"{name}.json").exists():
         import dms_jax

@@ -11,6 +11,7 @@ import argparse
 import json
 
 from benchmarks.benchmark_options import add_model, check_at_least, parse_ratios
+from benchmarks.ragged import memory_record, memory_text
 from dms_jax.command import Parser, run_command, start_devices
 
 NAME = "benchmarks.prefill"
@@ -76,6 +77,7 @@ def prefill(options, model, ratios: list[float], show) -> list[dict]:
         )
         return made[name][0]
 
+    pair_bytes = 2 * model.config.head_dim * model.embed[...].dtype.itemsize
     timing = time_all({name: lambda name=name: read(name) for name in arms}, options.repeats)
     rows = []
     for name, times in timing.items():
@@ -89,14 +91,14 @@ def prefill(options, model, ratios: list[float], show) -> list[dict]:
                 "seconds_all": times.all,
                 "tokens_per_s": prompt.size / times.median,
                 "speed_to_dense": timing["dense"].median / times.median,
-                "cache_bytes": cache.bytes,
+                **memory_record(np.asarray(cache.live_counts), cache.bytes, pair_bytes),
                 "realised_cr": dms_jax.compression_ratio(cache),
                 "forced_evictions": int(jax.numpy.sum(cache.forced_evictions)),
             }
         )
         show(
             "{arm:<8} {tokens_per_s:>10.0f} tokens/s, {speed_to_dense:.2f}x dense, realised CR {realised_cr:.2f}, "
-            "{forced_evictions} forced evictions".format(**rows[-1])
+            "{forced_evictions} forced evictions, {memory}".format(memory=memory_text(rows[-1]), **rows[-1])
         )
     return rows
 

@@ -17,15 +17,8 @@ from benchmarks.timing import Ceilings, Chain, time_all
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import IMPLEMENTATIONS
-from dms_jax.kernels.kernel_cases import (
-    SUITES,
-    compaction_case,
-    error,
-    filled_layer,
-    slot_case,
-    train_case,
-    update_case,
-)
+from dms_jax.kernels.filled_layer import filled_layer, held_pairs
+from dms_jax.kernels.kernel_cases import SUITES, compaction_case, error, slot_case, train_case, update_case
 from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 
@@ -84,7 +77,7 @@ def test_every_kernel_has_a_suite_of_its_own_cases():
     for kernel, suite in SUITES.items():
         assert suite.cpu[0](dtype=FP32).kernel == kernel
         assert suite.cpu and suite.quick and suite.full
-    by_benchmark = [make().kernel for make in kernels.cases(True, ("compaction", "decode_attention"), FP32)]
+    by_benchmark = [make().kernel for _, make in kernels.cases(True, ("compaction", "decode_attention"), FP32)]
     assert by_benchmark == ["decode_attention", "compaction"]
     makers = list(autotune.cases(["train_attention", "compaction"], [64, 128]))
     assert len(makers) == 6 and all(callable(make) for make in makers)
@@ -101,9 +94,11 @@ def test_cases_count_their_bytes_and_flops():
     case = train_case(1, 16, 2, 1, 8, 4, FP32)
     q, k = case.inputs[:2]
     assert case.min_bytes == 4 * (5 * q.size + 6 * k.size)
-    layer, seen = filled_layer(np.random.default_rng(0), 2, 2, 64, 40, 8, FP32)
-    live = int(jnp.sum(layer.expiry >= seen[:, None, None]))
-    assert 2 * 2 * 30 <= live <= 2 * 2 * 50
+    numbers = np.random.default_rng(0)
+    counts, capacity = held_pairs(numbers, 2, 2, 64, 40)
+    layer, seen = filled_layer(numbers, counts, capacity, 8, FP32)
+    assert capacity == 64 and counts.min() >= 30 and counts.max() <= 50
+    np.testing.assert_array_equal(jnp.sum(layer.expiry >= seen[:, None, None], axis=-1), counts)
     case = slot_case(2, 1, 64, 40, 4, 2, 8, FP32, FP32)
     counts = int(jnp.sum(case.inputs[1].expiry >= 64))
     assert case.flops == 4 * 8 * 2 * counts and case.min_bytes == counts * (2 * 8 * 4 + 8) + 2 * 4 * case.inputs[0].size
@@ -132,7 +127,7 @@ def test_timing_takes_medians_and_leaves_the_first_call_out():
 
 
 def test_kernel_lines_name_kernel_implementation_error_and_ratio(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "cases", lambda quick, chosen, dtype: (lambda case=case: case for case in cases()))
+    monkeypatch.setattr(kernels, "cases", lambda *_: ((case.kernel, lambda case=case: case) for case in cases()))
     monkeypatch.setattr(
         "dms_jax.kernels.dispatch.IMPLEMENTATIONS", {name: IMPLEMENTATIONS[name] for name in ("pallas_tpu", "xla")}
     )
@@ -180,32 +175,26 @@ def test_failing_or_wrong_implementation_is_reported_and_the_others_are_measured
 
 
 def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
-    decode_benchmark.main(
-        [
-            "--model",
-            "tiny",
-            "--batch",
-            "2",
-            "--context",
-            "64",
-            "--cr",
-            "1,4",
-            "--steps",
-            "1",
-            "--repeats",
-            "1",
-            "--equal-memory",
-        ]
-    )
+    options = "--model tiny --batch 2 --context 640 --cr 1,4 --steps 1 --repeats 1 --equal-memory"
+    decode_benchmark.main(options.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     arms = {row["arm"]: row for row in result["decode"]}
-    assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, 4x rows"] and arms["cr 4, 4x rows"]["batch"] == 8
-    pair, heads = 2 * 8 * 4 + 8, 2 * 2
-    assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (64 - 16) * pair
-    assert (
-        arms["cr 4, 4x rows"]["step_bytes"] == arms["dense"]["step_bytes"]
-        and arms["cr 4, 4x rows"]["roofline_speed_to_dense"] == 4
+    assert list(arms) == ["dense", "cr 1", "cr 4", "cr 4, equal memory"]
+    # Two more pairs need the next multiple of 64 slots. Each has a key, a value, position, expiry and score; each head
+    # counts its forced evictions, and each row its tokens.
+    heads = 2 * 2
+    row_bytes = lambda slots: heads * (slots * (2 * 8 * 4 + 12) + 4) + 4
+    assert arms["dense"]["allocated_bytes"] == 2 * row_bytes(704) and arms["cr 4"]["allocated_bytes"] == 2 * row_bytes(
+        192
     )
+    more = arms["cr 4, equal memory"]
+    assert more["batch"] == 2 * row_bytes(704) // row_bytes(192) == 7 and more["rows_to_dense"] == 3.5
+    assert more["allocated_bytes"] == 7 * row_bytes(192)
+    for row in arms.values():
+        assert row["live_bytes"] == row["batch"] * heads * row["live_at_end"] * 2 * 8 * 4
+        assert row["allocated_to_live"] == row["allocated_bytes"] / row["live_bytes"] > 1
+    pair = 2 * 8 * 4 + 8
+    assert arms["dense"]["step_bytes"] - arms["cr 4"]["step_bytes"] == 2 * heads * (640 - 160) * pair
     assert arms["cr 4"]["fraction_of_roofline"] == pytest.approx(
         arms["cr 4"]["speed_to_dense"] / arms["cr 4"]["roofline_speed_to_dense"]
     )

@@ -14,6 +14,7 @@ in decoding. Results go to a .jsonl file. To continue a run that was stopped, ru
 import argparse
 import json
 import os
+import shlex
 import sys
 
 from dms_jax.command import Parser, typed_as
@@ -31,7 +32,7 @@ from dms_jax.commands.option_values import (
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.evaluation.options import EvaluationOptions
 from dms_jax.evaluation.result_records import RECORDS
-from dms_jax.files import read_text
+from dms_jax.files import check_target, read_text
 from dms_jax.writer_lock import only_writer
 
 NAME = "evaluate"
@@ -72,6 +73,8 @@ def _add_text_options(group) -> None:
     add("--calibration-rows", type=int, default=2, metavar="N", help=calibration)
     greedy = "tokens that the task greedy generates for each row (default 64)"
     add("--greedy-tokens", type=int, default=64, metavar="N", help=greedy)
+    live = "with the task kept: also write the live pairs of each KV head to FILE, for benchmarks"
+    add("--live-counts", metavar="FILE", help=live)
 
 
 def _add_answer_options(group) -> None:
@@ -100,16 +103,20 @@ def main(argv: list[str] | None = None) -> None:
         only_writer(options.output, "use another --output"),
         inference_mesh(parsed.mesh, options.batch, f"--batch {options.batch}"),
     ):
-        _evaluate(options, parsed.json)
+        _evaluate(
+            options, parsed.json, shlex.join([*typed_as(NAME).split(), *(sys.argv[1:] if argv is None else argv)])
+        )
 
 
-def _evaluate(options: EvaluationOptions, as_json: bool) -> None:
+def _evaluate(options: EvaluationOptions, as_json: bool, command: str) -> None:
     """Measure what the results file lacks, and print the tables of all that it holds."""
-    from dms_jax.evaluation.evaluation_run import measure, prepare
+    from dms_jax.evaluation.evaluation_run import measure, prepare, write_counts
     from dms_jax.evaluation.results_table import summary, table
 
     evaluation = prepare(options)
     measure(evaluation)
+    if options.live_counts:
+        write_counts(evaluation, options, command)
     path = evaluation.file.path
     lines = summary(evaluation.file.records)  # includes what earlier runs measured into the same file
     if as_json:
@@ -138,6 +145,8 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
             f"--greedy-tokens must be less than --length {parsed.length}, got {parsed.greedy_tokens}; "
             f"use --greedy-tokens {parsed.length // 2}"
         )
+    if parsed.live_counts is not None:
+        _check_live_counts(parsed.live_counts, tasks)
     check_samples(parsed.chains, parsed.temperature)
     check_run_code(tasks, parsed.run_code)
     if unknown := [name for name in data if name not in tasks or name in RECORDS]:
@@ -159,6 +168,14 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         haystack=read_text(parsed.haystack) if parsed.haystack else "",
         data=data,
     )
+
+
+def _check_live_counts(path: str, tasks: tuple[str, ...]) -> None:
+    if "kept" not in tasks:
+        raise ConfigError(f"--live-counts needs the task kept, got --tasks {','.join(tasks)}; add kept to --tasks")
+    check_target(path)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise ConfigError(f"--live-counts must be a file in an existing folder, got {path}; make the folder first")
 
 
 def default_output(model: str) -> str:

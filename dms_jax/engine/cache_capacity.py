@@ -32,6 +32,11 @@ def size_class(number: int) -> int:
     return round_up(-(-number // (step := max(128, (1 << (number - 1).bit_length()) // 8))) * step)
 
 
+def layer_capacities(largest: Sequence[int]) -> tuple[int, ...]:
+    """Return the smallest capacity of each layer whose fullest head holds at most so many pairs."""
+    return tuple(round_up(pairs) for pairs in largest)
+
+
 def default_overflow(policy: CachePolicy) -> Overflow:
     """Choose "evict" for a learned policy, and "raise" for one that evicts nothing or has a budget."""
     slots = policy.slot_bounds()
@@ -61,7 +66,7 @@ def plan_capacity(
     slots, bounds = size_class(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
     if bounds.max is not None or (overflow == "grow" and not more_to_come):
         if bounds.max_of_layer is not None:
-            return tuple(min(slots, round_up(most)) for most in bounds.max_of_layer), overflow
+            return tuple(min(slots, enough) for enough in layer_capacities(bounds.max_of_layer)), overflow
         slots = min(slots, round_up(bounds.max or 2 * bounds.min))
     return slots, overflow
 

@@ -2,6 +2,7 @@
 `measure` does the work."""
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,10 @@ from tqdm import tqdm
 
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.answer_measure import AnswerMeasure, Group, Sampling, group_problems, measure_answers
+from dms_jax.evaluation.live_counts import live_counts_of, write_live_counts
 from dms_jax.evaluation.methods import TRAINED, Calibrator, Method, check_budget, check_learned, parse_methods
 from dms_jax.evaluation.options import CommonOptions, EvaluationOptions
+from dms_jax.evaluation.result_records import KeptRecord
 from dms_jax.evaluation.results import ResultsFile
 from dms_jax.evaluation.text_measure import Domain, TextMeasure, cut_domain
 from dms_jax.evaluation.text_tasks import TEXT_TASKS
@@ -96,6 +99,18 @@ def measure(evaluation: Evaluation) -> None:
                 job.measure(method, bar.update)
 
 
+def write_counts(evaluation: Evaluation, options: EvaluationOptions, command: str) -> None:
+    """Write what the task `kept` measured on this command's texts to `options.live_counts`."""
+    assert options.live_counts is not None  # checked by the caller
+    file, units = evaluation.file, [f"{name}/0" for name in options.texts]
+    kept = [r for m in evaluation.methods for r in file.records_of("kept", m.policy, m.budget)]
+    records = [record for record in kept if isinstance(record, KeptRecord) and record.unit in units]
+    texts = {name: digest(text) for name, text in options.texts.items()}
+    provenance = {"command": command, "date": time.strftime("%Y-%m-%d", time.gmtime()), "texts": texts}
+    provenance |= {name: value for name, value in file.header.items() if name != "model"}
+    write_live_counts(options.live_counts, live_counts_of(records, options.model, provenance))
+
+
 def load_model(options: CommonOptions) -> tuple[Decoder, Tokenizer]:
     """Load the tokenizer, and the model with its adapter in the platform's default dtype."""
     dtype = jnp.dtype(platform_defaults().dtype)
@@ -124,6 +139,11 @@ def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
         )
     methods = parse_methods(options.policies or DEFAULT_POLICIES, options.budgets)
     check_learned(model, (method.policy for method in methods), options.model)
+    learned = [str(method) for method in methods if method.kind.is_learned]
+    if options.live_counts and len(learned) != 1:
+        raise ConfigError(
+            f"--live-counts takes one learned method, got {', '.join(learned) or 'none'}; use --policies dms"
+        )
     for method in methods:
         if method.kind.reads_subset and options.chunk > Quest.page_size:
             raise ConfigError(

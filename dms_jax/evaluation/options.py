@@ -33,6 +33,7 @@ class EvaluationOptions(CommonOptions):
     policies: str = ""
     budgets: str = ""
     output: str
+    live_counts: str | None = None  # path
     texts: dict[str, str] = field(default_factory=dict)  # name -> content
     length: Annotated[int, AtLeast(2)] = 1024
     rows: Annotated[int, AtLeast(1)] = 16

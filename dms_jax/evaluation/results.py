@@ -102,7 +102,7 @@ class ResultsFile:
     def __init__(self, path: str | os.PathLike[str], header: dict, options: dict, binding: tuple[str, ...]):
         """Begin a file, or continue one whose header has the same `binding` entries and whose options do not contradict
         `options`. Raises ConfigError for any other file, which is then left unchanged."""
-        self.path = Path(path)
+        self.path, self.header = Path(path), header  # of the run that began the file
         self.records: list[Record] = []  # of earlier runs and of this one
         first = json.dumps({"header": header, "options": options}, default=_plain)
         new = json.loads(first)
@@ -117,7 +117,7 @@ class ResultsFile:
                         f"{path} holds results measured with different settings ({'; '.join(changed)[:300]}); "
                         "use another --output"
                     )
-                self.records = old.records
+                self.records, self.header = old.records, old.header
                 if old.header != new["header"] or not new["options"].items() <= old.options.items():
                     self._write(first)
             else:

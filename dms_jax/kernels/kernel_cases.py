@@ -17,9 +17,10 @@ from dms_jax.core import chunked_attention, compact_cache, slot_attention
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.reference_attention import reference_attention
 from dms_jax.core.rotary import rope_cos_sin
-from dms_jax.core.visibility import NEVER, expiry_of
+from dms_jax.core.visibility import expiry_of
 from dms_jax.kernels import attention_api, decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks
+from dms_jax.kernels.filled_layer import HeadCounts, filled_layer, held_pairs
 from dms_jax.kernels.operands import Token
 
 # Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense
@@ -133,12 +134,14 @@ def slot_case(
     head_dim: int,
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype | None = None,
+    head_counts: HeadCounts | None = None,
 ) -> Case:
-    """Make a case of `queries` (1 is a decode step) over `live` of `capacity` slots on average. The counts of the heads
-    differ as far as the capacity allows."""
+    """Make a case of `queries` (1 is a decode step) over `live` of `capacity` slots on average. Without `head_counts`,
+    which also choose the capacity, the counts of heads are up to a quarter larger or smaller if the slots allow."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
-    layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
+    held, capacity = held_pairs(numbers, batch, kv_heads, capacity, live, head_counts)
+    layer, seen = filled_layer(numbers, held, capacity, head_dim, cache_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(keys[0], (batch, queries, heads, head_dim), dtype)
     k, v = (jax.random.normal(key, (batch, kv_heads, queries, head_dim), dtype).astype(cache_dtype) for key in keys[1:])
@@ -188,7 +191,7 @@ def compaction_case(
     """Make a case that writes the surviving half of a chunk into a cache with a third of its slots free, anywhere."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
-    layer, _ = filled_layer(numbers, batch, kv_heads, capacity, capacity, head_dim, cache_dtype)
+    layer, _ = filled_layer(numbers, np.full((batch, kv_heads), capacity), capacity, head_dim, cache_dtype)
     new_k, new_v = (
         jax.random.normal(key, (batch, kv_heads, pairs, head_dim), dtype) for key in jax.random.split(jax.random.key(0))
     )
@@ -229,11 +232,14 @@ def update_case(
     head_dim: int,
     dtype: jnp.dtype,
     cache_dtype: jnp.dtype | None = None,
+    head_counts: HeadCounts | None = None,
 ) -> Case:
-    """Make a case of one token per row, in a cache whose first free slot follows the live ones."""
+    """Make a case of one token per row, in a cache whose first free slot follows the live ones. `head_counts` are as in
+    `slot_case`."""
     cache_dtype = cache_dtype or dtype
     numbers = np.random.default_rng(0)
-    layer, seen = filled_layer(numbers, batch, kv_heads, capacity, live, head_dim, cache_dtype)
+    held, capacity = held_pairs(numbers, batch, kv_heads, capacity, live, head_counts)
+    layer, seen = filled_layer(numbers, held, capacity, head_dim, cache_dtype)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (
         jax.random.normal(key, (batch, n, head_dim), dtype)
@@ -268,31 +274,6 @@ def update_case(
         + 2 * q.size * jnp.dtype(dtype).itemsize,
         flops=0.0,
     )
-
-
-def filled_layer(
-    numbers: np.random.Generator, batch: int, kv_heads: int, capacity: int, live: int, head_dim: int, dtype: jnp.dtype
-) -> tuple[LayerCache, jax.Array]:
-    """Make a layer whose heads hold `live` pairs on average, up to a quarter more or fewer if the capacity allows.
-    Returns the layer and the tokens seen [B]."""
-    slots = (batch, kv_heads, capacity)
-    spread = min(live // 4, capacity - live)
-    counts = live + numbers.integers(-spread, spread + 1, (batch, kv_heads))
-    held = np.arange(capacity) < counts[..., None]
-    keys = jax.random.split(jax.random.key(int(numbers.integers(1 << 30))))
-    k, v = (jax.random.normal(key, (*slots, head_dim), jnp.bfloat16).astype(dtype) for key in keys)
-    empty = compact_cache.empty_layer(1, 1, 1, head_dim, dtype)
-    filled = lambda value, otherwise: jnp.asarray(np.where(held, value, otherwise))
-    position = np.broadcast_to(np.arange(capacity, dtype=np.int32), slots)
-    layer = LayerCache(
-        k,
-        v,
-        filled(position, empty.position[0, 0, 0]),
-        filled(np.int32(NEVER), empty.expiry[0, 0, 0]),
-        jnp.zeros(slots, jnp.float32),
-        jnp.zeros(slots[:2], jnp.int32),
-    )
-    return layer, jnp.full(batch, capacity, jnp.int32)
 
 
 def error(case: Case, outputs: tuple, wanted: tuple) -> float:
@@ -339,6 +320,7 @@ class Suite(NamedTuple):
     full: Sequence[CaseMaker]
     tuned: Callable[[int, jnp.dtype], CaseMaker]  # (head size, cache dtype) -> the case for autotuning
     cache_dtypes: tuple[jnp.dtype, ...] = (BF16, FP8)  # the cache dtypes for autotuning
+    takes_counts: bool = False  # the cases take `head_counts`
 
 
 def full_decode_cases() -> Iterator[CaseMaker]:
@@ -368,12 +350,14 @@ SUITES = {
         quick=[partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128)],
         full=[*full_decode_cases()],
         tuned=lambda head_dim, cached: partial(slot_case, 16, 1, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
     "chunk_attention": Suite(
         cpu=[partial(slot_case, 1, 64, 128, 100, 2, 1, 64)],
         quick=[partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128)],
         full=[partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128)],
         tuned=lambda head_dim, cached: partial(slot_case, 2, 1024, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
     "compaction": Suite(
         cpu=[partial(compaction_case, 1, 64, 128, 2, 64), partial(compaction_case, 2, 128, 512, 2, 128)],
@@ -386,5 +370,6 @@ SUITES = {
         quick=[partial(update_case, 32, 4096, 3000, 32, 8, 128)],
         full=[partial(update_case, batch, 8192, 4096, 32, 8, 128) for batch in (8, 64)],
         tuned=lambda head_dim, cached: partial(update_case, 32, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
     ),
 }
