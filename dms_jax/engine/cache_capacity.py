@@ -11,7 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from dms_jax.config import ModelConfig, Overflow
-from dms_jax.core.compact_cache import CompactCache, HostBounds, grown
+from dms_jax.core.cache_base import HostBounds
+from dms_jax.core.compact_cache import CompactCache, grown
 from dms_jax.errors import ConfigError
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
-from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.cache_base import Cache
 from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.models.attention_layer import channel_scale
@@ -42,23 +42,23 @@ class UnrolledDecoder:
 
     def extend(
         self,
-        cache: CompactCache,
+        cache: Cache,
         tokens: Int[Array, "B T"],
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], CompactCache]:
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
         config, policy = self.config, cache.policy
         position = cache.seen[:, None] + jnp.arange(tokens.shape[1])[None]
         chunk = Chunk(position, count, threshold)
         frequency, channel = rope_frequencies(config), channel_scale(config)
-        x, layers = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], []
-        for index, layer_cache in enumerate(cache.layers):
+        x, after = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], cache
+        for index in range(cache.num_layers):
             block = nnx.merge(self.graph, self._layer(index))  # as in the scan of `models.decoder`
-            x, layer_cache = block.extend(x, layer_cache, policy, chunk, channel, frequency)
-            layers.append(layer_cache)
+            x, layer = block.extend(x, after.layer(index), policy, chunk, channel, frequency)
+            after = after.with_layer(index, layer)
         hidden = rms_norm(x, self.final_norm, config.rms_norm_eps)
-        return hidden, replace(cache, layers=tuple(layers), seen=cache.seen + count)
+        return hidden, replace(after, seen=cache.seen + count)
 
     def logits(self, hidden: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
         """Return the logits of final-normed hidden states, fp32."""

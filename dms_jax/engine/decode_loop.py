@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.cache_base import Cache
 from dms_jax.core.sampling import MAX_LOGIT, MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
@@ -34,7 +34,7 @@ WATCHED_SEGMENT = 4  # tokens between two calls of `watch`: few enough for smoot
 class DecodeState:
     """The state that the loop carries from token to token."""
 
-    cache: CompactCache
+    cache: Cache
     logits: Float[Array, "B V"]  # after the last token
     seen_tokens: Bool[Array, "B V"] | None  # ids in prompt or answer; None without a repetition penalty
     num_generated: Int[Array, "B"]
@@ -99,7 +99,7 @@ def _active(state: DecodeState, limit: np.ndarray) -> np.ndarray:
     return ~np.asarray(state.stopped) & np.asarray(state.finite) & (np.asarray(state.num_generated) < limit)
 
 
-def _segment_length(cache: CompactCache, config: GenerationConfig, until: int, watched: bool) -> int:
+def _segment_length(cache: Cache, config: GenerationConfig, until: int, watched: bool) -> int:
     """Choose the number of tokens in the next segment: all that are left, unless the host has work to do earlier."""
     length = config.max_new_tokens - until
     if config.stop_strings:
@@ -189,7 +189,7 @@ def finite_rows(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
-def _pairs_read(cache: CompactCache) -> Float[Array, "B"]:
+def _pairs_read(cache: Cache) -> Float[Array, "B"]:
     return jnp.mean(cache.policy.pairs_read(cache.live_counts.astype(jnp.float32)), axis=(0, 2))
 
 

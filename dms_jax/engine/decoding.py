@@ -17,7 +17,8 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import OVERFLOWS, ModelConfig, Overflow
 from dms_jax.config_reader import MAX_INT
-from dms_jax.core.compact_cache import CompactCache, HostBounds, TokenHistory, empty_layer
+from dms_jax.core.cache_base import Cache, HostBounds, TokenHistory
+from dms_jax.core.compact_cache import CompactCache, empty_layer
 from dms_jax.engine.cache_capacity import (
     check_context,
     check_min_slots,
@@ -102,7 +103,7 @@ def init_cache(
 
 def prefill(
     model: Decoder,
-    cache: CompactCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None = None,
     chunk_size: int | None = None,
@@ -113,7 +114,7 @@ def prefill(
     last_only: bool = False,
     donate: bool = False,
     watch: Callable[[int], object] | None = None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache]:
     """Append tokens to every row: a prompt, or the next turn. Return logits [B T V], fp32, and the new cache.
 
     Args:
@@ -158,7 +159,7 @@ def prefill(
 
 def prefill_rows(
     model: Decoder,
-    cache: CompactCache,
+    cache: Cache,
     tokens: Int[np.ndarray, "B T"],
     count: Int[np.ndarray, "B"],
     chunk_size: int | None,
@@ -167,7 +168,7 @@ def prefill_rows(
     last_only: bool,
     donate: bool,
     watch: Callable[[int], object] | None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache]:
     """Do the work of `prefill` for a caller that has checked ids and sizes.
 
     The first `count` tokens of each row are real. The T of the logits is the number of columns that were computed:
@@ -196,13 +197,13 @@ def prefill_rows(
 
 def decode_step(
     model: Decoder,
-    cache: CompactCache,
+    cache: Cache,
     tokens: Int[Array, "B"],
     *,
     active: Bool[Array, "B"] | None = None,
     threshold: float | Float[Array, ""] = 0.0,
     donate: bool = False,
-) -> tuple[Float[Array, "B V"], CompactCache]:
+) -> tuple[Float[Array, "B V"], Cache]:
     """Append one token to every row that is `active` (all by default); the others stay as they are and get logits of 0.
 
     Return logits [B V], fp32, and the new cache. `threshold` and `donate` are as in `prefill`. Raises ConfigError for
@@ -230,12 +231,12 @@ def decode_step(
 
 def extend_rows(
     model: UnrolledDecoder,
-    cache: CompactCache,
+    cache: Cache,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
     last: Array | None,
-) -> tuple[Array, CompactCache]:
+) -> tuple[Array, Cache]:
     """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
 
     Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import CompactCache, TokenHistory, row_compression_ratios
+from dms_jax.core.cache_base import Cache, TokenHistory, row_compression_ratios
 from dms_jax.engine.cache_capacity import check_context, check_min_slots, host_bounds, plan_capacity, round_up
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segments, generated_tokens
@@ -48,7 +48,7 @@ class Generation:
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
-    cache: CompactCache
+    cache: Cache
     logits: Float[Array, "B V"]  # after the last token
 
 
@@ -65,7 +65,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    cache: CompactCache | None = None,
+    cache: Cache | None = None,
     watch: Callable[[Progress], bool | None] | None = None,
 ) -> Generation:
     """Continue each prompt.
@@ -168,7 +168,7 @@ def _stops(model, config, tokenizer) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array(ids + [-1] * (size - len(ids)), np.int32), strings
 
 
-def _history(cache: CompactCache, config: GenerationConfig) -> TokenHistory | None:
+def _history(cache: Cache, config: GenerationConfig) -> TokenHistory | None:
     """Return the tokens that the cache has seen, before the arrays of the cache are given away."""
     if cache.history is None and config.repetition_penalty != 1:
         warnings.warn(
@@ -204,9 +204,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def _first_state(
-    cache: CompactCache, logits: Array, seen_ids: Sequence[np.ndarray], config: GenerationConfig
-) -> DecodeState:
+def _first_state(cache: Cache, logits: Array, seen_ids: Sequence[np.ndarray], config: GenerationConfig) -> DecodeState:
     """Return the state after the prefill. The space for new tokens is rounded up, so that few sizes are compiled."""
     num_rows, columns = len(seen_ids), round_up(config.max_new_tokens)
     seen_tokens = None

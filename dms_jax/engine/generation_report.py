@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dms_jax.core.compact_cache import CompactCache, staying_counts
+from dms_jax.core.cache_base import Cache
 from dms_jax.engine.stopwatch import Clock
 
 
@@ -20,9 +20,7 @@ class Report:
     decode_tokens: int = 0
     caches: list[dict] = field(default_factory=list)  # `cache_numbers` of each batch, or of a conversation as it is now
 
-    def add(
-        self, prompt_tokens: int, new_tokens: int, cache: CompactCache, rows: int, same_cache: bool = False
-    ) -> None:
+    def add(self, prompt_tokens: int, new_tokens: int, cache: Cache, rows: int, same_cache: bool = False) -> None:
         """Count a batch; the first `rows` rows of `cache` are its prompts, and the others are padding.
 
         With `same_cache`, the cache replaces the last one that was counted, as in the next turn of a conversation.
@@ -93,7 +91,7 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def cache_numbers(cache: CompactCache, rows: int) -> dict:
+def cache_numbers(cache: Cache, rows: int) -> dict:
     """Return sums over the first `rows` rows: tokens seen, live pairs (mean over layers and heads), and bytes.
 
     `staying` counts the pairs that no decision evicts, which give the nominal CR.
@@ -101,9 +99,7 @@ def cache_numbers(cache: CompactCache, rows: int) -> dict:
     memory that is allocated, including the bookkeeping.
     """
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
-    staying = staying_counts(cache)[:, :rows]
-    layer = cache.layers[0]
-    pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize
+    staying = np.asarray(cache.staying_counts)[:, :rows]
     return {
         "rows": rows,
         "seen": float(seen.sum()),
@@ -111,6 +107,6 @@ def cache_numbers(cache: CompactCache, rows: int) -> dict:
         "staying": float(staying.mean(axis=(0, 2)).sum()) if staying.size else 0.0,
         "forced_evictions": int(np.asarray(cache.forced_evictions)[:, :rows].sum()),
         "cache_bytes": cache.bytes,
-        "live_bytes": int(live.sum()) * pair,
-        "dense_bytes": int(seen.sum()) * len(cache.layers) * layer.k.shape[1] * pair,
+        "live_bytes": int(live.sum()) * cache.pair_bytes,
+        "dense_bytes": int(seen.sum()) * live.shape[0] * live.shape[2] * cache.pair_bytes,
     }

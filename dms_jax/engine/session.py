@@ -13,7 +13,7 @@ import numpy as np
 
 import dms_jax
 from dms_jax.command import one_line
-from dms_jax.core.compact_cache import CompactCache, fork
+from dms_jax.core.cache_base import Cache, fork
 from dms_jax.engine.cache_capacity import plan_capacity
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decoding import select_policy
@@ -47,7 +47,7 @@ class Session:
     config: GenerationConfig
     model: Decoder
     tokenizer: Tokenizer
-    loaded: CompactCache | None  # the cache that --load-cache names
+    loaded: Cache | None  # the cache that --load-cache names
     report: Report
     defaults: dict[str, Any]  # the sampling settings that come from the model's generation_config.json
 
@@ -114,11 +114,11 @@ class Session:
         """Return the tokens without a stop id at their end."""
         return tokens[:-1] if tokens.size and int(tokens[-1]) in (self.config.stop_ids or ()) else tokens
 
-    def free_context(self, cache: CompactCache | None) -> int:
+    def free_context(self, cache: Cache | None) -> int:
         """Return how many more tokens fit into the model's context after those in `cache`."""
         return self.model.config.context_limit()[0] - (0 if cache is None else int(np.max(cache.seen)))
 
-    def start_from_loaded(self, rows: int) -> CompactCache | None:
+    def start_from_loaded(self, rows: int) -> Cache | None:
         """Return a copy of the loaded cache for each of `rows` prompts; None without --load-cache."""
         return None if self.loaded is None else fork(self.loaded, rows)
 
@@ -150,7 +150,7 @@ class Session:
         self,
         rows: Sequence[np.ndarray],
         config: GenerationConfig,
-        cache: CompactCache | None = None,
+        cache: Cache | None = None,
         *,
         first: int = 0,
         show: Callable[[list[np.ndarray]], None] | None = None,
@@ -194,7 +194,7 @@ class Session:
             "forced_evictions": int(result.forced_evictions[index]),
         }
 
-    def save(self, cache: CompactCache | None) -> None:
+    def save(self, cache: Cache | None) -> None:
         """Write the cache to the file of --save-cache, if the option is given and a cache exists."""
         if self.options.save_cache and cache is not None:
             dms_jax.save_cache(self.model, cache, self.options.save_cache, overwrite=self.options.overwrite)
@@ -276,7 +276,7 @@ def parse_capacity(text: str | None) -> int | tuple[int, ...] | None:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationConfig) -> CompactCache | None:
+def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationConfig) -> Cache | None:
     if not options.load_cache:
         return None
     cache = dms_jax.load_cache(model, options.load_cache)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.config import OVERFLOWS, ModelConfig
-from dms_jax.core.compact_cache import NO_TOKEN, CompactCache, LayerCache, TokenHistory
+from dms_jax.core.cache_base import NO_TOKEN, TokenHistory
+from dms_jax.core.compact_cache import CompactCache, LayerCache
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import parse_json
 from dms_jax.hf.cache_state import check_layer, check_policy, check_seen

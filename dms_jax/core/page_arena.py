@@ -1,0 +1,144 @@
+"""The memory of a paged cache on one device: pages of keys and values, and which of them are free.
+
+Everything here runs on the device, inside the jitted step, because only the device knows how many pairs a head keeps.
+Page 0 belongs to nobody: it is what `take` gives when no page is free, and writes to it are dropped. So a cache that
+runs out of pages loses pairs of the head that wanted one, and never touches a page that somebody else holds.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from dms_jax.axes import Array, typed
+
+NOBODY = 0  # the page that is never given away
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Arena:
+    """The pages of all rows, layers and KV heads of one device; `paged_cache` has a leading axis of devices."""
+
+    k: Float[Array, "*M N S H"]  # after RoPE
+    v: Float[Array, "*M N S H"]
+    references: Int[Array, "*M N"]  # how many heads hold each page
+    free: Int[Array, "*M N"]  # a stack: the first `free_count` entries are the free pages
+    free_count: Int[Array, "*M"]
+    # Of each pair, under exact budgets only: how dispensable it is, and its position, which breaks ties.
+    score: Float[Array, "*M N S"] | None = None
+    position: Int[Array, "*M N S"] | None = None
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of one device, including page 0."""
+        return self.k.shape[-3]
+
+    @property
+    def page_size(self) -> int:
+        """Pairs of one page."""
+        return self.k.shape[-2]
+
+
+def empty_arena(num_pages: int, page_size: int, head_dim: int, dtype: jnp.dtype, with_scores: bool = False) -> Arena:
+    """Make an arena without pages in use; page 0 is one of `num_pages`."""
+    pages = (num_pages, page_size)
+    return restacked(
+        Arena(
+            k=jnp.zeros((*pages, head_dim), dtype),
+            v=jnp.zeros((*pages, head_dim), dtype),
+            references=jnp.zeros(num_pages, jnp.int32),
+            free=jnp.zeros(num_pages, jnp.int32),
+            free_count=jnp.int32(0),
+            score=jnp.zeros(pages, jnp.float32) if with_scores else None,
+            position=jnp.zeros(pages, jnp.int32) if with_scores else None,
+        )
+    )
+
+
+@typed
+def restacked(arena: Arena) -> Arena:
+    """Return the arena with its stack of free pages made again from the references."""
+    is_free = (arena.references == 0) & (jnp.arange(arena.num_pages) != NOBODY)
+    free = jnp.argsort(~is_free, stable=True).astype(jnp.int32)
+    return replace(arena, free=free, free_count=jnp.sum(is_free, dtype=jnp.int32))
+
+
+@typed
+def take(arena: Arena, wanted: Bool[Array, "*A"]) -> tuple[Arena, Int[Array, "*A"]]:
+    """Take a page wherever one is wanted. Return its number, or 0 where none is wanted or none is free."""
+    rank = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
+    given = wanted & (rank < arena.free_count)
+    page = jnp.where(given, arena.free[jnp.where(given, arena.free_count - 1 - rank, 0)], NOBODY)
+    taken = replace(arena, free_count=arena.free_count - jnp.sum(given, dtype=jnp.int32))
+    return share(taken, page), page
+
+
+@typed
+def share(arena: Arena, page: Int[Array, "*A"]) -> Arena:
+    """Count one more reference to each of the pages; 0 stands for no page."""
+    return replace(arena, references=arena.references.at[_target(arena, page)].add(1, mode="drop"))
+
+
+@typed
+def release(arena: Arena, page: Int[Array, "*A"]) -> Arena:
+    """Give up one reference to each of the pages; a page without references is free again. 0 stands for no page."""
+    left = arena.references.at[_target(arena, page)].add(-1, mode="drop")
+    freed = (arena.references > 0) & (left == 0)
+    rank = jnp.cumsum(freed, dtype=jnp.int32) - 1
+    place = jnp.where(freed, arena.free_count + rank, arena.num_pages)
+    free = arena.free.at[place].set(jnp.arange(arena.num_pages, dtype=jnp.int32), mode="drop")
+    return replace(arena, references=left, free=free, free_count=arena.free_count + jnp.sum(freed, dtype=jnp.int32))
+
+
+@typed
+def copy_pages(arena: Arena, source: Int[Array, "*A"], target: Int[Array, "*A"]) -> Arena:
+    """Copy the content of pages; a target of 0 is not written."""
+    index = _target(arena, target).reshape(-1)
+    copied = lambda x: None if x is None else x.at[index].set(x[source.reshape(-1)], mode="drop")
+    return replace(
+        arena, k=copied(arena.k), v=copied(arena.v), score=copied(arena.score), position=copied(arena.position)
+    )
+
+
+@typed
+def write(
+    arena: Arena,
+    page: Int[Array, "B K T"],
+    offset: Int[Array, "B K T"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    score: Float[Array, "B K T"] | None,
+    position: Int[Array, "B K T"] | None,
+) -> Arena:
+    """Write pairs to their places in pages; those of page 0 are dropped."""
+    page = _target(arena, page)
+    put = lambda old, new: None if old is None else old.at[page, offset].set(new.astype(old.dtype), mode="drop")
+    return replace(
+        arena,
+        k=put(arena.k, k),
+        v=put(arena.v, v),
+        score=put(arena.score, score),
+        position=put(arena.position, position),
+    )
+
+
+def resized(arena: Arena, num_pages: int) -> tuple[Arena, Int[Array, "N"]]:
+    """Copy the pages in use to the front of an arena of `num_pages` pages. Return it, and the new number of each page.
+
+    There must be room for all pages in use.
+    """
+    in_use = (arena.references > 0) | (jnp.arange(arena.num_pages) == NOBODY)
+    order = jnp.argsort(~in_use, stable=True)[:num_pages]  # page 0 stays the first
+    more = num_pages - len(order)
+    move = lambda x: None if x is None else jnp.pad(x[order], ((0, more), *((0, 0),) * (x.ndim - 1)))
+    names = "k", "v", "references", "score", "position"
+    moved = replace(arena, **{name: move(getattr(arena, name)) for name in names}, free=jnp.zeros(num_pages, jnp.int32))
+    number = jnp.zeros(arena.num_pages, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
+    return restacked(moved), jnp.where(in_use, number, NOBODY)
+
+
+def _target(arena: Arena, page: Int[Array, "*A"]) -> Int[Array, "*A"]:
+    """Return where to write: past the end, where writes are dropped, for page 0."""
+    return jnp.where(page == NOBODY, arena.num_pages, page)
