@@ -24,6 +24,7 @@ _HOME = {  # public name -> the module that defines it
     "decode_step": "engine.decoding",
     "init_cache": "engine.decoding",
     "prefill": "engine.decoding",
+    "init_pages": "engine.page_memory",
     "compression_loss": "core.losses",
     "kl_student_teacher": "core.losses",
     "kl_teacher_student": "core.losses",

@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import TextIO
 from dms_jax import __version__
 from dms_jax.errors import ConfigError, suggestion
 
+STARTED = time.perf_counter()  # a command imports this module first
 VERSION = f"dms-jax {__version__}"
 
 # Each command, and the module that runs it in a checkout. An installed wheel has `dms-jax NAME` only.

@@ -6,13 +6,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
 from dms_jax.axes import Array
+from dms_jax.config import Overflow
 from dms_jax.errors import ConfigError
 
 NO_TOKEN = -1  # not a token id
@@ -70,11 +71,27 @@ class CacheBytes(int):
 class Cache(ABC):
     """Keys and values of all layers. Every cache is a frozen dataclass and an immutable pytree."""
 
-    seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
-    policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
-    overflow: Any  # a `config.Overflow`: what happens when there is no room for a pair
-    bounds: HostBounds | None  # set by `with_bounds`; None if unknown
-    history: TokenHistory | None  # set by `with_history`, likewise
+    if TYPE_CHECKING:  # fields of each dataclass, in an order of its own
+
+        @property
+        def seen(self) -> Int[Array, "B"]:
+            """Tokens of each row so far, which is the position of the next one."""
+
+        @property
+        def policy(self) -> Any:
+            """A `policies.CachePolicy`, static under jit; `core` may not import `policies`."""
+
+        @property
+        def overflow(self) -> Overflow:
+            """What happens when there is no room for a pair."""
+
+        @property
+        def bounds(self) -> HostBounds | None:
+            """Set by `with_bounds`; None if unknown."""
+
+        @property
+        def history(self) -> TokenHistory | None:
+            """Set by `with_history`; None if unknown."""
 
     def with_bounds(self, bounds: HostBounds) -> Self:
         """Return this cache with the given bounds.
@@ -142,7 +159,10 @@ class Cache(ABC):
         """Do the work of `fork`, without the history."""
 
 
-def fork(cache: Cache, chains: int) -> Any:
+AnyCache = TypeVar("AnyCache", bound=Cache)
+
+
+def fork(cache: AnyCache, chains: int) -> AnyCache:
     """Repeat every row `chains` times, with the copies of a row next to each other, to sample several continuations.
 
     Rows of a `PagedCache` share the pages that no longer change.

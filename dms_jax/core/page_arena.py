@@ -5,6 +5,7 @@ Page 0 belongs to nobody: it is what `take` gives when no page is free, and writ
 runs out of pages loses pairs of the head that wanted one, and never touches a page that somebody else holds.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import jax
@@ -41,19 +42,26 @@ class Arena:
         return self.k.shape[-2]
 
 
-def empty_arena(num_pages: int, page_size: int, head_dim: int, dtype: jnp.dtype, with_scores: bool = False) -> Arena:
-    """Make an arena without pages in use; page 0 is one of `num_pages`."""
-    pages = (num_pages, page_size)
-    return restacked(
-        Arena(
-            k=jnp.zeros((*pages, head_dim), dtype),
-            v=jnp.zeros((*pages, head_dim), dtype),
-            references=jnp.zeros(num_pages, jnp.int32),
-            free=jnp.zeros(num_pages, jnp.int32),
-            free_count=jnp.int32(0),
-            score=jnp.zeros(pages, jnp.float32) if with_scores else None,
-            position=jnp.zeros(pages, jnp.int32) if with_scores else None,
-        )
+def contents(arena: Arena) -> dict[str, Array]:
+    """Return what an arena stores for each pair, by name."""
+    found = {name: getattr(arena, name) for name in ("k", "v", "score", "position")}
+    return {name: x for name, x in found.items() if x is not None}
+
+
+def empty_arena(
+    arenas: int, num_pages: int, page_size: int, head_dim: int, dtype: jnp.dtype, with_scores: bool = False
+) -> Arena:
+    """Make arenas without pages in use; page 0 is one of the `num_pages` of each."""
+    pages = (arenas, num_pages, page_size)
+    free = jnp.roll(jnp.arange(num_pages, dtype=jnp.int32), -1)
+    return Arena(
+        k=jnp.zeros((*pages, head_dim), dtype),
+        v=jnp.zeros((*pages, head_dim), dtype),
+        references=jnp.zeros(pages[:2], jnp.int32),
+        free=jnp.tile(free, (arenas, 1)),
+        free_count=jnp.full(arenas, num_pages - 1, jnp.int32),
+        score=jnp.zeros(pages, jnp.float32) if with_scores else None,
+        position=jnp.zeros(pages, jnp.int32) if with_scores else None,
     )
 
 
@@ -78,17 +86,17 @@ def take(arena: Arena, wanted: Bool[Array, "*A"]) -> tuple[Arena, Int[Array, "*A
 @typed
 def share(arena: Arena, page: Int[Array, "*A"]) -> Arena:
     """Count one more reference to each of the pages; 0 stands for no page."""
-    return replace(arena, references=arena.references.at[_target(arena, page)].add(1, mode="drop"))
+    return replace(arena, references=jnp.asarray(arena.references).at[_target(arena, page)].add(1, mode="drop"))
 
 
 @typed
 def release(arena: Arena, page: Int[Array, "*A"]) -> Arena:
     """Give up one reference to each of the pages; a page without references is free again. 0 stands for no page."""
-    left = arena.references.at[_target(arena, page)].add(-1, mode="drop")
+    left = jnp.asarray(arena.references).at[_target(arena, page)].add(-1, mode="drop")
     freed = (arena.references > 0) & (left == 0)
     rank = jnp.cumsum(freed, dtype=jnp.int32) - 1
     place = jnp.where(freed, arena.free_count + rank, arena.num_pages)
-    free = arena.free.at[place].set(jnp.arange(arena.num_pages, dtype=jnp.int32), mode="drop")
+    free = jnp.asarray(arena.free).at[place].set(jnp.arange(arena.num_pages, dtype=jnp.int32), mode="drop")
     return replace(arena, references=left, free=free, free_count=arena.free_count + jnp.sum(freed, dtype=jnp.int32))
 
 
@@ -96,10 +104,8 @@ def release(arena: Arena, page: Int[Array, "*A"]) -> Arena:
 def copy_pages(arena: Arena, source: Int[Array, "*A"], target: Int[Array, "*A"]) -> Arena:
     """Copy the content of pages; a target of 0 is not written."""
     index = _target(arena, target).reshape(-1)
-    copied = lambda x: None if x is None else x.at[index].set(x[source.reshape(-1)], mode="drop")
-    return replace(
-        arena, k=copied(arena.k), v=copied(arena.v), score=copied(arena.score), position=copied(arena.position)
-    )
+    copied = lambda x: jnp.asarray(x).at[index].set(x[source.reshape(-1)], mode="drop")
+    return replace(arena, **{name: copied(x) for name, x in contents(arena).items()})
 
 
 @typed
@@ -107,21 +113,12 @@ def write(
     arena: Arena,
     page: Int[Array, "B K T"],
     offset: Int[Array, "B K T"],
-    k: Float[Array, "B K T H"],
-    v: Float[Array, "B K T H"],
-    score: Float[Array, "B K T"] | None,
-    position: Int[Array, "B K T"] | None,
+    pairs: Mapping[str, Array],
 ) -> Arena:
-    """Write pairs to their places in pages; those of page 0 are dropped."""
+    """Write pairs, as `contents` names them, to their places in pages; those of page 0 are dropped."""
     page = _target(arena, page)
-    put = lambda old, new: None if old is None else old.at[page, offset].set(new.astype(old.dtype), mode="drop")
-    return replace(
-        arena,
-        k=put(arena.k, k),
-        v=put(arena.v, v),
-        score=put(arena.score, score),
-        position=put(arena.position, position),
-    )
+    put = lambda old, new: jnp.asarray(old).at[page, offset].set(new.astype(old.dtype), mode="drop")
+    return replace(arena, **{name: put(x, pairs[name]) for name, x in contents(arena).items()})
 
 
 def resized(arena: Arena, num_pages: int) -> tuple[Arena, Int[Array, "N"]]:
@@ -132,9 +129,8 @@ def resized(arena: Arena, num_pages: int) -> tuple[Arena, Int[Array, "N"]]:
     in_use = (arena.references > 0) | (jnp.arange(arena.num_pages) == NOBODY)
     order = jnp.argsort(~in_use, stable=True)[:num_pages]  # page 0 stays the first
     more = num_pages - len(order)
-    move = lambda x: None if x is None else jnp.pad(x[order], ((0, more), *((0, 0),) * (x.ndim - 1)))
-    names = "k", "v", "references", "score", "position"
-    moved = replace(arena, **{name: move(getattr(arena, name)) for name in names}, free=jnp.zeros(num_pages, jnp.int32))
+    move = lambda x: jnp.pad(x[order], ((0, more), *((0, 0),) * (x.ndim - 1)))
+    moved = replace(arena, **{name: move(x) for name, x in contents(arena).items()}, references=move(arena.references))
     number = jnp.zeros(arena.num_pages, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
     return restacked(moved), jnp.where(in_use, number, NOBODY)
 

@@ -8,15 +8,18 @@ there the layers stay stacked.
 
 import weakref
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.cache_base import Cache
+from dms_jax.core.paged_cache import PagedCache
 from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.models.attention_layer import channel_scale
@@ -46,23 +49,37 @@ class UnrolledDecoder:
         tokens: Int[Array, "B T"],
         count: Int[Array, "B"],
         threshold: float | Float[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+    ) -> tuple[Float[Array, "B T D"], Any]:
         """Append the first `count` tokens of a chunk to each row. Return final-normed hidden states and the cache."""
         config, policy = self.config, cache.policy
         position = cache.seen[:, None] + jnp.arange(tokens.shape[1])[None]
         chunk = Chunk(position, count, threshold)
         frequency, channel = rope_frequencies(config), channel_scale(config)
-        x, after = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], cache
-        for index in range(cache.num_layers):
-            block = nnx.merge(self.graph, self._layer(index))  # as in the scan of `models.decoder`
-            x, layer = block.extend(x, after.layer(index), policy, chunk, channel, frequency)
-            after = after.with_layer(index, layer)
+        x, after = self.embed[jnp.where(position < (cache.seen + count)[:, None], tokens, 0)], cast(Any, cache)
+
+        def run(carry, weights, index):
+            x, cache = carry
+            block = nnx.merge(self.graph, weights)  # as in the scan of `models.decoder`
+            x, layer = block.extend(x, cache.layer(index), policy, chunk, channel, frequency)
+            return x, cache.with_layer(index, layer)
+
+        if self._scans(cache):  # all layers have one shape, so one is compiled for all
+            indices = jnp.arange(cache.num_layers, dtype=jnp.int32)
+            body = lambda carry, layer: (run(carry, *layer), None)
+            (x, after), _ = lax.scan(body, (x, cache), (self.layers, indices))
+        else:
+            for index in range(cache.num_layers):
+                x, after = run((x, after), self._layer(index), index)
         hidden = rms_norm(x, self.final_norm, config.rms_norm_eps)
         return hidden, replace(after, seen=cache.seen + count)
 
     def logits(self, hidden: Float[Array, "*A D"]) -> Float[Array, "*A V"]:
         """Return the logits of final-normed hidden states, fp32."""
         return jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=jnp.float32)
+
+    def _scans(self, cache: Cache) -> bool:
+        """Whether the layers run as a loop over stacked weights, which needs layers of one shape."""
+        return isinstance(cache, PagedCache) and not isinstance(self.layers, tuple)
 
     def _layer(self, index: int) -> nnx.State:
         return self.layers[index] if isinstance(self.layers, tuple) else jax.tree.map(lambda w: w[index], self.layers)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.cache_base import Cache
+from dms_jax.core.compact_cache import CompactCache
 from dms_jax.core.sampling import MAX_LOGIT, MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
@@ -105,9 +106,12 @@ def _segment_length(cache: Cache, config: GenerationConfig, until: int, watched:
     if config.stop_strings:
         length = min(length, SEGMENT)
     if watched:
-        length = min(length, WATCHED_SEGMENT)
+        length = min(length, WATCHED_SEGMENT if until else 1)  # the first token is shown at once
     if cache.overflow == "grow":
-        free = min(capacity - live for capacity, live in zip(cache.capacities, host_bounds(cache).live, strict=True))
+        known = host_bounds(cache)
+        free = known.tokens
+        if isinstance(cache, CompactCache):
+            free = min(capacity - live for capacity, live in zip(cache.capacities, known.live, strict=True))
         length = min(length, max(free, SEGMENT))
     return length
 

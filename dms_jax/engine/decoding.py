@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import OVERFLOWS, ModelConfig, Overflow
 from dms_jax.config_reader import MAX_INT
-from dms_jax.core.cache_base import Cache, HostBounds, TokenHistory
+from dms_jax.core.cache_base import AnyCache, HostBounds, TokenHistory
 from dms_jax.core.compact_cache import CompactCache, empty_layer
 from dms_jax.engine.cache_capacity import (
     check_context,
@@ -103,7 +103,7 @@ def init_cache(
 
 def prefill(
     model: Decoder,
-    cache: Cache,
+    cache: AnyCache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None = None,
     chunk_size: int | None = None,
@@ -114,7 +114,7 @@ def prefill(
     last_only: bool = False,
     donate: bool = False,
     watch: Callable[[int], object] | None = None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache]:
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], AnyCache]:
     """Append tokens to every row: a prompt, or the next turn. Return logits [B T V], fp32, and the new cache.
 
     Args:
@@ -143,7 +143,8 @@ def prefill(
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
-    cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
+    if isinstance(cache, CompactCache):
+        cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
     history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch
@@ -159,7 +160,7 @@ def prefill(
 
 def prefill_rows(
     model: Decoder,
-    cache: Cache,
+    cache: AnyCache,
     tokens: Int[np.ndarray, "B T"],
     count: Int[np.ndarray, "B"],
     chunk_size: int | None,
@@ -168,7 +169,7 @@ def prefill_rows(
     last_only: bool,
     donate: bool,
     watch: Callable[[int], object] | None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], Cache]:
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], AnyCache]:
     """Do the work of `prefill` for a caller that has checked ids and sizes.
 
     The first `count` tokens of each row are real. The T of the logits is the number of columns that were computed:
@@ -197,13 +198,13 @@ def prefill_rows(
 
 def decode_step(
     model: Decoder,
-    cache: Cache,
+    cache: AnyCache,
     tokens: Int[Array, "B"],
     *,
     active: Bool[Array, "B"] | None = None,
     threshold: float | Float[Array, ""] = 0.0,
     donate: bool = False,
-) -> tuple[Float[Array, "B V"], Cache]:
+) -> tuple[Float[Array, "B V"], AnyCache]:
     """Append one token to every row that is `active` (all by default); the others stay as they are and get logits of 0.
 
     Return logits [B V], fp32, and the new cache. `threshold` and `donate` are as in `prefill`. Raises ConfigError for
@@ -231,12 +232,12 @@ def decode_step(
 
 def extend_rows(
     model: UnrolledDecoder,
-    cache: Cache,
+    cache: AnyCache,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
     last: Array | None,
-) -> tuple[Array, Cache]:
+) -> tuple[Array, AnyCache]:
     """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
 
     Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits

@@ -12,13 +12,22 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.cache_base import Cache, TokenHistory, row_compression_ratios
-from dms_jax.engine.cache_capacity import check_context, check_min_slots, host_bounds, plan_capacity, round_up
+from dms_jax.core.cache_base import Cache, CacheBytes, TokenHistory, row_compression_ratios
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.engine.cache_capacity import (
+    check_context,
+    check_min_slots,
+    host_bounds,
+    plan_capacity,
+    round_up,
+    uses_pages,
+)
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segments, generated_tokens
 from dms_jax.engine.decoding import init_cache, prefill_rows
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.head_budgets import policy_for_rows
+from dms_jax.engine.page_memory import pages_for
 from dms_jax.engine.stop_ids import end_ids, split_stops
 from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError, shown
@@ -50,6 +59,11 @@ class Generation:
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
     cache: Cache
     logits: Float[Array, "B V"]  # after the last token
+
+    @property
+    def bytes(self) -> CacheBytes:
+        """Memory of the cache: allocated, of live pairs, and of all pairs that the rows have seen."""
+        return self.cache.bytes
 
 
 class Progress(NamedTuple):
@@ -93,8 +107,11 @@ def generate(
     own = cache is None
     if cache is None:
         policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
-        capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
-        cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
+        if uses_pages(config, policy):
+            cache = pages_for(model, lengths + config.max_new_tokens, config.max_length or 0, policy, config.overflow)
+        else:
+            capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
+            cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
     _check_sizes(model, cache, lengths, config)
     history = _history(cache, config)
     history = history if history is None else history.extended(rows)
@@ -104,7 +121,7 @@ def generate(
     logits, cache = prefill_rows(
         model, cache, padded, lengths, config.chunk_size, config.threshold, last_only=True, donate=own, watch=on_chunk
     )
-    if cache.policy.compresses_prompt:
+    if isinstance(cache, CompactCache) and cache.policy.compresses_prompt:
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
@@ -189,7 +206,8 @@ def _check_sizes(model, cache, lengths, config) -> None:
     count = lengths + config.max_new_tokens
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
-    cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
+    if isinstance(cache, CompactCache):
+        cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
     if isinstance(config.seed, tuple | list) and len(config.seed) != len(lengths):
         raise ConfigError(
             f"seed must be one number or one for each prompt, got {len(config.seed)} for {len(lengths)} prompts"

@@ -14,7 +14,8 @@ import numpy as np
 import dms_jax
 from dms_jax.command import one_line
 from dms_jax.core.cache_base import Cache, fork
-from dms_jax.engine.cache_capacity import plan_capacity
+from dms_jax.core.paged_cache import PagedCache
+from dms_jax.engine.cache_capacity import plan_capacity, uses_pages
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decoding import select_policy
 from dms_jax.engine.generation import Generation, Progress, generate
@@ -131,6 +132,8 @@ class Session:
         # Later turns have unknown lengths, so budgets of heads are those for a full context.
         length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
         policy = policy_for_rows(self.model, config.policy, config.dense, length)
+        if uses_pages(config, policy):
+            return replace(config, max_length=max(prompt_lengths) + new_tokens, policy=policy, dense=False)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
         )
@@ -171,8 +174,10 @@ class Session:
                     _show_prefill(progress.prefilled, total)
                 if cancelled():
                     raise Cancelled
-            elif show is not None:
-                show(progress.tokens)
+            else:
+                self.report.has_token()
+                if show is not None:
+                    show(progress.tokens)
             clock.start()
             return cancelled()
 
@@ -234,7 +239,15 @@ def open_session(options: argparse.Namespace) -> Session:
     target_cr = model.config.require_dms().target_cr if follows_threshold else None
     if config.temperature == 0:
         defaults = {name: value for name, value in defaults.items() if name not in SAMPLED}
-    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock(), policy_name(policy)), defaults)
+    return Session(
+        options,
+        config,
+        model,
+        tokenizer,
+        loaded,
+        Report(target_cr, Clock(), policy_name(policy)),
+        defaults,
+    )
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, Any]:
@@ -291,6 +304,10 @@ def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationC
         raise ConfigError(
             f"{options.load_cache} does not say which tokens its cache has seen, as files of an earlier version, so a "
             "repetition penalty cannot count them; give --repetition-penalty 1, or save the cache again"
+        )
+    if options.overflow == "evict" and isinstance(cache, PagedCache):
+        raise ConfigError(
+            f"--overflow must be grow or raise for the cache in {options.load_cache}, which is in pages; leave it out"
         )
     return replace(cache, overflow=options.overflow).with_history(cache.history) if options.overflow else cache
 

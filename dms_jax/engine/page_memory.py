@@ -1,0 +1,210 @@
+"""How many pages a paged cache gets, and what happens when they run out.
+
+The host knows how many tokens each row may still append until pages can run out: a head needs at most one page for each
+`page_size` tokens. It reads the device only when this number is used up, so decoding never waits after each token.
+Errors are `ConfigError`.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dms_jax.config import ModelConfig, Overflow
+from dms_jax.config_reader import MAX_INT
+from dms_jax.core.cache_base import HostBounds, TokenHistory
+from dms_jax.core.page_arena import empty_arena
+from dms_jax.core.paged_cache import HeadPages, PagedCache, pages_of, pages_on_devices, resized, size_class
+from dms_jax.errors import ConfigError, shown
+from dms_jax.models.decoder import Decoder
+from dms_jax.platform_defaults import platform_defaults
+from dms_jax.policies import CachePolicy, policy_name, policy_of
+from dms_jax.sharding import devices_of, mesh_of, named_sharding
+
+MARGIN = 1.1  # more pages than the live fraction needs, because texts and heads differ
+LOOK_AHEAD = 16  # tokens that must fit after the arena has grown, so that it does not grow at each step
+
+
+def init_pages(
+    model: Decoder,
+    batch_size: int,
+    max_length: int,
+    memory: int | None = None,
+    *,
+    num_pages: int | None = None,
+    policy: CachePolicy | str | None = None,
+    overflow: Overflow | None = None,
+    dtype: jnp.dtype | None = None,
+    page_size: int | None = None,
+) -> PagedCache:
+    """Make an empty cache in pages, whose memory follows the live pairs of each head.
+
+    Args:
+      max_length: tokens of each row that the tables of pages have room for.
+      memory: bytes of keys and values on each device. None allocates for the live fraction that the policy expects: all
+        pairs if it evicts nothing, exactly the budgets under "dms_budget:N", and otherwise the window and 1 / target_cr
+        of the other pairs of `max_length` tokens, where target_cr is that of training, with a margin of 10%.
+      num_pages: the same in pages, instead of `memory`.
+      policy: the model's own, "dense", "dms_budget:N", or another one that marks pairs as the model's own does. A
+        policy that ranks pairs, such as "tova:256", needs the slots of `init_cache`.
+      overflow: what happens when no page is free. "grow" copies all pages to a larger arena and compiles again; it is
+        the default without `memory` and `num_pages`. "raise" raises ConfigError and is the default with one of them.
+      dtype: the dtype of keys and values; by default the dtype of the model's weights.
+      page_size: pairs of a page; by default 64, on a TPU 128.
+    """
+    config, policy = model.config, policy_of(model.config, policy)
+    if not policy.in_pages:
+        raise ConfigError(
+            f"policy {policy_name(policy)} chooses among the pairs of a cache, which needs slots; use init_cache"
+        )
+    if memory is not None and num_pages is not None:
+        raise ConfigError("memory and num_pages exclude each other; give either memory or num_pages")
+    page_size = page_size or platform_defaults().capacity_multiple
+    for name, value in [("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)]:
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
+            raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
+    overflow = overflow or ("grow" if memory is None and num_pages is None else "raise")
+    if overflow not in ("grow", "raise"):
+        raise ConfigError(f"overflow of a cache in pages must be grow or raise, got {overflow!r}; use init_cache")
+    dtype = jnp.dtype(dtype or model.embed.get_value().dtype)
+    page_bytes = 2 * page_size * config.head_dim * dtype.itemsize
+    if memory is not None:
+        num_pages = int(memory) // page_bytes
+        if num_pages < 2:
+            raise ConfigError(f"memory must be at least {2 * page_bytes} bytes, which are two pages, got {memory}")
+    if num_pages is not None and not 2 <= num_pages <= MAX_INT:
+        raise ConfigError(f"num_pages must be at least 2, got {shown(num_pages)}")
+    lengths = np.full(batch_size, max_length)
+    return new_pages(model, lengths, int(max_length), num_pages, policy, overflow, dtype, page_size)
+
+
+def pages_for(
+    model: Decoder, lengths: Int[np.ndarray, "B"], max_length: int, policy: CachePolicy, overflow: Overflow | None
+) -> PagedCache:
+    """Make an empty cache for `generate`: for rows that will probably have `lengths` tokens each."""
+    page_size, dtype = platform_defaults().capacity_multiple, model.embed.get_value().dtype
+    longest = size_class(pages_of(max(max_length, int(lengths.max())), page_size)) * page_size
+    return new_pages(model, lengths, longest, None, policy, overflow or "grow", dtype, page_size)
+
+
+def new_pages(
+    model: Decoder,
+    lengths: Int[np.ndarray, "B"],
+    max_length: int,
+    num_pages: int | None,
+    policy: CachePolicy,
+    overflow: Overflow,
+    dtype: jnp.dtype,
+    page_size: int,
+) -> PagedCache:
+    """Do the work of `init_pages` for rows of `lengths` tokens, after the checks."""
+    config, mesh = model.config, devices_of(model.embed.get_value())
+    table = policy.budget_table(config.num_layers, config.num_kv_heads)
+    if num_pages is None:
+        expected = _expected_pages(config, policy, np.asarray(lengths), page_size, table)
+        num_pages = size_class(1 + int(pages_on_devices(expected, mesh).max()))
+    arenas = 1 if mesh is None else mesh.size
+    make = partial(empty_arena, arenas, int(num_pages), page_size, config.head_dim, dtype, table is not None)
+    heads = _empty_heads(config, policy, len(lengths), max_length, page_size, table)
+    if mesh is None:
+        arena = make()
+    else:
+        place = lambda x: named_sharding(("arenas", *(None,) * (x.ndim - 1)), x.shape, mesh)
+        arena = jax.jit(make, out_shardings=jax.tree.map(place, jax.eval_shape(make)))()
+    cache = PagedCache(arena, heads, jnp.zeros(len(lengths), jnp.int32), policy.in_cache(), overflow)
+    return cache.with_bounds(read_bounds(cache)).with_history(TokenHistory.empty(len(lengths)))
+
+
+def _empty_heads(
+    config: ModelConfig, policy: CachePolicy, rows: int, max_length: int, page_size: int, table: np.ndarray | None
+) -> HeadPages:
+    ring = policy.ring_size or page_size
+    heads = (config.num_layers, rows, config.num_kv_heads)
+    return HeadPages(
+        table=jnp.zeros((*heads, pages_of(ring, page_size) + pages_of(max_length, page_size)), jnp.int32),
+        survivors=jnp.zeros(heads, jnp.int32),
+        marked=jnp.zeros((*heads, ring), bool),
+        starved=jnp.zeros(heads, bool),
+        budget=None if table is None else jnp.asarray(np.repeat(table[:, None], rows, axis=1)),
+    )
+
+
+def _expected_pages(
+    config: ModelConfig, policy: CachePolicy, lengths: Int[np.ndarray, "B"], page_size: int, table: np.ndarray | None
+) -> Int[np.ndarray, "L B K"]:
+    """Return how many pages each head probably needs for rows of `lengths` tokens, and under budgets exactly."""
+    ring = policy.ring_size or page_size
+    behind = np.maximum(0, lengths - ring)[None, :, None]
+    if table is not None:
+        survivors = np.minimum(table[:, None] - ring, behind)
+    else:
+        fraction = min(1.0, MARGIN / config.require_dms().target_cr) if policy.is_learned else 1.0
+        survivors = np.broadcast_to(
+            np.ceil(behind * fraction).astype(int), (config.num_layers, len(lengths), config.num_kv_heads)
+        )
+    return pages_of(np.minimum(ring, lengths), page_size)[None, :, None] + pages_of(survivors, page_size)
+
+
+def read_bounds(cache: PagedCache) -> HostBounds:
+    """Read from the device how many tokens each row has seen, and how many more surely fit."""
+    seen, free = np.asarray(cache.seen, np.int64), np.asarray(cache.arena.free_count)
+    low, high = 0, max(0, cache.max_length - int(seen.max()))
+    while low < high:  # the largest number that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if (pages_needed(cache, middle) <= free).all() else (low, middle - 1)
+    return HostBounds(int(seen.max()), tokens=low)
+
+
+def pages_needed(cache: PagedCache, count: int) -> Int[np.ndarray, "M"]:
+    """Return how many more pages each device needs at most if each row appends `count` tokens."""
+    heads, size = cache.heads, cache.page_size
+    seen, survivors = np.asarray(cache.seen, np.int64), np.asarray(heads.survivors, np.int64)
+    leaving = np.maximum(seen + count - heads.ring, 0) - np.maximum(seen - heads.ring, 0)
+    more = survivors + leaving[None, :, None]
+    if heads.budget is not None:
+        more = np.maximum(survivors, np.minimum(more, np.asarray(heads.budget) - heads.ring))
+    in_ring = pages_of(np.minimum(seen + count, heads.ring), size) - pages_of(np.minimum(seen, heads.ring), size)
+    needed = pages_of(more, size) - pages_of(survivors, size) + in_ring[None, :, None]
+    return pages_on_devices(needed, cache.mesh)
+
+
+def room_for(cache: PagedCache, count: int) -> PagedCache:
+    """Return the cache, with larger arenas if its overflow is "grow" and `count` more tokens might not fit."""
+    if cache.bounds is not None and cache.bounds.tokens >= count:
+        return cache
+    known, history = read_bounds(cache), cache.history
+    if known.tokens < count and cache.overflow == "grow":
+        ahead = max(count, LOOK_AHEAD)
+        short = int((pages_needed(cache, ahead) - np.asarray(cache.arena.free_count)).max())
+        pages = size_class(cache.arena.num_pages + short) if short > 0 else cache.arena.num_pages
+        columns = cache.heads.ring_pages(cache.page_size) + pages_of(known.seen + ahead, cache.page_size)
+        width = cache.heads.table.shape[-1]
+        with mesh_of(cache.arena.k):
+            cache = resized(cache, pages, width if columns <= width else max(columns, width + width // 2))
+        known = read_bounds(cache)
+    return cache.with_history(history).with_bounds(known)
+
+
+def check_starved(cache: PagedCache, before: HostBounds, count: int) -> PagedCache:
+    """Return the cache after `count` tokens with new bounds, given the bounds from `before` these tokens.
+
+    If no page was free for a pair, raise ConfigError.
+    """
+    if before.tokens >= count:
+        return cache.with_bounds(before._replace(seen=before.seen + count, tokens=before.tokens - count))
+    starved = np.asarray(cache.heads.starved)
+    if not starved.any():
+        return cache.with_bounds(read_bounds(cache))
+    layer, row, head = (int(i) for i in np.argwhere(starved)[0])
+    if (seen := int(np.asarray(cache.seen)[row])) > cache.max_length:
+        raise ConfigError(
+            f"rows of this cache must have at most {cache.max_length} tokens, got {seen} in row {row}; "
+            f"use max_length >= {seen}, or overflow='grow'"
+        )
+    pages = cache.arena.num_pages
+    raise ConfigError(
+        f"the {pages} pages of this cache must hold the live pairs of all rows, but layer {layer}, row {row}, KV head "
+        f"{head} found no free page; use num_pages >= {size_class(pages + pages // 4)}, fewer rows, or overflow='grow'"
+    )

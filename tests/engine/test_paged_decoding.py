@@ -1,0 +1,201 @@
+"""The project's central test through pages: the mask path equals any interleaving of prefill, chunks and decoding."""
+
+import functools
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import GOLDEN_PROMPT, decode, golden_reference, tiny_model, tokens
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from interleavings import LENGTH, OPERATIONS, ROWS, check_interleaving, check_pages_counted, heads, policy
+from jax.sharding import AxisType, Mesh
+
+import dms_jax
+from dms_jax.config import DMSConfig
+from dms_jax.engine import decode_loop, decoding
+from dms_jax.engine.decode_layout import stacked
+from dms_jax.models.parameters import ModelStructure, flatten
+
+SIZE = 4  # pairs of a page
+KEEP = 1e9  # a threshold above any logit
+MODELS = {  # evict head, shape of the model; the ring has window + 1 pairs
+    "w0": (policy(0), heads(2, 2, 8)),
+    "ring of a page, own decision": (policy(SIZE - 1, 0, "layer"), heads(2, 2, 8)),
+    "ring of a page and a pair": (policy(SIZE), heads(2, 1, 8)),
+    "ring longer than a row": (policy(1000, 0), heads(1, 2, 8)),
+    "no policy": (None, heads(2, 2, 8)),
+}
+
+
+@functools.cache
+def build(name):
+    """Return a model and its mask path, jitted once: (rows [3, 40], threshold) -> (logits, decisions [L 3 K 40])."""
+    dms, fields = MODELS[name]
+    model = tiny_model(dms, 3, num_layers=2, **fields)
+    if dms is None:
+        none = jnp.zeros((2, ROWS, model.config.num_kv_heads, LENGTH), bool)
+        return model, jax.jit(lambda ids, threshold: (model.dense(ids), none))
+    return model, jax.jit(lambda ids, threshold: model.hard(ids, None, threshold))
+
+
+@pytest.mark.parametrize("cases, any_width", [(10, False), pytest.param(100, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_path_equals_the_mask_path(name, cases, any_width):
+    @settings(max_examples=cases, deadline=None)
+    @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
+    def run(seed, operations):
+        rng = np.random.default_rng(seed)
+        model, hard = build(name)
+        # At -KEEP each head keeps nothing behind its ring, and at KEEP everything.
+        ids, threshold = tokens(rng, ROWS, LENGTH), float(rng.choice([0.0, 0.0, -KEEP, KEEP]))
+        (want, evict), (_, other) = hard(ids, threshold - 1e-3), hard(ids, threshold + 1e-3)
+        assume(np.array_equal(evict, other))  # decisions within rounding errors of the threshold may differ
+        dms = model.config.dms or DMSConfig()
+        after = lambda decisions: decode(decisions.astype(int), dms.window_size, dms.decision_shift)[1]
+        live = np.apply_along_axis(after, -1, np.asarray(evict))
+        cache = dms_jax.init_pages(model, ROWS, LENGTH, num_pages=400, page_size=SIZE)
+        check_interleaving(model, cache, rng, ids, np.asarray(want), live, operations, any_width, threshold)
+
+    run()
+
+
+def test_prefill_and_decode_match_the_golden_vectors():
+    model, want = golden_reference("qwen3_dms_projection_per_head")
+    ids, cache = np.asarray(want["input_ids"]), dms_jax.init_pages(model, 2, 64, page_size=16)
+    logits, cache = dms_jax.prefill(model, cache, ids[:, :GOLDEN_PROMPT], chunk_size=13)
+    np.testing.assert_allclose(logits, want["prefill_logits"], atol=1e-4)
+    for step, lengths in enumerate(want["decode_cache_lengths"]):
+        logits, cache = dms_jax.decode_step(model, cache, ids[:, GOLDEN_PROMPT + step])
+        np.testing.assert_allclose(logits, want["decode_logits"][:, step], atol=1e-4)
+        np.testing.assert_array_equal(np.asarray(cache.live_counts).reshape(lengths.shape), lengths)
+
+
+def test_empty_arena_spoils_only_the_row_that_needed_a_page(rng):
+    model, ids = build("w0")[0], tokens(rng, 2, 40)
+    options = {"threshold": KEEP, "chunk_size": 5}  # every pair stays
+    roomy = dms_jax.init_pages(model, 2, LENGTH, num_pages=100, page_size=SIZE)
+    lengths, num_pages = np.array([20, 40]), 1 + 4 * (1 + 5) + 4 * (1 + 7)  # the second row needs 4 * (1 + 10) pages
+    want, _ = dms_jax.prefill(model, roomy, ids, lengths, **options)
+    small = dms_jax.init_pages(model, 2, LENGTH, num_pages=num_pages, page_size=SIZE)
+    with pytest.raises(dms_jax.ConfigError, match="num_pages"):
+        dms_jax.prefill(model, small, ids, lengths, **options)
+    runner = decoding.unrolled(model)
+    logits, cache = decoding.extend_rows(runner, small, ids, lengths.astype(np.int32), jnp.float32(KEEP), None)
+    np.testing.assert_array_equal(cache.starved, [False, True])
+    np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)  # queries of the chunk still saw all pairs
+    again, after = decoding.extend_rows(runner, cache, ids[:, :1], np.array([1, 0], np.int32), jnp.float32(KEEP), None)
+    whole = np.concatenate([ids[:1, :20], ids[:1, :1]], axis=1)
+    np.testing.assert_allclose(again[0, 0], model.dense(whole)[0, -1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(after.starved, [False, True])
+    with pytest.raises(dms_jax.ConfigError, match="run out of pages"):
+        dms_jax.save_cache(model, cache, "unused.safetensors")
+
+
+def test_scanned_layers_give_what_unrolled_ones_do(rng):
+    model, ids = build("w0")[0], tokens(rng, 2, 21)
+    cache = dms_jax.init_pages(model, 2, LENGTH, num_pages=100, page_size=SIZE)
+    after = {}
+    for layout in (stacked, decoding.unrolled):
+        extend = lambda cache, part, layout=layout: decoding.extend_rows(
+            layout(model), cache, part, np.array([part.shape[1]] * 2, np.int32), jnp.float32(0.0), None
+        )
+        first, later = jax.jit(extend)(cache, ids[:, :20])
+        after[layout] = first, *jax.jit(extend)(later, ids[:, 20:])
+    for ours, theirs in zip(*map(jax.tree.leaves, after.values()), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_arena_and_tables_grow(rng):
+    model, ids = build("ring of a page and a pair")[0], tokens(rng, 2, 120)
+    cache = dms_jax.init_pages(model, 2, 8, page_size=SIZE)
+    logits, cache = dms_jax.prefill(model, cache, ids[:, :60], chunk_size=30)
+    assert cache.max_length >= 60 and cache.overflow == "grow"
+    for step in range(60, 70):
+        last, cache = dms_jax.decode_step(model, cache, ids[:, step], donate=True)
+    want = model.hard(ids[:, :70])[0]
+    np.testing.assert_allclose(logits, want[:, :60], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(last, want[:, -1], rtol=1e-5, atol=1e-5)
+    check_pages_counted(cache)
+
+
+def test_forks_share_full_pages_and_stay_independent(rng):
+    model, ids = build("w0")[0], tokens(rng, 1, 37)
+    _, prompt = dms_jax.prefill(
+        model, dms_jax.init_pages(model, 1, 60, num_pages=80, page_size=SIZE), ids, threshold=KEEP
+    )
+    chains, tails = dms_jax.fork(prompt, ROWS), tokens(rng, ROWS, 5)
+    assert int(chains.arena.references.max()) == ROWS
+    # Each copy has a page of its own for the ring, and none for the 36 survivors, which fill 9 pages.
+    used = lambda cache: int((cache.arena.references > 0).sum())
+    assert used(chains) == used(prompt) + 4 * (ROWS - 1)
+    logits, chains = dms_jax.prefill(model, chains, tails, threshold=KEEP)
+    for row in range(ROWS):
+        alone, _ = dms_jax.prefill(model, prompt, tails[row : row + 1], threshold=KEEP)
+        np.testing.assert_allclose(logits[row], alone[0], rtol=1e-5, atol=1e-5)
+    check_pages_counted(chains)
+
+
+def test_saved_forks_share_pages_in_the_file(rng, tmp_path):
+    model, ids = build("w0")[0], tokens(rng, 1, 37)
+    cache = dms_jax.init_pages(model, 1, 60, num_pages=80, page_size=SIZE)
+    cache = dms_jax.fork(dms_jax.prefill(model, cache, ids, threshold=KEEP)[1], ROWS)
+    dms_jax.save_cache(model, cache, tmp_path / "cache.safetensors")
+    loaded = dms_jax.load_cache(model, tmp_path / "cache.safetensors")
+    check_pages_counted(loaded)
+    np.testing.assert_array_equal((loaded.arena.references > 0).sum(), (cache.arena.references > 0).sum())
+    assert loaded.arena.num_pages == cache.arena.num_pages and loaded.overflow == cache.overflow == "raise"
+
+
+@pytest.mark.parametrize("kv_heads", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_mesh_does_not_change_results(rng, kv_heads, tmp_path):
+    model = tiny_model(policy(3), 3, num_layers=2, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
+    grid = np.array(jax.devices()).reshape(2, 4)
+    mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    template, params = ModelStructure(model), flatten(model)
+    placed = template.build(jax.device_put(params, template.shardings(list(params), mesh)))
+    ids, lengths = tokens(rng, 8, 34), np.array([30, 5, 20, 21, 13, 30, 1, 27])
+    cache = dms_jax.init_pages(placed, 4, 40, page_size=SIZE, num_pages=100)
+    assert cache.arena.k.shape[0] == 8 and len(cache.arena.k.sharding.device_set) == 8
+    _, cache = dms_jax.prefill(placed, cache, ids[::2, :1], np.ones(4, int))
+    cache = dms_jax.fork(cache, 2)
+    ids[1::2, 0] = ids[::2, 0]
+    want, evict = model.hard(ids)
+    logits, cache = dms_jax.prefill(placed, cache, ids[:, 1:30], lengths - 1, chunk_size=15)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(logits[row, : length - 1], want[row, 1:length], rtol=1e-5, atol=1e-5)
+    dms_jax.save_cache(placed, cache, tmp_path / "cache.safetensors")
+    cache = dms_jax.load_cache(placed, tmp_path / "cache.safetensors")
+    for step in range(3):
+        logits, cache = dms_jax.decode_step(placed, cache, ids[np.arange(8), lengths + step])
+        np.testing.assert_allclose(logits, want[np.arange(8), lengths + step], rtol=1e-5, atol=1e-5)
+    live = np.apply_along_axis(lambda a: decode(a.astype(int), 3, 1)[1], -1, np.asarray(evict))
+    np.testing.assert_array_equal(cache.live_counts, live[:, np.arange(8), :, lengths + 2].swapaxes(0, 1))
+    assert len(cache.arena.k.sharding.device_set) == 8
+
+
+@pytest.mark.parametrize("length, layout", [(1, decoding.unrolled), (16, decoding.unrolled), (16, stacked)])
+def test_compiled_step_does_not_copy_the_arena(length, layout):
+    """A step writes pages in place: its temporary memory is less than a tenth of the arena."""
+    model = tiny_model(policy(2), 3, num_layers=2, head_dim=64)
+    cache = dms_jax.init_pages(model, 1, 128, num_pages=2048, page_size=64)
+    args = layout(model), cache, np.zeros((1, length), np.int32), np.full(1, length, np.int32), jnp.float32(0), None
+    memory = jax.jit(decoding.extend_rows, donate_argnums=1).lower(*args).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * cache.arena.k.nbytes / 10
+
+
+def test_programs_and_memory_stay_constant(rng):
+    """Generate with two prompts of other lengths; live arrays, their bytes and compiled programs must not increase."""
+    model, sizes = tiny_model(policy(8), 3, num_layers=1, max_position_embeddings=4000), []
+    config = dms_jax.GenerationConfig(max_new_tokens=300, stop_ids=(), temperature=1.0)
+    cache = dms_jax.init_pages(model, 1, 1500, num_pages=200)
+    for length in (5, 7, 2, 16):
+        out = dms_jax.generate(model, tokens(rng, 1, length), config, cache=cache)
+        cache = out.cache
+        del out
+        gc.collect()
+        arrays = [x.nbytes for x in jax.live_arrays()]
+        sizes.append((len(arrays), sum(arrays), decode_loop.num_loop_compilations(), decoding.num_compilations()))
+    assert int(cache.seen[0]) == 4 * 300 + 30 and sizes[1:] == sizes[1:2] * 3
