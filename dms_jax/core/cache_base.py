@@ -83,7 +83,7 @@ class Cache(ABC):
 
         @property
         def overflow(self) -> Overflow:
-            """What happens when there is no room for a pair."""
+            """The rule when there is no room for a pair."""
 
         @property
         def bounds(self) -> HostBounds | None:

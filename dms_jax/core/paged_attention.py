@@ -227,24 +227,34 @@ def append(
     slot = jnp.where(survives, ring_slots + place, (position % ring)[:, None])
     page, offset = _place(table, slot, arena)
     page = jnp.where(survives | in_ring[:, None], page, NOBODY)
-    if old is None:
-        old_page, old_offset = _place(table, old_slot, arena)
-        from_ring = {name: stored[old_page, old_offset] for name, stored in page_arena.contents(arena).items()}
-    else:
-        at = lambda x: old_slot.reshape(*old_slot.shape, *(1,) * (x.ndim - 3))
-        from_ring = {name: jnp.take_along_axis(x, at(x), axis=2) for name, x in old.items()}
+    from_ring = _from_ring(arena, table, old_slot, old)
     own_position = jnp.broadcast_to(position[:, None, moved:], expiries.expiry.shape)
     own = {"k": k, "v": v, "score": expiries.score, "position": own_position}
     both = lambda stored, new: jnp.concatenate([stored, new.astype(stored.dtype)], axis=2)
     pairs = {name: both(stored, own[name]) for name, stored in from_ring.items()}
     arena = page_arena.write(arena, page, offset, pairs)
-    # 4. Marks of the ring.
-    newest = _ring_positions(ring, after)
-    index = jnp.clip(newest - seen[:, None], 0, length - 1)[:, None]
+    marked = _marks(heads, expiries, seen, after)
+    return arena, replace(heads, table=table, survivors=survivors, marked=marked, starved=heads.starved | starved)
+
+
+def _from_ring(
+    arena: Arena, table: Int[Array, "B K P"], slot: Int[Array, "B K n"], old: Mapping[str, Array] | None
+) -> dict[str, Array]:
+    """Return the pairs of ring slots, from the copies `old` of their pages if there are some."""
+    if old is None:
+        page, offset = _place(table, slot, arena)
+        return {name: stored[page, offset] for name, stored in page_arena.contents(arena).items()}
+    at = lambda x: slot.reshape(*slot.shape, *(1,) * (x.ndim - 3))
+    return {name: jnp.take_along_axis(x, at(x), axis=2) for name, x in old.items()}
+
+
+def _marks(heads: HeadPages, expiries: Expiries, seen: Int[Array, "B"], after: Int[Array, "B"]) -> Bool[Array, "B K R"]:
+    """Return the marks of the ring after the chunk; under budgets, no pair has one."""
+    newest = _ring_positions(heads.ring, after)
+    index = jnp.clip(newest - seen[:, None], 0, expiries.expiry.shape[-1] - 1)[:, None]
     of_chunk = jnp.take_along_axis(expiries.expiry != NEVER, jnp.broadcast_to(index, heads.marked.shape), axis=-1)
     is_new = (newest >= seen[:, None])[:, None]
-    marked = jnp.where(is_new, of_chunk & (heads.budget is None), heads.marked)
-    return arena, replace(heads, table=table, survivors=survivors, marked=marked, starved=heads.starved | starved)
+    return jnp.where(is_new, of_chunk & (heads.budget is None), heads.marked)
 
 
 def _take_pages(
