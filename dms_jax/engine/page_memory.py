@@ -61,10 +61,13 @@ def init_pages(
         )
     if memory is not None and num_pages is not None:
         raise ConfigError("memory and num_pages exclude each other; give either memory or num_pages")
-    page_size = page_size or platform_defaults().capacity_multiple
-    for name, value in [("batch_size", batch_size), ("max_length", max_length), ("page_size", page_size)]:
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= MAX_INT:
-            raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
+    page_size = platform_defaults().capacity_multiple if page_size is None else page_size
+    sizes = {"batch_size": batch_size, "max_length": max_length, "page_size": page_size}
+    sizes |= {name: x for name, x in (("memory", memory), ("num_pages", num_pages)) if x is not None}
+    for name, value in sizes.items():
+        limit = 2**62 if name == "memory" else MAX_INT
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 1 <= value <= limit:
+            raise ConfigError(f"{name} must be a whole number from 1 to {limit}, got {shown(value)}")
     overflow = overflow or ("grow" if memory is None and num_pages is None else "raise")
     if overflow not in ("grow", "raise"):
         raise ConfigError(f"overflow of a cache in pages must be grow or raise, got {overflow!r}; use init_cache")
@@ -74,8 +77,8 @@ def init_pages(
         num_pages = int(memory) // page_bytes
         if num_pages < 2:
             raise ConfigError(f"memory must be at least {2 * page_bytes} bytes, which are two pages, got {memory}")
-    if num_pages is not None and not 2 <= num_pages <= MAX_INT:
-        raise ConfigError(f"num_pages must be at least 2, got {shown(num_pages)}")
+    if num_pages is not None and num_pages < 2:
+        raise ConfigError(f"num_pages must be at least 2, got {num_pages}")
     lengths = np.full(batch_size, max_length)
     return new_pages(model, lengths, int(max_length), num_pages, policy, overflow, dtype, page_size)
 

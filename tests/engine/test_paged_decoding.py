@@ -186,6 +186,40 @@ def test_compiled_step_does_not_copy_the_arena(length, layout):
     assert memory.temp_size_in_bytes < 2 * cache.arena.k.nbytes / 10
 
 
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"memory": 10}, "memory must be at least"),
+        ({"memory": "1 GiB"}, "memory must be a whole number"),
+        ({"num_pages": 1}, "num_pages must be at least 2"),
+        ({"num_pages": 9, "memory": 10**6}, "memory and num_pages"),
+        ({"policy": "tova:8"}, "tova:8 .* init_cache"),
+        ({"overflow": "evict"}, "overflow .* init_cache"),
+        ({"page_size": 0}, "page_size"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_arenas_that_cannot_work_are_refused(fields, message):
+    with pytest.raises(dms_jax.ConfigError, match=message):
+        dms_jax.init_pages(build("w0")[0], **({"batch_size": 1, "max_length": 10} | fields))
+
+
+def test_generate_refuses_what_pages_cannot_do():
+    for fields, message in (
+        ({"cache": "pages", "policy": "tova:8"}, "tova:8 .* slots"),
+        ({"cache": "pages", "capacity": 64}, "capacity .* slots"),
+        ({"cache": "pages", "overflow": "evict"}, "'evict' .* slots"),
+    ):
+        with pytest.raises(dms_jax.ConfigError, match=message):
+            dms_jax.generate(build("w0")[0], [[1, 2]], dms_jax.GenerationConfig(**fields))
+
+
+def test_memory_in_bytes_bounds_keys_and_values():
+    cache = dms_jax.init_pages(build("w0")[0], 2, 100, memory=100_000, page_size=SIZE)
+    page = 2 * SIZE * 8 * 4
+    assert 100_000 - page < cache.arena.k.nbytes + cache.arena.v.nbytes <= 100_000 and cache.overflow == "raise"
+
+
 def test_programs_and_memory_stay_constant(rng):
     """Generate with two prompts of other lengths; live arrays, their bytes and compiled programs must not increase."""
     model, sizes = tiny_model(policy(8), 3, num_layers=1, max_position_embeddings=4000), []
