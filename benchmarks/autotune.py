@@ -23,7 +23,6 @@ from dms_jax.kernels import tuned
 from dms_jax.kernels.kernel_table import KERNELS
 
 NAME = "benchmarks.autotune"
-TOLERANCE = 2e-2  # for bf16; 1.5 times the error of the XLA path if that is larger
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def cases(kernels: Iterable[str], head_dims: Iterable[int]) -> Iterator:
     """Yield functions that make the cases, so that only one case at a time is in memory."""
-    from benchmarks.kernel_cases import BF16, SUITES
+    from dms_jax.kernels.kernel_cases import BF16, SUITES
 
     for head_dim in head_dims:
         for suite in (SUITES[kernel] for kernel in kernels):
@@ -87,9 +86,9 @@ def best_entry(case, implementation: str, repeats: int, deadline: float, quick: 
     """Return the fastest correct candidate; None if no candidate was correct or no time was left."""
     import jax
 
-    from benchmarks.kernel_cases import error, in_fp32
     from benchmarks.timing import Chain, long_enough, time_all
     from dms_jax.kernels.dispatch import XLA
+    from dms_jax.kernels.kernel_cases import TOLERANCE, error, in_fp32
 
     head_dim, cached, best = case.shape["head_dim"], case.cache_dtype.name, None
     label = f"{case.kernel} {implementation}, head size {head_dim}, cache {cached}"
@@ -99,7 +98,7 @@ def best_entry(case, implementation: str, repeats: int, deadline: float, quick: 
     def error_of(f) -> float:
         return error(case, jax.block_until_ready(jax.jit(f)(*case.inputs)), wanted)
 
-    tolerance = max(TOLERANCE, 1.5 * error_of(case.run(XLA)))
+    tolerance = max(TOLERANCE, 1.5 * error_of(case.run(XLA)))  # the XLA path has errors of its own
     xla = long_enough(lambda times: Chain(case.run(XLA), case.feed, case.inputs, times), case.min_seconds)
     candidates = KERNELS[case.kernel].written_for(implementation).candidates(head_dim, cached)
     for blocks in candidates[: 1 if quick else None]:

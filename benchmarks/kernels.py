@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     check_at_least(options, repeats=1)
     check_minutes(options.minutes)
-    from benchmarks.kernel_cases import DENSE
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS
+    from dms_jax.kernels.kernel_cases import DENSE
 
     if unknown := set(options.arm or ()) - {*IMPLEMENTATIONS, *DENSE}:
         raise ConfigError(f"--arm must be one of {', '.join((*IMPLEMENTATIONS, *DENSE))}, got {min(unknown)!r}")
@@ -99,7 +99,7 @@ def cases(quick: bool, kernels: Collection[str], dtype) -> Iterator:
     """Yield functions that make the cases, so that only one case at a time is in memory."""
     import jax
 
-    from benchmarks.kernel_cases import SUITES
+    from dms_jax.kernels.kernel_cases import SUITES
 
     for kernel in (kernel for kernel in KERNELS if kernel in kernels):
         suite = SUITES[kernel]
@@ -114,7 +114,7 @@ def precise(case, f):
     """Return f of the case's inputs in fp32, with matrix products of the highest precision."""
     import jax
 
-    from benchmarks.kernel_cases import in_fp32
+    from dms_jax.kernels.kernel_cases import in_fp32
 
     with jax.default_matmul_precision("highest"):
         return jax.block_until_ready(jax.jit(f)(*in_fp32(case.inputs)))
@@ -124,7 +124,7 @@ def dense_functions(case, only: list[str] | None) -> Iterator[tuple[str, Callabl
     """Yield the dense attentions that can run here, by name; only those in `only`, if it is given."""
     import jax
 
-    from benchmarks.kernel_cases import DENSE
+    from dms_jax.kernels.kernel_cases import DENSE
 
     for name, how in DENSE.items():
         left_out = (only is not None and name not in only) or (how == "cudnn" and jax.default_backend() != "gpu")
@@ -147,9 +147,9 @@ def measured(case, ceilings, repeats: int, only: list[str] | None = None) -> Ite
     Their timings alternate."""
     import jax
 
-    from benchmarks.kernel_cases import error
     from benchmarks.timing import Chain, long_enough, time_all
     from dms_jax.kernels.dispatch import IMPLEMENTATIONS, XLA, KernelQuery, unavailable_because
+    from dms_jax.kernels.kernel_cases import error
 
     on_cpu = jax.default_backend() == "cpu"
     query = KernelQuery(case.shape["head_dim"], case.dtype, case.cache_dtype, case.shape.get("capacity", 128))

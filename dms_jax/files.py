@@ -327,6 +327,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def user_cache(name: str) -> Path:
+    """Make the folder `name` for dms_jax in the user's cache folder, and return it.
+
+    Raises OSError, or RuntimeError if the user has no home folder.
+    """
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def check_target(path: str | os.PathLike[str]) -> None:
     """Refuse to write to anything but a regular file or a path that does not exist.
 

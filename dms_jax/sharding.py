@@ -18,8 +18,11 @@ from dms_jax.errors import ConfigError
 # "data" splits the rows of a batch. "model" is tensor parallelism over heads, MLP channels and the vocabulary.
 # "context" splits the length of rows. Parameters are fully sharded over data and context together.
 MESH_AXES = ("data", "model", "context")
+# Inference splits rows over "replica" in place of "data". Parameters are not split over it, because gathering them for
+# every token would take longer than the rest of the step.
+INFERENCE_AXES = ("replica", "model")
 LOGICAL_TO_MESH = {
-    "batch": ("data",),
+    "batch": ("data", "replica"),
     "embed": ("data", "context"),
     "mlp": ("model",),
     "vocab": ("model",),
@@ -33,7 +36,7 @@ LOGICAL_TO_MESH = {
     # vocabulary.
     "row_parts": ("data", "context", "model"),
     "rows": ("data", "context"),
-    "arenas": MESH_AXES,  # the pages of a cache: each device has its own
+    "arenas": ("data", "replica", "model", "context"),  # the pages of a cache: each device has its own
     "head_dim": (),
     "layers": (),
 }
@@ -65,6 +68,18 @@ def mesh_of(x: Array) -> contextlib.AbstractContextManager:
     return jax.set_mesh(mesh)
 
 
+def shard_heads(tree: Any) -> Any:
+    """Split new arrays [B] or [B K ...] by rows and KV heads over the mesh that is set, if there is one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+
+    def place(x: Array) -> Array:
+        axes = ("batch", "kv_heads")[: x.ndim]  # as compiled steps write them, without the axes that are not split
+        return jax.device_put(x, named_sharding(axes, x.shape, jax.sharding.get_mesh()))
+
+    return jax.tree.map(place, tree)
+
+
 def parse_mesh(text: str) -> tuple[int, ...]:
     """Parse the sizes of a mesh: "8x1" (data x model) or "2x2x2" (data x model x context). Raises ConfigError."""
     try:
@@ -78,8 +93,8 @@ def parse_mesh(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def make_mesh(*sizes: int) -> Mesh:
-    """Make the mesh data x model (x context) over all devices of all processes.
+def make_mesh(*sizes: int, axes: tuple[str, ...] = MESH_AXES) -> Mesh:
+    """Make the mesh data x model (x context), or one with other `axes`, over all devices of all processes.
 
     Raises ConfigError unless the product of `sizes` equals the number of devices.
     """
@@ -92,7 +107,7 @@ def make_mesh(*sizes: int) -> Mesh:
     # On a TPU, devices along the last axes are neighbors in its network. On other platforms, devices keep their order,
     # with hosts along the first axis.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(np.asarray(grid), MESH_AXES[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
+    return Mesh(np.asarray(grid), axes[: len(sizes)], axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh) -> P:

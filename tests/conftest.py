@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import importlib.metadata
 import json
 import os
 import signal
@@ -14,6 +15,12 @@ for ignored in (signal.SIGINT, signal.SIGHUP):
 
 # Also where there is a GPU; and its plugin on a machine without one would not compile for other hardware.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# No test writes to the user's cache of compiled programs, nor do the commands that tests start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
+
+# XLA's older code for fused loops compiles twice as fast. Newer versions of jaxlib do not have it.
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") and importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 
 import jax  # noqa: E402
 

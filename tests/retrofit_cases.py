@@ -1,6 +1,7 @@
 """A tiny retrofit that many tests share: its step, its batches, and any mesh of the simulated devices."""
 
 import dataclasses
+import functools
 import math
 from types import SimpleNamespace
 
@@ -42,7 +43,14 @@ def mesh_of(*sizes):
 
 
 def retrofit(mesh=(1, 1), config=CONFIG, dms=DMS, seed=0, **fields):
-    """The run of a tiny model; `fields` change its shape."""
+    """The run of a tiny model; `fields` change its shape. Equal runs share compiled functions, but no state."""
+    run = _retrofit(mesh, config, dms, seed, **fields)
+    state = jax.tree.map(lambda x: jax.device_put(x, x.sharding, may_alias=False), run.state)  # a step donates it
+    return SimpleNamespace(**vars(run) | {"state": state})
+
+
+@functools.cache
+def _retrofit(mesh, config, dms, seed, **fields):
     if config.mode == "borrowed":
         dms = dataclasses.replace(dms, variant="borrowed")
     teacher = None if config.mode == "adapter" else tiny_model(None, seed, **fields)

@@ -13,11 +13,19 @@ from cases import TINY
 
 from benchmarks import autotune, everything, kernels, models, prefill
 from benchmarks import decode as decode_benchmark
-from benchmarks.kernel_cases import SUITES, compaction_case, error, filled_layer, slot_case, train_case, update_case
 from benchmarks.timing import Ceilings, Chain, time_all
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import IMPLEMENTATIONS
+from dms_jax.kernels.kernel_cases import (
+    SUITES,
+    compaction_case,
+    error,
+    filled_layer,
+    slot_case,
+    train_case,
+    update_case,
+)
 from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 
@@ -275,10 +283,10 @@ def test_benchmarks_import_without_the_shape_checkers():
         "import sys; sys.modules['jaxtyping'] = sys.modules['beartype'] = None\n"
         "import importlib.util as u; found = u.find_spec\n"
         "u.find_spec = lambda name, *a: None if name in ('jaxtyping', 'beartype') else found(name, *a)\n"
-        "import benchmarks.kernel_cases, benchmarks.models, benchmarks.decode, benchmarks.prefill, "
+        "import benchmarks.models, benchmarks.decode, benchmarks.prefill, dms_jax.kernels.kernel_cases, "
         "benchmarks.retrofit_step, dms_jax.training.step\n"
         "import benchmarks.autotune, benchmarks.everything, benchmarks.kernels\n"
-        "print(benchmarks.kernel_cases.Case)"
+        "print(dms_jax.kernels.kernel_cases.Case)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Case" in done.stdout, done.stderr

@@ -1,20 +1,60 @@
 """Runs of the real training command, seconds long, on a golden model and random ids."""
 
+import dataclasses
+import itertools
+import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from cases import tokens
 
-from dms_jax.commands.retrofit import main as main
+from dms_jax.commands import retrofit
+from dms_jax.training import prepare
+from dms_jax.training.data.token_store import DataConfig
 from dms_jax.training.metrics import read_steps
+from dms_jax.training.step_functions import step_functions
+from dms_jax.training.stop_signal import StopSignal
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+
+# Keys on which no compiled function of a run depends.
+HOST_KEYS = {"data": DataConfig(), "output": "any", "mesh": "any", "eval_every": 0, "eval_rows": 1} | {
+    "calibration_rows": 0,
+    "label_rows": 1,
+    "save_every": 1,
+    "keep": 1,
+}
+_compiled: dict[tuple, object] = {}
+
+
+def main(argv: list[str]) -> int:
+    """Run the training command in this process, with `sharing_functions`."""
+    with sharing_functions():
+        return retrofit.main(argv)
+
+
+def sharing_functions():
+    """Let runs whose settings differ in `HOST_KEYS` only share their compiled functions.
+
+    Runs of separate processes share them likewise, through JAX's cache of compiled programs.
+    """
+    return mock.patch.object(prepare, "step_functions", _shared_functions)
+
+
+def _shared_functions(math, trainable):
+    teacher = math.teacher and math.teacher.graph
+    key = dataclasses.replace(math.config, **HOST_KEYS), math.mesh, math.student.graph, teacher
+    key += math.compute_dtype, math.remat
+    if key not in _compiled:
+        _compiled[key] = step_functions(math, trainable)
+    return _compiled[key]
 
 
 def run_settings(folder: Path) -> dict:
@@ -78,6 +118,18 @@ def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was never logged: exit code {process.poll()}")
+
+
+def send_signal(monkeypatch, number: int, step: int) -> None:
+    """Send this process a signal during a step (or batch of label rows) of the run that it begins next."""
+    agreed, steps = StopSignal.agreed, itertools.count()
+
+    def sending(self):
+        if next(steps) == step:
+            os.kill(os.getpid(), number)
+        return agreed(self)
+
+    monkeypatch.setattr(StopSignal, "agreed", sending)
 
 
 def remove(path: Path) -> None:

@@ -16,12 +16,14 @@ import json
 import os
 import sys
 
-from dms_jax.command import Parser, start_devices, typed_as
+from dms_jax.command import Parser, typed_as
 from dms_jax.commands.option_values import (
+    add_inference_mesh,
     add_run_code,
     check_option_ranges,
     check_run_code,
     check_samples,
+    inference_mesh,
     named,
     numbers,
     options_of,
@@ -36,14 +38,14 @@ NAME = "evaluate"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
     add = parser.add_argument
     add("--model", required=True, metavar="FOLDER", help="a retrofitted model, or a base model")
     add("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     add("--allow-non-finite", action="store_true", help="load weights that have NaN or infinities, as they are")
     add("--tasks", default="text", metavar="A,B", help=f"{', '.join(RECORDS)}, or tasks with answers (default text)")
-    policies = "policies; prompt:NAME ranks pairs only once, after the prompt (default dense,dms,streaming_llm)"
-    add("--policies", default="", metavar="A,B", help=policies)
+    policies = "policies; prompt:NAME ranks pairs only once, after the prompt; under adakv:NAME, heads share budgets"
+    add("--policies", default="", metavar="A,B", help=f"{policies} (default dense,dms,streaming_llm)")
     add("--budgets", default="", metavar="A,B", help='pairs per KV head ("256"), ratios ("cr4") or "trained" (default)')
     add(
         "--output",
@@ -55,6 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--chunk", type=int, default=16, metavar="N", help=chunk)
     add("--seed", type=int, default=0, metavar="N", help="seed of generated problems and of sampling (default 0)")
     add("--json", action="store_true", help="print each line of the tables as a JSON object")
+    add_inference_mesh(parser)
     _add_text_options(parser.add_argument_group("tasks on given text"))
     _add_answer_options(parser.add_argument_group("tasks with answers"))
     return parser.parse_args(argv)
@@ -93,14 +96,15 @@ def _add_answer_options(group) -> None:
 def main(argv: list[str] | None = None) -> None:
     parsed = parse(argv)
     options = _options(parsed)
-    with only_writer(options.output, "use another --output"):
+    with (
+        only_writer(options.output, "use another --output"),
+        inference_mesh(parsed.mesh, options.batch, f"--batch {options.batch}"),
+    ):
         _evaluate(options, parsed.json)
 
 
 def _evaluate(options: EvaluationOptions, as_json: bool) -> None:
     """Measure what the results file lacks, and print the tables of all that it holds."""
-    start_devices(1)
-
     from dms_jax.evaluation.evaluation_run import measure, prepare
     from dms_jax.evaluation.results_table import summary, table
 

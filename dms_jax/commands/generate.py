@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO, get_args
 
-from dms_jax.command import Parser, start_devices
+from dms_jax.command import Parser
+from dms_jax.commands.option_values import add_inference_mesh, inference_mesh
 from dms_jax.config import OVERFLOWS, ImplementationName
 from dms_jax.config_reader import meaning_of, range_of
 from dms_jax.engine.generation_config import SAMPLED, SAMPLING, GenerationConfig
@@ -38,7 +39,7 @@ MEMORY_AND_LATENCY = ("allocated_bytes", "live_bytes", "dense_bytes", "seconds_t
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
     parser.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder, hub id or .gguf file")
     parser.add_argument("--adapter", metavar="FILE", help="an adapter to load onto the base model")
     parser.add_argument(
@@ -60,6 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="with --prompt, print one JSON object; with --prompts or --chat, print the final table as JSON",
     )
+    add_inference_mesh(parser)
     _add_inputs(parser.add_argument_group("input (give exactly one of the first three)"))
     _add_sampling(parser.add_argument_group("sampling"))
     _add_cache(parser.add_argument_group("cache"))
@@ -198,8 +200,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _answer(options: argparse.Namespace, prompts: "list[Prompt]") -> int:
     """Load the model and answer the prompts."""
-    start_devices(1)
-    with _out_of_memory_advice():
+    mesh = inference_mesh(options.mesh, options.batch, f"--batch {options.batch}" if prompts[1:] else "one prompt")
+    with mesh, _out_of_memory_advice():
         from dms_jax.engine.chat import chat
         from dms_jax.engine.session import non_finite, open_session
 
@@ -354,10 +356,13 @@ def many(session: "Session", prompts: "list[Prompt]") -> list[str]:
     """
     from tqdm import tqdm
 
+    from dms_jax.sharding import num_shards
+
     rows, broken = session.encode(prompts), []
     session.check_lengths(rows, [prompt.where for prompt in prompts])
     config = session.config_for(list(map(len, rows)))  # one capacity for all batches, since each capacity is compiled
-    size = min(session.options.batch, len(prompts))
+    devices = num_shards("batch")  # each gets as many rows
+    size = min(session.options.batch, -(-len(prompts) // devices) * devices)
     with (
         _results_file(session.options.output) as file,
         tqdm(total=len(prompts), unit="prompt", disable=not sys.stderr.isatty()) as progress,

@@ -33,7 +33,7 @@ NAME = "hyperscale"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
     add = parser.add_argument
     add("--results", metavar="FILE", help="print the tables of an earlier --output, without a model")
     add("--model", metavar="FOLDER", help="a retrofitted model, or a base model")

@@ -1,13 +1,16 @@
 """Parse and check the values of options that several commands share. Imports no JAX."""
 
 import argparse
+import contextlib
 import dataclasses
+import math
 import sys
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dms_jax.command import start_devices
 from dms_jax.config_reader import check_range, range_of
 from dms_jax.errors import ConfigError
 
@@ -56,6 +59,44 @@ def check_samples(samples: int, temperature: float) -> None:
             f"--temperature must be above 0 for {samples} samples per problem, which would all be equal; "
             "use e.g. --temperature 0.7"
         )
+
+
+def add_mesh(parser, axes: str, text: str) -> None:
+    """Add the option --mesh, whose value has the form `axes`; `text` says what its sides mean."""
+    parser.add_argument("--mesh", metavar=axes, help=text)
+
+
+def add_inference_mesh(parser) -> None:
+    """Add the option --mesh of a command that runs in `inference_mesh`."""
+    text = "split rows over A and KV heads over B devices, which a CPU simulates, e.g. 2x4 (default: one device)"
+    add_mesh(parser, "AxB", text)
+
+
+@contextlib.contextmanager
+def inference_mesh(mesh: str | None, rows: int, source: str) -> Iterator[None]:
+    """Start JAX on one device, or on the devices of --mesh and with that mesh set.
+
+    `rows` is how many rows run together, and `source` says where that number comes from.
+    """
+    if mesh is None:
+        start_devices(1)
+        yield
+        return
+    from dms_jax.sharding import INFERENCE_AXES, make_mesh, parse_mesh
+
+    sizes = parse_mesh(mesh)
+    if len(sizes) != 2:
+        raise ConfigError(f"--mesh must be AxB, which splits rows over A and KV heads over B devices, got {mesh!r}")
+    if rows % sizes[0]:
+        raise ConfigError(
+            f"--mesh {mesh} must split the rows of {source}, {rows}, evenly over {sizes[0]} devices; "
+            f"use --mesh 1x{math.prod(sizes)}, or another --batch"
+        )
+    start_devices(math.prod(sizes))
+    import jax
+
+    with jax.set_mesh(make_mesh(*sizes, axes=INFERENCE_AXES)):
+        yield
 
 
 def add_run_code(group) -> None:

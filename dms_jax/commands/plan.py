@@ -21,6 +21,7 @@ import sys
 from typing import TYPE_CHECKING, Any, get_args
 
 from dms_jax.command import Parser, start_devices
+from dms_jax.commands.option_values import add_mesh
 from dms_jax.config import DMSConfig, ImplementationName, ModelConfig
 from dms_jax.config_reader import AtLeast, check_range
 from dms_jax.errors import ConfigError, naming
@@ -48,7 +49,7 @@ RANGES = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(NAME, __doc__)
+    parser = Parser(NAME, __doc__, compiles=True)
 
     def number(
         group: Any, name: str, default: float, meaning: str, default_meaning: str = "{}", at_most: bool = False
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     kinds = "h100x8, h200x1, v5e-8, v6e-16, v5p-2x2x2, v5p-64, cpu, cpux8, ...; the numbers of a TPU slice count chips"
     add("--hardware", required=True, metavar="NAME", help=kinds)
     axes = "devices along the data, model and context axes, e.g. 8x1 or 2x2x2 (default: all on the data axis)"
-    add("--mesh", metavar="AxB[xC]", help=axes)
+    add_mesh(parser, "AxB[xC]", axes)
     number(parser, "length", DEFAULT_LENGTH, "tokens per row", or_limit, at_most=True)
     number(parser, "batch", 0, "rows per optimizer step", "0, which is one per data-parallel device and micro-batch")
     modes = "train only the evict head, all weights, or all weights with a borrowed channel (default: %(default)s)"
@@ -89,7 +90,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     server.add_argument("--memory", default="", metavar="SIZE", help=memory)
     number(server, "users", 1, "rows that are decoded together")
     number(server, "context", DEFAULT_CONTEXT, "tokens per row", or_limit, at_most=True)
-    number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
+    number(
+        server,
+        "headroom",
+        1.1,
+        "pages allocated / pages that the pairs behind the window need; above 1, because texts differ",
+    )
     exact = "also plan the policy dms_budget:N, whose caches hold exactly N pairs per KV head"
     number(server, "pairs", 0, exact, "0, which plans no such arm")
     return parser.parse_args(argv)
@@ -136,26 +142,31 @@ def read_config(path: str, window: int, mode: str) -> ModelConfig:
     """
     from dms_jax.hf.folder import read_config as read
 
-    config = read(path)
+    return with_trained_policy(read(path), window, mode)
+
+
+def with_trained_policy(config: ModelConfig, window: int, mode: str) -> ModelConfig:
+    """Add the DMSConfig that `mode` trains to a model's configuration; arguments as in `read_config`."""
     dms = config.dms or DMSConfig(window_size=window)
     return config.with_dms(dataclasses.replace(dms, variant="borrowed") if mode == "borrowed" else dms)
 
 
 def setting_of(options: argparse.Namespace) -> "StepSetting":
-    """Make the setting that the options ask for."""
+    """Make the setting that the options ask for, with the defaults of a retrofit for all other keys."""
+    from dms_jax.hf.folder import read_config as read
     from dms_jax.platform_defaults import platform_defaults
     from dms_jax.training.planning.step_setting import StepSetting
 
     hardware, mesh = hardware_and_mesh(options)
-    model = read_config(options.model, options.window, options.mode)
+    base = read(options.model)
+    model = with_trained_policy(base, options.window, options.mode)
     step = RetrofitConfig(
         mode=options.mode,
-        init="zero",
         length=min(DEFAULT_LENGTH, model.context_limit()[0]) if options.length is None else options.length,
         batch_size=options.batch or mesh[0] * options.accumulate,
         accumulate=options.accumulate,
         remat=options.remat if options.remat != "auto" else platform_defaults(hardware.platform).remat,
-    ).resolved()
+    ).resolved(has_policy=base.dms is not None)
     model = dataclasses.replace(model, implementation=options.implementation)
     setting = StepSetting(model, hardware, mesh, step)
     if (problem := setting.problem()) is not None:
@@ -168,7 +179,7 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     from dms_jax.planning.hardware import missing_compiler
     from dms_jax.training.planning.nearby_settings import nearest
     from dms_jax.training.planning.plan_text import RetrofitPlan
-    from dms_jax.training.planning.step_plan import label_figure, planned, ramp_figures
+    from dms_jax.training.planning.step_plan import planned, ramp_figures
 
     setting = setting_of(options)
     hardware = setting.hardware
@@ -182,8 +193,6 @@ def retrofit_plan(options: argparse.Namespace) -> "RetrofitPlan":
     plan = planned(setting, analytic)
     seconds = next(figure for figure in plan.figures if figure.name == "seconds_per_step")
     figures = [*plan.figures, *ramp_figures(setting, seconds, options.steps_per_cr)]
-    if options.mode != "borrowed":  # which has no projection to fit
-        figures.append(label_figure(setting, seconds))
     alternative = None if plan.value("fits") else nearest(setting, analytic, say)
     figures.append(Figure("nearest", alternative, "", "analytic" if analytic else "compiled"))
     if alternative is None and not plan.value("fits"):

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 from dms_jax.command import Parser, start_devices
+from dms_jax.commands.option_values import add_mesh
 from dms_jax.config_reader import keys_help
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.training.retrofit_config import RetrofitConfig, read_config
@@ -27,21 +28,19 @@ from dms_jax.writer_lock import only_writer
 NAME = "retrofit"
 
 
-def add_key_options(parser: argparse.ArgumentParser, set_help: str) -> None:
-    """Add the options `--mesh` and `--set`, which set keys of the configuration."""
-    parser.add_argument(
-        "--mesh",
-        metavar="AxB[xC]",
-        help="number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh",
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help=set_help)
+def add_key_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options `--config`, `--mesh` and `--set`, which set keys of the configuration."""
+    parser.add_argument("--config", metavar="F.yaml", help="YAML file with any keys of a retrofit")
+    text = "number of devices along the data, model and context axes, e.g. 8x1 or 2x2x2; sets the key mesh"
+    add_mesh(parser, "AxB[xC]", text)
+    once = "set one key, overriding --config; may be repeated"
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="assignments", help=once)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     keys = f"keys of --config and --set (key = default, range or choices, and meaning):\n{keys_help(RetrofitConfig())}"
-    parser = Parser(NAME, __doc__, epilog=keys)
-    parser.add_argument("--config", metavar="F.yaml", help="YAML file with any of the keys below")
-    add_key_options(parser, "set one key, overriding --config; may be repeated")
+    parser = Parser(NAME, __doc__, compiles=True, epilog=keys)
+    add_key_options(parser)
     parser.add_argument(
         "--resume", action="store_true", help="continue from the newest checkpoint in the output folder"
     )

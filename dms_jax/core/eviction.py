@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
@@ -96,10 +97,11 @@ def decidable(length: int, window_size: int, decision_shift: int) -> Bool[Array,
     The reference counts the other tokens in its compression loss as well. They can be marked at no cost, so they
     dilute the loss.
     """
-    pair_can_leave = jnp.arange(length) < length - 1 - window_size
+    # In NumPy, because it depends on sizes alone; the host selects logits with it, too.
+    pair_can_leave = np.arange(length) < length - 1 - window_size
     if decision_shift == 0:
         return pair_can_leave
-    return jnp.concatenate([jnp.zeros(1, bool), pair_can_leave[:-1]])
+    return np.concatenate([np.zeros(1, bool), pair_can_leave[:-1]])
 
 
 @typed

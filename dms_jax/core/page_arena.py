@@ -66,14 +66,6 @@ def empty_arena(
 
 
 @typed
-def restacked(arena: Arena) -> Arena:
-    """Return the arena with its stack of free pages made again from the references."""
-    is_free = (arena.references == 0) & (jnp.arange(arena.num_pages) != NOBODY)
-    free = jnp.argsort(~is_free, stable=True).astype(jnp.int32)
-    return replace(arena, free=free, free_count=jnp.sum(is_free, dtype=jnp.int32))
-
-
-@typed
 def take(arena: Arena, wanted: Bool[Array, "*A"]) -> tuple[Arena, Int[Array, "*A"]]:
     """Take a page wherever one is wanted. Return its number, or 0 where none is wanted or none is free."""
     rank = jnp.cumsum(wanted.reshape(-1), dtype=jnp.int32).reshape(wanted.shape) - 1
@@ -121,18 +113,22 @@ def write(
     return replace(arena, **{name: put(x, pairs[name]) for name, x in contents(arena).items()})
 
 
-def resized(arena: Arena, num_pages: int) -> tuple[Arena, Int[Array, "N"]]:
-    """Copy the pages in use to the front of an arena of `num_pages` pages. Return it, and the new number of each page.
+def renumbered(
+    references: Int[Array, "N"], num_pages: int
+) -> tuple[Int[Array, "n"], Int[Array, "n"], Int[Array, "n"], Int[Array, ""], Int[Array, "N"]]:
+    """Number the pages in use so that they come first in an arena of `num_pages` pages, which must have room for them.
 
-    There must be room for all pages in use.
+    Return for the new arena: the old page whose content each page gets, the references, the stack of free pages and the
+    number of free pages; and the new number of each old page.
     """
-    in_use = (arena.references > 0) | (jnp.arange(arena.num_pages) == NOBODY)
-    order = jnp.argsort(~in_use, stable=True)[:num_pages]  # page 0 stays the first
-    more = num_pages - len(order)
-    move = lambda x: jnp.pad(x[order], ((0, more), *((0, 0),) * (x.ndim - 1)))
-    moved = replace(arena, **{name: move(x) for name, x in contents(arena).items()}, references=move(arena.references))
-    number = jnp.zeros(arena.num_pages, jnp.int32).at[order].set(jnp.arange(len(order), dtype=jnp.int32))
-    return restacked(moved), jnp.where(in_use, number, NOBODY)
+    old, page = len(references), jnp.arange(num_pages, dtype=jnp.int32)
+    in_use = (references > 0) | (jnp.arange(old) == NOBODY)
+    order = jnp.argsort(~in_use, stable=True).astype(jnp.int32)  # page 0 stays the first
+    used = jnp.sum(in_use, dtype=jnp.int32)
+    source = jnp.where(page < used, order[jnp.minimum(page, old - 1)], NOBODY)
+    number = jnp.zeros(old, jnp.int32).at[order].set(jnp.arange(old, dtype=jnp.int32))
+    free_count = num_pages - used
+    return source, references[source], (page + used) % num_pages, free_count, jnp.where(in_use, number, NOBODY)
 
 
 def _target(arena: Arena, page: Int[Array, "*A"]) -> Int[Array, "*A"]:

@@ -17,9 +17,21 @@ from dms_jax.core.budget_eviction import keep_budgets
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, Expiries, slots_of
 from dms_jax.core.page_arena import NOBODY, Arena
 from dms_jax.core.paged_cache import HeadPages, pages_in_use, pages_of
-from dms_jax.core.slot_attention import Chunk, KeyBlocks, attend_blocks, blocks_of
-from dms_jax.core.visibility import NEVER, expiry_of
+from dms_jax.core.slot_attention import (
+    Chunk,
+    KeyBlocks,
+    SoftmaxPart,
+    attend_blocks,
+    blocks_of,
+    empty_part,
+    fold_queries,
+    unfold_queries,
+)
+from dms_jax.core.visibility import MASKED, NEVER, expiry_of
 from dms_jax.platform_defaults import platform_defaults
+
+# A decode step reads as many groups of as many pairs at a time; on a CPU, their keys and values fit into its cache.
+GROUPS, GROUP_PAIRS = 6, 128
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +72,9 @@ def extend_pages(
         # longer sees, unless it becomes a survivor.
         with jax.named_scope("append"):
             arena, heads = append(arena, heads, k, v, expiries, slots, None, seen, count)
+        if not platform_defaults().loop_free_decode:
+            with jax.named_scope("attention"):
+                return attend_newest(arena, heads, q, seen + count), arena, heads
         parts = [_page_blocks(arena, heads.table, *_all_visible(arena, heads, seen + count), position)]
     else:
         # 2. The pairs that the chunk may replace are copied out of their pages: of the ring, and under budgets all.
@@ -137,6 +152,50 @@ def _slots(arena: Arena, heads: HeadPages, seen: Int[Array, "B"]) -> PageSlots:
         score,
         heads.budget,
     )
+
+
+def attend_newest(
+    arena: Arena, heads: HeadPages, q: Float[Array, "B 1 N H"], seen: Int[Array, "B"]
+) -> Float[Array, "B 1 N H"]:
+    """Attend from the newest pair of each row to all pairs of its heads.
+
+    The pages of all heads are read in groups of `GROUP_PAIRS` pairs, some groups at a time, so the cost follows the sum
+    of live pairs and not the longest head.
+    """
+    rows, size, h = fold_queries(q, heads.table.shape[1]), arena.page_size, q.shape[3]
+    queries, pages = rows.reshape(-1, *rows.shape[2:]), max(1, GROUP_PAIRS // size)
+    table = jnp.pad(heads.table, ((0, 0), (0, 0), (0, -heads.table.shape[2] % pages)))
+    groups, pairs, ring_slots = table.shape[2] // pages, pages * size, heads.ring_pages(size) * size
+    table, survivors = table.reshape(-1, pages), heads.survivors.reshape(-1, 1)
+    in_ring = jnp.repeat(jnp.minimum(seen, heads.ring), rows.shape[1])[:, None]
+    # 1. The groups that hold a pair come first in `order`.
+    start = pairs * jnp.arange(groups, dtype=jnp.int32)[None]
+    is_used = (start < in_ring) | ((start + pairs > ring_slots) & (start < ring_slots + survivors))
+    order = jnp.pad(jnp.nonzero(is_used.reshape(-1), size=len(table), fill_value=0)[0], (0, GROUPS))
+    used = jnp.sum(is_used, dtype=jnp.int32)
+
+    # 2. An online softmax, whose parts are merged where several groups are of one head.
+    def attend(index, part: SoftmaxPart) -> SoftmaxPart:
+        group = lax.dynamic_slice_in_dim(order, index * GROUPS, GROUPS)
+        head, slot = group // groups, pairs * (group % groups)[:, None] + jnp.arange(pairs)[None]
+        visible = (slot < in_ring[head]) | ((slot >= ring_slots) & (slot < ring_slots + survivors[head]))
+        visible = visible & (index * GROUPS + jnp.arange(GROUPS) < used)[:, None]
+        keys, values = (x[table[group]].reshape(GROUPS, pairs, h).astype(q.dtype) for x in (arena.k, arena.v))
+        s = jnp.einsum("wrh,wsh->wrs", queries[head], keys, preferred_element_type=jnp.float32) * h**-0.5
+        s = jnp.where(visible[:, None], s, MASKED)
+        row_max = part.row_max.at[head].max(s.max(-1))
+        p = jnp.where(visible[:, None], jnp.exp(s - row_max[head][..., None]), 0.0)
+        values = jnp.where(visible[..., None], values, 0)  # 0 * NaN is NaN
+        out = jnp.einsum("wrs,wsh->wrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        rescale = jnp.exp(part.row_max - row_max)
+        return SoftmaxPart(
+            row_max,
+            (part.row_sum * rescale).at[head].add(p.sum(-1)),
+            (part.acc * rescale[..., None]).at[head].add(out),
+        )
+
+    part = lax.fori_loop(0, (used + GROUPS - 1) // GROUPS, attend, empty_part(queries.shape[:2], h))
+    return unfold_queries(part.normalized().reshape(rows.shape).astype(q.dtype), 1)
 
 
 def _all_visible(arena: Arena, heads: HeadPages, seen: Int[Array, "B"]) -> tuple[Array, Array]:

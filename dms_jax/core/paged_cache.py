@@ -28,21 +28,13 @@ from jaxtyping import Bool, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import Overflow
+from dms_jax.config_reader import MAX_INT
 from dms_jax.core import page_arena
 from dms_jax.core.cache_base import Cache, HostBounds, TokenHistory
 from dms_jax.core.page_arena import NOBODY, Arena
+from dms_jax.core.page_counts import pages_of, size_class
+from dms_jax.errors import ConfigError
 from dms_jax.sharding import devices_of, mesh_of, named_sharding, per_device
-
-
-def pages_of(pairs: Any, page_size: int) -> Any:
-    """Return how many pages hold so many pairs; numbers or arrays."""
-    return -(-pairs // page_size)
-
-
-def size_class(pages: int) -> int:
-    """Round a number of pages up to one of few sizes, at most an eighth too large: each size is compiled."""
-    step = max(1, (1 << (pages - 1).bit_length()) // 16)
-    return -(-pages // step) * step
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +103,9 @@ class PagedCache(Cache):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the table of each row has room for, even if all of them stay."""
+        """Tokens that the table of each row has room for, whatever stays; under budgets, any number."""
+        if self.heads.budget is not None:
+            return MAX_INT
         return (self.heads.table.shape[-1] - self.heads.ring_pages(self.page_size)) * self.page_size
 
     @property
@@ -136,6 +130,12 @@ class PagedCache(Cache):
     def pair_bytes(self) -> int:
         return 2 * self.arena.k.shape[-1] * self.arena.k.dtype.itemsize
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of everything that is stored in one page."""
+        arenas, pages = self.arena.references.shape
+        return sum(x.nbytes for x in page_arena.contents(self.arena).values()) // (arenas * pages)
+
     def layer(self, index: Any) -> PagedLayer:
         return PagedLayer(self.arena, self.heads, index)
 
@@ -146,9 +146,16 @@ class PagedCache(Cache):
         rows, cache = jnp.repeat(jnp.arange(self.batch_size, dtype=jnp.int32), chains), self
         copies = np.asarray(_pages_to_copy(cache)) * (chains - 1)
         short = int((pages_on_devices(copies, cache.mesh) - np.asarray(cache.arena.free_count)).max())
+        if short > 0 and cache.overflow == "raise":
+            pages = self.arena.num_pages
+            raise ConfigError(
+                f"a fork into {chains} chains needs {short} more pages than the {pages} of this cache; "
+                f"use num_pages >= {pages + short}, or overflow='grow'"
+            )
         with mesh_of(self.arena.k):
             if short > 0:
-                cache = resized(cache, size_class(self.arena.num_pages + short), self.heads.table.shape[-1])
+                pages = size_class(self.arena.num_pages + short, cache.page_bytes)
+                cache = resized(cache, pages, self.heads.table.shape[-1])
             return select_rows(cache, rows)
 
 
@@ -189,9 +196,9 @@ def heads_on_devices(shape: tuple[int, ...], mesh: Mesh | None) -> list[tuple[sl
     return [parts[device] for device in sorted(arenas, key=lambda device: arenas[device][0].start or 0)]
 
 
-def axes_of(arena: Arena, heads: HeadPages, batch: str = "batch", layers: str = ". ") -> tuple[Any, Any]:
+def axes_of(arena: Arena | None, heads: HeadPages, batch: str = "batch", layers: str = ". ") -> tuple[Any, Any]:
     """Return the axes of all arrays, as `sharding.per_device` reads them; `batch` is the axis of rows."""
-    pairs = None if arena.score is None else "arenas . ."
+    pairs = None if arena is None or arena.score is None else "arenas . ."
     arena_axes, heads_axes = cast(Any, Arena), cast(Any, HeadPages)
     rows, budget = f"{layers}{batch} kv_heads", None if heads.budget is None else f"{layers}{batch} kv_heads"
     return (
@@ -217,14 +224,15 @@ def with_own_arena(function: Callable) -> Callable:
 def select_rows(cache: PagedCache, rows: Int[Array, "n"]) -> PagedCache:
     """Return a cache of n rows, in which row i continues as row `rows[i]` of `cache`; rows may repeat.
 
-    Repeated rows share full pages of survivors and get copies of the others. There must be enough free pages for the
-    copies; a head whose copy finds none is `starved`. With several devices, a row must be on the device of its source.
+    The pages of rows that are left out become free. Repeated rows share full pages of survivors and get copies of the
+    others. There must be enough free pages for the copies; a head whose copy finds none is `starved`. With several
+    devices, a row must be on the device of its source.
     """
     batch, kv_heads = cache.heads.survivors.shape[1:]
     arena, before = axes_of(cache.arena, cache.heads)
     _, after = axes_of(cache.arena, cache.heads, f"batch={len(rows)}")
     run = per_device(
-        with_own_arena(partial(_share_rows, rows_before=batch)),
+        with_own_arena(_share_rows),
         (batch, kv_heads),
         [arena, before, f"batch={len(rows)}"],
         (arena, after),
@@ -233,25 +241,26 @@ def select_rows(cache: PagedCache, rows: Int[Array, "n"]) -> PagedCache:
     return replace(cache, arena=new_arena, heads=heads, seen=cache.seen[rows])
 
 
-def _share_rows(arena: Arena, heads: HeadPages, rows: Array, rows_before: int) -> tuple[Arena, HeadPages]:
-    """Count the pages of repeated rows, and give each row but the first one copies of the pages that may change."""
+def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, HeadPages]:
+    """Give up the pages of rows that are left out, and share or copy those of all but the first of repeated rows.
+
+    Under exact budgets, nothing is shared: a full head writes over a pair at almost every step, at any place, so each
+    row would soon need all of its pages for itself. With copies, it has them from the start.
+    """
     own = heads.table.shape[1]
-    if own < rows_before:  # each device has some of the rows, and knows them by numbers of its own
-        rows = rows - jax.lax.axis_index("data") * own
-    first = jnp.argmax(rows[:, None] == rows[None], axis=1) == jnp.arange(len(rows))
+    rows = rows % own  # each device has some of the rows, and knows them by numbers of its own
+    is_left_out = ~jnp.any(rows[:, None] == jnp.arange(own)[None], axis=0)
+    arena = page_arena.release(arena, jnp.where(is_left_out[None, :, None, None], heads.table, NOBODY))
+    is_repeated = jnp.argmax(rows[:, None] == rows[None], axis=1) < jnp.arange(len(rows))
     heads = jax.tree.map(lambda x: x[:, rows], heads)
     table, page_size, ring_pages = heads.table, arena.page_size, heads.ring_pages(arena.page_size)
-    column = jnp.arange(table.shape[-1])
-    column = column[None, None, None]
+    column = jnp.arange(table.shape[-1])[None, None, None]
     full = ring_pages + heads.survivors[..., None] // page_size
-    may_change = (column < ring_pages) | (column >= full)
-    if heads.budget is not None:
-        may_change = jnp.ones_like(may_change)
-    copied = may_change & ~first[None, :, None, None] & (table != NOBODY)
-    references = jnp.zeros_like(arena.references)
-    arena = page_arena.restacked(replace(arena, references=references))
-    arena = page_arena.share(arena, jnp.where(copied, NOBODY, table))
-    arena, page = page_arena.take(page_arena.restacked(arena), copied)
+    may_change = (column < ring_pages) | (column >= full) | (heads.budget is not None)
+    extra = jnp.where(is_repeated[None, :, None, None], table, NOBODY)
+    copied = may_change & (extra != NOBODY)
+    arena = page_arena.share(arena, jnp.where(copied, NOBODY, extra))
+    arena, page = page_arena.take(arena, copied)
     # Only these columns can hold a page that may change; all of them under budgets.
     if heads.budget is None:
         tail = jnp.minimum(full, table.shape[-1] - 1)
@@ -265,16 +274,44 @@ def _share_rows(arena: Arena, heads: HeadPages, rows: Array, rows_before: int) -
     return arena, replace(heads, table=jnp.where(copied, page, table), starved=starved)
 
 
+def resized(cache: PagedCache, num_pages: int, width: int, donate: bool = False) -> PagedCache:
+    """Copy a cache into arenas of `num_pages` pages and a table of `width` columns; all pages in use must fit.
+
+    With `donate`, the memory of each array of the arenas is free as soon as its pages are copied. Then only one of
+    these arrays at a time exists twice. The old cache must not be used afterwards.
+    """
+    (source, references, free, free_count), heads = _renumbered(cache.arena.references, cache.heads, num_pages, width)
+    arena = replace(cache.arena, references=references, free=free, free_count=free_count)
+    stored = {}
+    for name, x in page_arena.contents(arena).items():
+        stored[name] = _moved(x, source, cache.heads.survivors.shape[1:])
+        if donate:
+            jax.block_until_ready(stored[name])
+            cast(jax.Array, x).delete()
+    return replace(cache, arena=replace(arena, **stored), heads=heads)
+
+
 @partial(jax.jit, static_argnames=("num_pages", "width"))
-def resized(cache: PagedCache, num_pages: int, width: int) -> PagedCache:
-    """Copy a cache into arenas of `num_pages` pages and a table of `width` columns; all pages in use must fit."""
-    axes = axes_of(cache.arena, cache.heads)
+def _renumbered(
+    references: Int[Array, "M N"], heads: HeadPages, num_pages: int, width: int
+) -> tuple[tuple[Array, ...], HeadPages]:
+    """Return what `page_arena.renumbered` says of the new arenas, and the heads with the new numbers of their pages."""
 
-    def own(arena, heads):
-        arena, number = page_arena.resized(arena, num_pages)
+    def own(references, heads):
+        *arena, number = page_arena.renumbered(references, num_pages)
         more = width - heads.table.shape[-1]
-        return arena, replace(heads, table=jnp.pad(number[heads.table], ((0, 0),) * 3 + ((0, more),)))
+        return tuple(arena), replace(heads, table=jnp.pad(number[heads.table], ((0, 0),) * 3 + ((0, more),)))
 
-    run = per_device(with_own_arena(own), cache.heads.survivors.shape[1:], list(axes), axes)
-    arena, heads = run(cache.arena, cache.heads)
-    return replace(cache, arena=arena, heads=heads)
+    axes, pages = axes_of(None, heads)[1], "arenas ."
+    run = per_device(
+        with_own_arena(own), heads.survivors.shape[1:], [pages, axes], ((pages, pages, pages, "arenas"), axes)
+    )
+    return run(references, heads)
+
+
+@partial(jax.jit, static_argnames="sizes")
+def _moved(x: Array, source: Int[Array, "M n"], sizes: tuple[int, int]) -> Array:
+    """Return arrays of pages [M N ...] whose page i is page `source[i]` of each device's `x`."""
+    axes = " ".join(["arenas", *"." * (x.ndim - 1)])
+    run = per_device(lambda x, source: x[0, source[0]][None], sizes, [axes, "arenas ."], axes)
+    return run(x, source)

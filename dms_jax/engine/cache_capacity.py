@@ -29,26 +29,37 @@ def round_up(number: int) -> int:
     return -(-number // multiple) * multiple
 
 
+def size_class(number: int) -> int:
+    """Round a number of slots up to one of few sizes, so that prompts of other lengths need no other programs.
+
+    Sizes are the multiples of 128 up to 1024, and four for each further power of two, at most a quarter too large.
+    """
+    return round_up(-(-number // (step := max(128, (1 << (number - 1).bit_length()) // 8))) * step)
+
+
 def default_overflow(policy: CachePolicy) -> Overflow:
     """Choose "evict" for a learned policy, and "raise" for one that evicts nothing or has a budget."""
     slots = policy.slot_bounds()
     return "evict" if slots.max is None and slots.min < UNBOUNDED else "raise"
 
 
-def uses_pages(config: GenerationConfig, policy: CachePolicy) -> bool:
+def uses_pages(model: ModelConfig, config: GenerationConfig, policy: CachePolicy) -> bool:
     """Return whether `generate` makes a cache in pages.
 
-    It does so by default if the policy is one that pages can hold, unless the config sets what only slots have: a
-    capacity, or forced eviction.
+    It does so by default if the policy is one that pages can hold, unless something is asked for that only slots have:
+    a capacity, forced eviction, or the kernels of an implementation other than XLA's.
     """
+    has_kernels = model.implementation not in ("auto", "xla")
     if config.cache is None:
-        return policy.in_pages and config.capacity is None and config.overflow != "evict"
+        return policy.in_pages and config.capacity is None and config.overflow != "evict" and not has_kernels
     if config.cache == "slots":
         return False
     if not policy.in_pages:
         raise ConfigError(f"policy {policy_name(policy)} chooses among the pairs of a cache; use slots, not pages")
     if config.capacity is not None or config.overflow == "evict":
         raise ConfigError("capacity and overflow 'evict' need slots, not pages; leave them out, or use cache 'slots'")
+    if has_kernels:
+        raise ConfigError(f"implementation {model.implementation} needs slots, not pages; use auto, or cache 'slots'")
     return True
 
 
@@ -72,7 +83,7 @@ def plan_capacity(
     overflow = overflow or ("grow" if more_to_come and capacity is None else default_overflow(policy))
     if capacity is not None:
         return capacity, overflow
-    slots, bounds = round_up(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
+    slots, bounds = size_class(int(max(prompt_lengths)) + new_tokens), policy.slot_bounds()
     if bounds.max is not None or (overflow == "grow" and not more_to_come):
         if bounds.max_of_layer is not None:
             return tuple(min(slots, round_up(most)) for most in bounds.max_of_layer), overflow
@@ -124,10 +135,13 @@ def check_min_slots(cache: Cache, count: int) -> None:
             )
 
 
-def grow_for(cache: Cache, count: int) -> Any:
-    """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit."""
+def grow_for(config: ModelConfig, cache: Cache, count: int, ahead: int | None = None, donate: bool = False) -> Any:
+    """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit.
+
+    `ahead` and `donate` are as in `page_memory.room_for`; slots have no use for them.
+    """
     if isinstance(cache, PagedCache):
-        return room_for(cache, count)
+        return room_for(config, cache, count, ahead, donate)
     assert isinstance(cache, CompactCache)
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache

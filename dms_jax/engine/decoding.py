@@ -1,4 +1,4 @@
-"""Prefill and decoding against a compact cache: one jitted function, `extend_rows`, for chunks of any length.
+"""Prefill and decoding against a compact cache: one function, `extend_rows`, for chunks of any length.
 
 A chunk attends to the slots and to itself under the rule of `core/visibility.py`. Then the pairs that stay move into
 free slots, so a dense cache never exists. Lengths are rounded up to a few sizes, so that few programs are compiled.
@@ -8,6 +8,7 @@ Errors are `ConfigError`.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dms_jax.config import OVERFLOWS, ModelConfig, Overflow
 from dms_jax.config_reader import MAX_INT
 from dms_jax.core.cache_base import AnyCache, HostBounds, TokenHistory
 from dms_jax.core.compact_cache import CompactCache, empty_layer
+from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.cache_capacity import (
     check_context,
     check_min_slots,
@@ -27,13 +29,14 @@ from dms_jax.engine.cache_capacity import (
     grow_for,
     host_bounds,
 )
-from dms_jax.engine.decode_layout import UnrolledDecoder, unrolled
+from dms_jax.engine.decode_layout import UnrolledDecoder, num_layer_compilations, output_logits, unrolled
+from dms_jax.engine.page_memory import fitted
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy, policy_of
-from dms_jax.sharding import mesh_of
+from dms_jax.sharding import mesh_of, shard_heads
 
 MIN_CHUNK = 16  # tokens; shorter chunks are padded to it
 
@@ -87,16 +90,20 @@ def init_cache(
             raise ConfigError(f"{name} must be a whole number >= 1 and below 2**31, got {shown(value)}")
     dtype = dtype or model.embed.get_value().dtype
     state = policy.head_state(config)
-    layers = tuple(
-        empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
-        for c in capacities
-    )
+    with mesh_of(model.embed.get_value()):
+        layers = tuple(
+            shard_heads(
+                empty_layer(batch_size, config.num_kv_heads, int(c), config.head_dim, dtype, policy.features, state)
+            )
+            for c in capacities
+        )
+        seen = shard_heads(jnp.zeros(batch_size, jnp.int32))
     table, largest = policy.budget_table(config.num_layers, config.num_kv_heads), None
     if table is not None:
         rows = jnp.asarray(np.repeat(table[:, None], batch_size, axis=1))
         layers = tuple(replace(layer, budget=rows[index]) for index, layer in enumerate(layers))
         largest = tuple(table.max(axis=1).tolist())
-    cache = CompactCache(layers, jnp.zeros(batch_size, jnp.int32), policy.in_cache(), overflow)
+    cache = CompactCache(layers, seen, policy.in_cache(), overflow)
     empty = HostBounds(0, (0,) * config.num_layers, largest)
     return cache.with_bounds(empty).with_history(TokenHistory.empty(int(batch_size)))
 
@@ -169,30 +176,35 @@ def prefill_rows(
     last_only: bool,
     donate: bool,
     watch: Callable[[int], object] | None,
+    ahead: int | None = None,
 ) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], AnyCache]:
     """Do the work of `prefill` for a caller that has checked ids and sizes.
 
     The first `count` tokens of each row are real. The T of the logits is the number of columns that were computed:
-    `count.max()`, with the last chunk rounded up.
+    `count.max()`, with the last chunk rounded up. `ahead` is the number of tokens that may follow, as far as the caller
+    knows; None is all that a cache in pages was made for.
     """
-    runner, size = unrolled(model), chunk_size or platform_defaults().prefill_chunk
+    runner, size, total = unrolled(model), chunk_size or platform_defaults().prefill_chunk, int(count.max())
+    is_first = host_bounds(cache).seen == 0
     last, parts = jnp.zeros((cache.batch_size, model.config.vocab_size), jnp.float32), []
-    for start in range(0, max(int(count.max()), 1), size):
+    for start in range(0, max(total, 1), size):
         part = tokens[:, start : start + size]
         part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1], size) - part.shape[1])))
         counts = np.clip(count - start, 0, part.shape[1]).astype(np.int32)
-        cache = grow_for(cache, int(counts.max()))
+        own = donate or start > 0  # from the second chunk on, the cache was made here, so nobody else uses it
+        cache = grow_for(model.config, cache, int(counts.max()), total - start + (ahead or 0), own)
         before = host_bounds(cache)
-        # From the second chunk on, the cache was made here, so nobody else uses it.
-        step = _extend_donated if donate or start > 0 else _extend
-        with mesh_of(runner.embed):
-            logits, cache = step(runner, cache, part, counts, jnp.float32(threshold), last if last_only else None)
+        chunk = part, counts, jnp.float32(threshold), last if last_only else None
+        logits, cache = _extend(runner, cache, *chunk, donate=own)
         last = logits if last_only else last
         parts.append(logits)
         cache = check_overflow(cache, before, int(counts.max()))
         if watch is not None:
             jax.block_until_ready(logits)
-            watch(min(start + size, int(count.max())))
+            watch(min(start + size, total))
+    if is_first and isinstance(cache, PagedCache):
+        more = cache.max_length - total if ahead is None else ahead
+        cache = cast(Any, fitted(model.config, cache, more, donate=True))
     return last if last_only else jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], cache
 
 
@@ -222,11 +234,10 @@ def decode_step(
         )
     count = np.ones(cache.batch_size, np.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
     check_context(model.config, cache, np.ones(1, np.int32))
-    cache = grow_for(cache, 1)
+    cache = grow_for(model.config, cache, 1, donate=donate)
     before = host_bounds(cache)
-    step, runner = _extend_donated if donate else _extend, unrolled(model)
-    with mesh_of(runner.embed):
-        logits, cache = step(runner, cache, jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None)
+    chunk = jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None
+    logits, cache = _extend(unrolled(model), cache, *chunk, donate=donate)
     return logits[:, 0], check_overflow(cache, before, 1)
 
 
@@ -238,26 +249,43 @@ def extend_rows(
     threshold: Float[Array, ""],
     last: Array | None,
 ) -> tuple[Array, AnyCache]:
-    """Append the first `count` tokens of each row: the step that every program for prefill and decoding traces.
+    """Append the first `count` tokens of each row: the step of every prefill and decode loop.
 
     Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits
     of each row's last token so far; return them after this chunk. A row without tokens in the chunk keeps its logits.
+    Unless it runs inside of a jitted function, the new cache takes over the memory of the old one.
     """
     hidden, cache = model.extend(cache, tokens, count, threshold)
+    return _read_logits(hidden, model.head, count, last), cache
+
+
+@jax.jit
+def _read_logits(hidden: Array, head: Array, count: Array, last: Array | None) -> Array:
+    """Return the logits as `extend_rows` says."""
     if last is None:
-        real = jnp.arange(tokens.shape[1])[None] < count[:, None]
-        return jnp.where(real[..., None], model.logits(hidden), 0.0), cache
+        real = jnp.arange(hidden.shape[1])[None] < count[:, None]
+        return jnp.where(real[..., None], output_logits(hidden, head), 0.0)
     final = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
-    return jnp.where((count > 0)[:, None], model.logits(final), last), cache
+    return jnp.where((count > 0)[:, None], output_logits(final, head), last)
 
 
-_extend = jax.jit(extend_rows)
-_extend_donated = jax.jit(extend_rows, donate_argnums=1)
+# The cache is always donated. A cache that the caller keeps is copied first, which the program would do as well if it
+# were not donated, so that one program serves both.
+_whole = jax.jit(extend_rows, donate_argnums=1)
+copied = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
+
+
+def _extend(model: UnrolledDecoder, cache: AnyCache, *chunk: Any, donate: bool) -> tuple[Array, AnyCache]:
+    """Run `extend_rows` in the way that compiles fastest at full speed: layer by layer, or as one program."""
+    with mesh_of(model.embed):
+        own = cache if donate else copied(cache)
+        return (extend_rows if model.runs_by_layer else _whole)(model, own, *chunk)
 
 
 def num_compilations() -> int:
-    """Count the programs that `prefill` and `decode_step` have compiled so far: one for each size."""
-    return _extend._cache_size() + _extend_donated._cache_size()  # pyrefly: ignore[missing-attribute]
+    """Count the programs that `prefill` and `decode_step` have compiled so far: a few for each size."""
+    programs = _whole, _read_logits
+    return num_layer_compilations() + sum(p._cache_size() for p in programs)  # pyrefly: ignore[missing-attribute]
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.cache_base import Cache, CacheBytes, TokenHistory, row_compression_ratios
+from dms_jax.core.cache_base import Cache, TokenHistory, row_compression_ratios
 from dms_jax.core.compact_cache import CompactCache
 from dms_jax.engine.cache_capacity import (
     check_context,
@@ -34,6 +35,7 @@ from dms_jax.errors import ConfigError, shown
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.prompt_compression import compress_prompt
 
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
@@ -59,11 +61,22 @@ class Generation:
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
     cache: Cache
     logits: Float[Array, "B V"]  # after the last token
+    seconds_to_first_token: float  # until the prompts were read, compilation included
 
     @property
-    def bytes(self) -> CacheBytes:
-        """Memory of the cache: allocated, of live pairs, and of all pairs that the rows have seen."""
-        return self.cache.bytes
+    def allocated_bytes(self) -> int:
+        """Memory of all arrays of the cache."""
+        return self.cache.bytes.allocated
+
+    @property
+    def live_bytes(self) -> int:
+        """Keys and values of the live pairs."""
+        return self.cache.bytes.live
+
+    @property
+    def dense_bytes(self) -> int:
+        """Keys and values of all pairs that the rows have seen, which a dense cache would hold."""
+        return self.cache.bytes.dense
 
 
 class Progress(NamedTuple):
@@ -96,34 +109,28 @@ def generate(
 
     Raises ConfigError for arguments that cannot work, and, with overflow "raise", when a head needs more slots.
     """
-    config = config or GenerationConfig()
+    config, began = config or GenerationConfig(), time.perf_counter()
     # 1. Check prompts and stop ids. Nothing below checks an id again.
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
     stop_ids, stop_strings = _stops(model, config, tokenizer)
     threshold = config.threshold if abs(config.threshold) <= MAX_FLOAT32 else math.copysign(math.inf, config.threshold)
     config = replace(config, stop_strings=stop_strings, threshold=threshold)
-    lengths = np.array([len(row) for row in rows])
+    lengths, chunk = np.array([len(row) for row in rows]), config.chunk_size or platform_defaults().prefill_chunk
     # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
-    if cache is None:
-        policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
-        if uses_pages(config, policy):
-            cache = pages_for(model, lengths + config.max_new_tokens, config.max_length or 0, policy, config.overflow)
-        else:
-            capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
-            cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
+    cache = _new_cache(model, config, lengths, chunk) if cache is None else cache
     _check_sizes(model, cache, lengths, config)
     history = _history(cache, config)
     history = history if history is None else history.extended(rows)
     # 3. Prefill, keep only the logits of each prompt's last token, and compress the prompts if the policy does so.
-    padded = _padded(rows)
     on_chunk = None if watch is None else lambda done: watch(Progress(done, None))
-    logits, cache = prefill_rows(
-        model, cache, padded, lengths, config.chunk_size, config.threshold, last_only=True, donate=own, watch=on_chunk
-    )
+    chunks, more = (_padded(rows), lengths, chunk, config.threshold), config.max_new_tokens
+    logits, cache = prefill_rows(model, cache, *chunks, last_only=True, donate=own, watch=on_chunk, ahead=more)
     if isinstance(cache, CompactCache) and cache.policy.compresses_prompt:
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
+    jax.block_until_ready(logits)
+    seconds = time.perf_counter() - began
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
     seen_ids = history.ids if history is not None else rows
     state, stopped_by_text = _first_state(cache, logits, seen_ids, config), np.zeros(len(rows), bool)
@@ -132,7 +139,17 @@ def generate(
         if watch is not None and watch(Progress(int(lengths.max()), generated_tokens(state))):
             break
     # 5. Read the results from the device.
-    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history)
+    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history, seconds)
+
+
+def _new_cache(model: Decoder, config: GenerationConfig, lengths: np.ndarray, chunk: int) -> Cache:
+    """Make a cache for prompts of these lengths and their answers."""
+    policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
+    if uses_pages(model.config, config, policy):
+        sizes = lengths, config.max_new_tokens, config.max_length or 0, chunk
+        return pages_for(model, *sizes, policy, config.overflow)
+    capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
+    return init_cache(model, len(lengths), capacity, policy=policy, overflow=overflow)
 
 
 def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokenizer | None, bool]:
@@ -257,6 +274,7 @@ def _result(
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     history: TokenHistory | None,
+    seconds: float,
 ) -> Generation:
     """Read the state from the device; `tokenizer` is None for prompts of ids. `history` ends before the new tokens."""
     numbers, stopped, tokens = np.asarray(state.num_generated), np.asarray(state.stopped), generated_tokens(state)
@@ -280,6 +298,7 @@ def _result(
         pairs_read=np.asarray(state.pairs_read, np.float64),
         cache=cache,
         logits=state.logits,
+        seconds_to_first_token=seconds,
     )
 
 

@@ -1,11 +1,9 @@
 """Costs of one `generate` command: tokens per second without compilation, and memory compared to a dense cache."""
 
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dms_jax.command import STARTED
 from dms_jax.core.cache_base import Cache
 from dms_jax.engine.stopwatch import Clock
 
@@ -20,13 +18,7 @@ class Report:
     prompts: int = 0
     prefill_tokens: int = 0
     decode_tokens: int = 0
-    seconds_to_first_token: float | None = None  # from the start of the command; None before it
     caches: list[dict] = field(default_factory=list)  # `cache_numbers` of each batch, or of a conversation as it is now
-
-    def has_token(self) -> None:
-        """Note the time of the first token, if this is the first call."""
-        if self.seconds_to_first_token is None:
-            self.seconds_to_first_token = time.perf_counter() - STARTED
 
     def add(self, prompt_tokens: int, new_tokens: int, cache: Cache, rows: int, same_cache: bool = False) -> None:
         """Count a batch; the first `rows` rows of `cache` are its prompts, and the others are padding.
@@ -54,6 +46,7 @@ class Report:
             "prefill_tokens": self.prefill_tokens,
             "decode_tokens": self.decode_tokens,
             **{f"{phase}_s": round(value, 4) for phase, value in seconds.items()},
+            "seconds_to_first_token": self.clock.to_first_token and round(self.clock.to_first_token, 4),
             "prefill_tokens_per_s": _rate(self.prefill_tokens, seconds["prefill"]),
             "decode_tokens_per_s": _rate(self.decode_tokens, seconds["decode"]),
             "realised_cr": _ratio(sums["seen"], sums["live"]) or 1.0,
@@ -63,7 +56,6 @@ class Report:
             "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
             **largest,
             "cache_bytes": largest["allocated_bytes"],
-            "seconds_to_first_token": round(first, 4) if (first := self.seconds_to_first_token) else None,
             "forced_evictions": sums["forced_evictions"],
         }
 
@@ -77,7 +69,7 @@ class Report:
             lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{n[f'{phase}_s']:>10.2f}{rate:>10}")
         lines.append(f"{'compile':<10}{'':>9}{n['compile_s']:>10.2f}")
         if n["seconds_to_first_token"] is not None:
-            lines.append(f"seconds to the first token, with loading and compiling: {n['seconds_to_first_token']:.2f}")
+            lines.append(f"seconds to the first token, compiling included: {n['seconds_to_first_token']:.2f}")
         nominal = "-" if n["nominal_cr"] is None else f"{n['nominal_cr']:.2f}"
         policy = self.policy if self.target_cr is None else f"nominal {nominal}, target {self.target_cr:g}"
         lines.append(

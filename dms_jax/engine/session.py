@@ -132,7 +132,7 @@ class Session:
         # Later turns have unknown lengths, so budgets of heads are those for a full context.
         length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
         policy = policy_for_rows(self.model, config.policy, config.dense, length)
-        if uses_pages(config, policy):
+        if uses_pages(self.model.config, config, policy):
             return replace(config, max_length=max(prompt_lengths) + new_tokens, policy=policy, dense=False)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
@@ -174,10 +174,8 @@ class Session:
                     _show_prefill(progress.prefilled, total)
                 if cancelled():
                     raise Cancelled
-            else:
-                self.report.has_token()
-                if show is not None:
-                    show(progress.tokens)
+            elif show is not None:
+                show(progress.tokens)
             clock.start()
             return cancelled()
 
@@ -239,15 +237,7 @@ def open_session(options: argparse.Namespace) -> Session:
     target_cr = model.config.require_dms().target_cr if follows_threshold else None
     if config.temperature == 0:
         defaults = {name: value for name, value in defaults.items() if name not in SAMPLED}
-    return Session(
-        options,
-        config,
-        model,
-        tokenizer,
-        loaded,
-        Report(target_cr, Clock(), policy_name(policy)),
-        defaults,
-    )
+    return Session(options, config, model, tokenizer, loaded, Report(target_cr, Clock(), policy_name(policy)), defaults)
 
 
 def _defaults(options: argparse.Namespace) -> dict[str, Any]:

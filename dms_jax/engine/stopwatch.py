@@ -15,7 +15,8 @@ class Clock:
     def __init__(self):
         self.seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
         self.compiled: list[tuple[float, float]] = []  # begin and end of each compilation since the last lap
-        self.since = time.perf_counter()
+        self.begun = self.since = time.perf_counter()
+        self.to_first_token: float | None = None  # seconds from the making of the clock, compilation included
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **_) -> None:
@@ -33,6 +34,8 @@ class Clock:
         compiling = covered(self.compiled, self.since)
         self.seconds[phase] += max(0.0, now - self.since - compiling)
         self.seconds["compile"] += compiling
+        if phase == "decode" and self.to_first_token is None:
+            self.to_first_token = now - self.begun
         self.start()
 
     def close(self) -> None:

@@ -280,7 +280,8 @@ def _prefilled(
     _, cache = prefill(run.model, cache, padded, lengths, chunk, threshold=setup.threshold, last_only=True, donate=True)
     if setup.compresses_prompt:
         new = round_up(max(group.new_tokens, group.longest_answer) + 1)
-        cache = compress_prompt(cache, setup.pairs + new)
+        most = setup.policy.method.slot_bounds().max  # pyrefly: ignore[missing-attribute]  # PromptCompression
+        cache = compress_prompt(cache, most + new)
     return cache, np.array([row[-1] for row in rows], np.int32)
 
 

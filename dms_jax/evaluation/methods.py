@@ -10,7 +10,7 @@ import numpy as np
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.engine.calibration import calibrate
 from dms_jax.engine.head_budgets import head_budgets
-from dms_jax.errors import ConfigError, suggestion
+from dms_jax.errors import ConfigError, naming, suggestion
 from dms_jax.evaluation.result_records import method_name
 from dms_jax.models.decoder import Decoder, with_window
 from dms_jax.policies import POLICIES, BudgetedEviction, CachePolicy, policy_of
@@ -20,6 +20,7 @@ DENSE = "dense"  # the reference: no budget
 DMS = "dms"  # at the budget TRAINED, the other policies match the live tokens of this one
 TRAINED = "trained"  # dms uses the threshold that it was trained for; the others keep as many live tokens as dms did
 PROMPT = "prompt:"  # begins the name of a policy that ranks once, after the prompt
+ADAKV = "adakv:"  # after it, if both: begins the name of a policy under which the heads of a layer share their budgets
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Method:
 
     @property
     def kind(self) -> type[CachePolicy]:
-        return POLICIES[self.policy.removeprefix(PROMPT)]
+        return POLICIES[self.policy.removeprefix(PROMPT).removeprefix(ADAKV)]
 
     @property
     def compresses_prompt(self) -> bool:
@@ -52,10 +53,14 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
     if not names:
         raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
     for name in names:
-        if (plain := name.removeprefix(PROMPT)) not in POLICIES:
+        within = name.removeprefix(PROMPT)
+        if (plain := within.removeprefix(ADAKV)) not in POLICIES:
             raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
         kind = POLICIES[plain]
-        if plain != name and (kind.keeps_prompt or not kind.ranks_pairs):
+        if plain != within:
+            with naming(f"--policies {name}"):
+                kind.check_compares_heads()
+        if within != name and (kind.keeps_prompt or not kind.ranks_pairs):
             why = "it keeps the prompt" if kind.keeps_prompt else "it does not rank pairs"
             raise ConfigError(f"--policies: {plain} cannot compress a prompt, because {why}; write {plain}")
     labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
@@ -129,7 +134,6 @@ class Setup:
 
     policy: CachePolicy
     threshold: float = 0.0
-    pairs: int = 0  # the budget of a policy that has one
     compresses_prompt: bool = False
 
 
@@ -165,7 +169,7 @@ class Calibrator:
             if method.kind.is_learned:
                 return self._budgeted(pairs, length, rows_name, rows)
             policy = policy_of(self.model.config, f"{method.policy}:{max(1, pairs)}")
-            return Setup(policy, pairs=max(1, pairs), compresses_prompt=method.compresses_prompt)
+            return Setup(policy, compresses_prompt=method.compresses_prompt)
         policy = policy_of(self.model.config, method.policy)
         if method.budget == TRAINED and method.policy == DMS:
             return Setup(policy)
@@ -180,10 +184,10 @@ class Calibrator:
         """Return a setup whose budget of each head comes from calibration rows."""
         dms, key = self.model.config.require_dms(), (pairs, length, rows_name)
         if pairs <= dms.window_size:  # dms keeps rows that are shorter than its window whole
-            return Setup(BudgetedEviction(dms, dms.window_size + 1), pairs=dms.window_size + 1)
+            return Setup(BudgetedEviction(dms, dms.window_size + 1))
         if key not in self._head_budgets:
             self._head_budgets[key] = head_budgets(self.model, rows(), pairs)
-        return Setup(BudgetedEviction(dms, pairs, self._head_budgets[key]), pairs=pairs)
+        return Setup(BudgetedEviction(dms, pairs, self._head_budgets[key]))
 
     def _pairs(self, method: Method, length: int, dms_live_tokens: Callable[[], float | None]) -> float:
         matched = None if method.policy == DMS else dms_live_tokens()

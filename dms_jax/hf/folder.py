@@ -34,7 +34,7 @@ from dms_jax.hf.safetensors_files import (
     row_chunks,
     write_folder,
 )
-from dms_jax.kernels.dispatch import KernelQuery, select_implementation
+from dms_jax.kernels.dispatch import AUTO, KernelQuery, check_name, select_implementation
 from dms_jax.policies.head_shares import HeadShares
 
 # Files of a model other than weights and config.json. `save` copies them and LEGAL_FILES unchanged.
@@ -103,7 +103,8 @@ def load(
     fresh = dms is not None and config.dms is None and dms.variant == "projection"
     # Refuse an implementation that cannot run before reading the weights. The query is for bf16, because fp32 weights
     # may be the master weights of a computation in bf16.
-    select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
+    if check_name(implementation) != AUTO:  # which always finds one, perhaps after a check that takes seconds
+        select_implementation("train_attention", KernelQuery(config.head_dim, jnp.bfloat16), implementation)
     if os.path.exists(os.path.join(path, "adapter_config.json")):
         warnings.warn(f"the adapter in {path} is not applied; merge it into the weights first", stacklevel=2)
     policy = os.path.normpath(os.path.join(path, origin)) if config.dms is not None else ""

@@ -318,12 +318,18 @@ def model_writes(model: Decoder, dtype_of=lambda name, ours: ours, untouched=Non
             dtype = np.dtype(dtype_of(name, array.dtype))
 
             def value(array=array, layer=layer, name=name, entry=entry, dtype=dtype):
-                host = entry.layout.to_file(to_host(array[layer] if entry.stacked else array))
+                host = entry.layout.to_file(to_host(_of_layer(array, layer) if entry.stacked else array))
                 original = untouched(name, host) if untouched is not None else None
                 return host.astype(dtype) if original is None else original
 
             writes.append(Write(name, entry.layout.file_shape, dtype, value))
     return writes
+
+
+@jax.jit
+def _of_layer(stacked: jax.Array, layer: int) -> jax.Array:
+    """Return one layer of a stacked array: one program for each shape, where plain indexing compiles several."""
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
 def to_host(array: jax.Array) -> np.ndarray:

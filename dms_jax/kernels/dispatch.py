@@ -1,7 +1,8 @@
 """Choose the implementation of a kernel, and give the reasons against the others.
 
-By default, a Pallas kernel runs on the kinds of devices where it has been measured to be correct and faster than XLA.
-`tuned.json` contains the measurements and the block sizes, which `python -m benchmarks.autotune` writes.
+By default, a Pallas kernel runs where it has been found correct and faster than XLA: on the architectures that
+`tuned.json` names, with their block sizes, which `python -m benchmarks.autotune` measures; and on any other device on
+which the check of `self_check` succeeds when the kernel is first needed.
 `implementation=` asks for an implementation by name; if it cannot run, the result is an error with the reason, never
 another implementation.
 """
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from dms_jax.errors import ConfigError, suggestion
 from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.kernel_table import AUTO, GPU, KERNELS, TPU, XLA
-from dms_jax.kernels.tuned import tuned_entry
+from dms_jax.kernels.self_check import checked
+from dms_jax.kernels.tuned import is_hopper, tuned_entry
 from dms_jax.sharding import target_device
 
 
@@ -53,7 +55,7 @@ def _takes_all(query: KernelQuery, device_kind: str) -> str | None:
 
 
 def _gpu_refuses(query: KernelQuery, device_kind: str) -> str | None:
-    if not any(kind in device_kind for kind in ("H100", "H200", "H20", "GH200")):
+    if not is_hopper(device_kind):
         return f"needs a Hopper GPU (wgmma, TMA), got {device_kind}"
     if _cuda_version() in (12080, 12090):
         return "must not run on CUDA 12.8 or 12.9.0, which miscompile causal masks; install jax[cuda13]"
@@ -119,10 +121,12 @@ def not_default_because(kernel: str, implementation: str, query: KernelQuery) ->
     kind = target_device()[1]
     entry = tuned_entry(kernel, implementation, kind, query.head_dim, query.kv_dtype)
     if entry is None:
+        found = checked(kernel, implementation, query.head_dim, query.kv_dtype, (target_device()[0], kind))
         return (
-            f"not yet measured on {kind} with head size {query.head_dim} and {query.kv_dtype}; run "
-            "`python -m benchmarks.autotune` (it measures bfloat16 and float8_e4m3fn), "
-            f"or use implementation={implementation} without a measurement"
+            f"not yet measured on {kind} with head size {query.head_dim} and {query.kv_dtype}, and not checked here; "
+            f"run `python -m benchmarks.autotune`, or use implementation={implementation} without a measurement"
+            if found is None
+            else found.refused_because
         )
     if entry.speed_to_xla < 1:
         return f"slower than xla on {kind}: {entry.speed_to_xla:.2f}x, measured {entry.date}"

@@ -1,7 +1,7 @@
 """The kernels, one record each: dispatch, autotuning, benchmarks, tests and docs/kernels.md read `KERNELS`.
 
 A new kernel needs its own files in this folder, a record here, a function in `attention_api` that calls it, a suite in
-`benchmarks/kernel_cases.py` and a test in `tests/kernels`. This module loads no JAX, because commands read it for
+`dms_jax/kernels/kernel_cases.py` and a test in `tests/kernels`. This module loads no JAX, because commands read it for
 `--help`.
 """
 

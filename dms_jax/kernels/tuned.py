@@ -11,8 +11,8 @@ from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.kernel_table import KERNELS
 
 TUNED = Path(__file__).parent / "tuned.json"
-# Measurements on the first device are used for the second until that one is measured. They differ in memory only.
-ALIKE = (("H200", "H100"), ("H100", "H200"), ("H200", "GH200"))
+# GPUs of one architecture: measurements on one are used for the others until those are measured.
+HOPPER = ("H100", "H200", "H20", "GH200")
 
 
 class TunedEntry(NamedTuple):
@@ -34,15 +34,19 @@ NUMBERS = {"head_dim": int, "speed_to_xla": float, "max_error": float}
 
 
 def tuned_entry(kernel: str, implementation: str, device: str, head_dim: int, dtype: str) -> TunedEntry | None:
-    """Return the measurement of a kernel on a kind of device, or on one that is `ALIKE`; None if there is none."""
+    """Return the measurement of a kernel on a kind of device, or else on one of its architecture; None without one."""
     found = {
         entry.device: entry
         for entry in _tuned(TUNED)
         if (*entry[:2], *entry[3:5]) == (kernel, implementation, head_dim, dtype)
     }
-    return found.get(device) or next(
-        (entry for other, entry in found.items() if any(t in other and o in device for t, o in ALIKE)), None
-    )
+    alike = [entry for other, entry in found.items() if is_hopper(other) and is_hopper(device)]
+    return found.get(device) or (alike[0] if alike else None)
+
+
+def is_hopper(device: str) -> bool:
+    """Return whether a kind of device, as JAX names it, is a GPU of the Hopper architecture."""
+    return any(name in device for name in HOPPER)
 
 
 @functools.cache

@@ -16,6 +16,7 @@ class CompilerFit(NamedTuple):
     """Parameters of how the compiler of a platform allocates memory, fitted to the sizes that it reports."""
 
     logits: float = 3.0  # fp32 copies of the logits of one chunk that exist at the same time
+    label_logits: float = 3.0  # the same in the label pass; fitted on a CPU only, elsewhere as in the loss
     embedding_gradients: float = 2.0  # fp32 copies of the embedding gradient, if all weights train
     activation_factor: float = 1.0  # allocated bytes / bytes of the arrays that the forward pass saves
     overlap: float = 0.0  # fraction of the smaller of the two peaks that is still allocated at the larger one
@@ -25,7 +26,7 @@ class CompilerFit(NamedTuple):
 FITS = {
     "gpu": CompilerFit(),
     "tpu": CompilerFit(embedding_gradients=1.0, activation_factor=1.25, overlap=0.75),
-    "cpu": CompilerFit(logits=4.0, embedding_gradients=1.25),
+    "cpu": CompilerFit(logits=4.0, label_logits=2.5, embedding_gradients=1.25),
 }
 FORMULAS = {
     "weights": "shards of the parameters: bf16 if frozen, fp32 if they train",
@@ -40,6 +41,11 @@ FORMULAS = {
     "temporary": "what the backward pass of a layer needs beyond `logits`: two copies of the gathered weights of the "
     "layer, 2 (3 F + 5 D) bytes per token, and fp32 gradients; TPU: plus 0.75 of the smaller of `logits` and this",
 }
+
+LABELS = (
+    "weights + optimizer + 2 sums of the labels, which have L D (D + K) fp32 numbers, and one layer of them + L x "
+    "tokens x D of the residual stream + activations, logits and temporary as in a step that trains no weights"
+)
 
 
 class MemoryEstimate(NamedTuple):
@@ -80,6 +86,7 @@ class MicroBatch(NamedTuple):
     remat: str
     platform: str
     accumulates: bool = False  # whether a step has several micro-batches
+    labels: bool = False  # the label pass of init=fisher instead of a step
 
     @property
     def tokens(self) -> float:
@@ -88,7 +95,8 @@ class MicroBatch(NamedTuple):
 
     @property
     def fit(self) -> CompilerFit:
-        return FITS[self.platform]
+        fit = FITS[self.platform]
+        return fit._replace(logits=fit.label_logits) if self.labels else fit
 
     @property
     def number_bytes(self) -> int:
@@ -129,6 +137,20 @@ def estimated_memory(
     gathered = micro.number_bytes * embedding * (1 + micro.trains_all) * gathers
     peak = max(loss, layer) + fit.overlap * min(loss, layer)
     return MemoryEstimate(weights, optimizer, saved_activations(config, micro), gathered + loss, peak - loss)
+
+
+def estimated_label_bytes(
+    config: ModelConfig, micro: MicroBatch, weights: float, optimizer: float, trainable: float, sums: float
+) -> float:
+    """Estimate the bytes per device of the label pass of init=fisher, as LABELS says.
+
+    `weights` to `trainable` are as in `estimated_memory`. `sums` are the bytes of the shards of the labels' sums.
+    """
+    cast = trainable / 2 if micro.trains_all and micro.number_bytes < 4 else 0.0
+    alike = micro._replace(mode="adapter", accumulates=False, labels=True)
+    stream = micro.number_bytes * config.num_layers * micro.tokens * config.hidden_size
+    sums *= 2 + 1 / config.num_layers
+    return estimated_memory(config, alike, weights, optimizer, 0.0).total + cast + stream + sums
 
 
 def saved_activations(config: ModelConfig, micro: MicroBatch) -> float:

@@ -46,6 +46,7 @@ DECODE = {  # memory bandwidth of a whole decode step, which reads the weights a
     "gpu": Efficiency(0.60, "measured", f"{H200}: Qwen3-8B shape, 32 rows of 32,768 tokens at CR 8, 12.1 ms per step"),
     "tpu": Efficiency(0.60, "assumed", NO_TPU),
 }
+EXACT_COST = {"gpu": 15.0, "tpu": 6.0}  # bf16 products as long as one fp32 product; assumed from data sheets
 LINK = Efficiency(0.70, "assumed", "of the data sheet's rate per direction")
 
 
@@ -106,6 +107,20 @@ def step_work(config: ModelConfig, tokens: float, length: int, mode: str, remat:
     logits = 4.0 * config.vocab_size * 8  # fp32 logits of both models, in about eight passes
     moved = 2.0 * config.num_layers * elements * (4 + again) + logits
     return StepWork(weights * tokens, attention * tokens, moved * tokens)
+
+
+def label_work(config: ModelConfig, tokens: float, length: int, remat: str, platform: str) -> StepWork:
+    """Count the work of the label pass of init=fisher: a forward pass, a backward pass to the gates, and the sums.
+
+    The sums are fp32 products of features, which count as EXACT_COST times as many bf16 products.
+    """
+    output = config.vocab_size * config.hidden_size
+    layers, again = matmul_parameters(config) - output, remat == "full"
+    sums = 2.0 * config.num_layers * config.hidden_size * (config.hidden_size + config.num_kv_heads)
+    products = 2.0 * layers * (2 + again) + 4.0 * output + EXACT_COST[platform] * sums
+    attention = attention_flops(config, length) * (1 + again + 2.5)
+    step = step_work(config, tokens, length, "adapter", remat)
+    return StepWork(products * tokens, attention * tokens, step.moved * (3 + again) / (4 + again))
 
 
 class StepTime(NamedTuple):

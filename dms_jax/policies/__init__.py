@@ -3,7 +3,7 @@
 Begin with `cache_policy`, which says what a policy is; `POLICIES` lists all of them by name.
 """
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from dms_jax.config import ModelConfig
 from dms_jax.errors import ConfigError, naming, suggestion
@@ -47,6 +47,7 @@ POLICIES: dict[str, type[CachePolicy]] = {
     "quest": Quest,
 }
 PROMPT = "prompt"  # prefix of a name, as in "prompt:tova:256": ranks the prompt once (`prompt_compression`)
+ADAKV = "adakv"  # prefix of a name, as in "adakv:snapkv:256": the heads of a layer share budgets (`budget_policy`)
 
 
 def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> CachePolicy:
@@ -56,7 +57,7 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
       config: the model's configuration.
       policy: a `CachePolicy`, which is returned unchanged; None for the model's own policy, which keeps everything if
         the model has no evict head; or a name of `POLICIES`, followed by the budget in pairs per KV head if the method
-        has one: "dense", "dms", "tova:256", "prompt:snapkv:256".
+        has one: "dense", "dms", "tova:256", "prompt:snapkv:256", "adakv:h2o:256", "prompt:adakv:h2o:256".
 
     Raises ConfigError.
     """
@@ -67,11 +68,16 @@ def policy_of(config: ModelConfig, policy: CachePolicy | str | None = None) -> C
     if not isinstance(policy, str):
         raise ConfigError(f"policy must be a CachePolicy or a name ({', '.join(POLICIES)}), got {policy!r}")
     text = policy.removeprefix(f"{PROMPT}:")
-    name, _, budget = text.partition(":")
+    shares = text.startswith(f"{ADAKV}:")
+    name, _, budget = text.removeprefix(f"{ADAKV}:").partition(":")
     if name not in POLICIES:
         raise ConfigError(f"unknown policy {name!r}; {suggestion(name, POLICIES)}")
     with naming(f"policy {policy!r}"):
+        if shares:
+            POLICIES[name].check_compares_heads()
         method = POLICIES[name].from_text(budget, config)
+        if shares:
+            method = replace(method, adakv_heads=config.num_kv_heads)  # pyrefly: ignore[bad-specialization]
         if text == policy:
             return method
         return PromptCompression(method)  # pyrefly: ignore[bad-argument-type]  # it checks the type
@@ -99,7 +105,8 @@ def policy_name(policy: CachePolicy) -> str:
     described = describe(policy)
     if described["name"] == PROMPT:
         return f"{PROMPT}:{policy_name(policy.method)}"  # pyrefly: ignore[missing-attribute]  # PromptCompression
-    return ":".join(str(described[key]) for key in ("name", "budget") if key in described)
+    name = ":".join(str(described[key]) for key in ("name", "budget") if key in described)
+    return f"{ADAKV}:{name}" if "adakv_heads" in described else name
 
 
 def restored(described: dict, config: ModelConfig) -> CachePolicy:

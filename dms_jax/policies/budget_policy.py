@@ -10,10 +10,14 @@ One score serves two protocols:
 
 A method declares how many numbers the cache stores for each pair (`features`), and which for each KV head
 (`head_state`), and computes its score from them (`keep_scores`).
+
+With `adakv_heads`, the heads of a layer share one budget. Feng et al., "Ada-KV", arXiv:2407.11550, as in kvpress
+(`adakv_press.py`): each head keeps its best pairs up to a safeguard, and the best other pairs of all heads fill the
+rest. Only methods whose scores have one unit in all heads define it (`compares_heads`).
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
@@ -25,6 +29,8 @@ from dms_jax.core.slot_attention import attention_weights
 from dms_jax.errors import ConfigError
 from dms_jax.policies.cache_policy import CachePolicy, SlotBounds
 from dms_jax.policies.keep_all import unmarked
+
+ALPHA_SAFEGUARD = 0.2  # of the budget, for each head; as in the paper and in kvpress
 
 
 class Pairs(NamedTuple):
@@ -55,13 +61,18 @@ class BudgetPolicy(CachePolicy):
 
     has_budget: ClassVar[bool] = True
     ranks_pairs: ClassVar[bool] = True
-    budget: int
+    budget: int  # pairs per KV head; their mean over the heads of a layer if the heads share it
+    adakv_heads: int | None = field(default=None, kw_only=True)  # the model's KV heads, if they share the budget
 
     def __post_init__(self):
         if not isinstance(self.budget, int) or isinstance(self.budget, bool) or self.budget < self.min_budget:
             raise ConfigError(
                 f"the budget of {type(self).__name__} must be a whole number >= {self.min_budget}, got {self.budget!r}"
             )
+        if (heads := self.adakv_heads) is not None:
+            self.check_compares_heads()
+            if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
+                raise ConfigError(f"adakv_heads must be the number of KV heads, a whole number >= 1, got {heads!r}")
 
     @property
     def min_budget(self) -> int:
@@ -78,10 +89,19 @@ class BudgetPolicy(CachePolicy):
         return 0  # unused: `victim()` asks only when a buffer overflows, and capacity >= budget is checked beforehand
 
     def slot_bounds(self) -> SlotBounds:
-        return SlotBounds(self.budget, self.budget, f"a budget of {self.budget} pairs")
+        """A head that shares its budget has all pairs of the layer, except what the safeguard leaves to the others."""
+        others = (self.adakv_heads or 1) - 1
+        most = self.budget + others * (self.budget - safeguard(self.budget))
+        return SlotBounds(self.budget, most, f"a budget of {self.budget} pairs")
 
     def pairs_read(self, live: Float[Array, "*A"]) -> Float[Array, "*A"]:
-        """At the budget, a token reads all pairs and its own, budget + 1 in total, before one of them leaves."""
+        """At the budget, a token reads all pairs and its own, budget + 1 in total, before one of them leaves.
+
+        If heads share the budget, the last axis is the heads of a layer, or `live` is their mean.
+        """
+        if self.adakv_heads is not None:
+            mean = jnp.mean(live, axis=-1, keepdims=True) if jnp.ndim(live) else live
+            return live + jnp.where(mean > self.budget - 0.5, 1, 0)  # half a pair less: a mean is not exact
         return jnp.where(live >= self.budget, self.budget + 1, live)
 
     @abstractmethod
@@ -141,8 +161,16 @@ class BudgetPolicy(CachePolicy):
         count: Int[Array, "B"],
     ) -> Selection | None:
         pairs = self.pairs_after(q, k, v, expiries, slots, position, count)
-        kept = best(self.keep_scores(pairs), pairs.alive, pairs.position, self.budget, max_leaving=k.shape[2])
-        return Selection(kept, pairs.statistic, pairs.head_state)
+        return Selection(self.kept(pairs, max_leaving=k.shape[2]), pairs.statistic, pairs.head_state)
+
+    def kept(self, pairs: Pairs, max_leaving: int | None = None) -> Bool[Array, "B K S"]:
+        """Return the pairs that stay; `max_leaving` as in `best`. Raises ConfigError for wrong `adakv_heads`."""
+        scores, heads = self.keep_scores(pairs), pairs.k.shape[1]
+        if self.adakv_heads is None:
+            return best(scores, pairs.alive, pairs.position, self.budget, max_leaving)
+        if self.adakv_heads != heads:
+            raise ConfigError(f"adakv_heads must be {heads}, the model's KV heads, got {self.adakv_heads}")
+        return best_of_layer(scores, pairs.alive, pairs.position, self.budget)
 
     def pairs_after(self, q, k, v, expiries, slots, position, count) -> Pairs:
         """Return all pairs after a chunk, whose attention has updated the statistic; arguments as in `select`."""
@@ -188,3 +216,20 @@ def best(
     order = jnp.lexsort((-jnp.where(alive, position, -1), -scores), axis=-1)  # best first, dead ones last
     rank = jnp.argsort(order, axis=-1)
     return alive & (rank < budget)
+
+
+def safeguard(budget: int) -> int:
+    """Return how many of its best pairs a head always keeps if the heads of a layer share their budgets."""
+    return int(ALPHA_SAFEGUARD * budget)
+
+
+@typed
+def best_of_layer(
+    scores: Float[Array, "B K S"], alive: Bool[Array, "B K S"], position: Int[Array, "B K S"], budget: int
+) -> Bool[Array, "B K S"]:
+    """Return the K * `budget` best alive pairs of all heads together, among them each head's safeguard."""
+    rows, heads, slots = scores.shape
+    safe = best(scores, alive, position, safeguard(budget))
+    together = lambda x: x.reshape(rows, 1, heads * slots)
+    raised = jnp.where(safe, jnp.inf, scores)
+    return best(together(raised), together(alive), together(position), heads * budget).reshape(scores.shape)

@@ -61,6 +61,7 @@ class CachePolicy(ABC):
     # Marks pairs that leave `window_size` steps after they were added, or never, so that a `PagedCache` can hold them.
     in_pages: ClassVar[bool] = False
     compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
+    compares_heads: ClassVar[bool] = False  # scores of a layer's heads have one unit, so the heads can share a budget
 
     @classmethod
     def from_text(cls, budget: str, config: ModelConfig) -> Self:
@@ -70,6 +71,15 @@ class CachePolicy(ABC):
         if budget:
             raise ConfigError(f"the policy has no budget, got {shown(budget)}; leave it out")
         return cls()
+
+    @classmethod
+    def check_compares_heads(cls) -> None:
+        """Raise ConfigError if the heads of a layer cannot share one budget under this policy, as in Ada-KV."""
+        if not cls.compares_heads:
+            raise ConfigError(
+                f"{cls.__name__} does not compare pairs of different heads, so heads cannot share a budget as in "
+                "Ada-KV; leave out adakv, or use snapkv, h2o, observed_attention, dropkv or expected_attention"
+            )
 
     def budget_table(self, num_layers: int, num_kv_heads: int) -> Int[np.ndarray, "L K"] | None:
         """Return the budget of each head if `core.budget_eviction` holds heads to it, query by query; else None."""

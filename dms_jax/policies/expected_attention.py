@@ -4,6 +4,7 @@ Source: Devoto et al., "Expected Attention", arXiv:2510.00636, as in kvpress (`e
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ class ExpectedAttention(BudgetPolicy):
     Cost: the cache holds H + H^2 numbers for each query head, and an eviction takes O(H^2) operations per pair.
     """
 
+    compares_heads: ClassVar[bool] = True
     num_future: int = 512
     num_sinks: int = 4
 

@@ -1,6 +1,7 @@
 """Rank pairs by the mean attention that they received: kvpress's variant of H2O (`observed_attention_press.py`)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
@@ -18,6 +19,8 @@ class ObservedAttention(BudgetPolicy):
 
     Cost: a prefill holds the attention weights of a whole chunk [B N T C+T], so chunks should be short.
     """
+
+    compares_heads: ClassVar[bool] = True
 
     @property
     def num_observed(self) -> int:

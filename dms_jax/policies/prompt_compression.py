@@ -15,7 +15,7 @@ from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, LayerCache, Selection
 from dms_jax.errors import ConfigError
-from dms_jax.policies.budget_policy import BudgetPolicy, Pairs, best
+from dms_jax.policies.budget_policy import BudgetPolicy, Pairs
 from dms_jax.policies.cache_policy import FusedRule
 from dms_jax.policies.keep_all import KeepAll
 
@@ -70,8 +70,9 @@ def compress_prompt(cache: CompactCache, capacity: int | None = None) -> Compact
             "compress_prompt needs a cache made with policy=PromptCompression(method) or a policy like "
             f"'prompt:tova:256', got one with {type(policy).__name__}"
         )
-    if capacity is not None and capacity < policy.method.budget:
-        raise ConfigError(f"capacity must be at least the budget of {policy.method.budget} pairs, got {capacity}")
+    most = policy.method.slot_bounds().max
+    if capacity is not None and most is not None and capacity < most:
+        raise ConfigError(f"capacity must be at least {most}, the pairs of a head under its budget, got {capacity}")
     layers = tuple(_compressed(layer, cache.seen, policy.method, capacity or layer.capacity) for layer in cache.layers)
     return replace(cache, layers=layers, policy=KeepAll()).with_history(cache.history)
 
@@ -79,7 +80,7 @@ def compress_prompt(cache: CompactCache, capacity: int | None = None) -> Compact
 @partial(jax.jit, static_argnames=("method", "capacity"))
 def _compressed(layer: LayerCache, seen: Int[Array, "B"], method: BudgetPolicy, capacity: int) -> LayerCache:
     pairs = prompt_pairs(layer, seen)
-    kept = best(method.keep_scores(pairs), pairs.alive, pairs.position, method.budget)
+    kept = method.kept(pairs)
     # Kept pairs move to the first slots, in order, so that attention reads live pairs only.
     slot = jnp.argsort(~kept, axis=-1, stable=True)[..., : min(capacity, layer.capacity)]
     filled = jnp.take_along_axis(kept, slot, axis=-1)

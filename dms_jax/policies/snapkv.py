@@ -4,6 +4,7 @@ Source: Li et al., "SnapKV", arXiv:2404.14469.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
@@ -25,6 +26,7 @@ class SnapKV(BudgetPolicy):
     the window moves with each token, so each pair remembers the attention of the last `observation_window` queries.
     """
 
+    compares_heads: ClassVar[bool] = True
     observation_window: int = 8
     kernel_size: int = 5  # odd
 

@@ -1,6 +1,7 @@
 """Protect pairs with large values, and sample the others. Chang et al., "VaSE", arXiv:2606.03928."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
@@ -23,6 +24,7 @@ class VaSE(SnapKV):
     pairs. Scores include the attention within the window. All layers draw alike.
     """
 
+    compares_heads: ClassVar[bool] = False  # a sample is drawn for each head
     observation_window: int = 16
     num_sinks: int = 4
     seed: int = 0

@@ -59,9 +59,9 @@ EVICTED, KEPT = ("#ffffff", "#15181b"), ("#f39a4a", "#a2530a")
 
 
 def policy_look(policy: str) -> Look:
-    """Return the look of a policy. A name that is not in LOOKS always gets the same fallback. "prompt:tova" looks like
-    "tova", but dotted."""
-    plain = policy.removeprefix("prompt:")
+    """Return the look of a policy. A name that is not in LOOKS always gets the same fallback. With a prefix, as in
+    "prompt:tova", "adakv:h2o" or both, a policy looks the same, but dotted."""
+    plain = policy.rpartition(":")[2]
     name = FORMER_NAMES.get(plain, plain)
     look = LOOKS.get(name) or FALLBACK_LOOKS[zlib.crc32(name.encode()) % len(FALLBACK_LOOKS)]
     return look if plain == policy else look._replace(dash=(0, (1, 1.5)), first=False)

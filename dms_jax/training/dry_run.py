@@ -21,11 +21,11 @@ def dry_run_text(run: PreparedRun) -> str:
     moments = sum(map(_device_bytes, jax.tree.leaves(state.opt_state)))
     lines += [f"optimizer: {moments / GIB:.3f} GiB per device", ""]
 
-    rows = f"{c.batch_size} rows of {c.length} tokens per step, {c.batch_size // c.accumulate} at a time"
+    rows = f"{c.batch_size} rows of {c.length} tokens per step, {c.rows_at_once} at a time"
     known = f"{run.train_rows.num_rows} rows to train on, {run.held_out.num_rows} held out"
     lines += [f"batch: {rows}; {known}; {len(run.steps.math.evict_head)} evict-head arrays", ""]
     if c.init == "fisher":
-        at_once = f"{c.batch_size // c.accumulate} at a time"
+        at_once = f"{c.rows_at_once} at a time"
         lines += [f"init=fisher: labels from {c.label_rows} rows, {at_once}; then the evict head is fitted to them", ""]
     lines += _schedule(run)
     every = f"validation every {c.eval_every} steps and at the end" if c.eval_every else "validation at the end"
@@ -54,7 +54,7 @@ def _program_memory(run: PreparedRun) -> list[str]:
     c, lines = run.config, []
     programs = {"step": run.steps.lower(run.frozen, c.batch_size)}
     if c.init == "fisher":
-        programs = {"label pass": run.steps.lower_labels(run.frozen, c.batch_size // c.accumulate)} | programs
+        programs = {"label pass": run.steps.lower_labels(run.frozen, c.rows_at_once)} | programs
     for name, program in programs.items():
         analysis = program.compile().memory_analysis()
         if analysis is not None:

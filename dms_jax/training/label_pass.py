@@ -24,6 +24,7 @@ from dms_jax.training.prepare import PreparedRun
 from dms_jax.training.restore import check_checkpoint, checkpoint_metadata, stored
 from dms_jax.training.step import TrainState
 from dms_jax.training.stop_signal import StopSignal
+from dms_jax.training.validate import scores_of_rows, threshold_at_target
 
 SAVE_ROWS = 8  # rows between two checkpoints of the sums, which hold D x D numbers per layer
 ORDER_SEED = 2**31  # added to the seed of a run, so that its labels come from other rows than its first steps
@@ -50,6 +51,8 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
         return state, number
     check_counted(sums, run.steps.math.dms.window_size)
     state = run.steps.fitted_state(state, sums)
+    if run.config.holds_ratio_by_threshold:
+        state = _with_threshold(run, state)
     run.checkpoints.save(0, stored(state), checkpoint_metadata(run), wait=True)
     _remove(run, folder)
     return state, 0
@@ -69,8 +72,7 @@ def _labels(
             done, sums = found.step, found.state
             where = f"resumed at row {done} of the {c.label_rows} label rows"
             run.say("; skipped checkpoint ".join([where, *found.skipped]))
-    size = c.batch_size // c.accumulate  # as many rows at a time as in a step, so that they fit
-    number = 0
+    size, number = c.rows_at_once, 0
     with tqdm(total=c.label_rows, initial=done, unit="row", desc="labels", disable=not run.is_writer) as bar:
         while done < c.label_rows and not number:
             sums = jax.block_until_ready(steps.add_labels(sums, state, run.frozen, place_rows(run, done, size)))
@@ -84,6 +86,19 @@ def _labels(
         name = signal.Signals(number).name
         run.say(f"{name}: saved at row {done} of the {c.label_rows} label rows; continue with --resume")
     return sums, number
+
+
+def _with_threshold(run: PreparedRun, state: TrainState) -> TrainState:
+    """Set the threshold of a fitted head so that a batch of label rows realises the target ratio.
+
+    The head alone evicts too much or too little, since its logits are not normally distributed. Steps at a wrong ratio
+    would be wasted, and runs have few.
+    """
+    c = run.config
+    rows = run.train_rows.batch(0, c.rows_at_once, c.seed + ORDER_SEED)
+    threshold = threshold_at_target(run, scores_of_rows(run, state, [rows]), tolerance=0.05, most_runs=3)
+    assert state.threshold is not None, "a run that holds its ratio by a threshold has one"
+    return state._replace(threshold=state.threshold + np.float32(threshold))  # 0 so far; keeps its sharding
 
 
 def place_rows(run: PreparedRun, start: int, size: int) -> Batch:

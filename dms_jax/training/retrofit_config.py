@@ -6,6 +6,7 @@ recipe for the embedded default model (docs/experiments.md); configs/train/ hold
 
 import contextlib
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -101,7 +102,7 @@ class RetrofitConfig:
         AtLeast(1),
         "number of training rows whose pairs init=fisher fits the head to",
     ] = 20
-    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 8
+    steps: Annotated[int, AtLeast(0), "number of optimizer steps; 0: export the head as init=fisher fitted it"] = 4
     length: Annotated[int, AtLeast(2), "tokens per row"] = 1024
     batch_size: Annotated[
         int, AtLeast(0), "rows per optimizer step; 0: one row per data-parallel device and micro-batch"
@@ -154,13 +155,13 @@ class RetrofitConfig:
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     eval_every: Annotated[int, AtLeast(0), "number of steps between validations; 0: validate only at the end"] = 0
-    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 10
+    eval_rows: Annotated[int, AtLeast(1), "number of held-out rows per validation"] = 5
     calibration_rows: Annotated[
         int,
         AtLeast(0),
         "number of training rows on which the eviction threshold is set after training, so that their realised "
         "compression ratio is the target; with ratio_control=loss it is only raised. 0: keep the threshold of training",
-    ] = 4
+    ] = 3
     save_every: Annotated[int, AtLeast(1), "number of steps between checkpoints"] = 50
     keep: Annotated[int, AtLeast(1), "number of complete checkpoints to keep"] = 2
     tensorboard: Annotated[bool, 'also write OUTPUT/tensorboard (pip install "dms-jax[log]")'] = False
@@ -192,6 +193,13 @@ class RetrofitConfig:
             raise ConfigError("dms.target_cr must be above 1 with init=fisher, got 1, which evicts nothing")
         if self.init == "zero" and not self.steps:
             raise ConfigError("steps must be at least 1 with init=zero, which starts from nothing; got 0")
+        no_ramp = self.initial_cr in (None, self.dms.target_cr)
+        if self.init == "fisher" and self.ratio_control == "loss" and self.cr_steps and no_ramp:
+            raise ConfigError(
+                f"cr_steps must be 0 with init=fisher unless initial_cr is below dms.target_cr "
+                f"({self.dms.target_cr:g}), because the target starts there and does not rise; got {self.cr_steps}; "
+                "give an initial_cr, e.g. 1, or drop cr_steps"
+            )
         if self.ratio_control != "threshold":
             return
         if self.mode == "borrowed":
@@ -200,7 +208,7 @@ class RetrofitConfig:
                 "got threshold"
             )
         unused = {
-            "initial_cr": self.initial_cr not in (None, self.dms.target_cr),
+            "initial_cr": not no_ramp,
             "cr_steps": self.cr_steps != 0,
             "loss.compression_weight": self.loss.compression_weight not in (None, 0.0),
             "loss.scope": self.loss.scope != "global",
@@ -244,6 +252,11 @@ class RetrofitConfig:
         )
 
     @property
+    def rows_at_once(self) -> int:
+        """The rows that a micro-batch of a step, or of the label pass, reads. Both are as many, so that they fit."""
+        return self.batch_size // self.accumulate
+
+    @property
     def holds_ratio_by_threshold(self) -> bool:
         return self.ratio_control == "threshold"
 
@@ -283,14 +296,20 @@ FREE_ON_RESUME = {
 
 
 def read_config(
-    path: str | None, assignments: list[str], mesh: str | None, defaults: dict[str, Any] | None = None
+    path: str | None,
+    assignments: list[str],
+    mesh: str | None,
+    defaults: dict[str, Any] | None = None,
+    only: Collection[str] | None = None,
 ) -> RetrofitConfig:
     """Read the YAML file; assignments of `--set` override its keys, and `--mesh` overrides both.
 
-    `defaults`: values of keys of the top level that are not given, in place of those of `RetrofitConfig`.
+    `defaults`: values of keys of the top level that are not given, in place of those of `RetrofitConfig`. `only`: the
+    keys of the top level that count in the file; None stands for all.
     """
     given: dict[str, Any] = {}
-    for layer in (read_yaml(path) if path else {}, *map(parse_assignment, assignments)):
+    file = read_yaml(path) if path else {}
+    for layer in ({key: file[key] for key in file if only is None or key in only}, *map(parse_assignment, assignments)):
         if not isinstance(layer.get("data", {}), dict):
             layer["data"] = {"paths": layer["data"]}  # `data: FILE`
         _refuse_contradiction(given, layer)

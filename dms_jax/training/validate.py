@@ -92,18 +92,31 @@ def calibrate(run: PreparedRun, state: TrainState) -> Calibration:
         latest[threshold] = scores(threshold)
         return latest[threshold]
 
-    target = realised_cr(dms.target_cr, c.length, dms.window_size)
-    threshold = float(np.float32(threshold_for(remembered, dms, target, tolerance=0.02, most_runs=6, start=start)))
+    threshold = threshold_at_target(run, remembered, tolerance=0.02, most_runs=6, start=start)
     if not c.holds_ratio_by_threshold:
         threshold = max(0.0, threshold)
     if threshold:
         run.say(
-            f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise CR {target:.2f}"
+            f"threshold {threshold:.3f}: if only evict logits above it evict, training rows realise "
+            f"CR {_target_ratio(run):.2f}"
         )
     logits = latest[threshold] if threshold in latest else scores(threshold)
     settled = c.length - dms.window_size - 1
     of_pairs = logits[..., dms.decision_shift :][..., : max(settled, 0)]
     return Calibration(threshold, shares_of(of_pairs) if settled > 0 else None)
+
+
+def threshold_at_target(
+    run: PreparedRun, scores: Scores, *, tolerance: float, most_runs: int, start: float = 0.0
+) -> float:
+    """Search for the threshold at which the rows behind `scores` realise the target ratio, as `threshold_for` does."""
+    dms = run.steps.math.dms
+    return float(np.float32(threshold_for(scores, dms, _target_ratio(run), tolerance, most_runs, start)))
+
+
+def _target_ratio(run: PreparedRun) -> float:
+    dms = run.steps.math.dms
+    return realised_cr(dms.target_cr, run.config.length, dms.window_size)
 
 
 def scores_of_rows(run: PreparedRun, state: TrainState, batches: list[Batch]) -> Scores:

@@ -33,6 +33,7 @@ MODELS = {
     "no policy": (None, heads(2, 2, 8)),
     "policy ignored": (policy(4), heads(2, 2, 8)),
 }
+BETWEEN = "w1", "w = T, own decision", "borrowed, zeroed before"
 
 
 @functools.cache
@@ -65,9 +66,14 @@ def live_oracle(evict, dms):
     return np.apply_along_axis(after, -1, evict)
 
 
-@pytest.mark.parametrize("cases, any_width", [(15, False), pytest.param(150, True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name, cases, any_width",
+    [(name, 15, False) for name in MODELS if name not in BETWEEN]
+    + [pytest.param(name, 150, True, marks=pytest.mark.slow) for name in MODELS],
+)
 def test_every_path_equals_the_mask_path(name, cases, any_width):
+    """Each model of `BETWEEN` is in the slow suite only; models on both sides of it are in the fast one."""
+
     @settings(max_examples=cases, deadline=None)
     @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
     def run(seed, operations):

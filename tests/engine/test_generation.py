@@ -372,11 +372,11 @@ def test_host_bounds_are_dropped_when_the_cache_changes():
 @pytest.mark.parametrize(
     ("policy", "overflow", "more_to_come", "want"),
     [
-        ("dense", None, False, (192, "raise")),
-        ("dms", None, False, (192, "evict")),
+        ("dense", None, False, (256, "raise")),
+        ("dms", None, False, (256, "evict")),
         ("dms", "grow", False, (64, "grow")),  # twice the window, rounded up
-        ("dms", None, True, (192, "grow")),
-        ("dms", "evict", True, (192, "evict")),
+        ("dms", None, True, (256, "grow")),
+        ("dms", "evict", True, (256, "evict")),
         ("tova:8", None, False, (64, "raise")),  # the budget, rounded up
         ("dms_budget:70", None, False, (128, "raise")),
     ],

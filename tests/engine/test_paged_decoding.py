@@ -1,5 +1,6 @@
 """The project's central test through pages: the mask path equals any interleaving of prefill, chunks and decoding."""
 
+import dataclasses
 import functools
 import gc
 
@@ -15,9 +16,13 @@ from jax.sharding import AxisType, Mesh
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.engine import decode_loop, decoding
+from dms_jax.core import page_counts
+from dms_jax.core.paged_cache import select_rows
+from dms_jax.engine import decode_loop, decoding, page_memory
+from dms_jax.engine.cache_capacity import uses_pages
 from dms_jax.engine.decode_layout import stacked
 from dms_jax.models.parameters import ModelStructure, flatten
+from dms_jax.policies import policy_of
 
 SIZE = 4  # pairs of a page
 KEEP = 1e9  # a threshold above any logit
@@ -75,50 +80,85 @@ def test_prefill_and_decode_match_the_golden_vectors():
 
 def test_empty_arena_spoils_only_the_row_that_needed_a_page(rng):
     model, ids = build("w0")[0], tokens(rng, 2, 40)
-    options = {"threshold": KEEP, "chunk_size": 5}  # every pair stays
-    roomy = dms_jax.init_pages(model, 2, LENGTH, num_pages=100, page_size=SIZE)
     lengths, num_pages = np.array([20, 40]), 1 + 4 * (1 + 5) + 4 * (1 + 7)  # the second row needs 4 * (1 + 10) pages
-    want, _ = dms_jax.prefill(model, roomy, ids, lengths, **options)
-    small = dms_jax.init_pages(model, 2, LENGTH, num_pages=num_pages, page_size=SIZE)
-    with pytest.raises(dms_jax.ConfigError, match="num_pages"):
-        dms_jax.prefill(model, small, ids, lengths, **options)
-    runner = decoding.unrolled(model)
-    logits, cache = decoding.extend_rows(runner, small, ids, lengths.astype(np.int32), jnp.float32(KEEP), None)
+    cache = dms_jax.init_pages(model, 2, LENGTH, num_pages=num_pages, page_size=SIZE)
+    with pytest.raises(dms_jax.ConfigError, match=r"57 pages .* row 1, .* use num_pages >= 71, .*overflow='grow'"):
+        dms_jax.prefill(model, cache, ids, lengths, chunk_size=5, threshold=KEEP)  # every pair stays
+    runner, want = decoding.unrolled(model), model.dense(ids)
+    for start in range(0, 40, 5):  # what the host does not do once a page is missing
+        count = np.clip(lengths - start, 0, 5).astype(np.int32)
+        part = runner, cache, ids[:, start : start + 5], count, jnp.float32(KEEP), None
+        logits, cache = decoding.extend_rows(*part)
+        if start < 20:
+            np.testing.assert_allclose(logits[0], want[0, start : start + 5], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(cache.starved, [False, True])
-    np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)  # queries of the chunk still saw all pairs
-    again, after = decoding.extend_rows(runner, cache, ids[:, :1], np.array([1, 0], np.int32), jnp.float32(KEEP), None)
-    whole = np.concatenate([ids[:1, :20], ids[:1, :1]], axis=1)
-    np.testing.assert_allclose(again[0, 0], model.dense(whole)[0, -1], rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(after.starved, [False, True])
+    count = np.array([1, 0], np.int32)
+    logits, cache = decoding.extend_rows(runner, cache, ids[:, 20:25], count, jnp.float32(KEEP), None)
+    np.testing.assert_allclose(logits[0, 0], want[0, 20], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.starved, [False, True])
     with pytest.raises(dms_jax.ConfigError, match="run out of pages"):
         dms_jax.save_cache(model, cache, "unused.safetensors")
 
 
-def test_scanned_layers_give_what_unrolled_ones_do(rng):
-    model, ids = build("w0")[0], tokens(rng, 2, 21)
-    cache = dms_jax.init_pages(model, 2, LENGTH, num_pages=100, page_size=SIZE)
-    after = {}
-    for layout in (stacked, decoding.unrolled):
-        extend = lambda cache, part, layout=layout: decoding.extend_rows(
-            layout(model), cache, part, np.array([part.shape[1]] * 2, np.int32), jnp.float32(0.0), None
-        )
-        first, later = jax.jit(extend)(cache, ids[:, :20])
-        after[layout] = first, *jax.jit(extend)(later, ids[:, 20:])
-    for ours, theirs in zip(*map(jax.tree.leaves, after.values()), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+def test_scanned_layers_give_what_layers_of_their_own_do(rng):
+    model, ids = build("w0")[0], tokens(rng, ROWS, 17)
+    empty = dms_jax.init_pages(model, ROWS, LENGTH, num_pages=400, page_size=SIZE)
+    _, ours = dms_jax.prefill(model, empty, ids[:, :16])
+    logits, ours = dms_jax.decode_step(model, ours, ids[:, 16])
+    extend = lambda cache, part: decoding.extend_rows(
+        stacked(model), cache, part, np.full(ROWS, part.shape[1], np.int32), jnp.float32(0.0), None
+    )
+    last, theirs = jax.jit(extend)(jax.jit(extend)(empty, ids[:, :16])[1], ids[:, 16:])
+    np.testing.assert_allclose(last[:, 0], logits, rtol=1e-5, atol=1e-5)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_arena_and_tables_grow(rng):
-    model, ids = build("ring of a page and a pair")[0], tokens(rng, 2, 120)
+    model, ids = build("ring of a page and a pair")[0], tokens(rng, 2, 64)
     cache = dms_jax.init_pages(model, 2, 8, page_size=SIZE)
     logits, cache = dms_jax.prefill(model, cache, ids[:, :60], chunk_size=30)
     assert cache.max_length >= 60 and cache.overflow == "grow"
-    for step in range(60, 70):
+    for step in range(60, 64):
         last, cache = dms_jax.decode_step(model, cache, ids[:, step], donate=True)
-    want = model.hard(ids[:, :70])[0]
+    want = model.hard(ids)[0]
     np.testing.assert_allclose(logits, want[:, :60], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(last, want[:, -1], rtol=1e-5, atol=1e-5)
     check_pages_counted(cache)
+
+
+def test_generate_grows_unless_it_is_told_to_raise(rng):
+    model = tiny_model(policy(8, target_cr=8.0), 3, num_layers=1)
+    prompt = tokens(rng, 1, 120)
+    fields = {"max_new_tokens": 40, "stop_ids": (), "threshold": KEEP, "chunk_size": 64}  # every pair stays
+    out = dms_jax.generate(model, prompt, dms_jax.GenerationConfig(**fields))
+    whole = np.concatenate([prompt[0], out.tokens[0]])[None]
+    np.testing.assert_array_equal(out.tokens[0], np.asarray(model.dense(whole))[0, 119:-1].argmax(-1))
+    np.testing.assert_array_equal(out.cache.live_counts, 160)
+    check_pages_counted(out.cache)
+    with pytest.raises(dms_jax.ConfigError, match=r"found no free page; use num_pages >= \d+, .*overflow='grow'"):
+        dms_jax.generate(model, prompt, dms_jax.GenerationConfig(**fields, overflow="raise"))
+
+
+def test_allocated_memory_is_little_more_than_the_live_pairs(rng, monkeypatch):
+    monkeypatch.setattr(page_counts, "SMALL_ARENA", 0)
+    monkeypatch.setattr(page_memory, "SMALL_ARENA", 0)
+    model = tiny_model(policy(30, target_cr=1.5), 3, num_layers=1, head_dim=64, max_position_embeddings=4000)
+    # At this threshold, heads keep much less than the cache was made for.
+    config = dms_jax.GenerationConfig(max_new_tokens=40, stop_ids=(), threshold=-3.0)
+    out = dms_jax.generate(model, tokens(rng, 1, 3000), config)
+    assert 2.2 * out.live_bytes < out.dense_bytes and out.allocated_bytes <= 1.15 * out.live_bytes
+    assert out.allocated_bytes == sum(x.nbytes for x in jax.tree.leaves(out.cache))
+
+
+def test_exact_budgets_take_a_table_and_pages_of_their_size(rng):
+    model = build("ring of a page and a pair")[0]
+    cache = dms_jax.init_pages(model, 1, 400, policy="dms_budget:9", page_size=SIZE)
+    heads = model.config.num_layers * model.config.num_kv_heads
+    # Two pages for the ring of five pairs, and one for four survivors, however long the row becomes.
+    assert cache.heads.table.shape[-1] == 3 and cache.arena.num_pages == 1 + 3 * heads
+    _, after = dms_jax.prefill(model, cache, tokens(rng, 1, 300), chunk_size=60)
+    assert after.arena.num_pages == cache.arena.num_pages and int(after.arena.free_count[0]) == 0
 
 
 def test_forks_share_full_pages_and_stay_independent(rng):
@@ -132,10 +172,16 @@ def test_forks_share_full_pages_and_stay_independent(rng):
     used = lambda cache: int((cache.arena.references > 0).sum())
     assert used(chains) == used(prompt) + 4 * (ROWS - 1)
     logits, chains = dms_jax.prefill(model, chains, tails, threshold=KEEP)
-    for row in range(ROWS):
-        alone, _ = dms_jax.prefill(model, prompt, tails[row : row + 1], threshold=KEEP)
-        np.testing.assert_allclose(logits[row], alone[0], rtol=1e-5, atol=1e-5)
+    whole = np.concatenate([np.repeat(ids, ROWS, axis=0), tails], axis=1)
+    np.testing.assert_allclose(logits, model.dense(whole)[:, 37:], rtol=1e-5, atol=1e-5)
     check_pages_counted(chains)
+    left = select_rows(chains, jnp.array([2]))  # the pages of the other rows are free again
+    check_pages_counted(left)
+    assert used(left) == 4 * (1 + 11)
+    with pytest.raises(
+        dms_jax.ConfigError, match=r"20 chains needs \d+ more pages than the 80 .* use num_pages >= \d+"
+    ):
+        dms_jax.fork(prompt, 20)
 
 
 def test_saved_forks_share_pages_in_the_file(rng, tmp_path):
@@ -151,7 +197,7 @@ def test_saved_forks_share_pages_in_the_file(rng, tmp_path):
 
 @pytest.mark.parametrize("kv_heads", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_mesh_does_not_change_results(rng, kv_heads, tmp_path):
-    model = tiny_model(policy(3), 3, num_layers=2, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
+    model = tiny_model(policy(3), 3, num_layers=1, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
     grid = np.array(jax.devices()).reshape(2, 4)
     mesh = Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     template, params = ModelStructure(model), flatten(model)
@@ -214,6 +260,15 @@ def test_generate_refuses_what_pages_cannot_do():
             dms_jax.generate(build("w0")[0], [[1, 2]], dms_jax.GenerationConfig(**fields))
 
 
+def test_named_kernels_are_run_on_slots():
+    kernels = dataclasses.replace(build("w0")[0].config, implementation="pallas_tpu")
+    dense = policy_of(kernels, "dense")
+    assert not uses_pages(kernels, dms_jax.GenerationConfig(), dense)
+    assert uses_pages(dataclasses.replace(kernels, implementation="xla"), dms_jax.GenerationConfig(), dense)
+    with pytest.raises(dms_jax.ConfigError, match="pallas_tpu needs slots"):
+        uses_pages(kernels, dms_jax.GenerationConfig(cache="pages"), dense)
+
+
 def test_memory_in_bytes_bounds_keys_and_values():
     cache = dms_jax.init_pages(build("w0")[0], 2, 100, memory=100_000, page_size=SIZE)
     page = 2 * SIZE * 8 * 4
@@ -223,8 +278,8 @@ def test_memory_in_bytes_bounds_keys_and_values():
 def test_programs_and_memory_stay_constant(rng):
     """Generate with two prompts of other lengths; live arrays, their bytes and compiled programs must not increase."""
     model, sizes = tiny_model(policy(8), 3, num_layers=1, max_position_embeddings=4000), []
-    config = dms_jax.GenerationConfig(max_new_tokens=300, stop_ids=(), temperature=1.0)
-    cache = dms_jax.init_pages(model, 1, 1500, num_pages=200)
+    config = dms_jax.GenerationConfig(max_new_tokens=100, stop_ids=(), temperature=1.0)
+    cache = dms_jax.init_pages(model, 1, 500, num_pages=100)
     for length in (5, 7, 2, 16):
         out = dms_jax.generate(model, tokens(rng, 1, length), config, cache=cache)
         cache = out.cache
@@ -232,4 +287,4 @@ def test_programs_and_memory_stay_constant(rng):
         gc.collect()
         arrays = [x.nbytes for x in jax.live_arrays()]
         sizes.append((len(arrays), sum(arrays), decode_loop.num_loop_compilations(), decoding.num_compilations()))
-    assert int(cache.seen[0]) == 4 * 300 + 30 and sizes[1:] == sizes[1:2] * 3
+    assert int(cache.seen[0]) == 4 * 100 + 30 and sizes[1:] == sizes[1:2] * 3

@@ -39,7 +39,7 @@ DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
     ("data", "model_axis", "kv_heads", "dms"), [(4, 2, 4, DMS), (1, 8, 8, DMS), (2, 4, 3, DMS), (4, 2, 4, None)]
 )
 def test_mesh_does_not_change_results(rng, data, model_axis, kv_heads, dms):
-    model = tiny_model(dms, 3, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
+    model = tiny_model(dms, 3, num_layers=2, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
     # No row repeats a token. In the first layer, both would have the same score, and rounding errors would decide which
     # of them is forced out.
     ids = np.stack([rng.permutation(model.config.vocab_size)[:34] for _ in range(8)]).astype(np.int32)

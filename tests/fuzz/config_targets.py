@@ -11,6 +11,7 @@ from fuzz.fuzz_case import Target
 from fuzz.model_targets import typed
 from fuzz.mutations import HUGE, change_value, damage, nested, odd_value, replace_file, rewrite
 
+from dms_jax.commands import inspect
 from dms_jax.engine.decode_loop import sampling_of
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.errors import ConfigError
@@ -150,6 +151,14 @@ def lay(over: dict, raw: dict) -> None:
         else:
             assert isinstance(value, bool) == isinstance(old, bool)
             over[key] = float(value) if isinstance(old, float) or key in FLOATS_OR_NULL else value
+
+
+def meant_inspection(folder: Path) -> dict:
+    """The keys of a retrofit's file that count in an inspection, laid over the defaults of both."""
+    given = strict_yaml(folder / FILE)
+    meant_run(json.loads(json.dumps(given)))  # the whole file must be that of a retrofit
+    counted = {key: value for key, value in given.items() if key in inspect.KEYS and key != "output"}
+    return meant_run({**inspect.DEFAULTS, "init": "fisher"} | counted)
 
 
 def strict_yaml(path: Path) -> dict:
@@ -330,6 +339,14 @@ TARGETS = [
         mutate_yaml,
         lambda folder: read_run(read_config(str(folder / FILE), [], None)),
         lambda folder: meant_run(strict_yaml(folder / FILE)),
+    ),
+    Target(
+        "inspection YAML",
+        120,
+        make_yaml,
+        mutate_yaml,
+        lambda folder: read_run(inspect.configuration(str(folder / FILE), [], None)),
+        meant_inspection,
     ),
     Target("--set and --mesh", 200, make_options, mutate_options, read_options, meant_options, " "),
     Target("generation settings", 120, make_generation, mutate_generation, read_generation, meant_generation, " "),

@@ -53,8 +53,18 @@ def generate(*options: str) -> Callable[[Path, Path], list[str]]:
     return command
 
 
+def inspect(folder: Path, beside: Path) -> list[str]:
+    """An inspection of a tiny model with the damaged configuration."""
+    found = run_settings(beside)
+    settings = {key: found[key] for key in ("model", "data", "data.cache_dir", "output", "length", "dms.window_size")}
+    settings |= {"dtype": "float32", "data.held_out_fraction": 0.2, "label_rows": 4, "eval_rows": 2}
+    pairs = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    return ["train.inspect", "--mesh", "1x1", "--config", f"{folder}/run.yaml", *pairs]
+
+
 COMMANDS = {
     "run YAML": dry_run("--config", "{folder}/run.yaml"),
+    "inspection YAML": inspect,
     "model config.json": lambda folder, beside: [
         "train.plan",
         "--model",

@@ -20,14 +20,19 @@ def model():
     return tiny_model(DMSConfig(window_size=3, evict_logit_bias=0.0), 3, num_layers=1)
 
 
+@functools.cache
+def cache_of(policy):
+    """A cache of two rows, of 16 and 9 tokens."""
+    ids = tokens(np.random.default_rng(0), 2, 16)
+    return dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32, policy=policy), ids, [16, 9])[1]
+
+
 @pytest.fixture
 def edited(tmp_path):
-    """Save a cache of two rows, of 16 and 9 tokens; then change tensors or the header, and hash it again."""
-    ids = tokens(np.random.default_rng(0), 2, 16)
+    """Save a cache; then change tensors or the header, and hash it again."""
 
     def edit(change, policy=None):
-        cache = dms_jax.prefill(model(), dms_jax.init_cache(model(), 2, 32, policy=policy), ids, [16, 9])[1]
-        dms_jax.save_cache(model(), cache, tmp_path / "good")
+        dms_jax.save_cache(model(), cache_of(policy), tmp_path / "good")
         good = SafetensorsFiles("good", [str(tmp_path / "good")])
         tensors, metadata = {name: np.array(good.read(name)) for name in good.names()}, good.metadata
         metadata.pop(CONTENT_HASH)
@@ -132,10 +137,10 @@ def test_unchanged_file_is_loaded_with_its_history(edited, rng):
     assert loaded.history.last == (ids[0, 15], ids[1, 8])
 
 
-@pytest.mark.parametrize("name", [*POLICIES, "prompt:tova"])
+@pytest.mark.parametrize("name", [*POLICIES, "prompt:tova", "adakv:h2o"])
 def test_caches_of_every_policy_are_loaded(tmp_path, rng, name):
     """Whatever a policy leaves in a cache is possible, also after a learned policy has run out of slots."""
-    kind = POLICIES[name.removeprefix("prompt:")]
+    kind = POLICIES[name.rpartition(":")[2]]
     policy, slots = f"{name}:40" if kind.has_budget else name, 10 if kind.is_learned else 64
     cache = dms_jax.init_cache(model(), 2, slots, policy=policy, overflow="evict", dtype="bfloat16")
     ids, prompt = tokens(rng, 2, 48), 16  # the first turn, which some policies keep whole

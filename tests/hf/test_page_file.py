@@ -51,7 +51,7 @@ def with_entry(value):
         (None, "pages.k", lambda x: x * np.nan, "pages.k must be finite"),
         (None, "pages.v", lambda x: x.astype(np.int32), "pages"),
         (None, "pages.v", lambda x: x[:, :2], "pages.v has shape"),
-        (None, "seen", lambda x: x + 2, "page"),
+        (None, "seen", lambda x: x + 10**6, "seen must be"),
         (None, "seen", lambda x: x[:1], "shape"),
         (None, "seen", lambda x: x * 0, "survivors must be pairs that have left the ring"),
         (None, "survivors", lambda x: x - 100, "survivors must be pairs that have left the ring"),

@@ -29,7 +29,10 @@ from dms_jax.policies import (
     SnapKV,
     StreamingLLM,
     VaSE,
+    describe,
+    policy_name,
     policy_of,
+    restored,
 )
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.reporting.report_summary import LEARNED
@@ -48,6 +51,10 @@ METHODS = {
     "random_all": RandomEviction(BUDGET),
     "random_attention": RandomAttention(BUDGET, 2),
     "vase": VaSE(BUDGET, 1, 3, num_sinks=1),
+}
+METHODS |= {
+    f"adakv:{name}": dataclasses.replace(METHODS[name], adakv_heads=K)
+    for name in ("h2o", "observed_attention", "snapkv", "dropkv", "expected_attention")
 }
 SCHEDULES = {
     "tokens": [[1, 1]] * T,
@@ -68,7 +75,8 @@ CONFIG = dataclasses.replace(TINY, num_q_heads=K * G, num_kv_heads=K, head_dim=H
 
 
 def empty(policy):
-    return compact_cache.empty_layer(B, K, C, H, np.float32, policy.features, policy.head_state(CONFIG))
+    slots = C + policy.slot_bounds().max - BUDGET
+    return compact_cache.empty_layer(B, K, slots, H, np.float32, policy.features, policy.head_state(CONFIG))
 
 
 def softmax(x):
@@ -79,9 +87,12 @@ def softmax(x):
 def simulate(name, q, k, v, row, held, new, prompt):
     """Return the pairs that each head of a row holds after the tokens `new`.
 
+    After "adakv:", the name means that heads share the budget.
+
     `held` is one dict per head. It maps a pair's position to the attention that the pair got from each query so far;
     for dropkv, to the squared distance by which outputs would have moved without it. `prompt` are its positions.
     """
+    shared, name = name.startswith("adakv:"), name.removeprefix("adakv:")
     for h in range(K):
         for t in new:
             held[h][t] = []
@@ -97,10 +108,23 @@ def simulate(name, q, k, v, row, held, new, prompt):
     every = [scores(name, *of_head(h), now, h, prompt) for h in range(K)]
     if name == "tova":  # averages over all heads of the layer
         every = [{p: np.mean([s[p] for s in every]) if p < now else 9.0 for p in held[0]} for _ in range(K)]
-    for h in range(K):
-        stay = sorted(held[h], key=lambda p: (every[h][p], p))[-BUDGET:]
-        held[h] = {p: held[h][p] for p in sorted(stay)}
-    return held
+    stay = [sorted(held[h], key=lambda p: (every[h][p], p))[-BUDGET:] for h in range(K)]
+    if shared:
+        stay = together(every)
+    return [{p: held[h][p] for p in sorted(stay[h])} for h in range(K)]
+
+
+def together(every):
+    """Return the pairs that stay in each head, as kvpress's `adakv_press.py` finds them, given {position: score}.
+
+    A fifth of the budget in each head gets the highest score; then the lowest pairs of all heads leave.
+    """
+    safe = [sorted(of_head, key=lambda p: (of_head[p], p))[-(BUDGET // 5) :] for of_head in every]
+    ranked = sorted(
+        (np.inf if p in safe[h] else score, p, h) for h, of_head in enumerate(every) for p, score in of_head.items()
+    )
+    kept = ranked[-len(every) * BUDGET :]
+    return [[p for _, p, head in kept if head == h] for h in range(len(every))]
 
 
 def output_moves(weights, v):
@@ -215,7 +239,8 @@ def test_kept_pairs_and_attention_equal_the_simulation(rng, name, schedule):
         live = np.asarray(layer.expiry) >= seen[:, None, None] - 1
         for b, h in np.ndindex(B, K):
             assert sorted(np.asarray(layer.position)[b, h][live[b, h]].tolist()) == sorted(held[b][h]), (b, h, seen)
-            assert live[b, h].sum() <= BUDGET
+            assert live[b, h].sum() <= policy.slot_bounds().max
+        assert (live.sum((1, 2)) == np.minimum(seen, BUDGET) * K).all() or name == "random_attention"
     assert not np.asarray(layer.forced_evictions).any()
     assert seen.min() > BUDGET + 4, "the schedule must make pairs leave"
 
@@ -310,6 +335,10 @@ def test_class_flags_match_the_methods_of_each_policy():
 def test_policy_names_are_parsed_or_refused():
     config = tiny_model(None, 0, num_layers=1).config
     assert policy_of(config, "snapkv:40") == SnapKV(40)
+    assert policy_of(config, "adakv:snapkv:40") == SnapKV(40, adakv_heads=config.num_kv_heads)
+    for name in ("adakv:snapkv:40", "prompt:adakv:h2o:40", "tova:40"):
+        policy = policy_of(config, name)
+        assert policy_name(policy) == name and restored(describe(policy), config) == policy
     for bad, message in {
         "tovo:3": "did you mean tova",
         "random:3": "did you mean random_all",  # its name in earlier versions
@@ -318,6 +347,10 @@ def test_policy_names_are_parsed_or_refused():
         "dms": "'dms'.*retrofitted",
         "dense:3": "'dense:3'.*budget",
         "prompt:quest:64": "'prompt:quest:64'.*rank",
+        "adakv:tova:9": "'adakv:tova:9'.*TOVA.*different heads.*snapkv",
+        "prompt:adakv:dense": "KeepAll.*different heads",
+        "adakv:dms_budget:9": "BudgetedEviction.*different heads",
+        "adakv:h2o": "'adakv:h2o'.*budget.*''",
         "prompt:random_attention:64": "'prompt:random_attention:64'.*keeps the prompt",
     }.items():
         with pytest.raises(dms_jax.ConfigError, match=message):
@@ -327,7 +360,10 @@ def test_policy_names_are_parsed_or_refused():
 def test_every_policy_with_a_budget_is_compared_with_its_oracle():
     # test_quest_reads_the_pages_with_the_largest_bounds, and tests/core/test_budget_eviction.py
     own_oracle = {"quest", "dms_budget"}
-    assert METHODS.keys() | own_oracle == {name for name, kind in POLICIES.items() if kind.has_budget}
+    with_oracle = {name.removeprefix("adakv:") for name in METHODS}
+    assert with_oracle | own_oracle == {name for name, kind in POLICIES.items() if kind.has_budget}
+    shared = {name.removeprefix("adakv:") for name in METHODS if name.startswith("adakv:")}
+    assert shared == {name for name, kind in POLICIES.items() if kind.compares_heads}
 
 
 def test_reports_know_every_learned_policy():

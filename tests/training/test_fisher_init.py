@@ -1,5 +1,7 @@
 """The closed-form start of the evict head, against the definition of the Fisher information and NumPy regressions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,27 @@ from dms_jax.training.fisher_init import LabelSums, add_labels, fit, gate_inform
 WINDOW = 6
 
 
-def model_of(shift: int = 0, **fields):
-    return tiny_model(DMSConfig(window_size=WINDOW, decision_shift=shift), **fields)
+@functools.cache
+def model_of(shift: int = 0, granularity: str = "head"):
+    return tiny_model(DMSConfig(window_size=WINDOW, decision_shift=shift, granularity=granularity), num_layers=2)
+
+
+@functools.cache
+def adding(model):
+    """`add_labels` for a model, compiled once for each shape of rows."""
+    return jax.jit(lambda sums, *batch: add_labels(sums, model, *batch, 0))
+
+
+@functools.cache
+def information_of(model):
+    """`gate_information` of a model, compiled once for each shape of rows: (rows, segments, examples, seed)."""
+    return jax.jit(lambda *batch: gate_information(model, *batch))
 
 
 def labels_of(model, rows, segments=None, examples=None, sums=None) -> LabelSums:
     segments = np.zeros(rows.shape, np.int32) if segments is None else segments
     examples = np.arange(len(rows), dtype=np.int32) if examples is None else examples
-    return add_labels(no_labels(model.config) if sums is None else sums, model, rows, segments, examples, 0)
+    return adding(model)(no_labels(model.config) if sums is None else sums, rows, segments, examples)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -100,7 +115,7 @@ def test_sums_and_fit_are_a_weighted_ridge_regression(rng, shift):
     segments = np.repeat([[1, 2], [1, -1]], [70, 50], axis=1).astype(np.int32)
     examples = np.arange(2, dtype=np.int32)
     sums = labels_of(model, rows, segments)
-    values, stream = (np.asarray(x, np.float64) for x in gate_information(model, rows, segments, examples, 0))
+    values, stream = (np.asarray(x, np.float64) for x in information_of(model)(rows, segments, examples, 0))
     missing = np.asarray(fisher_init.queries_outside(segments, WINDOW))
     weight = np.asarray(fisher_init.label_weights(segments, missing, shift), np.float64)
     per_query = values / np.maximum(missing, 1)[None, :, None]
@@ -127,10 +142,10 @@ def test_sums_and_fit_are_a_weighted_ridge_regression(rng, shift):
 
 def test_layer_granularity_values_the_pairs_of_all_heads(rng):
     """Where head 0 decides for its layer, all heads get the label of the sum over heads."""
-    model = tiny_model(DMSConfig(window_size=WINDOW, decision_shift=0, granularity="layer"))
+    model = model_of(granularity="layer")
     rows, zeros = tokens(rng, 1, 60), np.zeros((1, 60), np.int32)
     sums = labels_of(model, rows)
-    values = np.asarray(gate_information(model, rows, zeros, np.zeros(1, np.int32), 0)[0], np.float64).sum(2)[:, 0]
+    values = np.asarray(information_of(model)(rows, zeros, np.zeros(1, np.int32), 0)[0], np.float64).sum(2)[:, 0]
     missing = np.asarray(fisher_init.queries_outside(zeros, WINDOW))
     weight = np.asarray(fisher_init.label_weights(zeros, missing, 0), np.float64)[0]
     wanted = np.log(values / np.maximum(missing[0], 1) + float(sums.floor)) @ weight
@@ -157,10 +172,9 @@ def test_labels_of_batches_add_up(rng):
 def test_labels_do_not_depend_on_the_mesh(rng, mesh):
     model, rows = model_of(), tokens(rng, 8, 64)
     segments, examples = np.zeros((8, 64), np.int32), np.arange(8, dtype=np.int32)
-    add = lambda sums, *batch: add_labels(sums, model, *batch, 0)
-    alone = jax.jit(add)(no_labels(model.config), rows, segments, examples)
+    alone = labels_of(model, rows, segments, examples)
     with jax.set_mesh(make_mesh(*map(int, mesh.split("x")))):
-        sharded = jax.jit(add)(no_labels(model.config), rows, segments, examples)
+        sharded = labels_of(model, rows, segments, examples)
     for name, a, b in zip(LabelSums._fields, alone, sharded, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max(), err_msg=name)
 

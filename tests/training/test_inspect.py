@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from cases import GOLDEN
-from train_runs import ROOT, arguments, run_settings
+from train_runs import ROOT, arguments, run_settings, sharing_functions
 
 import dms_jax
 from dms_jax.commands.inspect import FILES, configuration, main
@@ -42,7 +42,8 @@ def settings(tmp_path):
 
 def prepared(settings, **changes):
     assignments = [part for part in arguments(settings, **changes)[:-2] if part != "--set"]
-    return prepare(start_mesh(configuration(assignments, "4x2"), ""))
+    with sharing_functions():
+        return prepare(start_mesh(configuration(None, assignments, "4x2"), ""))
 
 
 @pytest.fixture
@@ -256,3 +257,22 @@ def test_refusal_is_one_line_and_exit_code_2():
     command = [sys.executable, "-m", "train.inspect", "--set", "steps=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "steps" in done.stderr and not done.stdout
+
+
+def test_file_of_a_retrofit_is_inspected_without_the_keys_of_training(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\nmode: full\nsteps: 9\noutput: o\nlength: 64\ndms: {window_size: 8, target_cr: 3}\n")
+    config = configuration(str(path), ["length=96"], "2x1")
+    assert (config.model, config.length, config.mesh, config.dms.window_size) == ("m", 96, "2x1", 8)
+    assert (config.mode, config.output, config.label_rows, config.dms.decision_shift) == (
+        "adapter",
+        "runs/inspect",
+        6,
+        0,
+    )
+    assert capsys.readouterr().err.endswith(": mode, steps, output\n")
+    path.write_text("model: m\nstepz: 9\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml.*stepz"):
+        configuration(str(path), [], None)
+    path.write_text("label_rows: 9\n")
+    assert configuration(str(path), [], None).label_rows == 9 and not capsys.readouterr().err

@@ -13,18 +13,15 @@ from dms_jax.commands import plan
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import losses
 from dms_jax.errors import ConfigError
+from dms_jax.hf import folder
 from dms_jax.hf.folder import read_config
 from dms_jax.planning import hardware as target_hardware
 from dms_jax.planning import roofline
-from dms_jax.planning import serving_plan as serving_plan_module
 from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 from dms_jax.planning.hardware import hardware_of
 from dms_jax.planning.memory_estimate import program_bytes
-from dms_jax.planning.serving_plan import parse_bytes, serving_plan
-from dms_jax.platform_defaults import platform_defaults
 from dms_jax.sharding import make_mesh
 from dms_jax.training.planning import nearby_settings, step_plan, step_program, step_setting
-from dms_jax.training.planning.plan_text import serving_json, serving_text
 from dms_jax.training.retrofit_config import Mode, RetrofitConfig
 
 MODELS = "configs/models"
@@ -56,7 +53,7 @@ def setting_of(
     batch: int,
     remat: str = "matmuls",
 ) -> step_setting.StepSetting:
-    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat, init="zero").resolved()
+    step = RetrofitConfig(mode=mode, length=length, batch_size=batch, remat=remat).resolved()
     return step_setting.StepSetting(model, hardware_of(hardware), mesh, step)
 
 
@@ -81,6 +78,12 @@ def test_plan_without_a_compiler_says_so_and_counts_weights_exactly(capsys, monk
     )
     # If the assumptions hold, this is five times cheaper than the reference, which takes 4 hours on the same H100s.
     assert found["hours_to_cr8"] < 4 / 5
+    # The default retrofit: 20 label rows, 8 at a time, and 4 steps. Labels need no teacher.
+    assert found["seconds_per_step"] / 3 < found["seconds_of_labels"] / 3 < found["seconds_per_step"]
+    assert found["seconds_of_retrofit"] == found["seconds_of_labels"] + 4 * found["seconds_per_step"]
+    # Two copies of the sums of 36 layers, and one more of a single layer.
+    sums = 36 * (4096 * (4096 + 8 + 1) + 8) * 4 / 8
+    assert found["label_bytes_per_device"] > found["bytes_per_device"]["weights"] + (2 + 1 / 36) * sums
     numbers = {key for key, value in found.items() if isinstance(value, float | bool)}
     numbers |= {f"bytes_per_device.{kind}" for kind in found["bytes_per_device"]}
     numbers |= {f"seconds.{part}" for part in found["seconds"] if part != "total"}
@@ -130,7 +133,7 @@ def test_steps_per_cr_grow_when_a_step_has_fewer_tokens(capsys):
 @pytest.mark.parametrize("mode", ["adapter", "full"])
 def test_cpu_plan_has_the_memory_of_the_compiled_program(mode, monkeypatch):
     if mode != "adapter":  # one measurement is enough
-        monkeypatch.setattr(step_program, "cpu_seconds", lambda setting, mesh: (1.0, "measured here"))
+        monkeypatch.setattr(step_program, "cpu_seconds", lambda *_, labels=False: (1.0, "measured here"))
     devices = jax.device_count()
     setting = setting_of(plan_config(mode), f"cpux{devices}", (devices, 1), mode, 64, 8)
     found = step_plan.planned(setting, analytic=False)
@@ -142,6 +145,10 @@ def test_cpu_plan_has_the_memory_of_the_compiled_program(mode, monkeypatch):
         - analysis.alias_size_in_bytes
     )
     figures = {figure.name: figure for figure in found.figures}
+    assert figures["seconds_of_labels"].source == "measured"
+    if mode == "adapter":  # in the others, the program of the labels does not take all that is in memory
+        labels = program_bytes(step_program.compiled_labels(setting, make_mesh(devices, 1)).memory_analysis())
+        assert figures["label_bytes_per_device"].value == pytest.approx(labels, rel=0.01)
     assert figures["bytes_per_device.total"].value == pytest.approx(total, rel=0.01)
     assert figures["bytes_per_device"].source == "compiled" and figures["seconds_per_step"].source == "measured"
     assert figures["seconds_per_step"].note.startswith("measured here") and found.value("seconds_per_step") > 0
@@ -162,6 +169,10 @@ def test_executed_flops_count_each_pass():
     assert again.products - work.products == pytest.approx(
         layers * tokens
     ) and again.attention - work.attention == pytest.approx(attention * tokens)
+    labels = roofline.label_work(config, tokens, length, "none", "gpu")  # no teacher, and the sums in fp32
+    sums = 15 * 2 * config.num_layers * config.hidden_size * (config.hidden_size + config.num_kv_heads)
+    assert work.products - labels.products == pytest.approx((layers + output - sums) * tokens)
+    assert work.attention - labels.attention == pytest.approx(attention * tokens)
     full = roofline.step_work(config, tokens, length, "full", "none")
     assert full.products - work.products == pytest.approx((layers + output) * tokens)
 
@@ -233,90 +244,12 @@ def test_larger_hardware_is_the_next_offer(name, next_one):
     assert (found and found.name) == next_one
 
 
-def test_serving_plan_follows_from_bytes():
-    config, context, users = read_config(QWEN), 32768, 8
-    config = config.with_dms(DMSConfig(window_size=512))
-    made = serving_plan(config, hardware_of("h200x1"), (1, 1), None, users, context, 1.5, (2, 4, 8))
-    found = serving_json(made)
-    arms = {arm["arm"]: arm for arm in found["arms"]}
-    # The same roofline as published for this model, window and batch at the whole 4.8 TB/s: 714 / 1520 / 1873 tokens/s.
-    fraction = roofline.DECODE["gpu"].fraction
-    for name, ceiling in (("dense", 714), ("cr 4", 1520), ("cr 8", 1873)):
-        assert arms[name]["tokens_per_second"] / fraction == pytest.approx(ceiling, rel=0.03), name
-    live = 513 + (context - 513) / 8
-    assert arms["cr 8"]["realised_cr"] == pytest.approx(context / live, rel=1e-3)
-    assert arms["cr 8"]["capacity_per_layer"] == [math.ceil(1.5 * live / 64) * 64] * 36
-    pair = 36 * 8 * (2 * 128 * 2 + 12)
-    assert arms["dense"]["cache_bytes_per_user"] == context * pair
-    assert arms["dense"]["most_users"] == int((found["memory_bytes"] - found["weight_bytes"]) // (context * pair))
-    assert f"{arms['dense']['most_users']} users" in serving_text(made)
-
-
-def test_exact_budgets_allocate_the_largest_budget_of_each_layer():
-    config = dataclasses.replace(read_config(QWEN), num_layers=2).with_dms(DMSConfig(window_size=512))
-    budgets = ((700,) * 8, (600, 3600, *[900] * 6))
-    made = serving_plan(config, hardware_of("h200x1"), (1, 1), 1e11, 4, 3000, 1.5, (8,), budgets)
-    arm = serving_json(made)["arms"][-1]
-    assert arm["arm"] == "950 pairs" and arm["capacity_per_layer"] == [704, 3008]
-    assert arm["realised_cr"] == pytest.approx(3000 * 16 / (8 * 700 + 600 + 3000 + 5400))
-    assert arm["cache_bytes_per_user"] == 8 * (2 * 128 * 2 + 12) * (704 + 3008)
-    assert "704 to 3008" in serving_text(made) and "CR 8" in " ".join(made.advice)
-
-
-def test_serving_advice_says_where_compression_does_not_help():
-    config = read_config(QWEN).with_dms(DMSConfig(window_size=512))
-    told = lambda users, context: " ".join(
-        serving_plan(config, hardware_of("h200x1"), (1, 1), None, users, context, 1.5, (2, 8)).advice
-    )
-    assert "will not help" in told(8, 400)
-    assert "will not make this faster" in told(1, 2048)
-    assert "Only DMS fits" in told(80, 32768)
-    assert "times" not in told(8, 32768) and "x as fast as dense" in told(8, 32768)
-    # With this many short rows, the matrix products are the bottleneck, and they do not depend on the cache.
-    full = serving_json(serving_plan(config, hardware_of("h200x1"), (1, 1), 10**14, 10**6, 128, 1.5, (8,)))["arms"]
-    rate = 0.74 * 989e12 / (2 * matmul_parameters(config) + 4 * 36 * 32 * 128 * 128)
-    assert full[0]["tokens_per_second"] == pytest.approx(rate, rel=0.01)
-    with pytest.raises(ConfigError, match=r"8\.0 GiB .* 1 x 15"):
-        serving_plan(config, hardware_of("h200x1"), (1, 1), parse_bytes("8GiB"), 1, 4096, 1.5, (2,))
-
-
-@pytest.mark.parametrize(("hardware", "multiple"), [("h200x1", 64), ("v5p-8", 128), ("cpu", 64)])
-def test_serving_plan_rounds_capacity_as_the_platform_does(hardware, multiple, monkeypatch):
-    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
-    config, target = read_config(QWEN).with_dms(DMSConfig(window_size=512)), hardware_of(hardware)
-    assert platform_defaults(target.platform).capacity_multiple == multiple
-    found = serving_json(serving_plan(config, target, (target.count, 1), 1e12, 1, 20000, 1.5, (2, 4, 8)))
-    live = [20000, *(513 + (20000 - 513) / ratio for ratio in (2, 4, 8))]
-    wanted = [live[0], *(1.5 * pairs for pairs in live[1:])]
-    assert [arm["capacity_per_layer"][0] for arm in found["arms"]] == [
-        math.ceil(min(20000, slots) / multiple) * multiple for slots in wanted
-    ]
-
-
 def test_estimate_counts_the_logits_chunk_of_the_loss(monkeypatch):
     setting = setting_of(read_config(QWEN).with_dms(DMSConfig()), "h100x8", (8, 1), "adapter", 4096, 8, "full")
     assert setting.micro_batch.logits_chunk == losses.CHUNK
     small = step_plan.estimate(setting).logits
     monkeypatch.setattr(losses, "CHUNK", 2 * losses.CHUNK)
     assert step_plan.estimate(setting).logits - small == 3 * 4 * losses.CHUNK // 2 * setting.model.vocab_size
-
-
-def test_cpu_serving_plan_uses_the_measured_bandwidth(monkeypatch):
-    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
-    config = read_config(f"{MODELS}/smollm2-135m.json").with_dms(DMSConfig(window_size=128))
-    found = serving_json(serving_plan(config, hardware_of("cpu"), (1, 1), 8e9, 1, 4096, 1.5, (8,)))
-    weights, pairs = 4 * matmul_parameters(config), 4096 * 30 * 3 * (2 * 64 * 4 + 8)
-    assert found["arms"][0]["tokens_per_second"] == pytest.approx(1e10 / (weights + pairs))
-    assert "measured here" in found["source"]["tokens_per_second"]
-    monkeypatch.undo()
-    assert serving_plan_module.copy_bandwidth(1 << 20) > 0
-
-
-def test_memory_sizes_are_parsed_with_their_units():
-    assert parse_bytes("80GiB") == 80 * 2**30 and parse_bytes("1.5 gb") == 1.5e9 and parse_bytes("1000") == 1000
-    for wrong in ("", "80 parsecs", "-3GiB", "0"):
-        with pytest.raises(ConfigError, match="--memory"):
-            parse_bytes(wrong)
 
 
 @pytest.mark.parametrize(
@@ -354,8 +287,9 @@ def test_estimate_is_within_15_percent_of_the_cpu_compiler(mode, remat):
     config = dataclasses.replace(plan.read_config(f"{MODELS}/smollm2-135m.json", 128, mode), num_layers=2)
     devices = jax.device_count()
     setting = setting_of(config, f"cpux{devices}", (devices, 1), mode, 512, devices, remat)
-    compiled = program_bytes(step_program.compiled(setting, make_mesh(devices, 1)).memory_analysis())
-    assert step_plan.estimate(setting).total == pytest.approx(compiled, rel=0.15)
+    compiled = step_plan.compiled_facts(setting)
+    assert step_plan.estimate(setting).total == pytest.approx(compiled.memory.total, rel=0.15)
+    assert step_plan.estimated_labels(setting) == pytest.approx(compiled.label_bytes, rel=0.15)
 
 
 @pytest.mark.slow
@@ -389,6 +323,18 @@ def test_estimate_is_within_15_percent_of_the_compilers(capsys, arguments):
     # jax 0.11.2.
     if hardware_of(options.hardware).platform == "gpu":
         assert sum(sent.values()) == pytest.approx(sum(compiled.values()), rel=0.2, abs=2**28)
+
+
+def test_label_pass_must_fit_too_and_is_planned_only_where_it_runs(capsys, monkeypatch):
+    arguments = ("--model", QWEN, "--hardware", "h100x8", "--analytic", "--length", "8192")
+    monkeypatch.setattr(step_plan, "estimated_labels", lambda setting: 1e15)
+    assert not planned(capsys, *arguments)["fits"]
+    borrowed = planned(capsys, *arguments, "--mode", "borrowed")
+    assert borrowed["fits"] and not {"seconds_of_labels", "label_bytes_per_device"} & borrowed.keys()
+    options = plan.parse([*arguments])
+    assert plan.setting_of(options).step.ratio_control == "threshold"
+    monkeypatch.setattr(folder, "read_config", lambda path: read_config(path).with_dms(DMSConfig()))
+    assert not plan.setting_of(options).has_labels, "the model has a policy, whose training continues"
 
 
 def test_dtypes_follow_the_hardware():

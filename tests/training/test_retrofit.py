@@ -19,12 +19,14 @@ from train_runs import (
     main,
     remove,
     run_settings,
+    send_signal,
     start_two_processes,
     trace,
     wait_for_step,
 )
 
 import dms_jax
+from dms_jax.commands import retrofit
 from dms_jax.errors import ConfigError
 from dms_jax.training.loop import StepLog
 from dms_jax.training.metrics import MetricsFile, read_steps
@@ -133,18 +135,16 @@ def test_run_resumed_on_another_mesh_gives_the_same_numbers(settings, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signal_saves_and_names_the_option_to_resume(settings, number):
-    settings |= {"steps": 400, "save_every": 1000}
-    process = subprocess.Popen(
-        command(settings), cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    )
-    wait_for_step(process, settings["output"] / "metrics.jsonl", 3)
-    process.send_signal(number)
-    stderr = process.communicate()[1]
-    assert process.returncode == 128 + number and f"{number.name}: saved at step" in stderr and "--resume" in stderr
+def test_signal_saves_and_names_the_option_to_resume(settings, number, monkeypatch, capsys):
+    """A signal to another process: test_resume.py."""
+    settings |= {"steps": 40, "save_every": 1000}
+    send_signal(monkeypatch, number, step=3)
+    assert main(arguments(settings)) == 128 + number
+    stderr = capsys.readouterr().err
+    assert f"{number.name}: saved at step 4" in stderr and "--resume" in stderr
     assert not (settings["output"] / "run.lock").exists()
     (saved,) = [int(p.name) for p in (settings["output"] / "checkpoints").iterdir() if p.name.isdigit()]
-    assert saved == max(trace(settings["output"])) + 1
+    assert saved == max(trace(settings["output"])) + 1 == 4
 
 
 def test_two_processes_equal_one(settings, tmp_path):
@@ -314,7 +314,7 @@ def test_nothing_is_compiled_after_the_first_step(settings, monkeypatch):
 
     monkeypatch.setattr(StepLog, "write_pending", counting)
     with jax.log_compiles(False):
-        assert main(arguments(settings)) == 0
+        assert retrofit.main(arguments(settings)) == 0  # with compiled functions of its own
     assert set(sizes) == {1}
 
 

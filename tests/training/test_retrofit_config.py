@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.parent.parent
         ("dms.granularity=all", "head, layer"),
         ("mode=lora", "adapter, full, borrowed"),
         ("initial_cr=4", "dms.target_cr"),
-        ("cr_steps=1000", "got 8"),
+        ("cr_steps=1000", "got 4"),
         ("ramp_steps=10", "borrowed"),
         ("dms.variant=borrowed", "mode=borrowed"),
         ("optimizer.learning_rate=0", "> 0"),
@@ -111,10 +111,12 @@ def test_decision_shift_follows_the_mode_unless_it_is_given(mode, shift, model):
         (["init=fisher"], True, ["init must be", "already has a policy"]),
         (["mode=borrowed", "ratio_control=threshold"], False, ["ratio_control must be", "borrowed"]),
         (["initial_cr=1"], False, ["initial_cr", "ratio_control=loss"]),
-        (["cr_steps=5"], False, ["cr_steps", "ratio_control=loss"]),
+        (["cr_steps=3"], False, ["cr_steps", "ratio_control=loss"]),
         (["loss.compression_weight=2"], False, ["loss.compression_weight", "ratio_control=loss"]),
         (["loss.scope=head", "loss.decidable_only=true"], False, ["loss.scope and loss.decidable_only"]),
-        (["init=zero", "ratio_control=threshold", "cr_steps=5"], False, ["cr_steps", "ratio_control=loss"]),
+        (["ratio_control=loss", "cr_steps=3"], False, ["cr_steps must be 0", "initial_cr", "init=fisher"]),
+        (["ratio_control=loss", "cr_steps=3", "initial_cr=2.8"], False, ["cr_steps must be 0", "got 3"]),
+        (["init=zero", "ratio_control=threshold", "cr_steps=3"], False, ["cr_steps", "ratio_control=loss"]),
     ],
 )
 def test_keys_that_contradict_init_or_ratio_control_are_refused(given, has_policy, fragments):
@@ -131,7 +133,7 @@ def test_keys_that_contradict_init_or_ratio_control_are_refused(given, has_polic
         (["mode=full"], False, "fisher", "threshold", 1.5e-5),
         (["mode=borrowed"], False, "zero", "loss", 1e-4),
         (["init=zero"], False, "zero", "loss", 1e-4),
-        (["ratio_control=loss", "cr_steps=7"], False, "fisher", "loss", 1.5e-5),
+        (["ratio_control=loss"], False, "fisher", "loss", 1.5e-5),
         (["ratio_control=threshold", "optimizer.learning_rate=1e-3"], True, "zero", "threshold", 1e-3),
     ],
 )
@@ -205,3 +207,8 @@ def test_key_with_a_value_and_with_keys_below_it_is_refused(assignments):
     with pytest.raises(ConfigError, match="`loss` is given both as 5 and by keys below it"):
         read_config(None, assignments, None)
     assert read_config(None, ["data=a.txt", "data.rows=packed"], None).data.rows == "packed"
+
+
+def test_ramp_of_a_fitted_head_is_accepted_from_a_lower_ratio():
+    config = read_config(None, ["ratio_control=loss", "initial_cr=1", "cr_steps=3"], None).resolved()
+    assert (config.init, config.initial_cr, config.rising_steps) == ("fisher", 1.0, 3)

@@ -39,10 +39,9 @@ def same_run(expected, actual):
 @pytest.mark.parametrize("mode", ["adapter", "full", "borrowed"])
 def test_gradients_equal_autodiff_of_the_losses(mode):
     run = retrofit(config=config_of(mode))
-    total = jax.grad(
-        lambda p: run.math.losses(p, run.frozen, batch(), jnp.int32(2), jnp.float32(batch().loss_mask.sum()))[0]
-    )(run.state.trainable)
-    ours = run.math.gradients(run.state._replace(step=jnp.int32(2)), run.frozen, batch())[0]
+    loss = lambda p: run.math.losses(p, run.frozen, batch(), jnp.int32(2), jnp.float32(batch().loss_mask.sum()))[0]
+    total = jax.jit(jax.grad(loss))(run.state.trainable)
+    ours = jax.jit(run.math.gradients)(run.state._replace(step=jnp.int32(2)), run.frozen, batch())[0]
     for name in total:
         np.testing.assert_allclose(ours[name], total[name], rtol=1e-5, atol=1e-6, err_msg=name)
 

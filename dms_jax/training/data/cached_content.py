@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dms_jax.errors import ConfigError
+from dms_jax.files import user_cache
 from dms_jax.training.data.documents import file_kind
 
 
@@ -15,15 +16,13 @@ def cache_folder(cache_dir: str | Path, name: str) -> Path:
     `cache_dir` "" is dms_jax in the cache folder of the user.
     """
     try:
-        base = (
-            Path(cache_dir).expanduser()
-            if cache_dir
-            else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax"
-        )
-        (base / name).mkdir(parents=True, exist_ok=True)
+        if not cache_dir:
+            return user_cache(name)
+        folder = Path(cache_dir).expanduser() / name
+        folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError) as why:  # RuntimeError: the user has no home folder
         raise ConfigError(f"cannot make the cache folder: {why}; set data.cache_dir to a writable folder") from why
-    return base / name
+    return folder
 
 
 def file_sha256(path: str | Path) -> str:

@@ -3,6 +3,7 @@
 The figures come from the step compiled for its hardware, or from estimates. Begin with `planned`.
 """
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class StepFacts(NamedTuple):
     memory: MemoryEstimate  # the compiler's figures if the step was compiled, otherwise the estimate
     sent: dict[str, float]  # bytes that each device sends, by kind of collective
     source: Literal["compiled", "analytic"]
+    label_bytes: float | None = None  # per device, of the label pass of init=fisher; None without one
 
 
 class StepPlan(NamedTuple):
@@ -61,7 +63,8 @@ def planned(setting: StepSetting, analytic: bool) -> StepPlan:
 
 def estimated_facts(setting: StepSetting) -> StepFacts:
     memory = estimate(setting)
-    return StepFacts(_implementation(setting, True), memory, memory, estimated_exchange(setting), "analytic")
+    sent, labels = estimated_exchange(setting), estimated_labels(setting) if setting.has_labels else None
+    return StepFacts(_implementation(setting, True), memory, memory, sent, "analytic", labels)
 
 
 def compiled_facts(setting: StepSetting) -> StepFacts:
@@ -73,9 +76,14 @@ def compiled_facts(setting: StepSetting) -> StepFacts:
     total, estimated = program_bytes(analysis), estimate(setting)
     temporary = analysis.temp_size_in_bytes
     sent = roofline.sent_bytes(collectives(compiled.as_text() or ""))
-    return StepFacts(
-        implementation, estimated, with_compiled(estimated, total - temporary, temporary), sent, "compiled"
-    )
+    labels = None
+    if setting.has_labels:
+        of_labels: Any = step_program.compiled_labels(setting, mesh).memory_analysis()
+        # The optimizer state and a separate teacher are no arguments of this program, but they are in memory.
+        held = estimated.weights + estimated.optimizer + step_program.label_sum_bytes(setting, mesh)
+        labels = held + of_labels.temp_size_in_bytes
+    memory = with_compiled(estimated, total - temporary, temporary)
+    return StepFacts(implementation, estimated, memory, sent, "compiled", labels)
 
 
 def estimate(setting: StepSetting) -> MemoryEstimate:
@@ -83,6 +91,15 @@ def estimate(setting: StepSetting) -> MemoryEstimate:
     trainable, frozen, optimizer = step_program.state_bytes(setting, step_program.mesh_of(setting, analytic=True))
     weights = trainable + frozen
     return memory_estimate.estimated_memory(setting.model, setting.micro_batch, weights, optimizer, trainable)
+
+
+def estimated_labels(setting: StepSetting) -> float:
+    """Estimate the bytes per device of the label pass of init=fisher."""
+    mesh = step_program.mesh_of(setting, analytic=True)
+    trainable, frozen, optimizer = step_program.state_bytes(setting, mesh)
+    sums, weights = step_program.label_sum_bytes(setting, mesh), trainable + frozen
+    micro = setting.micro_batch
+    return memory_estimate.estimated_label_bytes(setting.model, micro, weights, optimizer, trainable, sums)
 
 
 def estimated_exchange(setting: StepSetting) -> dict[str, float]:
@@ -110,11 +127,16 @@ def _memory_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
         )
         for kind, size in memory._asdict().items()
     ]
+    labels, fits = [], "bytes_per_device.total <= memory_per_device"
+    if facts.label_bytes is not None:
+        labels = [Figure("label_bytes_per_device", facts.label_bytes, "bytes", source, memory_estimate.LABELS)]
+        fits += ", and label_bytes_per_device, too"
     return [
-        Figure("fits", memory.total <= usable, "", source, "bytes_per_device.total <= memory_per_device"),
+        Figure("fits", max(memory.total, facts.label_bytes or 0) <= usable, "", source, fits),
         Figure("bytes_per_device", {}, "bytes", source),
         *parts,
         Figure("bytes_per_device.total", memory.total, "bytes", source, TOTAL),
+        *labels,
         Figure("estimated_bytes_per_device", facts.estimate.total, "bytes", "analytic"),
         Figure("memory_per_device", usable, "bytes", "assumed", note=hardware.source),
         Figure("collective_bytes_per_device", facts.sent, "bytes", source, roofline.EXCHANGED),
@@ -179,21 +201,46 @@ def _time_figures(setting: StepSetting, facts: StepFacts) -> list[Figure]:
             ),
         ]
     source, formula = found[-1 if chip is None else -2].source, "batch x length / seconds_per_step"
+    if setting.has_labels:
+        found += _label_figures(setting, facts, next(f for f in found if f.name == "seconds_per_step"))
     return [*found, Figure("tokens_per_second", setting.tokens / seconds, "tokens/s", source, formula, how)]
 
 
-def label_figure(setting: StepSetting, seconds_per_step: Figure) -> Figure:
-    """Estimate the time of the label pass of init=fisher, which comes before the first step."""
-    rows = RetrofitConfig().label_rows
-    seconds = seconds_per_step.value * rows / setting.step.batch_size
-    formula = f"{rows} label_rows x seconds_per_step / batch; a label row costs about as much as a row of a step"
-    return Figure("seconds_of_labels", seconds, "s", "analytic", formula, seconds_per_step.note)
+def _label_seconds(setting: StepSetting, facts: StepFacts) -> tuple[float, str]:
+    """Return the seconds of the label pass over the rows that it reads at one time, and where they are from."""
+    chip, c = setting.hardware.chip, setting.step
+    if chip is None:
+        return step_program.cpu_seconds(setting, step_program.mesh_of(setting, analytic=False), labels=True)
+    rates = roofline.rates_of(chip, facts.implementation)
+    tokens = setting.step.rows_at_once * c.length
+    work = roofline.label_work(setting.model, tokens, c.length, c.remat, chip.platform)
+    weights, sent = _weight_bytes(setting) / c.accumulate, sum(facts.sent.values()) / c.accumulate
+    seconds = roofline.step_time(work, setting.hardware.count, weights, sent, rates).total
+    return seconds, "it reads weights and communicates as much as a micro-batch of a step"
+
+
+def _label_figures(setting: StepSetting, facts: StepFacts, seconds_per_step: Figure) -> list[Figure]:
+    """Predict the time of the label pass of init=fisher, and of a retrofit with the default numbers of rows and steps.
+
+    Validation, checkpoints and compilation are not included.
+    """
+    rows, steps, at_once = RetrofitConfig().label_rows, RetrofitConfig().steps, setting.step.rows_at_once
+    seconds, note = _label_seconds(setting, facts)
+    seconds *= math.ceil(rows / at_once)
+    source = seconds_per_step.source
+    formula = f"{rows} label_rows, {at_once} at a time: a forward pass, a backward pass and fp32 products each"
+    whole = seconds + steps * seconds_per_step.value
+    total = f"seconds_of_labels + {steps} steps x seconds_per_step, the default of a retrofit"
+    return [
+        Figure("seconds_of_labels", seconds, "s", source, formula, note),
+        Figure("seconds_of_retrofit", whole, "s", source, total),
+    ]
 
 
 def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: float) -> list[Figure]:
-    """Compute the steps and hours from CR 1 to each of RATIOS, without validation and checkpoints.
+    """Compute the steps and hours from CR 1 to each of RATIOS by the recipe of the paper, which needs no labels.
 
-    `steps_per_cr` 0 stands for the recipe of the reference.
+    Validation and checkpoints are not included. `steps_per_cr` 0 stands for the recipe of the reference.
     """
     given = "given" if steps_per_cr else ""
     recipe = f"{STEPS_PER_CR} x max(1, {TOKENS_PER_STEP} / tokens of a step), Model-Optimizer's recipe"
@@ -201,7 +248,8 @@ def ramp_figures(setting: StepSetting, seconds_per_step: Figure, steps_per_cr: f
     found = [
         Figure("steps_per_cr", steps_per_cr, "steps", "assumed" if given else "analytic", given or recipe, note=given)
     ]
-    ramp, formula = 1.0, "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the ratio rises linearly from 1"
+    ramp = 1.0
+    formula = "(CR - 1) x steps_per_cr x seconds_per_step / 3600; the recipe of the paper: the ratio rises from 1"
     if (
         setting.step.mode == "borrowed"
     ):  # by default, 1/3 of the steps free the channel and 9/10 of the others raise the ratio

@@ -62,6 +62,17 @@ def compiled(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
     return steps.lower(frozen, setting.step.batch_size).compile()
 
 
+def compiled_labels(setting: StepSetting, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile the label pass of init=fisher for the devices of `mesh`."""
+    steps, _, frozen = program_of(setting, mesh)
+    return steps.lower_labels(frozen, setting.step.rows_at_once).compile()
+
+
+def label_sum_bytes(setting: StepSetting, mesh: Mesh) -> float:
+    """Count the bytes of the shards of the labels' sums per device."""
+    return _shard_bytes(program_of(setting, mesh)[0].abstract_labels)
+
+
 def state_bytes(setting: StepSetting, mesh: Mesh) -> tuple[float, float, float]:
     """Count the bytes of shards per device: (weights that train, frozen weights, optimizer state)."""
     steps, _, frozen = program_of(setting, mesh)
@@ -74,8 +85,10 @@ def _shard_bytes(shapes: Any) -> float:
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
 
 
-def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
+def cpu_seconds(setting: StepSetting, mesh: Mesh, labels: bool = False) -> tuple[float, str]:
     """Return the seconds of a step on this machine's CPU, and a description of how they were measured.
+
+    `labels`: of the label pass over the rows that it reads at one time, instead of a step.
 
     Models with one and with two layers and random weights are timed; the difference is the time of each further layer.
     A step of more than MAX_TIMED_FLOPS is timed with shorter rows and scaled by its FLOPs.
@@ -90,7 +103,7 @@ def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
 
     def seconds(layers: int) -> float:
         model = dataclasses.replace(setting.model, num_layers=layers)
-        return timed(dataclasses.replace(setting, model=model).with_step(length=length), mesh)
+        return timed(dataclasses.replace(setting, model=model).with_step(length=length), mesh, labels)
 
     while flops(length) > MAX_TIMED_FLOPS and length > 128:
         length //= 2
@@ -102,8 +115,8 @@ def cpu_seconds(setting: StepSetting, mesh: Mesh) -> tuple[float, str]:
     return (one_layer + further) * scale, how
 
 
-def timed(setting: StepSetting, mesh: Mesh) -> float:
-    """Time a step with random weights on the devices of this process.
+def timed(setting: StepSetting, mesh: Mesh, labels: bool = False) -> float:
+    """Time a step, or with `labels` the label pass, with random weights on the devices of this process.
 
     Returns the minimum of at least three runs that take at least one second in all, because other load on the machine
     only adds time.
@@ -113,13 +126,17 @@ def timed(setting: StepSetting, mesh: Mesh) -> float:
         return Decoder(config, rngs=nnx.Rngs(0), dtype=dtype)
 
     steps, trainable, frozen = program_of(setting, mesh, make)
-    rows, length = setting.step.batch_size, setting.step.length
+    rows, length = setting.step.rows_at_once if labels else setting.step.batch_size, setting.step.length
     tokens = np.zeros((rows, length), np.int32)
     host = Batch(tokens, tokens, np.ones(tokens.shape, bool), np.arange(rows, dtype=np.int32))
     batch, seconds, state = place(host, mesh), [], steps.initial_state(trainable)
+    sums = steps.no_labels() if labels else None
     while len(seconds) < 4 or sum(seconds[1:]) < 1.0:
         start = time.perf_counter()
-        state, _ = steps.step(state, frozen, batch)
-        jax.block_until_ready(state)
+        if labels:
+            sums = steps.add_labels(sums, state, frozen, batch)
+        else:
+            state, _ = steps.step(state, frozen, batch)
+        jax.block_until_ready(sums if labels else state)
         seconds.append(time.perf_counter() - start)
     return min(seconds[1:])  # the first run compiles

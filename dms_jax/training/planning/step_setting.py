@@ -34,6 +34,11 @@ class StepSetting:
         return self.step.batch_size * self.step.length
 
     @property
+    def has_labels(self) -> bool:
+        """Whether a label pass comes before the first step."""
+        return self.step.init == "fisher"
+
+    @property
     def micro_batch(self) -> MicroBatch:
         return MicroBatch(
             mesh=self.mesh_sizes,

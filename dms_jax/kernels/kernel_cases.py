@@ -1,5 +1,5 @@
-"""Cases for `benchmarks.kernels` and `benchmarks.autotune`: the inputs, the reference and the cost of each kernel, and
-in `SUITES` the shapes.
+"""Inputs, reference and cost of each kernel, for `self_check`, `benchmarks.kernels` and `benchmarks.autotune`; and in
+`SUITES` the shapes.
 
 A new kernel needs a function that makes a `Case`, and an entry of `SUITES`.
 """
@@ -25,6 +25,7 @@ from dms_jax.kernels.operands import Token
 # Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense
 # model.
 DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}
+TOLERANCE = 2e-2  # of `error` for bf16
 BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
 
 
@@ -112,7 +113,7 @@ def train_case(
     )
 
 
-def dense_decode(live: int, how: str):
+def dense_decode(live: int, how: Any):
     """Return dense attention over the first `live` slots of every head, as JAX's implementation `how` computes it."""
 
     def run(q, layer, position, k, v, expiry):
