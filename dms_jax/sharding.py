@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,7 @@ LOGICAL_TO_MESH = {
     # vocabulary.
     "row_parts": ("data", "context", "model"),
     "rows": ("data", "context"),
+    "arenas": ("data", "replica", "model", "context"),  # the pages of a cache: each device has its own
     "head_dim": (),
     "evict_units": (),
     "layers": (),
@@ -53,12 +55,18 @@ def target_device() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
+def devices_of(x: Array) -> Mesh | None:
+    """Return the mesh that `x` is on; None if that is a single device."""
+    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.size > 1 else None
+
+
 def mesh_of(x: Array) -> contextlib.AbstractContextManager:
     """Return a context that sets the mesh of `x`, unless a mesh is already set or `x` is on a single device."""
-    mesh = getattr(getattr(x, "sharding", None), "mesh", None)
-    if isinstance(mesh, Mesh) and mesh.size > 1 and jax.sharding.get_abstract_mesh().empty:
-        return jax.set_mesh(mesh)
-    return contextlib.nullcontext()
+    mesh = devices_of(x)
+    if mesh is None or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(mesh)
 
 
 def shard_heads(tree: Any) -> Any:
@@ -149,6 +157,34 @@ def replicated_axes(sizes: dict[str, int], mesh: Mesh) -> list[str]:
             over = " x ".join(f"{name} axis of {mesh.shape[name]}" for name in names)
             found.append(f"{axis} ({size}) {state}: {over} does not divide it")
     return found
+
+
+def per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: Any) -> Callable:
+    """Run `f` on each device's own rows and KV heads if a mesh is set; `sizes` are the numbers of rows and of KV heads.
+
+    `axes_in` and `axes_out` have the structure of the arguments and the results of `f`. In place of each array, they
+    hold its axes as words: "." is never split, "heads" are KV heads over the model and context axes together, and
+    "arenas" has one entry for each device. An axis that its mesh axes do not divide is not split. "batch=8" stands for
+    a number of rows other than the one in `sizes`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # With manual axes, each device already runs this code by itself.
+    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
+        return f
+    size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1], "arenas": mesh.size}
+
+    def partition(axes: str):
+        words = [word.partition("=") for word in axes.split()]
+        names = tuple(None if name == "." else name for name, _, _ in words)
+        return spec(names, tuple(int(size) if size else size_of[name] for name, _, size in words), mesh)
+
+    def run(*args):
+        specs = tuple(
+            None if x is None else jax.tree.map(partition, axes) for axes, x in zip(axes_in, args, strict=True)
+        )
+        return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(partition, axes_out), check_vma=False)(*args)
+
+    return run
 
 
 def constrain(x: Array, *axes: str | None) -> Array:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 import dms_jax
 from dms_jax.config import DMSConfig
+from dms_jax.core.cache_base import Cache
 from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.paged_cache import PagedCache, select_rows
 from dms_jax.models.decoder import Decoder
 
 ROWS, LENGTH = 3, 40
@@ -44,8 +46,24 @@ def poisoned(cache: CompactCache) -> CompactCache:
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
-poisoned_jit = jax.jit(poisoned)
-reordered = jax.jit(lambda cache, order: jax.tree.map(lambda x: x[order], cache))
+def poisoned_pages(cache: PagedCache) -> PagedCache:
+    """Write NaN into every place of the arena that holds no live pair."""
+    arena, heads, size = cache.arena, cache.heads, cache.page_size
+    slot, ring_slots = jnp.arange(heads.table.shape[-1] * size)[None, None, None], heads.ring_pages(size) * size
+    live = slot < jnp.minimum(cache.seen, heads.ring)[None, :, None, None]
+    live = live | ((slot >= ring_slots) & (slot < ring_slots + heads.survivors[..., None]))
+    live = jnp.zeros(arena.k.shape[1:3], bool).at[heads.table.ravel()].max(live.reshape(-1, size))[None, ..., None]
+    nan = lambda x: jnp.where(live, x, jnp.nan)
+    return dataclasses.replace(cache, arena=dataclasses.replace(arena, k=nan(arena.k), v=nan(arena.v)))
+
+
+poisoned_jit = jax.jit(lambda cache: poisoned_pages(cache) if isinstance(cache, PagedCache) else poisoned(cache))
+_reordered = jax.jit(lambda cache, order: jax.tree.map(lambda x: x[order], cache))
+
+
+def reordered(cache, order):
+    """Return a cache whose row i is row `order[i]`."""
+    return select_rows(cache, jnp.asarray(order)) if isinstance(cache, PagedCache) else _reordered(cache, order)
 
 
 def padded_chunk(rng, ids, seen, count, any_width):
@@ -66,7 +84,7 @@ def padded_chunk(rng, ids, seen, count, any_width):
     return chunk, {"mask": mask} if style == "mask" else {"lengths": count, "padding": str(style)}, offset
 
 
-def check_prefill(run, last_only, want, seen, count, offset) -> CompactCache:
+def check_prefill(run, last_only, want, seen, count, offset) -> Cache:
     """Run a prefill of `count` tokens in each row, from column `offset`; compare its logits with those of the rows."""
     logits, cache = run(last_only=last_only)
     logits = np.asarray(logits)
@@ -80,7 +98,7 @@ def check_prefill(run, last_only, want, seen, count, offset) -> CompactCache:
 
 def check_interleaving(
     model: Decoder,
-    cache: CompactCache,
+    cache: Cache,
     rng: np.random.Generator,
     ids: np.ndarray,
     want: np.ndarray,
@@ -129,6 +147,21 @@ def check_interleaving(
     np.testing.assert_array_equal(cache.seen, lengths)
     np.testing.assert_array_equal(cache.live_counts, live[:, np.arange(ROWS), :, lengths - 1].swapaxes(0, 1))
     assert not np.asarray(cache.forced_evictions).any()
+    if isinstance(cache, PagedCache):
+        check_pages_counted(cache)
+
+
+def check_pages_counted(cache: PagedCache):
+    """Compare references and free pages with the tables, and the number of pages with the live pairs."""
+    arena, table = jax.tree.map(np.asarray, cache.arena), np.asarray(cache.heads.table)
+    counts = np.bincount(table[table > 0], minlength=arena.references.shape[1])
+    np.testing.assert_array_equal(arena.references[0], counts)
+    free = arena.free[0, : arena.free_count[0]]
+    np.testing.assert_array_equal(np.sort(free), np.flatnonzero(counts == 0)[1:])
+    ring = np.minimum(np.asarray(cache.seen), cache.heads.ring)[None, :, None]
+    pages = -(-ring // cache.page_size) + -(-np.asarray(cache.heads.survivors) // cache.page_size)
+    np.testing.assert_array_equal((table > 0).sum(-1), pages)
+    assert not np.asarray(cache.starved).any()
 
 
 OPERATIONS = st.lists(

@@ -8,7 +8,8 @@ from layers import LEVELS
 
 ROOT = Path(__file__).parent.parent
 LEVEL = {name: level for level, line in enumerate(LEVELS) for name in line.split()}
-PLANNING_MAY_IMPORT = "dms_jax.core.cr_schedule"  # and level 0 only, so that a plan needs neither model nor engine
+# And level 0 only, so that a plan needs neither model nor engine.
+PLANNING_MAY_IMPORT = ("dms_jax.core.cr_schedule", "dms_jax.core.page_counts")
 ONLY_IN_HF = {"torch", "transformers", "safetensors", "gguf", "huggingface_hub", "tokenizers"}
 ALL = ("dms_jax", "train", "infer", "benchmarks", "tests")  # the folders whose files and functions must be short
 MAX_LINES = 400

@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # both load JAX
     from dms_jax.engine.session import Session
 
 NAME = "generate"
+MEMORY_AND_LATENCY = ("allocated_bytes", "live_bytes", "dense_bytes", "seconds_to_first_token")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,6 +118,12 @@ def _add_sampling(group) -> None:
 
 def _add_cache(group) -> None:
     group.add_argument(
+        "--cache",
+        choices=["slots", "pages"],
+        help="pages follow the live pairs of each head, slots are as many for all heads of a layer (default: pages for "
+        "a dense or learned policy, unless --capacity or --overflow evict is given; else slots)",
+    )
+    group.add_argument(
         "--capacity",
         metavar="N[,N...]",
         help="slots per row and KV head, one number or one per layer (default: enough for all tokens)",
@@ -124,8 +131,9 @@ def _add_cache(group) -> None:
     group.add_argument(
         "--overflow",
         choices=OVERFLOWS,
-        help="when a head needs more slots: evict a pair by force, raise an error, or grow the cache (default: grow in "
-        "a chat and with --save-cache, unless --capacity is given; else raise for a dense cache, evict for any other)",
+        help="when a pair finds no room: grow the cache, raise an error, or evict a pair of slots by force (default: "
+        "grow for pages; for slots, grow in a chat and with --save-cache, unless --capacity is given, else raise for a "
+        "dense cache and evict for any other)",
     )
     group.add_argument("--dense", action="store_true", help="ignore the policy and keep every pair")
     group.add_argument(
@@ -275,7 +283,7 @@ def check(options: argparse.Namespace) -> None:
         if is_unused and getattr(options, name):
             unless = " unless --as-chat is given" if name == "system" else ""
             raise ConfigError(f"{_option(name)} has no effect with --{mode}{unless}; leave it out")
-    for name in ("capacity", "dense", "policy"):
+    for name in ("capacity", "dense", "policy", "cache"):
         if options.load_cache and getattr(options, name):
             raise ConfigError(
                 f"{_option(name)} has no effect with --load-cache, because a saved cache brings its own; leave it out, "
@@ -329,8 +337,9 @@ def one(session: "Session", prompt: "Prompt") -> list[str]:
     result = session.generate([ids], config, session.start_from_loaded(1), show=None if options.json else show)
     session.report.add(len(ids), len(result.tokens[0]), result.cache, 1)
     if options.json:
-        costs = {"costs": session.report.numbers()}
-        record = {"prompt": prompt.content, **session.record(result, 0, ids), **session.settings(), **costs}
+        costs = session.report.numbers()
+        record = {"prompt": prompt.content, **session.record(result, 0, ids), **session.settings(), "costs": costs}
+        record |= {name: costs[name] for name in MEMORY_AND_LATENCY}
         print(json.dumps(record, ensure_ascii=False))
     else:
         show(result.tokens, last=True)

@@ -94,7 +94,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     server.add_argument("--memory", default="", metavar="SIZE", help=memory)
     number(server, "users", 1, "rows that are decoded together")
     number(server, "context", DEFAULT_CONTEXT, "tokens per row", or_limit, at_most=True)
-    number(server, "headroom", 1.5, "slots per mean live pair; above 1, because heads differ")
+    number(
+        server,
+        "headroom",
+        1.1,
+        "pages allocated / pages that the pairs behind the window need; above 1, because texts differ",
+    )
     exact = "also plan the policy dms_budget:N, whose caches hold exactly N pairs per KV head"
     number(server, "pairs", 0, exact, "0, which plans no such arm")
     return parser.parse_args(argv)

@@ -12,6 +12,7 @@ left earlier need not be remembered: a pair that was worse than all survivors is
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,20 +20,21 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core.compact_cache import Expiries, LayerCache, victim
+from dms_jax.core.compact_cache import Expiries, victim
 from dms_jax.core.visibility import NEVER, is_outside_window, segment_bounds
 
 
 def keep_budgets(
-    layer: LayerCache, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"], window_size: int
-) -> tuple[LayerCache, Expiries]:
+    layer: Any, expiries: Expiries, seen: Int[Array, "B"], count: Int[Array, "B"], window_size: int
+) -> tuple[Any, Expiries]:
     """Let pairs of the slots and of a chunk expire at the queries of the chunk at which a head exceeds its budget.
 
-    The first `count` tokens of each row are real. A layer without budgets is returned unchanged.
+    The first `count` tokens of each row are real. A layer without budgets is returned unchanged. A layer is a dataclass
+    with the position, expiry and score of each slot, as `LayerCache` has them, and the budget of each head.
     """
     if layer.budget is None:
         return layer, expiries
-    capacity, length = layer.capacity, expiries.expiry.shape[-1]
+    capacity, length = layer.position.shape[-1], expiries.expiry.shape[-1]
     if length == 1:  # at most one pair settles, so a maximum is enough, as in the overflow rule
         now, alive = seen[:, None, None], layer.expiry >= seen[:, None, None]
         settled = alive & is_outside_window(now, jnp.where(alive, layer.position, 0), window_size)

@@ -17,25 +17,23 @@ Each chunk goes through three stages in `slot_attention.extend_layer`. For examp
     3. append                           5            slot 2 is the lowest free one
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
 from dms_jax.config import Overflow
+from dms_jax.core.cache_base import Cache, HostBounds, TokenHistory
 from dms_jax.core.visibility import NEVER, is_outside_window
-from dms_jax.errors import ConfigError
 from dms_jax.platform_defaults import platform_defaults
 
 EMPTY = NEVER  # position of an empty slot: later than any query, so the rule alone hides it
 NEVER_VISIBLE = jnp.iinfo(jnp.int32).min  # expiry of an empty slot: earlier than any query
-NO_TOKEN = -1  # not a token id
 
 
 class Expiries(NamedTuple):
@@ -76,63 +74,20 @@ class Selection(NamedTuple):
     head_state: Float[Array, "B K state"] | None = None
 
 
-class HostBounds(NamedTuple):
-    """Upper bounds that the host keeps without reading the device."""
-
-    seen: int  # tokens seen by any row
-    live: tuple[int, ...]  # live pairs of any row and head, for each layer
-    budgets: tuple[int, ...] | None = None  # the largest budget of any head, for each layer; None without budgets
-
-
-class TokenHistory(NamedTuple):
-    """The tokens that each row of a cache has seen, as far as a repetition penalty and a chat need to know them."""
-
-    ids: tuple[np.ndarray, ...]  # distinct ids of each row, sorted, int32
-    last: tuple[int, ...]  # the id that each row has seen last; NO_TOKEN for a row that has seen none
-
-    def extended(self, rows: Sequence[np.ndarray]) -> "TokenHistory":
-        """Return the history after each row has also seen the tokens in `rows`."""
-        last = (int(row[-1]) if len(row) else before for row, before in zip(rows, self.last, strict=True))
-        ids = (np.union1d(known, row).astype(np.int32) for known, row in zip(self.ids, rows, strict=True))
-        return TokenHistory(tuple(ids), tuple(last))
-
-    @staticmethod
-    def empty(rows: int) -> "TokenHistory":
-        return TokenHistory((np.zeros(0, np.int32),) * rows, (NO_TOKEN,) * rows)
-
-
 @dataclass(frozen=True)
-class CompactCache:
+class CompactCache(Cache):
     """The caches of all layers, and the tokens that each row has seen. It is an immutable pytree."""
 
     layers: tuple[LayerCache, ...]  # not stacked: capacities may differ, and a donated buffer is updated in place
     seen: Int[Array, "B"]  # tokens of each row so far, which is the position of the next one
     policy: Any  # a `policies.CachePolicy`, static under jit; `core` may not import `policies`
     overflow: Overflow = "evict"
-    bounds: HostBounds | None = field(default=None, init=False, compare=False)  # set by `with_bounds`; None if unknown
-    history: TokenHistory | None = field(default=None, init=False, compare=False)  # set by `with_history`, likewise
-
-    def with_bounds(self, bounds: HostBounds) -> "CompactCache":
-        """Return this cache with the given bounds.
-
-        Bounds and history are not part of the pytree, and `replace` drops them, so they never outlive the arrays that
-        they describe.
-        """
-        return self._knowing(bounds, self.history)
-
-    def with_history(self, history: TokenHistory | None) -> "CompactCache":
-        """Return this cache with the given history of its tokens, or with none if they are unknown."""
-        return self._knowing(self.bounds, history)
-
-    def _knowing(self, bounds: HostBounds | None, history: TokenHistory | None) -> "CompactCache":
-        known = replace(self)
-        object.__setattr__(known, "bounds", bounds)
-        object.__setattr__(known, "history", history)
-        return known
+    bounds: HostBounds | None = field(default=None, init=False, compare=False)
+    history: TokenHistory | None = field(default=None, init=False, compare=False)
 
     @property
-    def batch_size(self) -> int:
-        return self.seen.shape[0]
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def capacities(self) -> tuple[int, ...]:
@@ -141,20 +96,30 @@ class CompactCache:
 
     @property
     def live_counts(self) -> Int[Array, "L B K"]:
-        """Pairs that the last query of each row sees."""
         return jnp.stack(
             [jnp.sum(layer.expiry >= self.seen[:, None, None] - 1, axis=-1, dtype=jnp.int32) for layer in self.layers]
         )
 
     @property
+    def staying_counts(self) -> Int[Array, "L B K"]:
+        return jnp.stack([jnp.sum(layer.expiry == NEVER, axis=-1, dtype=jnp.int32) for layer in self.layers])
+
+    @property
     def forced_evictions(self) -> Int[Array, "L B K"]:
-        """Pairs that a full buffer pushed out against the policy."""
         return jnp.stack([layer.forced_evictions for layer in self.layers])
 
     @property
-    def bytes(self) -> int:
-        """Memory of all arrays, including the bookkeeping."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+    def pair_bytes(self) -> int:
+        return 2 * self.layers[0].k.shape[3] * self.layers[0].k.dtype.itemsize
+
+    def layer(self, index: int) -> LayerCache:
+        return self.layers[index]
+
+    def with_layer(self, index: int, layer: LayerCache) -> "CompactCache":
+        return replace(self, layers=(*self.layers[:index], layer, *self.layers[index + 1 :]))
+
+    def repeated(self, chains: int) -> "CompactCache":
+        return jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), self)
 
 
 jax.tree_util.register_dataclass(CompactCache, ["layers", "seen"], ["policy", "overflow"])
@@ -340,42 +305,3 @@ def grown(layer: LayerCache, capacity: int) -> LayerCache:
     names = ["k", "v", "position", "expiry", "score"] + (["statistic"] if features else [])
     larger = {name: jnp.concatenate([getattr(layer, name), getattr(empty, name)], axis=2) for name in names}
     return replace(layer, **larger)
-
-
-def fork(cache: CompactCache, chains: int) -> CompactCache:
-    """Repeat every row `chains` times, with the copies of a row next to each other, to sample several continuations."""
-    if chains < 1:
-        raise ConfigError(f"the number of chains must be at least 1, got {chains}")
-    copies, history = jax.tree.map(lambda x: jnp.repeat(x, chains, axis=0), cache), cache.history
-    if history is None:
-        return copies
-    rows = [row for row in range(cache.batch_size) for _ in range(chains)]
-    return copies.with_history(
-        TokenHistory(tuple(history.ids[row] for row in rows), tuple(history.last[row] for row in rows))
-    )
-
-
-def row_compression_ratios(cache: CompactCache) -> np.ndarray:
-    """Return each row's tokens seen / mean live pairs over layers and heads; 1 for a row that has seen nothing."""
-    live, seen = np.asarray(cache.live_counts, np.float64), np.asarray(cache.seen, np.float64)
-    return np.where(seen > 0, seen / np.maximum(live.mean(axis=(0, 2)), 1e-9), 1.0)
-
-
-def compression_ratio(cache: CompactCache) -> float:
-    """Return the realised compression ratio, >= 1: mean tokens seen / mean live pairs over layers, rows and heads.
-
-    It is a ratio of means, as in Model-Optimizer `cache.py`, `get_cr`.
-    """
-    live = np.asarray(cache.live_counts, np.float64).mean()
-    return float(np.asarray(cache.seen, np.float64).mean() / live) if live else 1.0
-
-
-def staying_counts(cache: CompactCache) -> np.ndarray:
-    """Return how many pairs of each layer, row and KV head will never leave [L B K]."""
-    return np.stack([np.asarray(jnp.sum(layer.expiry == NEVER, axis=-1)) for layer in cache.layers])
-
-
-def nominal_compression_ratio(cache: CompactCache) -> float:
-    """Return the compression ratio without the window, >= 1: mean tokens seen / mean pairs that will never leave."""
-    staying = staying_counts(cache).mean()
-    return float(np.asarray(cache.seen, np.float64).mean() / staying) if staying else float("inf")

@@ -6,7 +6,7 @@ capacity: the loop over blocks of slots ends there, except in a decode step on a
 matrix product.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -152,10 +152,47 @@ def slot_attention(
 
     The contents of a dead slot have no effect, even if they are NaN. A query that sees no pair gets 0.
     """
-    t, h, heads, defaults = q.shape[1], q.shape[3], slots.k.shape[1], platform_defaults()
+    t, defaults = q.shape[1], platform_defaults()
     if block is None:
         block = slots.capacity if t == 1 and defaults.loop_free_decode else defaults.slot_block
-    rows = fold_queries(q, heads)
+    parts = []
+    if chunk is not None:
+        k, v, expiry = chunk
+        k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
+        parts.append(blocks_of(k, v, k_pos, expiry, t, block))
+    used = jnp.max(slots_in_use(slots, position))
+    parts.append(blocks_of(slots.k, slots.v, slots.position, slots.expiry, used, block, read))
+    return attend_blocks(q, position, slots.k.shape[1], parts)
+
+
+class KeyBlocks(NamedTuple):
+    """Pairs of every row and head, which are loaded block by block."""
+
+    length: int  # of all pairs
+    size: int  # pairs of a block
+    used: int | Int[Array, ""]  # pairs from this one on are not loaded
+    # From the index of a block's first pair: its keys and values [B K size H], its positions and expiries [B K size],
+    # and which of its pairs each query reads [B K T size], or None for all.
+    load: Callable[[Any], Any]
+
+
+def blocks_of(keys, values, k_pos, k_expiry, used, block, read=None) -> KeyBlocks:
+    """Divide arrays [B K S ...] into blocks."""
+    size = min(block, keys.shape[2])
+
+    def load(start):
+        part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)
+        return *map(part, (keys, values, k_pos, k_expiry)), None if read is None else part(read, 3)
+
+    return KeyBlocks(keys.shape[2], size, used, load)
+
+
+def attend_blocks(
+    q: Float[Array, "B T N H"], position: Int[Array, "B T"], kv_heads: int, parts: Sequence[KeyBlocks]
+) -> Float[Array, "B T N H"]:
+    """Do the work of `slot_attention` over the pairs of all `parts`."""
+    t, h = q.shape[1], q.shape[3]
+    rows = fold_queries(q, kv_heads)
     group = rows.shape[2] // t
 
     def attend(carry: SoftmaxPart, keys, values, visible) -> SoftmaxPart:
@@ -171,27 +208,21 @@ def slot_attention(
         out = jnp.einsum("bkrs,bksh->bkrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return SoftmaxPart(new_max, row_sum * rescale + p.sum(-1), acc * rescale[..., None] + out)
 
-    def over_blocks(carry, keys, values, k_pos, k_expiry, used, read=None):
-        size = min(block, keys.shape[2])
-
+    def over_blocks(carry: SoftmaxPart, part: KeyBlocks) -> SoftmaxPart:
         def attend_block(index, carry):
-            start = jnp.minimum(index * size, keys.shape[2] - size)  # the last block overlaps the one before it
-            part = lambda x, axis=2: lax.dynamic_slice_in_dim(x, start, size, axis)
-            fresh = start + jnp.arange(size)[None, None, None] >= index * size
-            visible = _is_visible(position, part(k_pos), part(k_expiry)) & fresh
-            return attend(carry, part(keys), part(values), visible if read is None else visible & part(read, 3))
+            start = jnp.minimum(index * part.size, part.length - part.size)  # the last block overlaps the one before it
+            keys, values, k_pos, k_expiry, read = part.load(start)
+            fresh = start + jnp.arange(part.size)[None, None, None] >= index * part.size
+            visible = _is_visible(position, k_pos, k_expiry) & fresh
+            return attend(carry, keys, values, visible if read is None else visible & read)
 
-        if size == keys.shape[2]:
+        if part.size == part.length:
             return attend_block(0, carry)
-        return lax.fori_loop(0, (used + size - 1) // size, attend_block, carry)
+        return lax.fori_loop(0, (part.used + part.size - 1) // part.size, attend_block, carry)
 
     carry = empty_part(rows.shape[:3], h)
-    if chunk is not None:
-        k, v, expiry = chunk
-        k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
-        carry = over_blocks(carry, k, v, k_pos, expiry, t)
-    used = jnp.max(slots_in_use(slots, position))
-    carry = over_blocks(carry, slots.k, slots.v, slots.position, slots.expiry, used, read)
+    for part in parts:
+        carry = over_blocks(carry, part)
     return unfold_queries(carry.normalized().astype(q.dtype), t)
 
 

@@ -7,14 +7,19 @@ Errors are `ConfigError`.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from dms_jax.config import ModelConfig, Overflow
-from dms_jax.core.compact_cache import CompactCache, HostBounds, grown
+from dms_jax.core.cache_base import Cache, HostBounds
+from dms_jax.core.compact_cache import CompactCache, grown
+from dms_jax.core.paged_cache import PagedCache
+from dms_jax.engine.generation_config import GenerationConfig
+from dms_jax.engine.page_memory import check_starved, read_bounds, room_for
 from dms_jax.errors import ConfigError
 from dms_jax.platform_defaults import platform_defaults
-from dms_jax.policies import CachePolicy
+from dms_jax.policies import CachePolicy, policy_name
 from dms_jax.policies.cache_policy import UNBOUNDED
 
 
@@ -41,6 +46,26 @@ def default_overflow(policy: CachePolicy) -> Overflow:
     """Choose "evict" for a learned policy, and "raise" for one that evicts nothing or has a budget."""
     slots = policy.slot_bounds()
     return "evict" if slots.max is None and slots.min < UNBOUNDED else "raise"
+
+
+def uses_pages(model: ModelConfig, config: GenerationConfig, policy: CachePolicy) -> bool:
+    """Return whether `generate` makes a cache in pages.
+
+    It does so by default if the policy is one that pages can hold, unless something is asked for that only slots have:
+    a capacity, forced eviction, or the kernels of an implementation other than XLA's.
+    """
+    has_kernels = model.implementation not in ("auto", "xla")
+    if config.cache is None:
+        return policy.in_pages and config.capacity is None and config.overflow != "evict" and not has_kernels
+    if config.cache == "slots":
+        return False
+    if not policy.in_pages:
+        raise ConfigError(f"policy {policy_name(policy)} chooses among the pairs of a cache; use slots, not pages")
+    if config.capacity is not None or config.overflow == "evict":
+        raise ConfigError("capacity and overflow 'evict' need slots, not pages; leave them out, or use cache 'slots'")
+    if has_kernels:
+        raise ConfigError(f"implementation {model.implementation} needs slots, not pages; use auto, or cache 'slots'")
+    return True
 
 
 def plan_capacity(
@@ -71,10 +96,13 @@ def plan_capacity(
     return slots, overflow
 
 
-def host_bounds(cache: CompactCache, exact: bool = False) -> HostBounds:
+def host_bounds(cache: Cache, exact: bool = False) -> HostBounds:
     """Return upper bounds of the tokens seen and of the live pairs per layer; `exact` reads them from the device."""
     if cache.bounds is not None and not exact:
         return cache.bounds
+    if isinstance(cache, PagedCache):
+        return read_bounds(cache)
+    assert isinstance(cache, CompactCache)
     live = tuple(np.asarray(cache.live_counts).max(axis=(1, 2)).tolist())
     budgets = [layer.budget for layer in cache.layers if layer.budget is not None]
     return HostBounds(int(np.max(cache.seen)), live, tuple(int(np.max(b)) for b in budgets) if budgets else None)
@@ -85,7 +113,7 @@ def _max_slots(cache: CompactCache, known: HostBounds) -> tuple[int | None, ...]
     return known.budgets or (cache.policy.slot_bounds().max,) * len(cache.layers)
 
 
-def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -> None:
+def check_context(config: ModelConfig, cache: Cache, count: np.ndarray) -> None:
     """Refuse `count` [B] more tokens if they would take a row beyond the model's context."""
     limit, name = config.context_limit()
     if host_bounds(cache).seen + count.max() <= limit:
@@ -98,8 +126,10 @@ def check_context(config: ModelConfig, cache: CompactCache, count: np.ndarray) -
         )
 
 
-def check_min_slots(cache: CompactCache, count: int) -> None:
+def check_min_slots(cache: Cache, count: int) -> None:
     """Refuse a capacity that cannot hold the newest pairs, which no policy evicts."""
+    if not isinstance(cache, CompactCache):
+        return
     slots = cache.policy.slot_bounds()
     needed = min(count, slots.min)
     for layer, capacity in enumerate(cache.capacities):
@@ -110,8 +140,14 @@ def check_min_slots(cache: CompactCache, count: int) -> None:
             )
 
 
-def grow_for(cache: CompactCache, count: int) -> CompactCache:
-    """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit."""
+def grow_for(config: ModelConfig, cache: Cache, count: int, ahead: int | None = None, donate: bool = False) -> Any:
+    """Return the cache, with larger buffers if its overflow is "grow" and `count` more tokens might not fit.
+
+    `ahead` and `donate` are as in `page_memory.room_for`; slots have no use for them.
+    """
+    if isinstance(cache, PagedCache):
+        return room_for(config, cache, count, ahead, donate)
+    assert isinstance(cache, CompactCache)
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
     exact, layers = host_bounds(cache, exact=True), []
@@ -126,11 +162,14 @@ def _next_capacity(capacity: int, needed: int) -> int:
     return round_up(max(needed, capacity + capacity // 2))
 
 
-def check_overflow(cache: CompactCache, before: HostBounds, count: int) -> CompactCache:
+def check_overflow(cache: Cache, before: HostBounds, count: int) -> Any:
     """Return the cache after `count` tokens with new bounds, given the bounds from `before` these tokens.
 
-    If the overflow is "raise" and a pair was pushed out, raise ConfigError.
+    If the overflow is "raise" and a pair was pushed out or found no page, raise ConfigError.
     """
+    if isinstance(cache, PagedCache):
+        return check_starved(cache, before, count)
+    assert isinstance(cache, CompactCache)
     if cache.overflow != "raise" or not _may_overflow(cache, before, count):
         return _advance(cache, before, count)
     forced = np.asarray(cache.forced_evictions)

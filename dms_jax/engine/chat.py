@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dms_jax.core.compact_cache import CompactCache
+from dms_jax.core.cache_base import Cache
 from dms_jax.engine.prompts import NOT_ENDED, Prompt, check_text, continuation, next_turn, with_system
 from dms_jax.engine.session import Cancelled, Session, non_finite
 from dms_jax.errors import ConfigError
@@ -35,7 +35,7 @@ class Conversation:
         self.warned = False  # that a loaded conversation is not exactly what the template makes of it
         self.reset(session.loaded)
 
-    def reset(self, loaded: CompactCache | None = None) -> None:
+    def reset(self, loaded: Cache | None = None) -> None:
         """Begin a new conversation, after that in a `loaded` cache if there is one."""
         self.cache, self.after_loaded = loaded, loaded is not None
         self.messages: list[dict] = []
@@ -70,7 +70,7 @@ class Conversation:
         self.messages += [message, {"role": "assistant", "content": session.text(tokens)}]
         session.report.add(len(ids), len(result.tokens[0]), result.cache, 1, same_cache=True)
 
-    def _unread(self, message: dict) -> tuple[np.ndarray, CompactCache | None, np.ndarray]:
+    def _unread(self, message: dict) -> tuple[np.ndarray, Cache | None, np.ndarray]:
         """Return the ids to read before the answer to a message, the cache that they continue, and what it has seen.
 
         The cache then holds what the template makes of the whole conversation. If that does not begin with what the

@@ -18,11 +18,12 @@ from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array
+from dms_jax.core.cache_base import Cache
 from dms_jax.core.compact_cache import CompactCache
 from dms_jax.core.sampling import MAX_LOGIT, MIN_DIVISOR, SamplingMode, SamplingNumbers, sample, token_logprobs
 from dms_jax.engine.cache_capacity import check_overflow, grow_for, host_bounds
 from dms_jax.engine.decode_layout import UnrolledDecoder
-from dms_jax.engine.decoding import extend_rows
+from dms_jax.engine.decoding import copied, extend_rows
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.text_stream import find_stop
 from dms_jax.hf.hf_tokenizer import Tokenizer
@@ -37,7 +38,7 @@ WATCHED_SEGMENT = 4  # tokens between two calls of `watch`: few enough for smoot
 class DecodeState:
     """The state that the loop carries from token to token."""
 
-    cache: CompactCache
+    cache: Cache
     logits: Float[Array, "B V"]  # after the last token
     seen_tokens: Bool[Array, "B V"] | None  # ids in prompt or answer; None without a repetition penalty
     num_generated: Int[Array, "B"]
@@ -83,7 +84,8 @@ def generate_segments(
     stopped_by_text = np.zeros(len(limit), bool)
     while until < config.max_new_tokens:
         start, until = until, until + _segment_length(state.cache, config, until, watched)
-        state = replace(state, cache=grow_for(state.cache, until - start))
+        rest = config.max_new_tokens - start
+        state = replace(state, cache=grow_for(model.config, state.cache, until - start, rest, donate=True))
         before = host_bounds(state.cache)
         after = _run_segment(model, state, until, limit, stop_ids, config)
         if config.stop_strings:
@@ -102,15 +104,18 @@ def _active(state: DecodeState, limit: np.ndarray) -> np.ndarray:
     return ~np.asarray(state.stopped) & np.asarray(state.finite) & (np.asarray(state.num_generated) < limit)
 
 
-def _segment_length(cache: CompactCache, config: GenerationConfig, until: int, watched: bool) -> int:
+def _segment_length(cache: Cache, config: GenerationConfig, until: int, watched: bool) -> int:
     """Choose the number of tokens in the next segment: all that are left, unless the host has work to do earlier."""
     length = config.max_new_tokens - until
     if config.stop_strings:
         length = min(length, SEGMENT)
     if watched:
-        length = min(length, WATCHED_SEGMENT)
+        length = min(length, WATCHED_SEGMENT if until else 1)  # the first token is shown at once
     if cache.overflow == "grow":
-        free = min(capacity - live for capacity, live in zip(cache.capacities, host_bounds(cache).live, strict=True))
+        known = host_bounds(cache)
+        free = known.tokens
+        if isinstance(cache, CompactCache):
+            free = min(capacity - live for capacity, live in zip(cache.capacities, known.live, strict=True))
         length = min(length, max(free, SEGMENT))
     return length
 
@@ -159,19 +164,18 @@ def _loop_body(
 def _by_layer(model, state, until, limit, stop_ids, append_stop_id, threshold, numbers, mode, donate) -> DecodeState:
     """Do what `_loop_body` does, but on the host, for a model that runs layer by layer."""
     bound = np.minimum(until, limit)
+    if not donate:
+        state = replace(state, cache=copied(state.cache))  # its memory is given away
     while _active(state, bound).any():  # waits for the device, which on a CPU costs nothing
-        state = _one_token(model, bound, stop_ids, append_stop_id, threshold, numbers, mode, state, donate)
-        donate = True  # this state was made here
+        state = _one_token(model, bound, stop_ids, append_stop_id, threshold, numbers, mode, state)
     return state
 
 
-def _one_token(
-    model, bound, stop_ids, append_stop_id, threshold, numbers, mode, state: DecodeState, donate: bool = False
-) -> DecodeState:
+def _one_token(model, bound, stop_ids, append_stop_id, threshold, numbers, mode, state: DecodeState) -> DecodeState:
     """Sample one token for each row that goes on, and append it."""
     without_cache = replace(state, cache=cast(Any, None))  # so that the cache does not pass through these programs
     token, appended, going, chosen = _choose(without_cache, bound, stop_ids, append_stop_id, numbers, mode)
-    logits, cache = extend_rows(model, state.cache, token, appended, threshold, state.logits, donate)
+    logits, cache = extend_rows(model, state.cache, token, appended, threshold, state.logits)
     return replace(_after_token(chosen, logits, cache, going), cache=cache)
 
 
@@ -197,7 +201,7 @@ def _choose(state, bound, stop_ids, append_stop_id, numbers, mode):
 
 
 @jax.jit
-def _after_token(state: DecodeState, logits: Array, cache: CompactCache, going: Array) -> DecodeState:
+def _after_token(state: DecodeState, logits: Array, cache: Cache, going: Array) -> DecodeState:
     """Return the state after the chosen tokens were appended to `cache`."""
     read = state.pairs_read + jnp.where(going, _pairs_read(cache), 0.0)
     return replace(state, logits=logits, finite=finite_rows(logits), pairs_read=read)
@@ -212,7 +216,7 @@ def finite_rows(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
     return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
-def _pairs_read(cache: CompactCache) -> Float[Array, "B"]:
+def _pairs_read(cache: Cache) -> Float[Array, "B"]:
     return jnp.mean(cache.policy.pairs_read(cache.live_counts.astype(jnp.float32)), axis=(0, 2))
 
 

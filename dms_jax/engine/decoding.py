@@ -8,7 +8,7 @@ Errors are `ConfigError`.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array
 from dms_jax.config import OVERFLOWS, ModelConfig, Overflow
 from dms_jax.config_reader import MAX_INT
-from dms_jax.core.compact_cache import CompactCache, HostBounds, TokenHistory, empty_layer
+from dms_jax.core.cache_base import AnyCache, HostBounds, TokenHistory
+from dms_jax.core.compact_cache import CompactCache, empty_layer
+from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.cache_capacity import (
     check_context,
     check_min_slots,
@@ -28,6 +30,7 @@ from dms_jax.engine.cache_capacity import (
     host_bounds,
 )
 from dms_jax.engine.decode_layout import UnrolledDecoder, num_layer_compilations, output_logits, unrolled
+from dms_jax.engine.page_memory import fitted
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
@@ -107,7 +110,7 @@ def init_cache(
 
 def prefill(
     model: Decoder,
-    cache: CompactCache,
+    cache: AnyCache,
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"] | None = None,
     chunk_size: int | None = None,
@@ -118,7 +121,7 @@ def prefill(
     last_only: bool = False,
     donate: bool = False,
     watch: Callable[[int], object] | None = None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], AnyCache]:
     """Append tokens to every row: a prompt, or the next turn. Return logits [B T V], fp32, and the new cache.
 
     Args:
@@ -147,7 +150,8 @@ def prefill(
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
-    cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
+    if isinstance(cache, CompactCache):
+        cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
     history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch
@@ -163,7 +167,7 @@ def prefill(
 
 def prefill_rows(
     model: Decoder,
-    cache: CompactCache,
+    cache: AnyCache,
     tokens: Int[np.ndarray, "B T"],
     count: Int[np.ndarray, "B"],
     chunk_size: int | None,
@@ -172,41 +176,47 @@ def prefill_rows(
     last_only: bool,
     donate: bool,
     watch: Callable[[int], object] | None,
-) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], CompactCache]:
+    ahead: int | None = None,
+) -> tuple[Float[Array, "B T V"] | Float[Array, "B V"], AnyCache]:
     """Do the work of `prefill` for a caller that has checked ids and sizes.
 
     The first `count` tokens of each row are real. The T of the logits is the number of columns that were computed:
-    `count.max()`, with the last chunk rounded up.
+    `count.max()`, with the last chunk rounded up. `ahead` is the number of tokens that may follow, as far as the caller
+    knows; None is all that a cache in pages was made for.
     """
-    runner, size = unrolled(model), chunk_size or platform_defaults().prefill_chunk
+    runner, size, total = unrolled(model), chunk_size or platform_defaults().prefill_chunk, int(count.max())
+    is_first = host_bounds(cache).seen == 0
     last, parts = jnp.zeros((cache.batch_size, model.config.vocab_size), jnp.float32), []
-    for start in range(0, max(int(count.max()), 1), size):
+    for start in range(0, max(total, 1), size):
         part = tokens[:, start : start + size]
         part = np.pad(part, ((0, 0), (0, _bucket(part.shape[1], size) - part.shape[1])))
         counts = np.clip(count - start, 0, part.shape[1]).astype(np.int32)
-        cache = grow_for(cache, int(counts.max()))
+        own = donate or start > 0  # from the second chunk on, the cache was made here, so nobody else uses it
+        cache = grow_for(model.config, cache, int(counts.max()), total - start + (ahead or 0), own)
         before = host_bounds(cache)
-        # From the second chunk on, the cache was made here, so nobody else uses it.
         chunk = part, counts, jnp.float32(threshold), last if last_only else None
-        logits, cache = _extend(runner, cache, *chunk, donate=donate or start > 0)
+        logits, cache = _extend(runner, cache, *chunk, donate=own)
         last = logits if last_only else last
         parts.append(logits)
         cache = check_overflow(cache, before, int(counts.max()))
         if watch is not None:
             jax.block_until_ready(logits)
-            watch(min(start + size, int(count.max())))
+            watch(min(start + size, total))
+    if is_first and isinstance(cache, PagedCache):
+        more = cache.max_length - total if ahead is None else ahead
+        cache = cast(Any, fitted(model.config, cache, more, donate=True))
     return last if last_only else jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0], cache
 
 
 def decode_step(
     model: Decoder,
-    cache: CompactCache,
+    cache: AnyCache,
     tokens: Int[Array, "B"],
     *,
     active: Bool[Array, "B"] | None = None,
     threshold: float | Float[Array, ""] = 0.0,
     donate: bool = False,
-) -> tuple[Float[Array, "B V"], CompactCache]:
+) -> tuple[Float[Array, "B V"], AnyCache]:
     """Append one token to every row that is `active` (all by default); the others stay as they are and get logits of 0.
 
     Return logits [B V], fp32, and the new cache. `threshold` and `donate` are as in `prefill`. Raises ConfigError for
@@ -224,7 +234,7 @@ def decode_step(
         )
     count = np.ones(cache.batch_size, np.int32) if active is None else jnp.asarray(active).astype(jnp.int32)
     check_context(model.config, cache, np.ones(1, np.int32))
-    cache = grow_for(cache, 1)
+    cache = grow_for(model.config, cache, 1, donate=donate)
     before = host_bounds(cache)
     chunk = jnp.asarray(tokens)[:, None], count, jnp.float32(threshold), None
     logits, cache = _extend(unrolled(model), cache, *chunk, donate=donate)
@@ -233,20 +243,19 @@ def decode_step(
 
 def extend_rows(
     model: UnrolledDecoder,
-    cache: CompactCache,
+    cache: AnyCache,
     tokens: Int[Array, "B T"],
     count: Int[Array, "B"],
     threshold: Float[Array, ""],
     last: Array | None,
-    donate: bool = False,
-) -> tuple[Array, CompactCache]:
+) -> tuple[Array, AnyCache]:
     """Append the first `count` tokens of each row: the step of every prefill and decode loop.
 
     Return the logits of all tokens [B T V], 0 for padding, if `last` is None. Otherwise, `last` [B V] holds the logits
     of each row's last token so far; return them after this chunk. A row without tokens in the chunk keeps its logits.
-    `donate` is as in `UnrolledDecoder.extend`.
+    Unless it runs inside of a jitted function, the new cache takes over the memory of the old one.
     """
-    hidden, cache = model.extend(cache, tokens, count, threshold, donate)
+    hidden, cache = model.extend(cache, tokens, count, threshold)
     return _read_logits(hidden, model.head, count, last), cache
 
 
@@ -263,16 +272,14 @@ def _read_logits(hidden: Array, head: Array, count: Array, last: Array | None) -
 # The cache is always donated. A cache that the caller keeps is copied first, which the program would do as well if it
 # were not donated, so that one program serves both.
 _whole = jax.jit(extend_rows, donate_argnums=1)
-_copy = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
+copied = jax.jit(lambda cache: jax.tree.map(jnp.copy, cache))
 
 
-def _extend(model: UnrolledDecoder, cache: CompactCache, *chunk: Any, donate: bool) -> tuple[Array, CompactCache]:
+def _extend(model: UnrolledDecoder, cache: AnyCache, *chunk: Any, donate: bool) -> tuple[Array, AnyCache]:
     """Run `extend_rows` in the way that compiles fastest at full speed: layer by layer, or as one program."""
     with mesh_of(model.embed):
-        own = cache if donate else _copy(cache)
-        if model.runs_by_layer:
-            return extend_rows(model, own, *chunk, donate=True)
-        return _whole(model, own, *chunk)
+        own = cache if donate else copied(cache)
+        return (extend_rows if model.runs_by_layer else _whole)(model, own, *chunk)
 
 
 def num_compilations() -> int:

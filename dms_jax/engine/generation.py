@@ -1,6 +1,7 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +13,29 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
-from dms_jax.core.compact_cache import CompactCache, TokenHistory, row_compression_ratios
-from dms_jax.engine.cache_capacity import check_context, check_min_slots, host_bounds, plan_capacity, round_up
+from dms_jax.core.cache_base import Cache, TokenHistory, row_compression_ratios
+from dms_jax.core.compact_cache import CompactCache
+from dms_jax.engine.cache_capacity import (
+    check_context,
+    check_min_slots,
+    host_bounds,
+    plan_capacity,
+    round_up,
+    uses_pages,
+)
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decode_loop import DecodeState, finite_rows, generate_segments, generated_tokens
 from dms_jax.engine.decoding import init_cache, prefill_rows
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.head_budgets import policy_for_rows
+from dms_jax.engine.page_memory import pages_for
 from dms_jax.engine.stop_ids import end_ids, split_stops
 from dms_jax.engine.text_stream import trim_at_stop
 from dms_jax.errors import ConfigError, shown
 from dms_jax.hf.hf_tokenizer import Tokenizer, load_tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies.prompt_compression import compress_prompt
 
 MAX_FLOAT32 = float(jnp.finfo(jnp.float32).max)
@@ -48,8 +59,24 @@ class Generation:
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
-    cache: CompactCache
+    cache: Cache
     logits: Float[Array, "B V"]  # after the last token
+    seconds_to_first_token: float  # until the prompts were read, compilation included
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Memory of all arrays of the cache."""
+        return self.cache.bytes.allocated
+
+    @property
+    def live_bytes(self) -> int:
+        """Keys and values of the live pairs."""
+        return self.cache.bytes.live
+
+    @property
+    def dense_bytes(self) -> int:
+        """Keys and values of all pairs that the rows have seen, which a dense cache would hold."""
+        return self.cache.bytes.dense
 
 
 class Progress(NamedTuple):
@@ -65,7 +92,7 @@ def generate(
     config: GenerationConfig | None = None,
     *,
     tokenizer: Tokenizer | None = None,
-    cache: CompactCache | None = None,
+    cache: Cache | None = None,
     watch: Callable[[Progress], bool | None] | None = None,
 ) -> Generation:
     """Continue each prompt.
@@ -82,31 +109,28 @@ def generate(
 
     Raises ConfigError for arguments that cannot work, and, with overflow "raise", when a head needs more slots.
     """
-    config = config or GenerationConfig()
+    config, began = config or GenerationConfig(), time.perf_counter()
     # 1. Check prompts and stop ids. Nothing below checks an id again.
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
     stop_ids, stop_strings = _stops(model, config, tokenizer)
     threshold = config.threshold if abs(config.threshold) <= MAX_FLOAT32 else math.copysign(math.inf, config.threshold)
     config = replace(config, stop_strings=stop_strings, threshold=threshold)
-    lengths = np.array([len(row) for row in rows])
+    lengths, chunk = np.array([len(row) for row in rows]), config.chunk_size or platform_defaults().prefill_chunk
     # 2. Make the cache, and refuse sizes that could not work before any work is done.
     own = cache is None
-    if cache is None:
-        policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
-        capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
-        cache = init_cache(model, len(rows), capacity, policy=policy, overflow=overflow)
+    cache = _new_cache(model, config, lengths, chunk) if cache is None else cache
     _check_sizes(model, cache, lengths, config)
     history = _history(cache, config)
     history = history if history is None else history.extended(rows)
     # 3. Prefill, keep only the logits of each prompt's last token, and compress the prompts if the policy does so.
-    padded = _padded(rows)
     on_chunk = None if watch is None else lambda done: watch(Progress(done, None))
-    logits, cache = prefill_rows(
-        model, cache, padded, lengths, config.chunk_size, config.threshold, last_only=True, donate=own, watch=on_chunk
-    )
-    if cache.policy.compresses_prompt:
+    chunks, more = (_padded(rows), lengths, chunk, config.threshold), config.max_new_tokens
+    logits, cache = prefill_rows(model, cache, *chunks, last_only=True, donate=own, watch=on_chunk, ahead=more)
+    if isinstance(cache, CompactCache) and cache.policy.compresses_prompt:
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
+    jax.block_until_ready(logits)
+    seconds = time.perf_counter() - began
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
     seen_ids = history.ids if history is not None else rows
     state, stopped_by_text = _first_state(cache, logits, seen_ids, config), np.zeros(len(rows), bool)
@@ -115,7 +139,17 @@ def generate(
         if watch is not None and watch(Progress(int(lengths.max()), generated_tokens(state))):
             break
     # 5. Read the results from the device.
-    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history)
+    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history, seconds)
+
+
+def _new_cache(model: Decoder, config: GenerationConfig, lengths: np.ndarray, chunk: int) -> Cache:
+    """Make a cache for prompts of these lengths and their answers."""
+    policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
+    if uses_pages(model.config, config, policy):
+        sizes = lengths, config.max_new_tokens, config.max_length or 0, chunk
+        return pages_for(model, *sizes, policy, config.overflow)
+    capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)
+    return init_cache(model, len(lengths), capacity, policy=policy, overflow=overflow)
 
 
 def _encode(model, prompts, config, tokenizer) -> tuple[list[np.ndarray], Tokenizer | None, bool]:
@@ -168,7 +202,7 @@ def _stops(model, config, tokenizer) -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array(ids + [-1] * (size - len(ids)), np.int32), strings
 
 
-def _history(cache: CompactCache, config: GenerationConfig) -> TokenHistory | None:
+def _history(cache: Cache, config: GenerationConfig) -> TokenHistory | None:
     """Return the tokens that the cache has seen, before the arrays of the cache are given away."""
     if cache.history is None and config.repetition_penalty != 1:
         warnings.warn(
@@ -189,7 +223,8 @@ def _check_sizes(model, cache, lengths, config) -> None:
     count = lengths + config.max_new_tokens
     check_context(model.config, cache, count)
     check_min_slots(cache, int(count.max()))
-    cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
+    if isinstance(cache, CompactCache):
+        cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
     if isinstance(config.seed, tuple | list) and len(config.seed) != len(lengths):
         raise ConfigError(
             f"seed must be one number or one for each prompt, got {len(config.seed)} for {len(lengths)} prompts"
@@ -204,9 +239,7 @@ def _padded(rows: list[np.ndarray]) -> np.ndarray:
     return padded
 
 
-def _first_state(
-    cache: CompactCache, logits: Array, seen_ids: Sequence[np.ndarray], config: GenerationConfig
-) -> DecodeState:
+def _first_state(cache: Cache, logits: Array, seen_ids: Sequence[np.ndarray], config: GenerationConfig) -> DecodeState:
     """Return the state after the prefill. The space for new tokens is rounded up, so that few sizes are compiled."""
     num_rows, columns = len(seen_ids), round_up(config.max_new_tokens)
     seen_tokens = None
@@ -241,6 +274,7 @@ def _result(
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     history: TokenHistory | None,
+    seconds: float,
 ) -> Generation:
     """Read the state from the device; `tokenizer` is None for prompts of ids. `history` ends before the new tokens."""
     numbers, stopped, tokens = np.asarray(state.num_generated), np.asarray(state.stopped), generated_tokens(state)
@@ -264,6 +298,7 @@ def _result(
         pairs_read=np.asarray(state.pairs_read, np.float64),
         cache=cache,
         logits=state.logits,
+        seconds_to_first_token=seconds,
     )
 
 

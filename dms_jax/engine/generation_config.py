@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dms_jax.config import OVERFLOWS, Overflow
 from dms_jax.config_reader import MAX_INT, Above, AtLeast, Range, check_ranges
@@ -54,8 +54,10 @@ class GenerationConfig:
     append_stop_id: bool = True  # False: the cache ends before the stop id, so that text can come in between
     seed: int | tuple[int, ...] = 0  # one for all rows, combined with the row's index; or one per row
     logprobs: bool = False  # also return each token's log p under the model itself, at temperature 1
+    cache: Literal["pages", "slots"] | None = None  # None: see `uses_pages`
+    max_length: Annotated[int, AtLeast(1), "tokens of each row that the tables of pages are made for"] | None = None
     capacity: int | tuple[int, ...] | None = None  # slots per row and KV head; None: see `plan_capacity`
-    overflow: Overflow | None = None  # what a full buffer does; None: see `init_cache`
+    overflow: Overflow | None = None  # what a full buffer does; None: "grow" for pages, for slots see `init_cache`
     chunk_size: Annotated[int, AtLeast(1), "tokens per chunk of the prefill"] | None = None
     threshold: float = 0.0  # a token evicts iff its logit exceeds it; see `calibrate`
     dense: bool = False  # equivalent to policy="dense"
@@ -70,6 +72,7 @@ class GenerationConfig:
             ("threshold", "a number", _is_number(self.threshold)),
             ("temperature", "a number", _is_number(self.temperature)),  # an int may be larger than any float
             ("repetition_penalty", "a number", _is_number(self.repetition_penalty)),
+            ("cache", "pages or slots", self.cache in (None, "pages", "slots")),
             ("overflow", f"one of {', '.join(OVERFLOWS)}", self.overflow is None or self.overflow in OVERFLOWS),
             ("stop_strings", "a tuple of non-empty strings", all(isinstance(s, str) and s for s in strings)),
             ("stop_ids", "a tuple of token ids", isinstance(ids, tuple | list) and all(map(_is_id, ids))),

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from dms_jax.core.compact_cache import CompactCache, staying_counts
+from dms_jax.core.cache_base import Cache
 from dms_jax.engine.stopwatch import Clock
 
 
@@ -20,9 +20,7 @@ class Report:
     decode_tokens: int = 0
     caches: list[dict] = field(default_factory=list)  # `cache_numbers` of each batch, or of a conversation as it is now
 
-    def add(
-        self, prompt_tokens: int, new_tokens: int, cache: CompactCache, rows: int, same_cache: bool = False
-    ) -> None:
+    def add(self, prompt_tokens: int, new_tokens: int, cache: Cache, rows: int, same_cache: bool = False) -> None:
         """Count a batch; the first `rows` rows of `cache` are its prompts, and the others are padding.
 
         With `same_cache`, the cache replaces the last one that was counted, as in the next turn of a conversation.
@@ -41,7 +39,7 @@ class Report:
         }
         largest = {
             key: max((cache[key] for cache in self.caches), default=0)
-            for key in ("cache_bytes", "live_bytes", "dense_bytes")
+            for key in ("allocated_bytes", "live_bytes", "dense_bytes")
         }
         return {
             "prompts": self.prompts,
@@ -57,6 +55,7 @@ class Report:
             "tokens_seen_per_row": round(sums["seen"] / max(sums["rows"], 1), 1),
             "live_pairs_per_head": round(sums["live"] / max(sums["rows"], 1), 1),
             **largest,
+            "cache_bytes": largest["allocated_bytes"],
             "forced_evictions": sums["forced_evictions"],
         }
 
@@ -69,6 +68,8 @@ class Report:
             rate = "-" if rate is None else f"{rate:.1f}"
             lines.append(f"{phase:<10}{n[f'{phase}_tokens']:>9}{n[f'{phase}_s']:>10.2f}{rate:>10}")
         lines.append(f"{'compile':<10}{'':>9}{n['compile_s']:>10.2f}")
+        if n["seconds_to_first_token"] is not None:
+            lines.append(f"seconds to the first token, compiling included: {n['seconds_to_first_token']:.2f}")
         nominal = "-" if n["nominal_cr"] is None else f"{n['nominal_cr']:.2f}"
         policy = self.policy if self.target_cr is None else f"nominal {nominal}, target {self.target_cr:g}"
         lines.append(
@@ -76,7 +77,7 @@ class Report:
             f"CR {n['realised_cr']:.2f} ({policy})"
         )
         lines.append(
-            f"cache: {_mebibytes(n['cache_bytes'])} allocated, {_mebibytes(n['live_bytes'])} live, "
+            f"cache: {_mebibytes(n['allocated_bytes'])} allocated, {_mebibytes(n['live_bytes'])} live, "
             f"{_mebibytes(n['dense_bytes'])} if dense; forced evictions {n['forced_evictions']}"
         )
         return "\n".join(lines)
@@ -94,24 +95,22 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def cache_numbers(cache: CompactCache, rows: int) -> dict:
+def cache_numbers(cache: Cache, rows: int) -> dict:
     """Return sums over the first `rows` rows: tokens seen, live pairs (mean over layers and heads), and bytes.
 
     `staying` counts the pairs that no decision evicts, which give the nominal CR.
-    `live_bytes` and `dense_bytes` are keys and values only, `dense_bytes` those of a dense cache. `cache_bytes` is the
-    memory that is allocated, including the bookkeeping.
+    `live_bytes` and `dense_bytes` are keys and values only, `dense_bytes` those of a dense cache. `allocated_bytes` is
+    all memory of the cache, including the bookkeeping.
     """
     seen, live = np.asarray(cache.seen, np.float64)[:rows], np.asarray(cache.live_counts, np.float64)[:, :rows]
-    staying = staying_counts(cache)[:, :rows]
-    layer = cache.layers[0]
-    pair = 2 * layer.k.shape[3] * layer.k.dtype.itemsize
+    staying = np.asarray(cache.staying_counts)[:, :rows]
     return {
         "rows": rows,
         "seen": float(seen.sum()),
         "live": float(live.mean(axis=(0, 2)).sum()) if live.size else 0.0,
         "staying": float(staying.mean(axis=(0, 2)).sum()) if staying.size else 0.0,
         "forced_evictions": int(np.asarray(cache.forced_evictions)[:, :rows].sum()),
-        "cache_bytes": cache.bytes,
-        "live_bytes": int(live.sum()) * pair,
-        "dense_bytes": int(seen.sum()) * len(cache.layers) * layer.k.shape[1] * pair,
+        "allocated_bytes": int(cache.bytes),
+        "live_bytes": int(live.sum()) * cache.pair_bytes,
+        "dense_bytes": int(seen.sum()) * live.shape[0] * live.shape[2] * cache.pair_bytes,
     }

@@ -13,8 +13,9 @@ import numpy as np
 
 import dms_jax
 from dms_jax.command import one_line
-from dms_jax.core.compact_cache import CompactCache, fork
-from dms_jax.engine.cache_capacity import plan_capacity
+from dms_jax.core.cache_base import Cache, fork
+from dms_jax.core.paged_cache import PagedCache
+from dms_jax.engine.cache_capacity import plan_capacity, uses_pages
 from dms_jax.engine.decode_layout import unrolled
 from dms_jax.engine.decoding import select_policy
 from dms_jax.engine.generation import Generation, Progress, generate
@@ -47,7 +48,7 @@ class Session:
     config: GenerationConfig
     model: Decoder
     tokenizer: Tokenizer
-    loaded: CompactCache | None  # the cache that --load-cache names
+    loaded: Cache | None  # the cache that --load-cache names
     report: Report
     defaults: dict[str, Any]  # the sampling settings that come from the model's generation_config.json
 
@@ -114,11 +115,11 @@ class Session:
         """Return the tokens without a stop id at their end."""
         return tokens[:-1] if tokens.size and int(tokens[-1]) in (self.config.stop_ids or ()) else tokens
 
-    def free_context(self, cache: CompactCache | None) -> int:
+    def free_context(self, cache: Cache | None) -> int:
         """Return how many more tokens fit into the model's context after those in `cache`."""
         return self.model.config.context_limit()[0] - (0 if cache is None else int(np.max(cache.seen)))
 
-    def start_from_loaded(self, rows: int) -> CompactCache | None:
+    def start_from_loaded(self, rows: int) -> Cache | None:
         """Return a copy of the loaded cache for each of `rows` prompts; None without --load-cache."""
         return None if self.loaded is None else fork(self.loaded, rows)
 
@@ -131,6 +132,8 @@ class Session:
         # Later turns have unknown lengths, so budgets of heads are those for a full context.
         length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
         policy = policy_for_rows(self.model, config.policy, config.dense, length)
+        if uses_pages(self.model.config, config, policy):
+            return replace(config, max_length=max(prompt_lengths) + new_tokens, policy=policy, dense=False)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come
         )
@@ -150,7 +153,7 @@ class Session:
         self,
         rows: Sequence[np.ndarray],
         config: GenerationConfig,
-        cache: CompactCache | None = None,
+        cache: Cache | None = None,
         *,
         first: int = 0,
         show: Callable[[list[np.ndarray]], None] | None = None,
@@ -194,7 +197,7 @@ class Session:
             "forced_evictions": int(result.forced_evictions[index]),
         }
 
-    def save(self, cache: CompactCache | None) -> None:
+    def save(self, cache: Cache | None) -> None:
         """Write the cache to the file of --save-cache, if the option is given and a cache exists."""
         if self.options.save_cache and cache is not None:
             dms_jax.save_cache(self.model, cache, self.options.save_cache, overwrite=self.options.overwrite)
@@ -276,7 +279,7 @@ def parse_capacity(text: str | None) -> int | tuple[int, ...] | None:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationConfig) -> CompactCache | None:
+def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationConfig) -> Cache | None:
     if not options.load_cache:
         return None
     cache = dms_jax.load_cache(model, options.load_cache)
@@ -291,6 +294,10 @@ def _load_cache(model: Decoder, options: argparse.Namespace, config: GenerationC
         raise ConfigError(
             f"{options.load_cache} does not say which tokens its cache has seen, as files of an earlier version, so a "
             "repetition penalty cannot count them; give --repetition-penalty 1, or save the cache again"
+        )
+    if options.overflow == "evict" and isinstance(cache, PagedCache):
+        raise ConfigError(
+            f"--overflow must be grow or raise for the cache in {options.load_cache}, which is in pages; leave it out"
         )
     return replace(cache, overflow=options.overflow).with_history(cache.history) if options.overflow else cache
 

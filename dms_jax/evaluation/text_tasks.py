@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import dms_jax
-from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
+from dms_jax.core.cache_base import compression_ratio, nominal_compression_ratio
 from dms_jax.core.eviction import align_to_pairs
 from dms_jax.core.visibility import expiry_of
 from dms_jax.engine.generation import Generation

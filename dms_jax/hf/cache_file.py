@@ -1,30 +1,36 @@
-"""Compact caches on disk: one safetensors file each, bound to the model that computed its keys and values."""
+"""Caches on disk: one safetensors file each, bound to the model that computed its keys and values."""
 
 import hashlib
 import json
 import os
+import re
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.config import OVERFLOWS, ModelConfig
-from dms_jax.core.compact_cache import NO_TOKEN, CompactCache, LayerCache, TokenHistory
+from dms_jax.core.cache_base import NO_TOKEN, Cache, TokenHistory
+from dms_jax.core.compact_cache import CompactCache, LayerCache
+from dms_jax.core.paged_cache import PagedCache
 from dms_jax.errors import ConfigError, naming
 from dms_jax.files import parse_json
 from dms_jax.hf.cache_state import check_layer, check_policy, check_seen
 from dms_jax.hf.dms_keys import dms_keys
 from dms_jax.hf.folder import base_hash
 from dms_jax.hf.hf_weights import EVICT, model_writes
-from dms_jax.hf.safetensors_files import new_path, open_own, write_whole
+from dms_jax.hf.page_file import cache_of, check_pages, page_fields, page_tensors
+from dms_jax.hf.safetensors_files import SafetensorsFiles, new_path, open_own, write_whole
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies import CachePolicy, describe, restored
+from dms_jax.sharding import devices_of
 
 KIND, VERSION = "dms_jax.cache", "3"
 FIELDS = ("k", "v", "position", "expiry", "score", "forced_evictions")
 HISTORY = ("history.ids", "history.last")
 
 
-def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+def save_cache(model: Decoder, cache: Cache, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write a cache to a file that names the model it belongs to: the hashes of base and evict head, and the policy.
 
     The base weights are read once to compute their hash. The file appears whole or not at all.
@@ -33,28 +39,26 @@ def save_cache(model: Decoder, cache: CompactCache, path: str | os.PathLike[str]
       ConfigError: the file exists and `overwrite` is false, it cannot be written, or the cache is another model's.
     """
     path = new_path(path, overwrite)
-    if len(cache.layers) != model.config.num_layers:
+    if cache.num_layers != model.config.num_layers:
         raise ConfigError(
-            f"this cache belongs to another model: it has {len(cache.layers)} layers, the model "
+            f"this cache belongs to another model: it has {cache.num_layers} layers, the model "
             f"{model.config.num_layers}"
         )
-    tensors = {
-        f"layers.{i}.{name}": np.asarray(getattr(layer, name))
-        for i, layer in enumerate(cache.layers)
-        for name in _fields(cache.policy, model.config)
-    }
+    paged = isinstance(cache, PagedCache)
+    tensors = page_tensors(cache) if paged else _slot_tensors(cache, model.config)
     metadata = {
         "kind": KIND,
         "version": VERSION,
         "overflow": cache.overflow,
         "policy": json.dumps(describe(cache.policy)),
+        **({"num_pages": str(cache.arena.num_pages)} if paged else {}),
         **identity(model),
     }
     write_whole(path, tensors | {"seen": np.asarray(cache.seen)} | _history_tensors(cache.history), metadata)
 
 
-def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
-    """Read the cache in a file that this model wrote.
+def load_cache(model: Decoder, path: str | os.PathLike[str]) -> Any:
+    """Read the cache in a file that this model wrote: a `CompactCache`, or a `PagedCache` if one was saved.
 
     Raises:
       ConfigError: the file is damaged, is not a cache, belongs to another model, or holds what no cache can hold.
@@ -73,13 +77,17 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         check_policy(policy)
     except (ValueError, KeyError, TypeError) as why:  # a ConfigError is a ValueError
         raise ConfigError(f"{path} is damaged: its header does not name a known policy ({why})") from why
-    fields = _fields(policy, config)
+    paged, fields = "num_pages" in metadata, _fields(policy, config)
     names = {"seen", *(f"layers.{i}.{name}" for i in range(config.num_layers) for name in fields)}
+    if paged:
+        names = {"seen", *page_fields(policy, config)}
     has_history = set(HISTORY) <= set(tensors.names())  # files of earlier versions have none
     if overflow not in OVERFLOWS or names | (set(HISTORY) if has_history else set()) != set(tensors.names()):
         raise ConfigError(
             f"{path} is damaged: its header or its list of tensors does not fit a cache of {config.num_layers} layers"
         )
+    if paged:
+        return _load_pages(model, path, tensors, policy, overflow, has_history)
     rows = tensors.shape("seen")
     layers = []
     for i in range(config.num_layers):
@@ -108,6 +116,43 @@ def load_cache(model: Decoder, path: str | os.PathLike[str]) -> CompactCache:
         history = _history(state, config.vocab_size) if has_history else None
     loaded = tuple(LayerCache(**{name: jnp.asarray(value) for name, value in layer.items()}) for layer in layers)
     return CompactCache(loaded, jnp.asarray(state["seen"]), policy, overflow).with_history(history)
+
+
+def _load_pages(
+    model: Decoder,
+    path: str | os.PathLike[str],
+    tensors: SafetensorsFiles,
+    policy: CachePolicy,
+    overflow: str,
+    has_history: bool,
+) -> PagedCache:
+    """Read and check the rest of a file that holds pages."""
+    config = model.config
+    state = {name: tensors.read(name) for name in ("seen", *page_fields(policy, config), *HISTORY * has_history)}
+    tensors.verify()
+    with naming(f"{path} is damaged"):
+        pages = tensors.metadata["num_pages"]
+        if not policy.in_pages or overflow == "evict" or not re.fullmatch("[0-9]{1,9}", pages):
+            raise ConfigError("its header does not fit a cache in pages")
+        if state["seen"].ndim != 1:
+            raise ConfigError(f"seen has shape {list(state['seen'].shape)}")
+        check_seen(state["seen"], config.context_limit()[0])
+        content = {name: state[name] for name in page_fields(policy, config)}
+        check_pages(content, state["seen"], policy, config)
+        history = _history(state, config.vocab_size) if has_history else None
+    # A header may name more pages than the file has; the arena then has room to grow into, but not more than the table.
+    room = min(int(pages), content["table"].size + 2)
+    mesh = devices_of(model.embed.get_value())
+    return cache_of(content, state["seen"], policy, overflow, room, mesh).with_history(history)
+
+
+def _slot_tensors(cache: Cache, config: ModelConfig) -> dict[str, np.ndarray]:
+    assert isinstance(cache, CompactCache)
+    return {
+        f"layers.{i}.{name}": np.asarray(getattr(layer, name))
+        for i, layer in enumerate(cache.layers)
+        for name in _fields(cache.policy, config)
+    }
 
 
 def _history_tensors(history: TokenHistory | None) -> dict[str, np.ndarray]:

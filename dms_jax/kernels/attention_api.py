@@ -7,7 +7,6 @@ implementation runs. Under a mesh each device runs the kernel on its own rows an
 import functools
 import inspect
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -17,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
-from dms_jax.core import chunked_attention, compact_cache, slot_attention
+from dms_jax.core import chunked_attention, compact_cache, paged_attention, slot_attention
 from dms_jax.core.compact_cache import Expiries, LayerCache
+from dms_jax.core.paged_cache import PagedLayer, axes_of, with_own_arena
 from dms_jax.core.slot_attention import (
     CacheOps,
     Chunk,
@@ -28,15 +28,16 @@ from dms_jax.core.slot_attention import (
     slots_in_use,
     unfold_queries,
 )
+from dms_jax.errors import ConfigError
 from dms_jax.kernels import decode_update_xla
 from dms_jax.kernels.block_sizes import Blocks, TrainBlocks
 from dms_jax.kernels.dispatch import KernelQuery, select_implementation
 from dms_jax.kernels.head_split import gather_heads, scatter_heads
 from dms_jax.kernels.kernel_table import AUTO, KERNELS, XLA, load
 from dms_jax.kernels.operands import Pairs, Token
-from dms_jax.sharding import spec
+from dms_jax.sharding import per_device
 
-# Axes of arrays as `_per_device` reads them.
+# Axes of arrays as `per_device` reads them.
 HEADS = "batch kv_heads"  # one number per row and KV head
 SLOTS = "batch kv_heads ."  # one number per slot or pair
 VECTORS = "batch kv_heads . ."  # keys, values, rows of queries
@@ -77,7 +78,7 @@ def gated_attention(
     n, kv_heads = q.shape[2], k.shape[2]
     q, k, v, log_keep = scatter_heads(q, k, v, log_keep)
     rows, keys = "batch heads . . .", "batch heads . ."
-    run = _per_device(attend, (q.shape[0], k.shape[2]), [rows, keys, keys, "batch heads .", "batch ."], rows)
+    run = per_device(attend, (q.shape[0], k.shape[2]), [rows, keys, keys, "batch heads .", "batch ."], rows)
     return gather_heads(chunked_attention.with_heads_folded(run, multiple, q, k, v, log_keep, segment_ids), n, kv_heads)
 
 
@@ -107,13 +108,49 @@ def extend_layer(
     statistic, budget = None if layer.statistic is None else VECTORS, None if layer.budget is None else HEADS
     cache = cache_axes(*PAIRS, HEADS, statistic, budget=budget)
     last = None if expiries.last_expiry is None else HEADS
-    run = _per_device(
+    run = per_device(
         own,
         k.shape[:2],
         [cache, "batch . kv_heads .", VECTORS, VECTORS, expiry_axes(SLOTS, SLOTS, last, last), "batch .", "batch"],
         ("batch . kv_heads .", cache),
     )
     return run(layer, q, k, v, expiries, chunk.position, chunk.count)
+
+
+def extend_pages(
+    layer: PagedLayer,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K T H"],
+    v: Float[Array, "B K T H"],
+    expiries: Expiries,
+    chunk: Chunk,
+) -> tuple[Float[Array, "B T N H"], PagedLayer]:
+    """Run `core.paged_attention.extend_pages`, under a mesh on each device's own rows, heads and pages."""
+    mesh, arenas = jax.sharding.get_abstract_mesh(), layer.arena.free_count.shape[0]
+    if arenas != max(1, mesh.size if not mesh.empty else 1):
+        raise ConfigError(
+            f"a cache in pages must be used on the devices that it was made on, got a cache for {arenas} devices on "
+            f"{mesh.size}; make the cache from the same model"
+        )
+
+    def own(arena, heads, q, k, v, expiries, position, count):
+        part = chunk._replace(position=position, count=count)
+        out, arena, heads = paged_attention.extend_pages(arena, heads, q, k, v, expiries, part)
+        return arena, heads, out
+
+    heads = layer.own()
+    arena_axes, head_axes = axes_of(layer.arena, heads, layers="")
+    last = None if expiries.last_expiry is None else HEADS
+    expiry_axes = cast(Any, Expiries)(SLOTS, SLOTS, last, last)
+    queries = "batch . kv_heads ."
+    run = per_device(
+        with_own_arena(own),
+        k.shape[:2],
+        [arena_axes, head_axes, queries, VECTORS, VECTORS, expiry_axes, "batch .", "batch"],
+        (arena_axes, head_axes, queries),
+    )
+    arena, heads, out = run(layer.arena, heads, q, k, v, expiries, chunk.position, chunk.count)
+    return out, layer.updated(arena, heads)
 
 
 @typed
@@ -140,7 +177,7 @@ def attend_to_slots(
     attend_slots = _kernel(kernel, name)
     rows = fold_queries(q, slots.k.shape[1])
     row_position = jnp.tile(position, (1, rows.shape[2] // q.shape[1]))
-    run = _per_device(
+    run = per_device(
         partial(attend_slots, blocks=blocks, interpret=interpret),
         rows.shape[:2],
         [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, HEADS],
@@ -177,7 +214,7 @@ def write_pairs(
     if name == XLA or k.shape[2] == 1:  # a single pair is not worth a kernel
         return compact_cache.write_pairs(layer, k, v, position, expiry, score, keep, new)
     kernel = partial(_kernel("compaction", name), blocks=blocks, interpret=interpret)
-    run = _per_device(kernel, k.shape[:2], [PAIRS, PAIRS, SLOTS, SLOTS], PAIRS)
+    run = per_device(kernel, k.shape[:2], [PAIRS, PAIRS, SLOTS, SLOTS], PAIRS)
     pairs = Pairs(k.astype(layer.k.dtype), v.astype(layer.v.dtype), position, expiry, score)
     return run(Pairs.of_layer(layer), pairs, keep, new).put_into(layer)
 
@@ -216,7 +253,7 @@ def decode_update(
     fixed = {"window_size": window_size, "decision_shift": decision_shift}
     if name == XLA:
         return decode_update_xla.decode_update(token, layer, seen, count, threshold, **fixed)
-    run = _per_device(  # the query heads of a group are on the device of their key head
+    run = per_device(  # the query heads of a group are on the device of their key head
         partial(_kernel("decode_update", name), **fixed, interpret=interpret),
         k.shape[:2],
         [TOKEN, PAIRS, "batch", "batch", ""],
@@ -243,30 +280,3 @@ def _jitted(function: str) -> Any:
     parameters = inspect.signature(found).parameters.values()
     fixed = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     return jax.jit(found, static_argnames=fixed)
-
-
-def _per_device(f: Callable, sizes: tuple[int, ...], axes_in: list, axes_out: Any) -> Callable:
-    """Run `f` on each device's own rows and KV heads if a mesh is set; `sizes` are the numbers of rows and of KV heads.
-
-    `axes_in` and `axes_out` have the structure of the arguments and the results of `f`. In place of each array, they
-    hold its axes as words: "." is never split, and "heads" are KV heads over the model and context axes together. An
-    axis that its mesh axes do not divide is not split.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    # With manual axes, each device already runs this code by itself.
-    if mesh.empty or math.prod(mesh.axis_sizes) == 1 or mesh.manual_axes:
-        return f
-    size_of = {".": 0, "batch": sizes[0], "kv_heads": sizes[1], "heads": sizes[1]}
-
-    def partition(axes: str):
-        words = axes.split()
-        names = tuple(None if word == "." else word for word in words)
-        return spec(names, tuple(size_of[word] for word in words), mesh)
-
-    def run(*args):
-        specs = tuple(
-            None if x is None else jax.tree.map(partition, axes) for axes, x in zip(axes_in, args, strict=True)
-        )
-        return jax.shard_map(f, in_specs=specs, out_specs=jax.tree.map(partition, axes_out), check_vma=False)(*args)
-
-    return run

@@ -7,7 +7,7 @@ under a policy.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,14 @@ from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope, rope_cos_sin
 from dms_jax.core.slot_attention import CacheOps, Chunk, expiring_attention
-from dms_jax.kernels.attention_api import attend_to_slots, decode_update, extend_layer, gated_attention, write_pairs
+from dms_jax.kernels.attention_api import (
+    attend_to_slots,
+    decode_update,
+    extend_layer,
+    extend_pages,
+    gated_attention,
+    write_pairs,
+)
 from dms_jax.kernels.dispatch import KernelQuery, is_available
 from dms_jax.models.layers import EvictParam, ParamFactory, rms_norm, unit_rms
 from dms_jax.policies.cache_policy import CachePolicy, FusedRule
@@ -161,22 +168,30 @@ class AttentionLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         normed: Float[Array, "B T D"],
-        cache: LayerCache,
+        cache: Any,
         policy: CachePolicy,
         chunk: Chunk,
         channel: ChannelScale,
         frequency: Float[Array, "half"],
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Attend from a chunk to the cache and to the chunk itself. Return the output and the updated cache."""
-        ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Attend from a chunk to the cache and to the chunk itself. Return the output and the updated cache.
+
+        The cache of a layer is a `LayerCache` or a `PagedLayer`.
+        """
+        ops = None  # pages have one implementation
+        if isinstance(cache, LayerCache):
+            ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
         q, k, v = self.project(normed, channel)
         logits = self.evict_logits(x, q)
-        if ops.fused_step is None:
+        if ops is None or ops.fused_step is None:
             q, k = self._rotated(q, k, channel, chunk.position, frequency)
             q = constrain(q, "batch", None, "q_heads", "head_dim")
             k, v = (constrain(a, "batch", None, "kv_heads", "head_dim").swapaxes(1, 2) for a in (k, v))
             expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
-            out, cache = extend_layer(cache, q, k, v, expiries, chunk, policy, ops)
+            if ops is None:
+                out, cache = extend_pages(cache, q, k, v, expiries, chunk)
+            else:
+                out, cache = extend_layer(cache, q, k, v, expiries, chunk, policy, ops)
         else:  # one kernel does all stages except attention
             with jax.named_scope("append"):
                 q = self._scale_borrowed(q, channel.before_rope)

@@ -11,6 +11,7 @@ layers in the same way.
 
 from collections.abc import Hashable
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from dms_jax.axes import Array
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.budget_eviction import budgeted_row_expiry
-from dms_jax.core.compact_cache import LayerCache
 from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED, NEVER, segment_bounds
@@ -68,8 +68,8 @@ class Block(nnx.Module):
         return x + constrain(out, "batch", "sequence", None), decision
 
     def extend(
-        self, x: Array, cache: LayerCache, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
-    ) -> tuple[Array, LayerCache]:
+        self, x: Array, cache: Any, policy: CachePolicy, chunk: Chunk, channel: ChannelScale, frequency: Array
+    ) -> tuple[Array, Any]:
         """Run the block on a chunk that continues the rows of a cache; arguments as in `AttentionLayer.extend`."""
         normed = rms_norm(x, self.attention_norm[...], self.config.rms_norm_eps)
         out, cache = self.attention.extend(x, normed, cache, policy, chunk, channel, frequency)

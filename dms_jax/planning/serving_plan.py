@@ -8,13 +8,23 @@ measured. Communication between devices is not counted. Begin with `serving_plan
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dms_jax.config import ModelConfig
 from dms_jax.core.cr_schedule import realised_cr
+from dms_jax.core.page_counts import (
+    PageShape,
+    cache_bytes,
+    expected_fraction,
+    expected_pages,
+    size_class,
+    table_columns,
+)
 from dms_jax.errors import ConfigError, shown
 from dms_jax.planning.figures import Figure
 from dms_jax.planning.flops import attention_flops, matmul_parameters
@@ -24,8 +34,6 @@ from dms_jax.platform_defaults import platform_defaults
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 UNITS |= {letter + suffix: 2 ** (10 * power) for power, letter in enumerate("kmgt", 1) for suffix in ("", "ib")}
-BOOKKEEPING = 12  # bytes per cached pair: position, expiry, score
-READ_BOOKKEEPING = 8  # of these, the bytes that a decode step reads
 MIN_SPEEDUP = 1.1  # a smaller speed-up is not worth mentioning
 
 
@@ -51,7 +59,9 @@ class Load(NamedTuple):
 
     nominal_cr: float
     live: float  # mean number of live pairs per KV head
-    capacities: list[int]  # slots per KV head of each layer
+    fraction: float = 1.0  # of the pairs behind the ring, for which there are pages
+    ring: int | None = None  # newest pairs of a head that are kept apart; None for a page of them
+    budgets: np.ndarray | None = None  # exact budgets [L K]
 
 
 class ModelBytes(NamedTuple):
@@ -61,8 +71,9 @@ class ModelBytes(NamedTuple):
     weights: int  # all weights, per group
     read_weights: int  # weights that a decode step reads, per group: all but a separate input embedding
     pair: float  # keys and values per token, in all layers, KV heads and copies
-    bookkeeping: float  # positions, expiries and scores per token, in all layers, KV heads and copies
-    read_bookkeeping: float  # the part of `bookkeeping` that a decode step reads
+    devices: int
+    kv_heads: int  # of each device
+    number: int  # of one number
 
 
 def serving_plan(
@@ -80,8 +91,8 @@ def serving_plan(
 
     `budgets` are pairs per layer and KV head, as under the policy `dms_budget`, whose memory is known beforehand.
     `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands
-    for the memory of the hardware. `headroom` is capacity / mean live pairs. Raises ConfigError if the context exceeds
-    the model's limit or the weights do not fit into the memory.
+    for the memory of the hardware. `headroom` is pages / pages that the pairs behind the window need. Raises
+    ConfigError if the context exceeds the model's limit or the weights do not fit into the memory.
     """
     limit, name = config.context_limit()
     if context > limit:
@@ -95,21 +106,20 @@ def serving_plan(
             "larger model axis"
         )
     window = config.require_dms().window_size
-    multiple = platform_defaults(hardware.platform).capacity_multiple
-    rates = decode_rates(hardware)
+    page_size, rates = platform_defaults(hardware.platform).page_size, decode_rates(hardware)
     formulas = {
-        "capacity_per_layer": f"mean live pairs at window {window}, if decisions do not depend on the position, x "
-        f"{headroom:g}, because heads differ, rounded up to a multiple of {multiple}; generate grows the cache when "
-        "a head needs more; for exact budgets, the largest one of the layer's heads, and nothing grows",
-        "most_users": "(memory - weights) / cache of one user; memory: "
+        "cache_bytes_per_user": f"what init_pages allocates for all users, in pages of {page_size} pairs: the newest "
+        f"{window + 1} pairs of each head, and 1 / CR of the others x {headroom:g}, because texts differ; it grows "
+        "when more stay; for exact budgets, the budgets, and nothing grows",
+        "most_users": "those whose caches fit into memory - weights; memory: "
         f"{'given' if budget is not None else hardware.source}",
         "tokens_per_second": "users / max(bytes of weights and live pairs / bandwidth, FLOPs / rate of products); "
         + rates.source,
     }
-    by_ratio = loads(config, context, headroom, ratios, multiple)
-    exact = {} if budgets is None else exact_load(context, budgets, multiple)
+    by_ratio = loads(config, context, headroom, ratios)
+    exact = {} if budgets is None else exact_load(context, budgets, window)
     arms = {
-        name: arm_figures(config, load, sizes, rates, memory, users, context, formulas)
+        name: arm_figures(config, load, sizes, rates, memory, users, context, page_size, formulas)
         for name, load in (by_ratio | exact).items()
     }
     values = [{figure.name: figure.value for figure in arms[name]} for name in by_ratio]
@@ -138,35 +148,56 @@ def model_bytes(config: ModelConfig, hardware: Hardware, mesh: tuple[int, ...]) 
         weights=weights,
         read_weights=weights - embedding,
         pair=heads * 2 * config.head_dim * number * copies,
-        bookkeeping=BOOKKEEPING * heads * copies,
-        read_bookkeeping=READ_BOOKKEEPING * heads * copies,
+        devices=data * model,
+        kv_heads=config.num_kv_heads // math.gcd(config.num_kv_heads, model),
+        number=number,
     )
 
 
-def loads(
-    config: ModelConfig, context: int, headroom: float, ratios: tuple[float, ...], multiple: int
-) -> dict[str, Load]:
-    """Return the load of each arm after `context` tokens. Capacities are rounded up to a multiple of `multiple`."""
-    window, layers = config.require_dms().window_size, config.num_layers
-    found = {"dense": Load(1.0, float(context), [_round_up(context, multiple)] * layers)}
+def loads(config: ModelConfig, context: int, headroom: float, ratios: tuple[float, ...]) -> dict[str, Load]:
+    """Return the load of each arm after `context` tokens."""
+    window = config.require_dms().window_size
+    found = {"dense": Load(1.0, float(context))}
     for ratio in ratios:
         live = context / realised_cr(ratio, context, window)
-        slots = _round_up(min(context, math.ceil(headroom * live)), multiple)
-        found[f"cr {ratio:g}"] = Load(ratio, live, [slots] * layers)
+        found[f"cr {ratio:g}"] = Load(ratio, live, expected_fraction(ratio, headroom), window + 1)
     return found
 
 
-def exact_load(context: int, budgets: tuple[tuple[int, ...], ...], multiple: int) -> dict[str, Load]:
+def exact_load(context: int, budgets: tuple[tuple[int, ...], ...], window: int) -> dict[str, Load]:
     """Return the load of the arm with exact budgets, in which a head holds its budget, or all tokens if those are
     fewer."""
-    held = [[min(pairs, context) for pairs in layer] for layer in budgets]
-    live = sum(map(sum, held)) / sum(map(len, held))
-    mean = sum(map(sum, budgets)) / sum(map(len, budgets))
-    return {f"{mean:g} pairs": Load(context / live, live, [_round_up(max(layer), multiple) for layer in held])}
+    table = np.array(budgets)
+    live = float(np.minimum(table, context).mean())
+    return {f"{table.mean():g} pairs": Load(context / live, live, ring=window + 1, budgets=table)}
 
 
-def _round_up(slots: int, multiple: int) -> int:
-    return -(-slots // multiple) * multiple
+def users_bytes(
+    config: ModelConfig, load: Load, sizes: ModelBytes, users: int, context: int, page_size: int
+) -> tuple[int, int]:
+    """Return the pages of a device and the bytes of all devices that `init_pages` allocates for `users` rows of
+    `context` tokens."""
+    rows, ring = -(-users // sizes.data), load.ring or page_size
+    shape = PageShape(page_size, config.head_dim, sizes.number, load.budgets is not None)
+    pages = expected_pages(
+        np.array([context]), ring, page_size, load.fraction, config.num_layers, config.num_kv_heads, load.budgets
+    )
+    of_device = pages.reshape(config.num_layers, -1, sizes.kv_heads).sum(axis=(0, 2)).max()
+    num_pages = size_class(1 + rows * int(of_device), shape.page_bytes)
+    heads = config.num_layers * rows * sizes.kv_heads
+    columns = table_columns(context, ring, page_size, load.budgets)
+    return num_pages, sizes.devices * cache_bytes(shape, num_pages, columns, ring, heads, rows)
+
+
+def most_users(fits: Callable[[int], bool]) -> int:
+    """Return the largest number of users that `fits`, which is true up to that number."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def arm_figures(
@@ -177,15 +208,17 @@ def arm_figures(
     memory: float,
     users: int,
     context: int,
+    page_size: int,
     formulas: dict[str, str],
 ) -> list[Figure]:
     """Compute the figures of one arm. `batch`, the number of users who are served at once, is limited by `memory`."""
-    user_bytes = sum(load.capacities) / config.num_layers * (sizes.pair + sizes.bookkeeping)
-    max_users = int((memory - sizes.data * sizes.weights) // user_bytes)
+    needed = lambda users: users_bytes(config, load, sizes, users, context, page_size)
+    free, (pages, allocated) = memory - sizes.data * sizes.weights, needed(users)
+    max_users = most_users(lambda users: needed(users)[1] <= free)
     batch = min(users, max_users)
 
     def tokens_per_second(users: int) -> float | None:
-        read = sizes.data * sizes.read_weights + users * load.live * (sizes.pair + sizes.read_bookkeeping)
+        read = sizes.data * sizes.read_weights + users * load.live * sizes.pair
         # A new token attends to all live pairs; `attention_flops` counts half of them, as in causal training.
         flops = users * (2.0 * matmul_parameters(config) + 2 * attention_flops(config, 1) * load.live)
         return None if users == 0 else users / max(read / rates.bandwidth, flops / rates.flops)
@@ -196,8 +229,8 @@ def arm_figures(
     return [
         figure("nominal_cr", load.nominal_cr),
         figure("realised_cr", context / load.live),
-        figure("capacity_per_layer", load.capacities, "slots"),
-        figure("cache_bytes_per_user", user_bytes, "bytes"),
+        figure("pages_per_device", pages, "pages"),
+        figure("cache_bytes_per_user", allocated / users, "bytes"),
         figure("most_users", max_users, "users"),
         figure("fits", max_users >= users),
         figure("batch", batch, "users"),

@@ -58,6 +58,8 @@ class CachePolicy(ABC):
     ranks_pairs: ClassVar[bool] = False  # `select` is asked after each chunk; the policy can also compress a prompt
     reads_subset: ClassVar[bool] = False  # `read` is asked before attention
     keeps_prompt: ClassVar[bool] = False  # the first prefill stays, or `check_prompt` refuses it
+    # Marks pairs that leave `window_size` steps after they were added, or never, so that a `PagedCache` can hold them.
+    in_pages: ClassVar[bool] = False
     compresses_prompt: ClassVar[bool] = False  # `compress_prompt` is called once, after the prefill
     compares_heads: ClassVar[bool] = False  # scores of a layer's heads have one unit, so the heads can share a budget
 
@@ -91,6 +93,11 @@ class CachePolicy(ABC):
     @abstractmethod
     def window_size(self) -> int:
         """A full buffer pushes out a pair of at most this age only if all of its pairs are that young."""
+
+    @property
+    def ring_size(self) -> int | None:
+        """Newest pairs of each head that a `PagedCache` keeps apart; None for any number."""
+        return self.window_size + 1
 
     @property
     def features(self) -> int:

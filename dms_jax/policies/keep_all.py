@@ -1,6 +1,7 @@
 """The policy of the dense model, which evicts nothing."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Float, Int
@@ -19,6 +20,12 @@ def unmarked(logits: Float[Array, "B K T"]) -> Expiries:
 @dataclass(frozen=True)
 class KeepAll(CachePolicy):
     """Keep every pair. If a buffer overflows nevertheless, the oldest pair leaves."""
+
+    in_pages: ClassVar[bool] = True
+
+    @property
+    def ring_size(self) -> None:
+        return None
 
     @property
     def window_size(self) -> int:

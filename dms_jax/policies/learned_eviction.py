@@ -27,6 +27,7 @@ class LearnedEviction(CachePolicy):
     """Evict each pair whose evict logit exceeds the threshold, `window_size` steps after the pair was added."""
 
     is_learned: ClassVar[bool] = True
+    in_pages: ClassVar[bool] = True
     dms: DMSConfig
 
     @classmethod

@@ -52,8 +52,10 @@ def test_json_describes_one_prompt(folder, capsys):
     assert costs["realised_cr"] == pytest.approx(30 / result["live_pairs"], rel=1e-3) and result["realised_cr"] >= 1
     assert (
         0 < costs["live_bytes"] <= costs["dense_bytes"] == 30 * 3 * 2 * 2 * 16 * 4
-        and costs["cache_bytes"] > costs["live_bytes"]
+        and costs["allocated_bytes"] > costs["live_bytes"]
     )
+    for name in ("allocated_bytes", "live_bytes", "dense_bytes", "seconds_to_first_token"):
+        assert result[name] == costs[name] > 0
     assert (
         costs["prefill_s"] > 0
         and costs["decode_s"] > 0
@@ -71,6 +73,7 @@ def test_dense_threshold_and_capacity_options_take_effect(folder, capsys):
         "budget": ["--threshold", "1e9", "--capacity", "16", "--overflow", "evict"],
         "grow": ["--threshold", "1e9", "--capacity", "16,16,24", "--overflow", "grow"],
         "lazy": ["--policy", "dms_budget:24"],
+        "slots": ["--threshold", "1e9", "--cache", "slots"],
     }.items():
         assert run(folder, "--prompt", "hello world", "--json", "--ignore-eos", *argv, new=40) == 0
         numbers[name] = json.loads(capsys.readouterr().out)
@@ -78,7 +81,7 @@ def test_dense_threshold_and_capacity_options_take_effect(folder, capsys):
         numbers["dense"]["realised_cr"] == numbers["never"]["realised_cr"] == 1
         and numbers["dense"]["costs"]["nominal_cr"] is None
     )
-    assert numbers["dense"]["text"] == numbers["never"]["text"] == numbers["grow"]["text"]
+    assert numbers["dense"]["text"] == numbers["never"]["text"] == numbers["grow"]["text"] == numbers["slots"]["text"]
     assert numbers["always"]["live_pairs"] == pytest.approx(9, abs=1) and numbers["always"]["realised_cr"] > 4
     assert numbers["lazy"]["live_pairs"] == 24 and numbers["lazy"]["forced_evictions"] == 0
     assert numbers["lazy"]["costs"]["nominal_cr"] is None

@@ -43,10 +43,10 @@ def test_generate_on_a_mesh_gives_the_answers_of_one_device(folder, tmp_path, mo
         assert run(folder, "--prompts", tmp_path / "prompts.txt", "--batch", 8, "--output", output, *options) == 0
         answers.append([json.loads(line) for line in output.read_text().splitlines()])
     assert answers[0] == answers[1] and len(answers[0]) == 6
-    k = caches[-1].layers[0].k
+    pages, table = caches[-1].arena.k, caches[-1].heads.table
     rows, heads = (int(side) for side in mesh.split("x"))
-    assert len(k.sharding.device_set) == 8
-    assert k.sharding.shard_shape(k.shape)[:2] == (k.shape[0] // rows, k.shape[1] // heads)
+    assert len(pages.sharding.device_set) == pages.shape[0] == 8
+    assert table.sharding.shard_shape(table.shape)[1:3] == (table.shape[1] // rows, table.shape[2] // heads)
 
 
 def test_evaluate_on_a_mesh_gives_the_measurements_of_one_device(folder, tmp_path):

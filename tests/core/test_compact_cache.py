@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dms_jax.config import DMSConfig
-from dms_jax.core import compact_cache
+from dms_jax.core import cache_base, compact_cache
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, CompactCache, Expiries, LayerCache, empty_layer
 from dms_jax.core.slot_attention import CacheOps, Chunk, extend_layer, slot_attention
 from dms_jax.errors import ConfigError
@@ -195,17 +195,15 @@ def test_compression_ratio_is_tokens_over_live_pairs():
     expiry = [[[9] * n + [NEVER_VISIBLE] * (8 - n) for n in row] for row in ([2, 4], [1, 1])]
     layer = dataclasses.replace(empty_layer(2, 2, 8, H, jnp.float32), expiry=jnp.asarray(expiry))
     cache = CompactCache((layer,), jnp.asarray([8, 4], jnp.int32), KeepAll())
-    assert compact_cache.compression_ratio(cache) == 6 / 2
-    assert compact_cache.row_compression_ratios(cache).tolist() == [8 / 3, 4.0]
+    assert cache_base.compression_ratio(cache) == 6 / 2
+    assert cache_base.row_compression_ratios(cache).tolist() == [8 / 3, 4.0]
     empty = CompactCache((empty_layer(1, 1, 4, H, jnp.float32),), jnp.zeros(1, jnp.int32), KeepAll())
-    assert compact_cache.compression_ratio(empty) == 1.0 and compact_cache.row_compression_ratios(empty).tolist() == [
-        1.0
-    ]
+    assert cache_base.compression_ratio(empty) == 1.0 and cache_base.row_compression_ratios(empty).tolist() == [1.0]
     assert cache.bytes == 2 * 2 * 8 * (2 * H * 4 + 12) + 16 + 8
 
 
 def test_fork_copies_rows_next_to_each_other():
     cache = CompactCache((empty_layer(2, 1, 4, H, jnp.float32),), jnp.asarray([3, 5], jnp.int32), KeepAll())
-    assert compact_cache.fork(cache, 3).seen.tolist() == [3, 3, 3, 5, 5, 5]
+    assert cache_base.fork(cache, 3).seen.tolist() == [3, 3, 3, 5, 5, 5]
     with pytest.raises(ConfigError, match="chains.*0"):
-        compact_cache.fork(cache, 0)
+        cache_base.fork(cache, 0)

@@ -57,8 +57,10 @@ def has_ties(score, tolerance=2e-4):
 
 
 @pytest.mark.parametrize("cases, any_width", [(12, False), pytest.param(150, True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", MODELS)
-def test_every_path_equals_the_mask_path(name, cases, any_width):
+@pytest.mark.parametrize(
+    "name, pages", [*((name, False) for name in MODELS), ("uneven", True), ("w0, own decision", True)]
+)
+def test_every_path_equals_the_mask_path(name, pages, cases, any_width):
     @settings(max_examples=cases, deadline=None)
     @given(seed=st.integers(0, 2**31), operations=OPERATIONS)
     def run(seed, operations):
@@ -67,7 +69,10 @@ def test_every_path_equals_the_mask_path(name, cases, any_width):
         ids = distinct(rng)
         want, expiry, score = map(np.asarray, masked(ids))
         assume(not has_ties(score[..., :-1]))  # rounding errors may rank them differently
-        cache = dms_jax.init_cache(model, ROWS, lazy.slot_bounds().max_of_layer, policy=lazy)
+        if pages:
+            cache = dms_jax.init_pages(model, ROWS, LENGTH, policy=lazy, page_size=4, num_pages=400)
+        else:
+            cache = dms_jax.init_cache(model, ROWS, lazy.slot_bounds().max_of_layer, policy=lazy)
         check_interleaving(model, cache, rng, ids, want, live_after(expiry), operations, any_width, threshold=-7.0)
 
     run()
@@ -90,10 +95,13 @@ def test_budgets_of_at_least_the_row_give_the_dense_model(rng):
         np.testing.assert_allclose(logits, want, rtol=1e-5, atol=1e-5)
 
 
-def test_untrained_head_with_equal_budgets_is_a_sliding_window(rng):
+@pytest.mark.parametrize("pages", [False, True])
+def test_untrained_head_with_equal_budgets_is_a_sliding_window(rng, pages):
     model, ids = tiny_model(policy(2), 3, evict_scale=0.0, num_layers=2), tokens(rng, 2, 30)
     hidden = model.marked_hidden(ids, np.ones(30, bool), 7 - 1)
     cache = dms_jax.init_cache(model, 2, 7, policy="dms_budget:7")
+    if pages:
+        cache = dms_jax.init_pages(model, 2, 30, policy="dms_budget:7", page_size=2)
     logits, cache = dms_jax.prefill(model, cache, ids, chunk_size=11)
     np.testing.assert_allclose(logits, model.logits(hidden), rtol=1e-5, atol=1e-5)
     assert (np.asarray(cache.live_counts) == 7).all() and dms_jax.compression_ratio(cache) == 30 / 7
@@ -163,7 +171,7 @@ def test_buffers_are_as_large_as_the_largest_budget_of_their_layer(rng):
     model = tiny_model(policy(2), 3, num_layers=2)
     budgets = ((3, 4, 100, 13), (30, 30, 30, 30))
     lazy = BudgetedEviction(model.config.dms, 30, budgets)
-    config = dms_jax.GenerationConfig(max_new_tokens=9, stop_ids=(), policy=lazy, threshold=5.0)
+    config = dms_jax.GenerationConfig(max_new_tokens=9, stop_ids=(), policy=lazy, threshold=5.0, cache="slots")
     out = dms_jax.generate(model, tokens(rng, 1, 150), config)
     assert out.cache.capacities == (128, 64)  # a CPU rounds up to multiples of 64
     np.testing.assert_array_equal(out.cache.live_counts[:, 0], budgets)

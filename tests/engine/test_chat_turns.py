@@ -9,7 +9,7 @@ from cases import TINY
 from tiny_tokenizers import CHATML, byte_level, sentence_piece, spelled
 
 from dms_jax.config import ModelConfig
-from dms_jax.core.compact_cache import TokenHistory
+from dms_jax.core.cache_base import TokenHistory
 from dms_jax.engine.chat import Conversation
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.prompts import NOT_ENDED, next_turn

@@ -13,7 +13,7 @@ from cases import TINY, tiny_model, visible
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import HostBounds
+from dms_jax.core.cache_base import HostBounds
 from dms_jax.engine import decode_loop, decoding
 from dms_jax.engine.cache_capacity import default_overflow, plan_capacity
 from dms_jax.engine.generation_config import GenerationConfig

@@ -10,7 +10,7 @@ from cases import tiny_model
 
 import dms_jax
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import NO_TOKEN
+from dms_jax.core.cache_base import NO_TOKEN
 
 PENALTY = dms_jax.GenerationConfig(
     max_new_tokens=6, stop_ids=(), repetition_penalty=3.0, capacity=64, overflow="grow", threshold=1e9

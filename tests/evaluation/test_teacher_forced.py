@@ -6,7 +6,7 @@ import pytest
 from cases import tiny_model, tokens
 
 from dms_jax.config import DMSConfig
-from dms_jax.core.compact_cache import compression_ratio, nominal_compression_ratio
+from dms_jax.core.cache_base import compression_ratio, nominal_compression_ratio
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.held_out import retrofit_rows, streaming_llm_rows
 from dms_jax.evaluation.teacher_forced import dense_hidden, online_rows

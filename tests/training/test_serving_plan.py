@@ -4,8 +4,11 @@ import dataclasses
 import math
 
 import pytest
+from cases import tiny_model
 
+from dms_jax import init_pages
 from dms_jax.config import DMSConfig
+from dms_jax.core.page_counts import MARGIN
 from dms_jax.errors import ConfigError
 from dms_jax.hf.folder import read_config
 from dms_jax.planning import roofline
@@ -14,6 +17,7 @@ from dms_jax.planning.flops import matmul_parameters
 from dms_jax.planning.hardware import hardware_of
 from dms_jax.planning.serving_plan import parse_bytes, serving_plan
 from dms_jax.platform_defaults import platform_defaults
+from dms_jax.policies import BudgetedEviction
 from dms_jax.training.planning.plan_text import serving_json, serving_text
 
 MODELS = "configs/models"
@@ -32,22 +36,43 @@ def test_serving_plan_follows_from_bytes():
         assert arms[name]["tokens_per_second"] / fraction == pytest.approx(ceiling, rel=0.03), name
     live = 513 + (context - 513) / 8
     assert arms["cr 8"]["realised_cr"] == pytest.approx(context / live, rel=1e-3)
-    assert arms["cr 8"]["capacity_per_layer"] == [math.ceil(1.5 * live / 64) * 64] * 36
-    pair = 36 * 8 * (2 * 128 * 2 + 12)
-    assert arms["dense"]["cache_bytes_per_user"] == context * pair
-    assert arms["dense"]["most_users"] == int((found["memory_bytes"] - found["weight_bytes"]) // (context * pair))
+    # A head has 9 pages of 64 for its newest 513 pairs. The number of pages is rounded up by at most a 32nd.
+    pages = users * 36 * 8 * (9 + math.ceil(1.5 * (context - 513) / 8 / 64))
+    assert pages < arms["cr 8"]["pages_per_device"] <= pages * 33 / 32
+    page = 64 * 2 * 128 * 2 + 8  # and its references, and its place among the free pages
+    dense = users * 36 * 8 * (page * context // 64 + 4 * (context // 64 + 1))
+    assert dense < arms["dense"]["cache_bytes_per_user"] * users <= dense * 33 / 32
+    free = found["memory_bytes"] - found["weight_bytes"]
+    assert free / dense * 32 / 33 - 1 < arms["dense"]["most_users"] / users <= free / dense
     assert f"{arms['dense']['most_users']} users" in serving_text(made)
 
 
-def test_exact_budgets_allocate_the_largest_budget_of_each_layer():
+def test_exact_budgets_allocate_the_budget_of_each_head():
     config = dataclasses.replace(read_config(QWEN), num_layers=2).with_dms(DMSConfig(window_size=512))
     budgets = ((700,) * 8, (600, 3600, *[900] * 6))
     made = serving_plan(config, hardware_of("h200x1"), (1, 1), 1e11, 4, 3000, 1.5, (8,), budgets)
     arm = serving_json(made)["arms"][-1]
-    assert arm["arm"] == "950 pairs" and arm["capacity_per_layer"] == [704, 3008]
+    # Behind the 9 pages for the window, with a score and a position for each pair: 187, 87, 3000 - 513 and 387 pairs.
+    pages = 4 * (16 * 9 + 8 * 3 + 2 + 39 + 6 * 7)
+    assert arm["arm"] == "950 pairs" and pages < arm["pages_per_device"] <= pages * 9 / 8
     assert arm["realised_cr"] == pytest.approx(3000 * 16 / (8 * 700 + 600 + 3000 + 5400))
-    assert arm["cache_bytes_per_user"] == 8 * (2 * 128 * 2 + 12) * (704 + 3008)
-    assert "704 to 3008" in serving_text(made) and "CR 8" in " ".join(made.advice)
+    columns = 9 + math.ceil(3000 / 64)
+    heads = 4 * 16 * (4 * columns + 4 + 513 + 1 + 4) + 4 * 4 + 4
+    assert arm["cache_bytes_per_user"] * 4 == arm["pages_per_device"] * (64 * (2 * 128 * 2 + 8) + 8) + heads
+    assert str(arm["pages_per_device"]) in serving_text(made) and "CR 8" in " ".join(made.advice)
+
+
+@pytest.mark.parametrize(("users", "context"), [(1, 1000), (3, 130), (7, 2000)])
+def test_plan_has_the_bytes_that_init_pages_allocates(monkeypatch, users, context):
+    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
+    model = tiny_model(DMSConfig(window_size=100, target_cr=4.0), 0, num_layers=3, max_position_embeddings=4000)
+    budgets = ((200, 150, 101, 901),) * 3
+    policies = {"dense": "dense", "cr 4": None, "338 pairs": BudgetedEviction(model.config.dms, 338, budgets)}
+    plan = serving_plan(model.config, hardware_of("cpu"), (1, 1), 1e9, users, context, MARGIN, (4,), budgets)
+    for arm in serving_json(plan)["arms"]:
+        cache = init_pages(model, users, context, policy=policies[arm["arm"]])
+        assert round(arm["cache_bytes_per_user"] * users) == int(cache.bytes), arm["arm"]
+        assert arm["pages_per_device"] == cache.arena.num_pages
 
 
 def test_serving_advice_says_where_compression_does_not_help():
@@ -67,24 +92,23 @@ def test_serving_advice_says_where_compression_does_not_help():
         serving_plan(config, hardware_of("h200x1"), (1, 1), parse_bytes("8GiB"), 1, 4096, 1.5, (2,))
 
 
-@pytest.mark.parametrize(("hardware", "multiple"), [("h200x1", 64), ("v5p-8", 128), ("cpu", 64)])
-def test_serving_plan_rounds_capacity_as_the_platform_does(hardware, multiple, monkeypatch):
+@pytest.mark.parametrize(("hardware", "size"), [("h200x1", 64), ("v5p-8", 128), ("cpu", 32)])
+def test_serving_plan_has_pages_of_the_platform(hardware, size, monkeypatch):
     monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
     config, target = read_config(QWEN).with_dms(DMSConfig(window_size=512)), hardware_of(hardware)
-    assert platform_defaults(target.platform).capacity_multiple == multiple
+    assert platform_defaults(target.platform).page_size == size
     found = serving_json(serving_plan(config, target, (target.count, 1), 1e12, 1, 20000, 1.5, (2, 4, 8)))
-    live = [20000, *(513 + (20000 - 513) / ratio for ratio in (2, 4, 8))]
-    wanted = [live[0], *(1.5 * pairs for pairs in live[1:])]
-    assert [arm["capacity_per_layer"][0] for arm in found["arms"]] == [
-        math.ceil(min(20000, slots) / multiple) * multiple for slots in wanted
-    ]
+    ring = math.ceil(513 / size)
+    for arm, ratio in zip(found["arms"][1:], (2, 4, 8), strict=True):
+        pages = 36 * 8 * (ring + math.ceil((20000 - 513) * min(1, 1.5 / ratio) / size))
+        assert pages < arm["pages_per_device"] <= pages * 33 / 32 + 1
 
 
 def test_cpu_serving_plan_uses_the_measured_bandwidth(monkeypatch):
     monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
     config = read_config(f"{MODELS}/smollm2-135m.json").with_dms(DMSConfig(window_size=128))
     found = serving_json(serving_plan(config, hardware_of("cpu"), (1, 1), 8e9, 1, 4096, 1.5, (8,)))
-    weights, pairs = 4 * matmul_parameters(config), 4096 * 30 * 3 * (2 * 64 * 4 + 8)
+    weights, pairs = 4 * matmul_parameters(config), 4096 * 30 * 3 * 2 * 64 * 4
     assert found["arms"][0]["tokens_per_second"] == pytest.approx(1e10 / (weights + pairs))
     assert "measured here" in found["source"]["tokens_per_second"]
     monkeypatch.undo()

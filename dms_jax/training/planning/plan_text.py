@@ -73,7 +73,7 @@ def _formulas(plan: ServingPlan) -> dict[str, str]:
 
 COLUMNS = {  # figure of an arm -> heading of its column in the text
     "realised_cr": "realised CR",
-    "capacity_per_layer": "capacity",
+    "pages_per_device": "pages per device",
     "cache_bytes_per_user": "cache per user",
     "most_users": "users that fit",
     "tokens_per_second": "speed now",
@@ -97,7 +97,4 @@ def serving_text(plan: ServingPlan) -> str:
 
 
 def _cell(figure: Figure) -> str:
-    if isinstance(figure.value, list):
-        low, high = min(figure.value), max(figure.value)
-        return str(low) if low == high else f"{low} to {high}"
     return f"{figure.value:.2f}" if figure.name == "realised_cr" else shown(figure.value, figure.unit)
