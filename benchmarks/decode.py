@@ -7,8 +7,9 @@ transformers.
 
 The caches are filled artificially. One arm is `dense` (no policy, all pairs), and there is one arm for each CR under
 the policy. Its heads hold context / CR pairs on average: all the same number, or with --ragged numbers of a given
-spread, unless CR is 1. With --live, one arm `live` takes the counts of a real model instead. Each layer has just enough
-slots for its fullest head and for the pairs that the steps append. Each line gives the bytes that the cache allocates,
+spread, unless CR is 1. With --live, one arm `live` takes the counts of a real model instead. There are just enough pages
+for all heads and for the pairs that the steps append, or with `--cache slots` just enough slots in each layer for its
+fullest head. Each line gives the bytes that the cache allocates,
 those of the keys and values that are live after the last step, and their ratio. --equal-memory adds arms with as many
 rows as fit into the bytes that the dense arm allocates. The roofline of an arm is the speed at which a step could read
 its bytes, which are the weights and the live pairs.
@@ -54,6 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     cr = "realised compression ratios; an empty list leaves the decode arms out (default 1,2,4,8)"
     add("--cr", metavar="X,Y", help=cr)
     add_ragged(parser, "its model must have the shape of --model")
+    cache = "pages follow the pairs of each head; slots are as many for all heads of a layer (default %(default)s)"
+    add("--cache", choices=("pages", "slots"), default="pages", help=cache)
     add("--steps", type=int, default=16, metavar="N", help="decode steps per timing (default %(default)s)")
     add("--repeats", type=int, default=5, metavar="N", help="timings per arm (default %(default)s)")
     add("--equal-memory", action="store_true", help="also measure as many rows as fit into what dense allocates")
@@ -83,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     } | provenance()
     show = (lambda *_: None) if options.json else print
     if ratios:
-        result |= {"ragged": options.ragged, "live": options.live}
+        result |= {"cache": options.cache, "ragged": options.ragged, "live": options.live}
         result["decode"] = decode(options, model, ratios, measured, show)
     if options.transformers:
         from benchmarks.against_transformers import against_transformers
@@ -150,7 +153,7 @@ def decode(options, model, ratios: list[float], measured: LiveCounts | None, sho
     """Return a record for each arm. Each step feeds back the most likely token of the step before."""
     import jax
 
-    from benchmarks.filled_cache import allocated_bytes, max_rows
+    from benchmarks.filled_cache import allocated_bytes, allocated_page_bytes, max_rows
     from benchmarks.timing import measure_ceilings
 
     total = (options.repeats + 1) * options.steps
@@ -160,7 +163,12 @@ def decode(options, model, ratios: list[float], measured: LiveCounts | None, sho
             f"{model.config.max_position_embeddings} tokens, got {options.context + total}; use a smaller --context"
         )
     arms = arms_of(options, model.config, ratios, measured)
-    size = lambda arm, batch: allocated_bytes(model, arm.counts(batch), total, arm.dense)
+    in_pages = options.cache == "pages"
+    size = lambda arm, batch: (
+        allocated_page_bytes(model, arm.counts(batch), options.context, total, arm.dense)
+        if in_pages
+        else allocated_bytes(model, arm.counts(batch), total, arm.dense)
+    )
     need = {name: size(arm, arm.batch) for name, arm in arms.items()}
     if options.equal_memory:
         for name, arm in [(name, arm) for name, arm in arms.items() if arm.heads.mean() < options.context]:
@@ -248,9 +256,10 @@ def timed_arms(model, arms: dict[str, Arm], options, total: int) -> dict:
     import jax.numpy as jnp
 
     import dms_jax
-    from benchmarks.filled_cache import filled_cache
+    from benchmarks.filled_cache import filled_cache, filled_pages
 
-    caches = {name: filled_cache(model, arm.counts(), options.context, total, arm.dense) for name, arm in arms.items()}
+    make = filled_pages if options.cache == "pages" else filled_cache
+    caches = {name: make(model, arm.counts(), options.context, total, arm.dense) for name, arm in arms.items()}
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name in arms:

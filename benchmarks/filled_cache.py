@@ -1,7 +1,7 @@
 """Caches of random numbers whose heads hold given numbers of pairs, and the bytes that such a cache allocates.
 
-A cache has just enough slots for the fullest head of each layer, which is the least that an engine with one array for
-each layer can do.
+A cache in slots has just enough of them for the fullest head of each layer, which is the least that an engine with one
+array for each layer can do. A cache in pages has just enough pages for all heads.
 """
 
 import dataclasses
@@ -15,10 +15,17 @@ from jaxtyping import Int
 
 import dms_jax
 from dms_jax.axes import Array
+from dms_jax.core.cache_base import TokenHistory
 from dms_jax.core.compact_cache import CompactCache, LayerCache
+from dms_jax.core.page_counts import PageShape, cache_bytes, pages_of, table_columns
+from dms_jax.core.paged_cache import PagedCache
 from dms_jax.core.visibility import NEVER
 from dms_jax.engine.cache_capacity import layer_capacities
+from dms_jax.engine.page_memory import read_bounds
+from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
+from dms_jax.platform_defaults import platform_defaults
+from dms_jax.policies import policy_of
 
 
 def empty_cache(model: Decoder, counts: Int[np.ndarray, "L B K"], room: int, dense: bool) -> CompactCache:
@@ -57,6 +64,54 @@ def filled_cache(
         layers[index] = fill(layers[index], jnp.asarray(counts[index], jnp.int32), jax.random.key(index))
     seen = jnp.full(counts.shape[1], context, jnp.int32)
     return dataclasses.replace(cache, layers=tuple(layers), seen=seen)
+
+
+def ring_of(model: Decoder, dense: bool) -> int:
+    """Return how many of its newest pairs a head of a cache in pages keeps in its ring."""
+    return policy_of(model.config, "dense" if dense else None).ring_size or platform_defaults().page_size
+
+
+def num_pages(model: Decoder, counts: Int[np.ndarray, "L B K"], room: int, dense: bool) -> int:
+    """Return the pages of an arena for `counts` pairs of each head, and `room` more."""
+    ring, size = ring_of(model, dense), platform_defaults().page_size
+    if counts.min() < ring:
+        raise ConfigError(f"heads of a cache in pages hold at least the {ring} pairs of a ring, got {counts.min()}")
+    return 1 + int(np.sum(pages_of(ring, size) + pages_of(counts - ring + room, size)))
+
+
+def allocated_page_bytes(model: Decoder, counts: Int[np.ndarray, "L B K"], context: int, room: int, dense: bool) -> int:
+    """Return the bytes of `filled_pages`, without making it."""
+    ring, size = ring_of(model, dense), platform_defaults().page_size
+    shape = PageShape(size, model.config.head_dim, model.embed.get_value().dtype.itemsize)
+    columns = table_columns(context + room, ring, size)
+    return cache_bytes(shape, num_pages(model, counts, room, dense), columns, ring, counts.size, counts.shape[1])
+
+
+def filled_pages(model: Decoder, counts: Int[np.ndarray, "L B K"], context: int, room: int, dense: bool) -> PagedCache:
+    """Make a cache in pages that has seen `context` tokens in each row, and holds `counts` pairs of each head."""
+    pages = num_pages(model, counts, room, dense)
+    policy = "dense" if dense else None
+    cache = dms_jax.init_pages(model, counts.shape[1], context + room, num_pages=pages, policy=policy)
+    ring, size, column = cache.heads.ring, cache.page_size, np.arange(cache.heads.table.shape[-1])
+    needed = pages_of(ring, size) + pages_of(counts - ring, size)
+    first = 1 + np.cumsum(needed).reshape(needed.shape) - needed
+    table, used = np.where(column < needed[..., None], first[..., None] + column, 0), int(needed.sum())
+    references = (np.arange(pages) > 0) & (np.arange(pages) <= used)
+    fill = jax.jit(lambda key: jax.random.normal(key, cache.arena.k.shape, cache.arena.k.dtype))
+    arena = dataclasses.replace(
+        cache.arena,
+        k=fill(jax.random.key(0)),
+        v=fill(jax.random.key(1)),
+        references=jnp.asarray(references[None], jnp.int32),
+        free=jnp.asarray(np.roll(np.arange(pages), -1 - used)[None], jnp.int32),
+        free_count=jnp.asarray([pages - 1 - used], jnp.int32),
+    )
+    heads = dataclasses.replace(
+        cache.heads, table=jnp.asarray(table, jnp.int32), survivors=jnp.asarray(counts - ring, jnp.int32)
+    )
+    seen = jnp.full(counts.shape[1], context, jnp.int32)
+    filled = dataclasses.replace(cache, arena=arena, heads=heads, seen=seen)
+    return filled.with_history(TokenHistory.empty(len(seen))).with_bounds(read_bounds(filled))
 
 
 def max_rows(size: Callable[[int], int], budget: int) -> int:

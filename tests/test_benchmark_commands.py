@@ -175,7 +175,7 @@ def test_failing_or_wrong_implementation_is_reported_and_the_others_are_measured
 
 
 def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
-    options = "--model tiny --batch 2 --context 640 --cr 1,4 --steps 1 --repeats 1 --equal-memory"
+    options = "--model tiny --batch 2 --context 640 --cr 1,4 --steps 1 --repeats 1 --equal-memory --cache slots"
     decode_benchmark.main(options.split())
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     arms = {row["arm"]: row for row in result["decode"]}

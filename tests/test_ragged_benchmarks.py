@@ -13,7 +13,7 @@ from golden_folders import DMS, model_folder
 
 import dms_jax
 from benchmarks import decode, kernels
-from benchmarks.filled_cache import allocated_bytes, filled_cache, max_rows
+from benchmarks.filled_cache import allocated_bytes, allocated_page_bytes, filled_cache, filled_pages, max_rows
 from benchmarks.ragged import log_normal_counts, quantile_counts, spread
 from benchmarks.timing import Ceilings
 from dms_jax.commands import evaluate
@@ -97,6 +97,22 @@ def test_cache_holds_the_counts_and_allocates_for_the_fullest_head_of_each_layer
     assert cache.bytes == sum(3 * kv_heads * (n * (2 * h * 4 + 12) + 4) for n in slots) + 3 * 4
     held = np.asarray(cache.layers[0].position)[0, 0, : counts[0, 0, 0]]
     assert len(set(held.tolist())) == len(held) and held.min() == 0 and held.max() == 299
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_pages_hold_the_counts_and_no_page_twice_and_have_room_for_all_steps(model, dense):
+    counts = np.random.default_rng(0).integers(129, 200, (TINY.num_layers, 3, TINY.num_kv_heads))
+    counts = np.full_like(counts, 300) if dense else counts
+    cache = filled_pages(model, counts, context=300, room=40, dense=dense)
+    np.testing.assert_array_equal(cache.live_counts, counts)
+    assert cache.bytes == allocated_page_bytes(model, counts, 300, 40, dense)
+    assert cache.bounds is not None and cache.bounds.tokens >= 40
+    used = np.asarray(cache.heads.table)[np.asarray(cache.heads.table) > 0]
+    free = np.asarray(cache.arena.free)[0, : int(cache.arena.free_count[0])]
+    assert sorted([*used.tolist(), *free.tolist()]) == list(range(1, cache.arena.num_pages))
+    for _ in range(3):
+        _, cache = dms_jax.decode_step(model, cache, np.zeros(3, np.int32))
+    assert not np.asarray(cache.starved).any() and (np.asarray(cache.live_counts) >= 129).all()
 
 
 def test_rows_at_equal_memory_are_the_most_that_fit():
