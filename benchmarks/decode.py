@@ -7,12 +7,12 @@ transformers.
 
 The caches are filled artificially. One arm is `dense` (no policy, all pairs), and there is one arm for each CR under
 the policy. Its heads hold context / CR pairs on average: all the same number, or with --ragged numbers of a given
-spread, unless CR is 1. With --live, one arm `live` takes the counts of a real model instead. There are just enough pages
-for all heads and for the pairs that the steps append, or with `--cache slots` just enough slots in each layer for its
-fullest head. Each line gives the bytes that the cache allocates,
-those of the keys and values that are live after the last step, and their ratio. --equal-memory adds arms with as many
-rows as fit into the bytes that the dense arm allocates. The roofline of an arm is the speed at which a step could read
-its bytes, which are the weights and the live pairs.
+spread, unless CR is 1. With --live, one arm `live` takes the counts of a real model instead. There are just enough
+pages for all heads and for the pairs that the steps append, or with `--cache slots` just enough slots in each layer for
+its fullest head. Each line gives the bytes that the cache allocates, those of the keys and values that are live after
+the last step, and their ratio. --equal-memory adds arms with as many rows as fit into the bytes that the dense arm
+allocates. The roofline of an arm is the speed at which a step could read its bytes, which are the weights and the live
+pairs.
 
 The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together.
 An arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate`
