@@ -60,7 +60,9 @@ def test_run_stopped_in_the_labels_or_in_the_fit_is_the_same(settings, tmp_path,
     assert main(arguments(settings, output=tmp_path / "whole")) == 0
     send_signal(monkeypatch, signal.SIGTERM, step=0)
     assert main(arguments(settings)) == 128 + signal.SIGTERM
-    assert len(list((settings["output"] / "checkpoints/labels").glob("pairs-*"))) == 1
+    (kept,) = (settings["output"] / "checkpoints/labels").glob("pairs-*")
+    config = dms_jax.load(settings["model"], dms=DMSConfig(window_size=6, head_units=6)).config
+    assert kept.stat().st_size == label_file_bytes(config, 8, 64), "the first batch is in the first rows"
     monkeypatch.undo()
     send_signal(monkeypatch, signal.SIGTERM, step=2)  # after the other batch, and before the second layer
     assert main(arguments(settings, "--resume")) == 128 + signal.SIGTERM
