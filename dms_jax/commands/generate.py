@@ -121,7 +121,7 @@ def _add_cache(group) -> None:
         "--cache",
         choices=["slots", "pages"],
         help="pages follow the live pairs of each head, slots are as many for all heads of a layer (default: pages for "
-        "a dense or learned policy, unless --capacity or --overflow evict is given; else slots)",
+        "a dense or learned policy, unless --capacity, --overflow evict or an --implementation of kernels is given)",
     )
     group.add_argument(
         "--capacity",

@@ -23,6 +23,7 @@ from dms_jax.engine.cache_capacity import uses_pages
 from dms_jax.engine.decode_layout import stacked
 from dms_jax.models.parameters import ModelStructure, flatten
 from dms_jax.policies import policy_of
+from dms_jax.sharding import mesh_of
 
 SIZE = 4  # pairs of a page
 KEEP = 1e9  # a threshold above any logit
@@ -203,11 +204,11 @@ def test_mesh_does_not_change_results(rng, kv_heads, tmp_path):
     template, params = ModelStructure(model), flatten(model)
     placed = template.build(jax.device_put(params, template.shardings(list(params), mesh)))
     ids, lengths = tokens(rng, 8, 34), np.array([30, 5, 20, 21, 13, 30, 1, 27])
-    cache = dms_jax.init_pages(placed, 4, 40, page_size=SIZE, num_pages=100)
+    cache = dms_jax.init_pages(placed, 8, 40, page_size=SIZE, num_pages=100)
     assert cache.arena.k.shape[0] == 8 and len(cache.arena.k.sharding.device_set) == 8
-    _, cache = dms_jax.prefill(placed, cache, ids[::2, :1], np.ones(4, int))
-    cache = dms_jax.fork(cache, 2)
-    ids[1::2, 0] = ids[::2, 0]
+    _, cache = dms_jax.prefill(placed, cache, ids[:, :1], np.ones(8, int), chunk_size=15)
+    with mesh_of(cache.arena.k):
+        cache = select_rows(dms_jax.fork(cache, 2), jnp.arange(1, 16, 2))  # the second copy of each row
     want, evict = model.hard(ids)
     logits, cache = dms_jax.prefill(placed, cache, ids[:, 1:30], lengths - 1, chunk_size=15)
     for row, length in enumerate(lengths):
