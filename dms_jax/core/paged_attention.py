@@ -183,15 +183,15 @@ def attend_newest(
         keys, values = (x[table[group]].reshape(GROUPS, pairs, h).astype(q.dtype) for x in (arena.k, arena.v))
         s = jnp.einsum("wrh,wsh->wrs", queries[head], keys, preferred_element_type=jnp.float32) * h**-0.5
         s = jnp.where(visible[:, None], s, MASKED)
-        row_max = part.row_max.at[head].max(s.max(-1))
+        row_max = jnp.asarray(part.row_max).at[head].max(s.max(-1))
         p = jnp.where(visible[:, None], jnp.exp(s - row_max[head][..., None]), 0.0)
         values = jnp.where(visible[..., None], values, 0)  # 0 * NaN is NaN
         out = jnp.einsum("wrs,wsh->wrh", p.astype(values.dtype), values, preferred_element_type=jnp.float32)
         rescale = jnp.exp(part.row_max - row_max)
         return SoftmaxPart(
             row_max,
-            (part.row_sum * rescale).at[head].add(p.sum(-1)),
-            (part.acc * rescale[..., None]).at[head].add(out),
+            jnp.asarray(part.row_sum * rescale).at[head].add(p.sum(-1)),
+            jnp.asarray(part.acc * rescale[..., None]).at[head].add(out),
         )
 
     part = lax.fori_loop(0, (used + GROUPS - 1) // GROUPS, attend, empty_part(queries.shape[:2], h))
