@@ -79,12 +79,13 @@ def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
         small = ["--model", "smollm2-135m", "--layers", "4", *which]
         return {
             "train": [["benchmarks.retrofit_step", "--layers", "2", "--length", "256", "--memory-lengths", "256"]],
-            "decode": [["benchmarks.decode", *small, "--context", "1024", "--cr", "1,2,4,8", "--json"]],
+            "decode": [["benchmarks.decode", *small, "--context", "1024", "--cr", "1,2,4", "--json"]],
             "prefill": [["benchmarks.prefill", *small, "--context", "1024", "--json"]],
         }[part]
     decode = [
         ("qwen3-8b", 8, 32768, ["--equal-memory"]),
         ("qwen3-8b", 8, 32768, ["--equal-memory", "--ragged", RAGGED]),
+        ("qwen3-8b", 8, 32768, ["--equal-memory", "--ragged", RAGGED, "--cache", "slots"]),
         ("qwen3-8b", 32, 32768, []),
         ("llama-3.2-1b", 8, 8192, ["--equal-memory"]),
         ("llama-3.2-1b", 64, 8192, []),

@@ -75,7 +75,10 @@ def num_pages(model: Decoder, counts: Int[np.ndarray, "L B K"], room: int, dense
     """Return the pages of an arena for `counts` pairs of each head, and `room` more."""
     ring, size = ring_of(model, dense), platform_defaults().page_size
     if counts.min() < ring:
-        raise ConfigError(f"heads of a cache in pages hold at least the {ring} pairs of a ring, got {counts.min()}")
+        raise ConfigError(
+            f"heads of a cache in pages must hold at least the {ring} pairs of a window and its query, got "
+            f"{counts.min()}; use a larger --context, a smaller --cr or --cache slots"
+        )
     return 1 + int(np.sum(pages_of(ring, size) + pages_of(counts - ring + room, size)))
 
 

@@ -26,15 +26,18 @@ class PlatformDefaults:
     capacity_multiple: int
     # Pairs of a page. Small pages waste fewer places at the end of each head; kernels copy whole pages.
     page_size: int
+    # Keep the cache of `generate` in pages. Kernels read slots so far, and without them an accelerator would gather all
+    # pages of each head at every step.
+    pages: bool
     # Keep the weights of each layer in arrays of their own for decoding, because XLA on a CPU copies a layer out of a
     # stacked array before it uses it.
     unroll_layers: bool
 
 
 DEFAULTS = {
-    "cpu": PlatformDefaults("float32", "matmuls", 256, 128, 256, False, 64, 32, True),
-    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False),
-    "tpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, False, 128, 128, False),
+    "cpu": PlatformDefaults("float32", "matmuls", 256, 128, 256, False, 64, 32, True, True),
+    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False, False),
+    "tpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, False, 128, 128, False, False),
 }
 
 

@@ -202,9 +202,8 @@ def test_decode_counts_bytes_and_rows_at_equal_memory(tiny_shape, capsys):
 
 def test_arm_that_does_not_fit_is_skipped_with_a_reason(tiny_shape, monkeypatch, capsys):
     monkeypatch.setattr(decode_benchmark, "free_bytes", lambda: 2**15)
-    decode_benchmark.main(
-        ["--model", "tiny", "--context", "128", "--cr", "8", "--steps", "1", "--repeats", "1", "--json"]
-    )
+    options = "--model tiny --context 128 --cr 8 --steps 1 --repeats 1 --cache slots --json"
+    decode_benchmark.main(options.split())
     rows = json.loads(capsys.readouterr().out)["decode"]
     assert (
         [row["arm"] for row in rows] == ["cr 8", "dense"]

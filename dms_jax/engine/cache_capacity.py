@@ -51,12 +51,13 @@ def default_overflow(policy: CachePolicy) -> Overflow:
 def uses_pages(model: ModelConfig, config: GenerationConfig, policy: CachePolicy) -> bool:
     """Return whether `generate` makes a cache in pages.
 
-    It does so by default if the policy is one that pages can hold, unless something is asked for that only slots have:
-    a capacity, forced eviction, or the kernels of an implementation other than XLA's.
+    It does so by default on a CPU if the policy is one that pages can hold, unless something is asked for that only
+    slots have: a capacity, forced eviction, or the kernels of an implementation other than XLA's.
     """
     has_kernels = model.implementation not in ("auto", "xla")
     if config.cache is None:
-        return policy.in_pages and config.capacity is None and config.overflow != "evict" and not has_kernels
+        has_slots = config.capacity is not None or config.overflow == "evict" or has_kernels
+        return platform_defaults().pages and policy.in_pages and not has_slots
     if config.cache == "slots":
         return False
     if not policy.in_pages:

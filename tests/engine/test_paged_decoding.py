@@ -18,10 +18,11 @@ import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.core import page_counts
 from dms_jax.core.paged_cache import select_rows
-from dms_jax.engine import decode_loop, decoding, page_memory
+from dms_jax.engine import cache_capacity, decode_loop, decoding, page_memory
 from dms_jax.engine.cache_capacity import uses_pages
 from dms_jax.engine.decode_layout import stacked
 from dms_jax.models.parameters import ModelStructure, flatten
+from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import policy_of
 from dms_jax.sharding import mesh_of
 
@@ -261,10 +262,15 @@ def test_generate_refuses_what_pages_cannot_do():
             dms_jax.generate(build("w0")[0], [[1, 2]], dms_jax.GenerationConfig(**fields))
 
 
-def test_named_kernels_are_run_on_slots():
-    kernels = dataclasses.replace(build("w0")[0].config, implementation="pallas_tpu")
+def test_kernels_are_run_on_slots(monkeypatch):
+    plain = build("w0")[0].config
+    kernels = dataclasses.replace(plain, implementation="pallas_tpu")
     dense = policy_of(kernels, "dense")
     assert not uses_pages(kernels, dms_jax.GenerationConfig(), dense)
+    monkeypatch.setattr(cache_capacity, "platform_defaults", lambda: platform_defaults("gpu"))
+    assert not uses_pages(plain, dms_jax.GenerationConfig(), dense), "kernels of accelerators read slots"
+    assert uses_pages(plain, dms_jax.GenerationConfig(cache="pages"), dense)
+    monkeypatch.undo()
     assert uses_pages(dataclasses.replace(kernels, implementation="xla"), dms_jax.GenerationConfig(), dense)
     with pytest.raises(dms_jax.ConfigError, match="pallas_tpu needs slots"):
         uses_pages(kernels, dms_jax.GenerationConfig(cache="pages"), dense)

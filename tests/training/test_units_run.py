@@ -17,6 +17,7 @@ from train_runs import arguments, main, run_settings, send_signal, start_two_pro
 import dms_jax
 from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
+from dms_jax.training.label_file import label_file_bytes
 from dms_jax.training.metrics import read_steps
 from dms_jax.training.prepare import trained_policy
 from dms_jax.training.retrofit_config import read_config
