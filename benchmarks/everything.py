@@ -114,12 +114,8 @@ def commands(part: str, on_cpu: bool, implementation: str) -> list[list[str]]:
                 str(batch),
                 "--context",
                 str(context),
-                "--cr",
-                "1,2,4,8",
-                "--steps",
-                "8",
+                *("--cr", "1,2,4,8", "--steps", "8", "--json"),
                 *more,
-                "--json",
                 *which,
             ]
             for model, batch, context, more in decode
