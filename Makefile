@@ -9,7 +9,7 @@ FAST = JAX_DISABLE_MOST_OPTIMIZATIONS=1 JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cac
 
 .PHONY: demo test slow check format clean
 
-demo: $(VENV)/.installed  ## retrofit SmolLM2-135M on real text, about 8 minutes on two CPU cores
+demo: $(VENV)/.installed  ## retrofit SmolLM2-135M on real text, about 7 minutes on two CPU cores
 	$(RUN) -m train.retrofit --set output=$(DEMO)
 
 test: $(VENV)/.installed-test  ## the test suite, without the slow part

@@ -49,8 +49,8 @@ def _schedule(run: PreparedRun) -> list[str]:
     c, math = run.config, run.steps.math
     lines = [f"{'step':>8}{'target CR':>12}{'learning rate':>16}"]
     first, rising = c.first_gated_step, c.rising_steps
-    for step in sorted({0, first, first + rising // 2, first + rising, max(c.steps - 1, 0)}):
-        if step < c.steps:
+    for step in sorted({0, first, first + rising // 2, first + rising, max(c.num_steps - 1, 0)}):
+        if step < c.num_steps:
             gate = "free the channel" if step < first else f"{float(math.nominal_target(jnp.int32(step))):.2f}"
             lines.append(f"{step:>8}{gate:>12}{float(jnp.asarray(math.rate(step))):>16.2e}")
     return lines

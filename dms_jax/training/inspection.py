@@ -151,7 +151,8 @@ def no_sums(run: PreparedRun) -> dict[int, LabelSums]:
 def _with_shift(run: PreparedRun, shift: int) -> ModelConfig:
     """Return the configuration of the model with another `decision_shift`."""
     math_ = run.steps.math
-    return math_.student.config.with_dms(dataclasses.replace(math_.dms, decision_shift=shift))
+    dms = dataclasses.replace(math_.dms, decision_shift=shift)  # pyrefly: ignore[bad-argument-type]  # one of SHIFTS
+    return math_.student.config.with_dms(dms)
 
 
 def fitted_heads(run: PreparedRun, add: OnMesh) -> dict[int, Array]:

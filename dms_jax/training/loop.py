@@ -28,7 +28,7 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
     first, count = local_rows(c.batch_size, run.mesh)
     start = int(state.step)
     log = StepLog(run, start)
-    for step in range(start, c.steps):
+    for step in range(start, c.num_steps):
         if step == c.first_gated_step and c.mode == "borrowed":
             state = steps.free_channel(state)
         host = run.train_rows.batch(step, c.batch_size, c.seed, first, count)
@@ -39,7 +39,7 @@ def train(run: PreparedRun, state: TrainState, stop: StopSignal) -> tuple[TrainS
 
         done, number = step + 1, stop.agreed()
         save = done % c.save_every == 0 or done == c.steps or number
-        validation = c.eval_every and done % c.eval_every == 0 and done < c.steps
+        validation = c.eval_every and done % c.eval_every == 0 and done < c.num_steps
         if save or validation:
             log.write_pending(state)  # raises if the step was not finite, so that it is neither saved nor validated
         if save:

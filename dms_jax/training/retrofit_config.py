@@ -267,6 +267,12 @@ class RetrofitConfig:
         )
 
     @property
+    def num_steps(self) -> int:
+        """`steps`, which `resolved` gives a value."""
+        assert self.steps is not None, "the configuration is not resolved"
+        return self.steps
+
+    @property
     def rows_at_once(self) -> int:
         """The rows that a micro-batch of a step, or of the label pass, reads. Both are as many, so that they fit."""
         return self.batch_size // self.accumulate
@@ -283,12 +289,12 @@ class RetrofitConfig:
     @property
     def first_gated_step(self) -> int:
         """The first step at which gates act: 0, or in mode `borrowed` the step after those that free the channel."""
-        return (self.ramp_steps or max(1, self.steps // 3)) if self.mode == "borrowed" else 0
+        return (self.ramp_steps or max(1, self.num_steps // 3)) if self.mode == "borrowed" else 0
 
     @property
     def rising_steps(self) -> int:
         """Number of steps, from the first gated step on, over which the target ratio rises."""
-        return self.cr_steps or max(1, (self.steps - self.first_gated_step) * 9 // 10)
+        return self.cr_steps or max(1, (self.num_steps - self.first_gated_step) * 9 // 10)
 
 
 def _default(value: Any, default: Any) -> Any:

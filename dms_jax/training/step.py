@@ -73,7 +73,7 @@ class RetrofitStep:
 
     @property
     def rate(self) -> optax.Schedule:
-        return rate_schedule(self.config.optimizer, self.config.steps)
+        return rate_schedule(self.config.optimizer, self.config.num_steps)
 
     @property
     def tx(self) -> optax.GradientTransformation:

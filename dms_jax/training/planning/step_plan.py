@@ -242,7 +242,7 @@ def _label_figures(setting: StepSetting, facts: StepFacts, seconds_per_step: Fig
     Validation, checkpoints and compilation are not included.
     """
     default, at_once = RetrofitConfig().resolved(), setting.step.rows_at_once
-    rows, steps = default.label_rows, default.steps or 0
+    rows, steps = default.label_rows, default.num_steps
     seconds, note = _label_seconds(setting, facts)
     seconds *= math.ceil(rows / at_once)
     source = seconds_per_step.source
