@@ -63,7 +63,8 @@ def log_mean_ratio(pairs: Pairs, value: Float[Array, "D K"]) -> Float[Array, ""]
 
 def common_offset(ratios: Sequence[float]) -> Float[Array, ""]:
     """Return what to add to the predictions of all layers, given the `log_mean_ratio` of each."""
-    return np.array(np.logaddexp.reduce(ratios) - np.log(len(ratios)), np.float32)
+    with np.errstate(invalid="ignore"):  # the caller refuses predictions that are not finite
+        return np.array(np.logaddexp.reduce(ratios) - np.log(len(ratios)), np.float32)
 
 
 @jax.jit

@@ -3,10 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.optimize
 
+from dms_jax.errors import ConfigError
 from dms_jax.training import gamma_regression
+from dms_jax.training.fisher_init import FittedHead
 from dms_jax.training.gamma_regression import MAX_RATIO, Pairs, common_offset, deviance, log_mean_ratio, refine
+from dms_jax.training.head_fit import refined
 
 SIZE, HEADS = 5, 2
 
@@ -78,3 +82,11 @@ def test_values_of_zero_and_huge_ones_leave_the_fit_finite(rng):
     labels[:100], labels[100] = 0.0, 1e30
     value, moments = refine(data._replace(labels=labels), np.zeros((SIZE, HEADS), np.float32), np.float32(-3))
     assert np.isfinite(value).all() and np.isfinite(moments).all() and float(jnp.abs(value).max()) < 1
+
+
+def test_fit_that_is_not_finite_is_refused(rng):
+    data, value = pairs(rng, np.zeros((SIZE, HEADS)), 64), np.zeros((1, SIZE, HEADS), np.float32)
+    head = FittedHead(value, np.zeros((1, SIZE), np.float32), np.float32(0), np.float32(1))
+    assert np.isfinite(refined(head, lambda layer: data)[0].deviation)
+    with pytest.raises(ConfigError, match="not finite; use more label_rows"):
+        refined(head, lambda layer: data._replace(features=np.full_like(data.features, np.nan)))
