@@ -24,6 +24,7 @@ from dms_jax.engine.cache_capacity import layer_capacities
 from dms_jax.engine.page_memory import read_bounds
 from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
+from dms_jax.planning.serving_plan import largest_that_fits
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import policy_of
 
@@ -119,11 +120,4 @@ def filled_pages(model: Decoder, counts: Int[np.ndarray, "L B K"], context: int,
 
 def max_rows(size: Callable[[int], int], budget: int) -> int:
     """Return the largest number of rows, at least 1, whose `size` is within the budget. `size` must not decrease."""
-    rows = 1
-    while size(2 * rows) <= budget:
-        rows *= 2
-    low, high = rows, 2 * rows  # low fits or is 1, high does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(middle) <= budget else (low, middle)
-    return low
+    return max(1, largest_that_fits(lambda rows: size(rows) <= budget))

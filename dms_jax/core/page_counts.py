@@ -39,15 +39,16 @@ def size_class(pages: int, page_bytes: int) -> int:
     return round_to_few(pages, 8 if pages * page_bytes < SMALL_ARENA else 32)
 
 
-def round_to_few(number: int, classes: int) -> int:
-    """Round up to one of `classes` numbers between each power of two and the next."""
-    step = max(1, (1 << (number - 1).bit_length()) // (2 * classes))
+def round_to_few(number: int, classes: int, multiple: int = 1) -> int:
+    """Round up to one of `classes` numbers between each power of two and the next, but to multiples of `multiple`,
+    which is a power of two."""
+    step = max(multiple, (1 << (number - 1).bit_length()) // (2 * classes))
     return pages_of(number, step) * step
 
 
 def length_class(tokens: int) -> int:
     """Round the length of a row up to one of few, so that a prompt of another length needs no other programs."""
-    return max(pages_of(tokens, 64) * 64, round_to_few(tokens, 8))
+    return round_to_few(tokens, 8, 64)
 
 
 def table_columns(max_length: int, ring: int, page_size: int, budgets: np.ndarray | None = None) -> int:

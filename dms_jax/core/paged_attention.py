@@ -16,7 +16,7 @@ from dms_jax.core import page_arena
 from dms_jax.core.budget_eviction import keep_budgets
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, Expiries, slots_of
 from dms_jax.core.page_arena import NOBODY, Arena
-from dms_jax.core.paged_cache import HeadPages, pages_in_use, pages_of
+from dms_jax.core.paged_cache import HeadPages, holds_pair, pages_in_use, pages_of
 from dms_jax.core.slot_attention import (
     Chunk,
     KeyBlocks,
@@ -178,7 +178,7 @@ def attend_newest(
     def attend(index, part: SoftmaxPart) -> SoftmaxPart:
         group = lax.dynamic_slice_in_dim(order, index * GROUPS, GROUPS)
         head, slot = group // groups, pairs * (group % groups)[:, None] + jnp.arange(pairs)[None]
-        visible = (slot < in_ring[head]) | ((slot >= ring_slots) & (slot < ring_slots + survivors[head]))
+        visible = holds_pair(slot, in_ring[head], ring_slots, survivors[head])
         visible = visible & (index * GROUPS + jnp.arange(GROUPS) < used)[:, None]
         keys, values = (x[table[group]].reshape(GROUPS, pairs, h).astype(q.dtype) for x in (arena.k, arena.v))
         s = jnp.einsum("wrh,wsh->wrs", queries[head], keys, preferred_element_type=jnp.float32) * h**-0.5
@@ -202,8 +202,7 @@ def _all_visible(arena: Arena, heads: HeadPages, seen: Int[Array, "B"]) -> tuple
     """Return positions and expiries for the query of the newest pair, which sees every ring pair and every survivor."""
     slot = jnp.arange(heads.table.shape[2] * arena.page_size, dtype=jnp.int32)[None, None]
     ring_slots = heads.ring_pages(arena.page_size) * arena.page_size
-    in_ring = slot < jnp.minimum(seen, heads.ring)[:, None, None]
-    filled = in_ring | ((slot >= ring_slots) & (slot < ring_slots + heads.survivors[..., None]))
+    filled = holds_pair(slot, jnp.minimum(seen, heads.ring)[:, None, None], ring_slots, heads.survivors[..., None])
     return jnp.where(filled, 0, EMPTY), jnp.full(filled.shape, NEVER, jnp.int32)
 
 

@@ -171,6 +171,12 @@ def pages_in_use(
     return jnp.broadcast_to(in_ring[:, None], survivors.shape), pages_of(survivors, page_size)
 
 
+def holds_pair(slot: Any, in_ring: Any, ring_slots: int, survivors: Any) -> Any:
+    """Return which logical slots hold a pair: the first `in_ring` slots, and `survivors` behind the `ring_slots` slots
+    of the ring's pages. Arrays of NumPy or JAX that broadcast."""
+    return (slot < in_ring) | ((slot >= ring_slots) & (slot < ring_slots + survivors))
+
+
 def _pages_to_copy(cache: PagedCache) -> Int[Array, "L B K"]:
     """Return how many pages a copy of each head cannot share: those of the ring, and the last one of survivors."""
     ring, survivors = pages_in_use(cache.heads.survivors, cache.seen, cache.heads.ring, cache.page_size)

@@ -14,6 +14,7 @@ import numpy as np
 from dms_jax.config import ModelConfig, Overflow
 from dms_jax.core.cache_base import Cache, HostBounds
 from dms_jax.core.compact_cache import CompactCache, grown
+from dms_jax.core.page_counts import round_to_few
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.page_memory import check_starved, read_bounds, room_for
@@ -34,7 +35,7 @@ def size_class(number: int) -> int:
 
     Sizes are the multiples of 128 up to 1024, and four for each further power of two, at most a quarter too large.
     """
-    return round_up(-(-number // (step := max(128, (1 << (number - 1).bit_length()) // 8))) * step)
+    return round_up(round_to_few(number, 4, 128))
 
 
 def layer_capacities(largest: Sequence[int]) -> tuple[int, ...]:

@@ -1,7 +1,6 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +60,6 @@ class Generation:
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
     cache: Cache
     logits: Float[Array, "B V"]  # after the last token
-    seconds_to_first_token: float  # until the prompts were read, compilation included
 
     @property
     def allocated_bytes(self) -> int:
@@ -109,7 +107,7 @@ def generate(
 
     Raises ConfigError for arguments that cannot work, and, with overflow "raise", when a head needs more slots.
     """
-    config, began = config or GenerationConfig(), time.perf_counter()
+    config = config or GenerationConfig()
     # 1. Check prompts and stop ids. Nothing below checks an id again.
     rows, tokenizer, as_text = _encode(model, prompts, config, tokenizer)
     stop_ids, stop_strings = _stops(model, config, tokenizer)
@@ -129,8 +127,6 @@ def generate(
     if isinstance(cache, CompactCache) and cache.policy.compresses_prompt:
         cache = compress_prompt(cache)
         cache = cache.with_bounds(host_bounds(cache))
-    jax.block_until_ready(logits)
-    seconds = time.perf_counter() - began
     # 4. Decode segment by segment, until all rows have stopped or `watch` asks to.
     seen_ids = history.ids if history is not None else rows
     state, stopped_by_text = _first_state(cache, logits, seen_ids, config), np.zeros(len(rows), bool)
@@ -139,7 +135,7 @@ def generate(
         if watch is not None and watch(Progress(int(lengths.max()), generated_tokens(state))):
             break
     # 5. Read the results from the device.
-    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history, seconds)
+    return _result(state, stopped_by_text, config, tokenizer if as_text else None, history)
 
 
 def _new_cache(model: Decoder, config: GenerationConfig, lengths: np.ndarray, chunk: int) -> Cache:
@@ -274,7 +270,6 @@ def _result(
     config: GenerationConfig,
     tokenizer: Tokenizer | None,
     history: TokenHistory | None,
-    seconds: float,
 ) -> Generation:
     """Read the state from the device; `tokenizer` is None for prompts of ids. `history` ends before the new tokens."""
     numbers, stopped, tokens = np.asarray(state.num_generated), np.asarray(state.stopped), generated_tokens(state)
@@ -298,7 +293,6 @@ def _result(
         pairs_read=np.asarray(state.pairs_read, np.float64),
         cache=cache,
         logits=state.logits,
-        seconds_to_first_token=seconds,
     )
 
 

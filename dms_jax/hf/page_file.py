@@ -16,7 +16,7 @@ from jaxtyping import Int
 from dms_jax.axes import Array
 from dms_jax.config import ModelConfig
 from dms_jax.core.page_arena import Arena
-from dms_jax.core.paged_cache import HeadPages, PagedCache, heads_on_devices, pages_in_use, pages_of
+from dms_jax.core.paged_cache import HeadPages, PagedCache, heads_on_devices, holds_pair, pages_in_use, pages_of
 from dms_jax.errors import ConfigError
 from dms_jax.hf.cache_state import FLOATS
 from dms_jax.policies import CachePolicy
@@ -167,8 +167,7 @@ def _live(table, survivors, seen, ring: int, size: int, pages: int) -> np.ndarra
     """Return which places of pages [n S] hold a live pair."""
     live, ring_slots = np.zeros((pages + 1, size), bool), pages_of(ring, size) * size
     slot = np.arange(table.shape[-1] * size)
-    filled = slot < np.minimum(seen, ring)[None, :, None, None]
-    filled = filled | ((slot >= ring_slots) & (slot < ring_slots + survivors[..., None]))
+    filled = holds_pair(slot, np.minimum(seen, ring)[None, :, None, None], ring_slots, survivors[..., None])
     np.logical_or.at(live, table.ravel(), filled.reshape(-1, size))
     return live[1:]
 

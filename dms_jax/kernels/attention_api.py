@@ -104,14 +104,13 @@ def extend_layer(
         return slot_attention.extend_layer(layer, q, k, v, expiries, part, policy, ops)
 
     # These records hold the axes of each array in place of the array.
-    cache_axes, expiry_axes = cast(Any, LayerCache), cast(Any, Expiries)
+    cache_axes = cast(Any, LayerCache)
     statistic, budget = None if layer.statistic is None else VECTORS, None if layer.budget is None else HEADS
     cache = cache_axes(*PAIRS, HEADS, statistic, budget=budget)
-    last = None if expiries.last_expiry is None else HEADS
     run = per_device(
         own,
         k.shape[:2],
-        [cache, "batch . kv_heads .", VECTORS, VECTORS, expiry_axes(SLOTS, SLOTS, last, last), "batch .", "batch"],
+        [cache, "batch . kv_heads .", VECTORS, VECTORS, _expiry_axes(expiries), "batch .", "batch"],
         ("batch . kv_heads .", cache),
     )
     return run(layer, q, k, v, expiries, chunk.position, chunk.count)
@@ -140,17 +139,21 @@ def extend_pages(
 
     heads = layer.own()
     arena_axes, head_axes = axes_of(layer.arena, heads, layers="")
-    last = None if expiries.last_expiry is None else HEADS
-    expiry_axes = cast(Any, Expiries)(SLOTS, SLOTS, last, last)
     queries = "batch . kv_heads ."
     run = per_device(
         with_own_arena(own),
         k.shape[:2],
-        [arena_axes, head_axes, queries, VECTORS, VECTORS, expiry_axes, "batch .", "batch"],
+        [arena_axes, head_axes, queries, VECTORS, VECTORS, _expiry_axes(expiries), "batch .", "batch"],
         (arena_axes, head_axes, queries),
     )
     arena, heads, out = run(layer.arena, heads, q, k, v, expiries, chunk.position, chunk.count)
     return out, layer.updated(arena, heads)
+
+
+def _expiry_axes(expiries: Expiries) -> Any:
+    """Return the axes of each array of the decisions about a chunk, in place of the array."""
+    last = None if expiries.last_expiry is None else HEADS
+    return cast(Any, Expiries)(SLOTS, SLOTS, last, last)
 
 
 @typed

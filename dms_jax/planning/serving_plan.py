@@ -189,8 +189,8 @@ def users_bytes(
     return num_pages, sizes.devices * cache_bytes(shape, num_pages, columns, ring, heads, rows)
 
 
-def most_users(fits: Callable[[int], bool]) -> int:
-    """Return the largest number of users that `fits`, which is true up to that number."""
+def largest_that_fits(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that `fits`, which is true up to that number; 0 if 1 does not fit."""
     low, high = 0, 1
     while fits(high):
         low, high = high, 2 * high
@@ -214,7 +214,7 @@ def arm_figures(
     """Compute the figures of one arm. `batch`, the number of users who are served at once, is limited by `memory`."""
     needed = lambda users: users_bytes(config, load, sizes, users, context, page_size)
     free, (pages, allocated) = memory - sizes.data * sizes.weights, needed(users)
-    max_users = most_users(lambda users: needed(users)[1] <= free)
+    max_users = largest_that_fits(lambda users: needed(users)[1] <= free)
     batch = min(users, max_users)
 
     def tokens_per_second(users: int) -> float | None:

@@ -44,12 +44,11 @@ def first_state(run: PreparedRun, stop: StopSignal, resume: bool, accept_changes
     folder = run.output / "checkpoints" / "labels"
     if not resume:
         _remove(run, folder)
-    checkpoints = Checkpoints(folder, keep=1)
-    with contextlib.ExitStack() as held:
-        held.callback(checkpoints.close)
-        kept = held.enter_context(contextlib.closing(HeadFit(run, folder)))
+    with (
+        contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints,
+        contextlib.closing(HeadFit(run, folder)) as kept,
+    ):
         sums, number = _labels(run, state, checkpoints, kept, stop, resume, accept_changes)
-        checkpoints.close()
         if number:
             return state, number
         check_counted(sums, run.steps.math.dms.window_size)
