@@ -140,8 +140,8 @@ def _load_pages(
         content = {name: state[name] for name in page_fields(policy, config)}
         check_pages(content, state["seen"], policy, config)
         history = _history(state, config.vocab_size) if has_history else None
-    # A header may name more pages than the file has; the arena then has room to grow into, but not more than the table.
-    room = min(int(pages), content["table"].size + 2)
+    # With "raise", the size of the arena is what its owner chose, and a fork may need more pages than the table has.
+    room = int(pages) if overflow == "raise" else min(int(pages), content["table"].size + 2)
     mesh = devices_of(model.embed.get_value())
     return cache_of(content, state["seen"], policy, overflow, room, mesh).with_history(history)
 

@@ -197,6 +197,16 @@ def test_saved_forks_share_pages_in_the_file(rng, tmp_path):
     assert loaded.arena.num_pages == cache.arena.num_pages and loaded.overflow == cache.overflow == "raise"
 
 
+def test_loaded_cache_has_as_much_room_for_forks_as_the_saved_one(rng, tmp_path):
+    model = build("w0")[0]
+    cache = dms_jax.init_pages(model, 1, 40, num_pages=300, page_size=SIZE, policy="dms_budget:9")
+    _, cache = dms_jax.prefill(model, cache, tokens(rng, 1, 37))
+    dms_jax.save_cache(model, cache, tmp_path / "cache.safetensors")
+    loaded = dms_jax.load_cache(model, tmp_path / "cache.safetensors")
+    assert loaded.arena.num_pages == 300  # more than the table of one row has entries
+    check_pages_counted(dms_jax.fork(loaded, 10))
+
+
 @pytest.mark.parametrize("kv_heads", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_mesh_does_not_change_results(rng, kv_heads, tmp_path):
     model = tiny_model(policy(3), 3, num_layers=1, num_kv_heads=kv_heads, num_q_heads=2 * kv_heads)
