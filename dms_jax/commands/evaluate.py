@@ -87,6 +87,8 @@ def _add_answer_options(group) -> None:
     add("--haystack", metavar="FILE", help="the text in which needles are hidden")
     data = "the problems of a task, a .jsonl file or hf:NAME; may be repeated"
     add("--data", action="append", default=[], metavar="TASK=FILE", help=data)
+    calibration = "problems for thresholds and budgets of heads (default: problems of the task beyond --count)"
+    add("--calibration-data", action="append", default=[], metavar="TASK=FILE", help=calibration)
     limit = "maximum tokens of an answer; 0 is the task's own limit (default 0)"
     add("--max-new-tokens", type=int, default=0, metavar="N", help=limit)
     chains = "answers to each problem, for majority vote and pass@k (default 1)"
@@ -134,7 +136,11 @@ def _evaluate(options: EvaluationOptions, as_json: bool, command: str) -> None:
 def _options(parsed: argparse.Namespace) -> EvaluationOptions:
     """Check what can be checked without a model."""
     check_option_ranges(EvaluationOptions, parsed)
-    tasks, data = _tasks(parsed.tasks), named(parsed.data, "--data")
+    tasks = _tasks(parsed.tasks)
+    data, calibration_data = (
+        _data(tasks, values, option)
+        for values, option in ((parsed.data, "--data"), (parsed.calibration_data, "--calibration-data"))
+    )
     if parsed.length % parsed.chunk:
         nearest = max(1, parsed.length // parsed.chunk) * parsed.chunk
         raise ConfigError(
@@ -149,11 +155,6 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         _check_live_counts(parsed.live_counts, tasks)
     check_samples(parsed.chains, parsed.temperature)
     check_run_code(tasks, parsed.run_code)
-    if unknown := [name for name in data if name not in tasks or name in RECORDS]:
-        raise ConfigError(
-            f"--data: {unknown[0]!r} is not one of the tasks with answers in --tasks {','.join(tasks)}; "
-            "write --data TASK=FILE"
-        )
     texts = {name: read_text(path) for name, path in named(parsed.text, "--text").items()}
     if (on_text := [task for task in tasks if task in RECORDS]) and not texts:
         raise ConfigError(f"--text is missing, which --tasks {on_text[0]} needs; give --text [NAME=]FILE")
@@ -167,7 +168,18 @@ def _options(parsed: argparse.Namespace) -> EvaluationOptions:
         output=parsed.output or default_output(parsed.model),
         haystack=read_text(parsed.haystack) if parsed.haystack else "",
         data=data,
+        calibration_data=calibration_data,
     )
+
+
+def _data(tasks: tuple[str, ...], values: list[str], option: str) -> dict[str, str]:
+    data = named(values, option)
+    if unknown := [name for name in data if name not in tasks or name in RECORDS]:
+        raise ConfigError(
+            f"{option}: {unknown[0]!r} is not one of the tasks with answers in --tasks {','.join(tasks)}; "
+            f"write {option} TASK=FILE"
+        )
+    return data
 
 
 def _check_live_counts(path: str, tasks: tuple[str, ...]) -> None:

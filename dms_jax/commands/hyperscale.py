@@ -47,6 +47,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", metavar="FILE", default="hyperscale.jsonl", help=output)
     add("--count", type=int, default=20, metavar="N", help="number of problems (default 20)")
     add("--data", default="", metavar="FILE", help="the problems of the task, a .jsonl file or hf:NAME")
+    calibration = "problems for thresholds and budgets of heads (default: problems of the task beyond --count)"
+    add("--calibration-data", default="", metavar="FILE", help=calibration)
     add("--lengths", default="1024", metavar="N,M", help="lengths of generated prompts, in tokens (default 1024)")
     add("--haystack", metavar="FILE", help="the text in which needles are hidden")
     add("--temperature", type=float, default=0.7, metavar="X", help="sampling temperature (default 0.7)")

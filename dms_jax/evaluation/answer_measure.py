@@ -9,7 +9,7 @@ heads.
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -31,9 +31,9 @@ from dms_jax.evaluation.results import ResultsFile
 from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.models.decoder import Decoder
 from dms_jax.policies.prompt_compression import compress_prompt
-from dms_jax.tasks.problem import Problem, Task
+from dms_jax.tasks.problem import Problem, Task, TaskOptions
 
-CALIBRATION_ROWS = 2
+CALIBRATION_ROWS, CALIBRATION_PROBLEMS = 2, 4  # generated prompts: as many problems of each length and depth
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Group:
     length: int  # tokens of the longest prompt and its answer
     new_tokens: int
     longest_answer: int  # tokens of the longest reference
+    calibration: list[np.ndarray]  # prompts with answers of other problems of this length
 
     def batches(self, size: int) -> Iterator[tuple[list[Problem], list[np.ndarray]]]:
         for start in range(0, len(self.problems), size):
@@ -76,9 +77,34 @@ class AnswerMeasure:
     clock: Clock = field(default_factory=Clock)
 
 
-def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> list[Group]:
-    """Group the problems by the prompt length that they state; those that state none form one group. Raises ConfigError
-    for prompts beyond the model's context."""
+def other_problems(
+    task: Task, options: TaskOptions, data: str, count_tokens: Callable[[str], int], problems: list[Problem]
+) -> list[Problem]:
+    """Return problems on which thresholds and budgets of heads may be calibrated, because they are not measured.
+
+    They come from the file `data`, or else from what `options` leave of the task. There may be none.
+    """
+    if data:
+        options = replace(options, count=CALIBRATION_PROBLEMS, data=data)
+    else:
+        options = replace(options, count=options.count + CALIBRATION_PROBLEMS)
+    measured = {problem.prompt for problem in problems}
+    return [problem for problem in task.problems(options, count_tokens) if problem.prompt not in measured]
+
+
+def check_calibration(method: Method, groups: list[Group], option: str) -> None:
+    """Refuse a method that must be calibrated on problems of which there are none; `option` names a file of them."""
+    for group in groups:
+        if method.needs_calibration and not group.calibration:
+            raise ConfigError(
+                f"{method} must be calibrated on problems that are not measured, but all problems of "
+                f"{group.task.name} are; use a smaller --count, or give others with {option}"
+            )
+
+
+def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem], others: list[Problem]) -> list[Group]:
+    """Group the problems by the prompt length that they state; those that state none form one group. The `others` are
+    for calibration. Raises ConfigError for prompts beyond the model's context."""
     prompts = [_prompt_ids(run.tokenizer, problem) for problem in problems]
     limit = run.model.config.context_limit()[0]
     groups = []
@@ -101,6 +127,11 @@ def group_problems(run: AnswerMeasure, task: Task, problems: list[Problem]) -> l
                 length=length,
                 new_tokens=new_tokens,
                 longest_answer=max(len(run.tokenizer.encode(problems[i].answer)) for i in members),
+                calibration=[
+                    np.append(_prompt_ids(run.tokenizer, other), run.tokenizer.encode(other.answer)).astype(np.int32)
+                    for other in others
+                    if other.groups.get("length", "") == label
+                ],
             )
         )
     return groups
@@ -141,8 +172,8 @@ def answer_setup(run: AnswerMeasure, group: Group, method: Method, dms_records: 
         return float(np.mean(mine)) if mine and not method.budget.isdecimal() else None
 
     def calibration_rows() -> np.ndarray:
-        """Cut rows from the prompts themselves, which are repeated if they are too short."""
-        stream = np.concatenate(group.prompts)
+        """Cut rows from other problems, which are repeated if they are too short."""
+        stream = np.concatenate(group.calibration)
         return np.resize(stream, CALIBRATION_ROWS * group.length).reshape(CALIBRATION_ROWS, group.length)
 
     return run.calibrator.setup(method, group.length, group.name, calibration_rows, dms_live_tokens)

@@ -13,9 +13,17 @@ import numpy as np
 from tqdm import tqdm
 
 from dms_jax.errors import ConfigError
-from dms_jax.evaluation.answer_measure import AnswerMeasure, Group, Sampling, group_problems, measure_answers
+from dms_jax.evaluation.answer_measure import (
+    AnswerMeasure,
+    Group,
+    Sampling,
+    check_calibration,
+    group_problems,
+    measure_answers,
+    other_problems,
+)
 from dms_jax.evaluation.live_counts import live_counts_of, write_live_counts
-from dms_jax.evaluation.methods import TRAINED, Calibrator, Method, check_budget, check_learned, parse_methods
+from dms_jax.evaluation.methods import Calibrator, Method, check_budget, check_learned, parse_methods
 from dms_jax.evaluation.options import CommonOptions, EvaluationOptions
 from dms_jax.evaluation.result_records import KeptRecord
 from dms_jax.evaluation.results import ResultsFile
@@ -71,11 +79,11 @@ def prepare(options: EvaluationOptions) -> Evaluation:
     model, tokenizer = load_model(options)
     methods = _methods(options, model)
     domains = _domains(options, model, tokenizer)
-    problems = _problems(options, tokenizer)
+    problems, others = _problems(options, tokenizer, any(method.needs_calibration for method in methods))
     calibrator = Calibrator(model)
     sampling = Sampling(options.chains, options.temperature, options.top_p, options.seed)
     answers = AnswerMeasure(model, tokenizer, calibrator, sampling, options.batch, options.chunk)
-    groups = {name: group_problems(answers, TASKS[name], found) for name, found in problems.items()}
+    groups = {name: group_problems(answers, TASKS[name], found, others[name]) for name, found in problems.items()}
     _check_budgets(options, model, methods, groups)
     file = open_results(options.model, model, options.output, _fixed(options, model, problems))
     text = TextMeasure(model, tokenizer, domains, calibrator, file, options.batch, options.chunk, options.greedy_tokens)
@@ -168,9 +176,11 @@ def _domains(options: EvaluationOptions, model: Decoder, tokenizer: Tokenizer) -
     return [cut_domain(name, row, begin, *sizes) for name, row in ids.items()]
 
 
-def _problems(options: EvaluationOptions, tokenizer: Tokenizer) -> dict[str, list[Problem]]:
-    """Make the problems of each task with answers."""
-    found = {}
+def _problems(
+    options: EvaluationOptions, tokenizer: Tokenizer, calibrates: bool
+) -> tuple[dict[str, list[Problem]], dict[str, list[Problem]]]:
+    """Make the problems of each task with answers, and other problems if a method `calibrates` on them."""
+    found, others, count_tokens = {}, {}, lambda text: len(tokenizer.encode(text))
     for name in options.tasks:
         if name in TASKS:
             task_options = TaskOptions(
@@ -183,8 +193,11 @@ def _problems(options: EvaluationOptions, tokenizer: Tokenizer) -> dict[str, lis
                 max_new_tokens=options.max_new_tokens,
                 run_code=options.run_code,
             )
-            found[name] = TASKS[name].problems(task_options, lambda text: len(tokenizer.encode(text)))
-    return found
+            found[name], others[name] = TASKS[name].problems(task_options, count_tokens), []
+            if calibrates:
+                data = options.calibration_data.get(name, "")
+                others[name] = other_problems(TASKS[name], task_options, data, count_tokens, found[name])
+    return found, others
 
 
 def _fixed(options: EvaluationOptions, model: Decoder, problems: dict[str, list[Problem]]) -> dict[str, Any]:
@@ -209,10 +222,10 @@ def _check_budgets(
                     f"--policies {method.policy}: prompt compression ranks once, after a prompt, "
                     "so it does not apply to --tasks text"
                 )
-            calibrated = method.kind.is_learned and (method.kind.has_budget or method.budget != TRAINED)
-            if calibrated and not options.calibration_rows:
+            if method.needs_calibration and not options.calibration_rows:
                 what = "budgets of heads" if method.kind.has_budget else "a threshold"
                 raise ConfigError(f"{method} needs {what} from calibration rows; use --calibration-rows 1 or more")
-        for found in groups.values():
+        for name, found in groups.items():
             for group in found:
                 check_budget(model, method, group.length)
+            check_calibration(method, found, f"--calibration-data {name}=FILE")

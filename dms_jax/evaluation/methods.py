@@ -38,6 +38,11 @@ class Method:
         return POLICIES[self.policy.removeprefix(PROMPT).removeprefix(ADAKV)]
 
     @property
+    def needs_calibration(self) -> bool:
+        """Whether other rows decide its threshold or its budgets of heads."""
+        return self.kind.is_learned and (self.kind.has_budget or self.budget != TRAINED)
+
+    @property
     def compresses_prompt(self) -> bool:
         return self.policy.startswith(PROMPT)
 

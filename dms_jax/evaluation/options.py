@@ -41,6 +41,7 @@ class EvaluationOptions(CommonOptions):
     greedy_tokens: Annotated[int, AtLeast(1)] = 64
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     data: dict[str, str] = field(default_factory=dict)  # task -> file or hf: name
+    calibration_data: dict[str, str] = field(default_factory=dict)  # the same
     max_new_tokens: Annotated[int, AtLeast(0)] = 0  # 0: the task's own limit
     chains: Annotated[int, AtLeast(1)] = 1
     temperature: Annotated[float, AtLeast(0)] = 0.0
@@ -56,5 +57,6 @@ class HyperscaleOptions(CommonOptions):
     policies: str = "dms"
     output: str = "hyperscale.jsonl"
     data: str = ""
+    calibration_data: str = ""
     temperature: Annotated[float, AtLeast(0)] = 0.7
     top_p: TopP = 0.95

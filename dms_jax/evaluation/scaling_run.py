@@ -13,7 +13,9 @@ from dms_jax.evaluation.answer_measure import (
     Group,
     Sampling,
     answer_setup,
+    check_calibration,
     group_problems,
+    other_problems,
     sample_answers,
 )
 from dms_jax.evaluation.evaluation_run import digest, dtype_name, load_model, open_results
@@ -41,7 +43,8 @@ def measure(options: HyperscaleOptions) -> None:
         run_code=options.run_code,
     )
     task = TASKS[options.task]
-    problems = task.problems(task_options, lambda text: len(tokenizer.encode(text)))
+    count_tokens = lambda text: len(tokenizer.encode(text))
+    problems = task.problems(task_options, count_tokens)
     policies = list(dict.fromkeys(method.policy for method in parse_methods(options.policies, "cr2")))
     check_learned(model, policies, options.model)
     fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
@@ -53,7 +56,10 @@ def measure(options: HyperscaleOptions) -> None:
         if configuration.cr == 1 or policy != DENSE
     ]
     # All are prepared before the first is measured, so that an impossible one is refused at once.
-    plans = [_plan(shared, options, task, problems, *pair) for pair in pairs]
+    others = []
+    if any(_method(*pair).needs_calibration for pair in pairs):
+        others = other_problems(task, task_options, options.calibration_data, count_tokens, problems)
+    plans = [_plan(shared, options, task, (problems, others), *pair) for pair in pairs]
     file = open_results(options.model, model, options.output, fixed | {f"problems:{task.name}": digest(repr(problems))})
     with tqdm(total=len(pairs) * len(problems), desc=task.name, unit="problem", disable=None) as bar:
         for plan in plans:
@@ -76,19 +82,26 @@ def _plan(
     shared: AnswerMeasure,
     options: HyperscaleOptions,
     task: Task,
-    problems: list[Problem],
+    problems: tuple[list[Problem], list[Problem]],
     configuration: Configuration,
     policy: str,
 ) -> Plan:
-    """Prepare one configuration. Raises ConfigError if its compression ratio is impossible for a prompt."""
+    """Prepare one configuration, given the problems to measure and others. Raises ConfigError if its compression ratio
+    is impossible for a prompt."""
     sampling = Sampling(configuration.samples, options.temperature, options.top_p, options.seed)
     run = replace(shared, sampling=sampling, batch_size=max(1, options.batch // configuration.samples))
-    shortened = [replace(problem, max_new_tokens=configuration.new_tokens) for problem in problems]
-    method = Method(policy, f"cr{configuration.cr:g}" if configuration.cr > 1 else "")
-    groups = list(group_problems(run, task, shortened))
+    measured, others = problems
+    shortened = [replace(problem, max_new_tokens=configuration.new_tokens) for problem in measured]
+    method = _method(configuration, policy)
+    groups = group_problems(run, task, shortened, others)
     for group in groups:
         check_budget(run.model, method, group.length)
+    check_calibration(method, groups, "--calibration-data FILE")
     return Plan(run, configuration, method, groups)
+
+
+def _method(configuration: Configuration, policy: str) -> Method:
+    return Method(policy, f"cr{configuration.cr:g}" if configuration.cr > 1 else "")
 
 
 def _measure_group(
