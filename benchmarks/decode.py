@@ -11,8 +11,9 @@ spread, unless CR is 1. With --live, one arm `live` takes the counts of a real m
 pages for all heads and for the pairs that the steps append, or with `--cache slots` just enough slots in each layer for
 its fullest head. Each line gives the bytes that the cache allocates, those of the keys and values that are live after
 the last step, and their ratio. --equal-memory adds arms with as many rows as fit into the bytes that the dense arm
-allocates. The roofline of an arm is the speed at which a step could read its bytes, which are the weights and the live
-pairs.
+allocates. `in use` is by how much the memory of the device, or on Linux that of the process on a CPU, grows when the
+cache is made. The roofline of an arm is the speed at which a step could read its bytes, which are the weights and the
+live pairs.
 
 The arms alternate, so that a busy machine slows down all of them, unless their caches do not fit into memory together.
 An arm that does not fit even alone is left out, and the output says so. --transformers needs torch and times `generate`
@@ -21,9 +22,13 @@ is the time that further tokens add. Compare the ratios of the medians. The last
 """
 
 import argparse
+import ctypes
 import json
+import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -204,7 +209,7 @@ def decode(options, model, ratios: list[float], measured: LiveCounts | None, sho
 
 def arm_record(name: str, arm: Arm, timing: tuple, model, options) -> dict:
     """Return what was measured on one arm. `timing` is its item of `timed_arms`."""
-    seconds, at_end, allocated = timing
+    seconds, at_end, allocated, in_use = timing
     median, counts = statistics.median(seconds), arm.counts()
     pair_bytes = 2 * model.config.head_dim * model.embed[...].dtype.itemsize
     return {
@@ -216,6 +221,7 @@ def arm_record(name: str, arm: Arm, timing: tuple, model, options) -> dict:
         **spread_record(counts),
         "live_at_end": float(at_end.mean()),
         **memory_record(at_end, allocated, pair_bytes),
+        "in_use_bytes": in_use,
         "step_ms": 1e3 * median,
         "tokens_per_s": arm.batch / median,
         "step_ms_all": [1e3 * s for s in seconds],
@@ -245,21 +251,31 @@ def described(row: dict) -> str:
     text += f"({row['live_min']} to {row['live_max']}), {row['step_ms']:>8.2f} ms per step "
     text += f"({min(times):.2f} to {max(times):.2f}), {row['tokens_per_s']:>8.1f} tokens/s"
     text += f", {memory_text(row)}"
+    if row["in_use_bytes"] is not None:
+        text += f", in use {row['in_use_bytes'] / 2**20:.1f} MiB"
     if "speed_to_dense" in row:
         text += f", {row['speed_to_dense']:.2f}x dense (roofline {row['roofline_speed_to_dense']:.2f}x)"
     return text
 
 
 def timed_arms(model, arms: dict[str, Arm], options, total: int) -> dict:
-    """Return for each arm the seconds per step, the live pairs [L B K] at the end, and the bytes of the cache."""
+    """Return for each arm the seconds per step, the live pairs [L B K] at the end, the bytes of the cache, and those
+    by which the memory in use grew for it, if known."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     import dms_jax
     from benchmarks.filled_cache import filled_cache, filled_pages
 
     make = filled_pages if options.cache == "pages" else filled_cache
-    caches = {name: make(model, arm.counts(), options.context, total, arm.dense) for name, arm in arms.items()}
+    jax.block_until_ready(nnx.state(model))  # so that no memory of the weights is counted
+    caches, in_use = {}, {}
+    for name, arm in arms.items():
+        before = bytes_in_use()
+        caches[name] = jax.block_until_ready(make(model, arm.counts(), options.context, total, arm.dense))
+        after = bytes_in_use()
+        in_use[name] = None if before is None or after is None else after - before
     seconds = {name: [] for name in arms}
     for repeat in range(options.repeats + 1):
         for name in arms:
@@ -273,7 +289,10 @@ def timed_arms(model, arms: dict[str, Arm], options, total: int) -> dict:
             if repeat:  # the first one compiles
                 seconds[name].append((time.perf_counter() - start) / options.steps)
             caches[name] = cache
-    return {name: (seconds[name], np.asarray(cache.live_counts), cache.bytes) for name, cache in caches.items()}
+    return {
+        name: (seconds[name], np.asarray(cache.live_counts), cache.bytes, in_use[name])
+        for name, cache in caches.items()
+    }
 
 
 def step_bytes(model, batch: int, live: float) -> int:
@@ -289,6 +308,21 @@ def step_bytes(model, batch: int, live: float) -> int:
     )
     pair = 2 * config.head_dim * model.embed[...].dtype.itemsize + 8
     return weights + round(config.num_layers * batch * config.num_kv_heads * live) * pair
+
+
+def bytes_in_use() -> int | None:
+    """Return the bytes in use on the device. A CPU does not report them; there it is the resident memory of this
+    process, on Linux, after free memory went back to the system."""
+    import jax
+
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_in_use" in stats:
+        return stats["bytes_in_use"]
+    if sys.platform != "linux":
+        return None
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def free_bytes() -> float:
