@@ -13,7 +13,7 @@ blocks. `run` starts it, `Share` says which blocks a CTA has, and `attend` is th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -134,11 +134,11 @@ class Share(NamedTuple):
 
 
 class Visibility(NamedTuple):
-    """What the rows of a warpgroup see of a block of slots."""
+    """Which slots of a block the rows of a warpgroup see."""
 
     some_visible: Array  # whether one of the rows sees one of the slots
     all_visible: Array  # whether all rows see all slots
-    some_dead: Array  # whether a slot is dead: no row of the CTA sees it, and it may hold anything, even NaN
+    some_dead: Array  # whether a slot is dead: no row sees it, so it may hold anything, even NaN
     visible: Callable[[tuple[int, int]], Array]  # from the shape [rows slots]: which row sees which slot
     alive: Callable[[tuple[int, int]], Array]  # from the shape [slots H]: which slots are not dead
 
@@ -147,7 +147,7 @@ def run(
     plan: RowPlan,
     kernel: Callable[[Any, Any], None],
     refs: Any,
-    scratch: Mapping[str, Any],
+    scratch: dict[str, Any],
     rows: Float[Array, "B K R H"],
     *inputs: Array,
 ) -> SoftmaxPart:

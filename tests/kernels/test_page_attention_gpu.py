@@ -74,21 +74,21 @@ def test_ring_and_survivors_that_end_anywhere_in_a_page():
 
     A block of 16 slots has two pages of 8, and the ring of 24 slots ends in the middle of a block.
     """
-    counts = product([0, 8, 17, 24], [0, 1, 8, 9])
+    counts = product([0, 8, 17, 24], [0, 1, 7, 8])
     in_ring, survivors = np.array([*counts]).reshape(4, 4, 2).transpose(2, 0, 1)
     check(random_pages(in_ring, survivors, 24, 8, 8), 24, 2, SlotBlocks(64, 16, 1, 2))
 
 
-def test_ragged_heads_are_decoded_in_parts():
-    """One head has 5 blocks of pairs, of which the first part gets 3; one has a single pair, and one has none."""
-    pages = random_pages([[8, 1, 0]], [[25, 0, 0]], 8, 8, 16)
+def test_parts_share_the_pairs_of_each_head():
+    """One head has 5 blocks of pairs, of which the first of two parts gets 3; one has 3 blocks, and one has none."""
+    pages = random_pages([[8, 8, 0]], [[25, 9, 0]], 8, 8, 16)
     parts = check(pages, 8, 3, SlotBlocks(64, 8, 2, 2))
     of_empty_head = jax.tree.map(lambda x: x[:, 0, 2], parts)
     assert (of_empty_head.row_max == jnp.float32(MASKED)).all()
     assert not of_empty_head.row_sum.any() and not of_empty_head.acc.any()
-    # Blocks 0 and 2, block 1, block 3, block 4; and of the head with one pair, block 0.
+    # Two warpgroups alternate within a part: blocks 0 and 2, 1; 3, 4. Of the shorter head: blocks 0, 1; 2, nothing.
     np.testing.assert_array_equal(parts.row_sum[:, 0, 0, 0] > 0, [True, True, True, True])
-    np.testing.assert_array_equal(parts.row_sum[:, 0, 1, 0] > 0, [True, False, False, False])
+    np.testing.assert_array_equal(parts.row_sum[:, 0, 1, 0] > 0, [True, True, True, False])
 
 
 def test_rows_of_a_chunk_over_survivors():
