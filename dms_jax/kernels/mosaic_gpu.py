@@ -207,7 +207,8 @@ def copy_blocks(
     """Run the loop of a copying warpgroup over `total` blocks, with `steps` buffers, until all buffers are free again.
 
     Each of `parts` is a barrier per buffer, at which the computing warpgroups arrive when they no longer need the
-    buffer, and a function copy(block, buffer). Step n copies block `block_of(n)`.
+    buffer, and a function copy(block, buffer). Step n copies block `block_of(n)`, which is computed before the wait for
+    the buffer.
     """
 
     def one_block(n, _):

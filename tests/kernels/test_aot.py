@@ -16,7 +16,9 @@ from lowering import abstract_cache, lower_extend
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core.compact_cache import empty_layer
 from dms_jax.kernels import attention_api
+from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.dispatch import GPU, TPU
+from dms_jax.kernels.page_attention_gpu import attend_pages
 from dms_jax.models.parameters import abstract_model
 from dms_jax.planning.hardware import missing_compiler, parse_hardware, target_mesh
 
@@ -121,6 +123,25 @@ def test_attention_over_slots_compiles_and_copies_no_cache(target, head_dim, que
     # Temporary memory may grow with the capacity by rows of numbers, but never by a copy of keys or values.
     assert temporary[32768] - temporary[1024] < bytes_of(layer.k) // 4 + 2**20, (temporary, bytes_of(layer.k))
     assert temporary[1024] < 64 * bytes_of(pair) * group + 2**22, temporary  # partial results in fp32
+
+
+@pytest.mark.parametrize("target", ["h100x1", "h200x1"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("rows", [1, 4, 8, 2048])
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_attention_over_pages_compiles_and_copies_no_arena(target, head_dim, rows, dtype):
+    mesh, batch, kv_heads, keys = mesh_of(target), 8, 8, 64 * 128 // head_dim
+    decode = rows < 64
+    attend = functools.partial(
+        attend_pages,
+        ring_slots=320 if decode else 0,
+        blocks=SlotBlocks(64, keys, 0, 4) if decode else SlotBlocks(128, keys, 1, 3),
+    )
+    arena, heads = shape(2**15, 64, head_dim, dtype=dtype), shape(batch, kv_heads, dtype=jnp.int32)
+    table = shape(batch, kv_heads, 517, dtype=jnp.int32)
+    program = compiled(mesh, attend, shape(batch, kv_heads, rows, head_dim), arena, arena, table, heads, heads)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    assert temporary < bytes_of((arena, arena)) // 10, (temporary, bytes_of((arena, arena)))
 
 
 @pytest.mark.parametrize("target", TARGETS)
