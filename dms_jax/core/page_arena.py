@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.platform_defaults import platform_defaults
 
 NOBODY = 0  # the page that is never given away
 
@@ -98,6 +99,15 @@ def copy_pages(arena: Arena, source: Int[Array, "*A"], target: Int[Array, "*A"])
     index = _target(arena, target).reshape(-1)
     copied = lambda x: jnp.asarray(x).at[index].set(x[source.reshape(-1)], mode="drop")
     return replace(arena, **{name: copied(x) for name, x in contents(arena).items()})
+
+
+@typed
+def pairs_at(arena: Arena, page: Int[Array, "*A"], offset: Int[Array, "*A"]) -> dict[str, Array]:
+    """Return what an arena stores of the pairs at places in pages."""
+    if not platform_defaults().pairs_in_rows(arena.k.shape[-1]):
+        at = lambda x: jnp.take_along_axis(x[page], offset.reshape(*offset.shape, *(1,) * (x.ndim - 1)), offset.ndim)
+        return {name: jnp.squeeze(at(x), offset.ndim) for name, x in contents(arena).items()}
+    return {name: x[page, offset] for name, x in contents(arena).items()}
 
 
 @typed

@@ -130,6 +130,12 @@ KERNELS = {
         tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
+    "page_attention": Kernel(
+        "query rows over all pairs in the pages of their KV head",
+        xla="dms_jax.core.paged_attention:attend_pages",
+        tpu=ATTEND_SLOTS_TPU._replace(function="dms_jax.kernels.page_attention_tpu:attend_pages"),
+        blocks=SlotBlocks,
+    ),
     "compaction": Kernel(
         "the write of the live pairs of a prefill chunk into free slots",
         xla="dms_jax.core.compact_cache:write_pairs",
