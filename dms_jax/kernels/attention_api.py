@@ -221,12 +221,14 @@ def attend_to_pages(
     The arena is that of one device, so under a mesh the caller runs on each device's own rows and heads.
     """
     query = KernelQuery(rows.shape[-1], rows.dtype, k_pages.dtype, page_size=k_pages.shape[1])
-    name, blocks = select_implementation("page_attention", query, implementation, interpret, blocks)
+    name, sizes = select_implementation("page_attention", query, implementation, interpret, blocks)
     args = rows, k_pages, v_pages, table, in_ring, survivors
     if name == XLA:
         return paged_attention.attend_pages(*args, ring_slots=ring_slots)
+    if rows.shape[2] > paged_attention.FEW_ROWS:  # a chunk, whose blocks have as many rows as those of its other part
+        sizes = select_implementation("chunk_attention", query, name, interpret, blocks).blocks
     kernel = _kernel("page_attention", name)
-    return merge_parts(kernel(*args, ring_slots=ring_slots, blocks=blocks, interpret=interpret))
+    return merge_parts(kernel(*args, ring_slots=ring_slots, blocks=sizes, interpret=interpret))
 
 
 def attend_to_pairs(
