@@ -35,6 +35,9 @@ class PlatformDefaults:
     # Numbers in a row of the fastest memory. The TPU compiler lays the pairs of a page side by side if one pair would
     # not fill such rows.
     lanes: int = 1
+    # XLA fuses reads of an array into the write that follows, and then copies the array, because it cannot write in
+    # place what it still reads.
+    reads_in_writes: bool = False
 
     def pairs_in_rows(self, head_dim: int) -> bool:
         """Return whether the numbers of a pair lie next to each other in memory.
@@ -46,7 +49,7 @@ class PlatformDefaults:
 
 DEFAULTS = {
     "cpu": PlatformDefaults("float32", "matmuls", 256, 128, 256, False, 64, 32, True, True),
-    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False, False),
+    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False, False, reads_in_writes=True),
     "tpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, False, 128, 128, False, False, 128),
 }
 

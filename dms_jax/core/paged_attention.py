@@ -317,6 +317,8 @@ def append(
     own = {"k": k, "v": v, "score": expiries.score, "position": own_position}
     both = lambda stored, new: jnp.concatenate([stored, new.astype(stored.dtype)], axis=2)
     pairs = {name: both(stored, own[name]) for name, stored in from_ring.items()}
+    if platform_defaults().reads_in_writes:
+        arena, pairs = lax.optimization_barrier((arena, pairs))
     arena = page_arena.write(arena, page, offset, pairs)
     marked = _marks(heads, expiries, seen, after)
     return arena, replace(heads, table=table, survivors=survivors, marked=marked, starved=heads.starved | starved)
