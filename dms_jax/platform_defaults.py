@@ -26,18 +26,31 @@ class PlatformDefaults:
     capacity_multiple: int
     # Pairs of a page. Small pages waste fewer places at the end of each head; kernels copy whole pages.
     page_size: int
-    # Keep the cache of `generate` in pages. Kernels read slots so far, and without them an accelerator would gather all
-    # pages of each head at every step.
+    # Keep the cache of `generate` in pages even where no kernel reads them. An accelerator would then gather all pages
+    # of each head at every step.
     pages: bool
     # Keep the weights of each layer in arrays of their own for decoding, because XLA on a CPU copies a layer out of a
     # stacked array before it uses it.
     unroll_layers: bool
+    # Numbers in a row of the fastest memory. The TPU compiler lays the pairs of a page side by side if one pair would
+    # not fill such rows.
+    lanes: int = 1
+    # XLA fuses reads of an array into the write that follows, and then copies the array, because it cannot write in
+    # place what it still reads.
+    reads_in_writes: bool = False
+
+    def pairs_in_rows(self, head_dim: int) -> bool:
+        """Return whether the numbers of a pair lie next to each other in memory.
+
+        If not, XLA copies a whole arena to read single pairs of it, but it reads whole pages in place.
+        """
+        return head_dim % self.lanes == 0
 
 
 DEFAULTS = {
     "cpu": PlatformDefaults("float32", "matmuls", 256, 128, 256, False, 64, 32, True, True),
-    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False, False),
-    "tpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, False, 128, 128, False, False),
+    "gpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, True, 64, 64, False, False, reads_in_writes=True),
+    "tpu": PlatformDefaults("bfloat16", "full", 1024, 512, 1024, False, 128, 128, False, False, 128),
 }
 
 

@@ -18,7 +18,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import IMPLEMENTATIONS
 from dms_jax.kernels.filled_layer import filled_layer, held_pairs
-from dms_jax.kernels.kernel_cases import SUITES, compaction_case, error, slot_case, train_case, update_case
+from dms_jax.kernels.kernel_cases import SUITES, compaction_case, error, page_case, slot_case, train_case, update_case
 from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.planning.flops import attention_flops, matmul_parameters, step_flops
 
@@ -49,6 +49,8 @@ def cases():
         train_case(1, 24, 4, 2, 8, 5, FP32),
         slot_case(2, 1, 32, 20, 4, 2, 8, FP32, FP32),
         slot_case(1, 8, 32, 20, 4, 2, 8, FP32, FP32),
+        page_case(2, 1, 700, 300, 4, 2, 8, FP32, FP32),
+        page_case(1, 32, 700, 300, 4, 2, 8, FP32, FP32),
         compaction_case(2, 16, 32, 2, 8, FP32, FP32),
         update_case(2, 32, 20, 4, 2, 8, FP32, FP32),
     ]

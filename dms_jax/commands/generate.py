@@ -120,9 +120,9 @@ def _add_cache(group) -> None:
     group.add_argument(
         "--cache",
         choices=["slots", "pages"],
-        help="pages follow the live pairs of each head, slots are as many for all heads of a layer (default: on a CPU, "
-        "pages for a dense or learned policy, unless --capacity, --overflow evict or an --implementation of kernels is "
-        "given)",
+        help="pages follow the live pairs of each head, slots are as many for all heads of a layer (default: pages "
+        "for a dense or learned policy, unless --capacity or --overflow evict is given; on an accelerator only if the "
+        "kernel that reads pages is the default or is named by --implementation)",
     )
     group.add_argument(
         "--capacity",

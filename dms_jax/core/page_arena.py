@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from dms_jax.axes import Array, typed
+from dms_jax.platform_defaults import platform_defaults
 
 NOBODY = 0  # the page that is never given away
+FEW_WRITES = 256  # pairs that XLA writes into an arena of any order in place
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +104,15 @@ def copy_pages(arena: Arena, source: Int[Array, "*A"], target: Int[Array, "*A"])
 
 
 @typed
+def pairs_at(arena: Arena, page: Int[Array, "*A"], offset: Int[Array, "*A"]) -> dict[str, Array]:
+    """Return what an arena stores of the pairs at places in pages."""
+    if not platform_defaults().pairs_in_rows(arena.k.shape[-1]):
+        at = lambda x: jnp.take_along_axis(x[page], offset.reshape(*offset.shape, *(1,) * (x.ndim - 1)), offset.ndim)
+        return {name: jnp.squeeze(at(x), offset.ndim) for name, x in contents(arena).items()}
+    return {name: x[page, offset] for name, x in contents(arena).items()}
+
+
+@typed
 def write(
     arena: Arena,
     page: Int[Array, "B K T"],
@@ -109,7 +121,22 @@ def write(
 ) -> Arena:
     """Write pairs, as `contents` names them, to their places in pages; those of page 0 are dropped."""
     page = _target(arena, page)
-    put = lambda old, new: jnp.asarray(old).at[page, offset].set(new.astype(old.dtype), mode="drop")
+    in_rows = platform_defaults().pairs_in_rows(arena.k.shape[-1]) or page.size <= FEW_WRITES
+
+    def put(old: Array, new: Array) -> Array:
+        if in_rows or old.ndim == 2:
+            return jnp.asarray(old).at[page, offset].set(new.astype(old.dtype), mode="drop")
+        # Few pairs at a time: for more of them, XLA would first copy the arena into another order.
+        flat = lambda x: x.reshape(-1, *x.shape[3:])
+        pad = lambda x, fill=0: jnp.pad(x, [(0, -len(x) % FEW_WRITES)] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
+        pages, offsets, new = pad(flat(page), arena.num_pages), pad(flat(offset)), pad(flat(new).astype(old.dtype))
+
+        def put_few(index, old):
+            some = lambda x: lax.dynamic_slice_in_dim(x, index * FEW_WRITES, FEW_WRITES)
+            return old.at[some(pages), some(offsets)].set(some(new), mode="drop")
+
+        return lax.fori_loop(0, len(pages) // FEW_WRITES, put_few, jnp.asarray(old))
+
     return replace(arena, **{name: put(x, pairs[name]) for name, x in contents(arena).items()})
 
 

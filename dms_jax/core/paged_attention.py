@@ -3,15 +3,16 @@
 It is `slot_attention.extend_layer` for a `paged_cache`, under the same rule and with the same results.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from dms_jax.axes import Array
+from dms_jax.axes import Array, typed
 from dms_jax.core import page_arena
 from dms_jax.core.budget_eviction import keep_budgets
 from dms_jax.core.compact_cache import EMPTY, NEVER_VISIBLE, Expiries, slots_of
@@ -21,10 +22,11 @@ from dms_jax.core.slot_attention import (
     Chunk,
     KeyBlocks,
     SoftmaxPart,
-    attend_blocks,
+    attend_rows,
     blocks_of,
     empty_part,
     fold_queries,
+    merge_parts,
     unfold_queries,
 )
 from dms_jax.core.visibility import MASKED, NEVER, expiry_of
@@ -32,6 +34,7 @@ from dms_jax.platform_defaults import platform_defaults
 
 # A decode step reads as many groups of as many pairs at a time; on a CPU, their keys and values fit into its cache.
 GROUPS, GROUP_PAIRS = 6, 128
+FEW_ROWS = 64  # query rows of a head up to which a group of pages takes a copy of its rows
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,13 @@ class PageSlots:
     budget: Int[Array, "B K"] | None
 
 
+class PageOps(NamedTuple):
+    """The functions that attend to the pages of a layer, chosen for one model: plain XLA or kernels."""
+
+    attend_pages: Callable[..., SoftmaxPart]  # arguments of `attend_pages`
+    attend_pairs: Callable[..., SoftmaxPart]  # arguments of `attend_pairs`
+
+
 def extend_pages(
     arena: Arena,
     heads: HeadPages,
@@ -53,6 +63,7 @@ def extend_pages(
     v: Float[Array, "B K T H"],
     expiries: Expiries,
     chunk: Chunk,
+    ops: PageOps,
 ) -> tuple[Float[Array, "B T N H"], Arena, HeadPages]:
     """Attend from a chunk to a layer's pages and to the chunk itself; return the output and the updated pages.
 
@@ -66,38 +77,40 @@ def extend_pages(
         if q.shape[1] > 1 or heads.budget is not None:
             slots = _slots(arena, heads, seen)
             slots, expiries = keep_budgets(slots, expiries, seen, count, heads.ring - 1)
-    ring_pages, position = heads.ring_pages(arena.page_size), chunk.position
+    ring_pages, rows = heads.ring_pages(arena.page_size), fold_queries(q, k.shape[1])
     if q.shape[1] == 1:
         # A single token is written before it attends. The pair that leaves the ring is just the one that its query no
-        # longer sees, unless it becomes a survivor.
+        # longer sees, unless it becomes a survivor. So the query sees all pairs.
         with jax.named_scope("append"):
             arena, heads = append(arena, heads, k, v, expiries, slots, None, seen, count)
-        if not platform_defaults().loop_free_decode:
-            with jax.named_scope("attention"):
-                return attend_newest(arena, heads, q, seen + count), arena, heads
-        parts = [_page_blocks(arena, heads.table, *_all_visible(arena, heads, seen + count), position)]
+        in_ring = jnp.broadcast_to(jnp.minimum(seen + count, heads.ring)[:, None], heads.survivors.shape)
+        with jax.named_scope("attention"):
+            part = ops.attend_pages(
+                rows, arena.k, arena.v, heads.table, in_ring, heads.survivors, ring_slots=ring_pages * arena.page_size
+            )
     else:
         # 2. The pairs that the chunk may replace are copied out of their pages: of the ring, and under budgets all.
         assert slots is not None
         with jax.named_scope("gather"):
             old = _gathered(arena, heads.table if heads.budget is not None else heads.table[..., :ring_pages])
-        size, block = old["k"].shape[2], platform_defaults().slot_block
-        own_position = jnp.broadcast_to(position[:, None], k.shape[:3])
-        parts = [
-            blocks_of(k, v, own_position, expiries.expiry, k.shape[2], block),
-            blocks_of(old["k"], old["v"], slots.position[..., :size], slots.expiry[..., :size], size, block),
+        size, own_position = old["k"].shape[2], jnp.broadcast_to(chunk.position[:, None], k.shape[:3])
+        pairs = [
+            (k, v, own_position, expiries.expiry),
+            (old["k"], old["v"], slots.position[..., :size], slots.expiry[..., :size]),
         ]
         # 3. The chunk takes its places. XLA copies no page, because whatever is read afterwards stays where it is.
         survivors = heads.survivors
         with jax.named_scope("append"):
             arena, heads = append(arena, heads, k, v, expiries, slots, old, seen, count)
-        if heads.budget is None:
-            behind = heads.table[..., ring_pages:]
-            slot = jnp.arange(behind.shape[2] * arena.page_size, dtype=jnp.int32)[None, None]
-            visible = jnp.where(slot < survivors[..., None], 0, EMPTY)
-            parts.append(_page_blocks(arena, behind, visible, jnp.full_like(visible, NEVER), position))
-    with jax.named_scope("attention"):
-        return attend_blocks(q, position, heads.table.shape[1], parts), arena, heads
+        with jax.named_scope("attention"):
+            part = ops.attend_pairs(rows, chunk.position, pairs)
+            if heads.budget is None:
+                behind = heads.table[..., ring_pages:]
+                survived = ops.attend_pages(
+                    rows, arena.k, arena.v, behind, jnp.zeros_like(survivors), survivors, ring_slots=0
+                )
+                part = merge_parts(jax.tree.map(lambda *x: jnp.stack(x), part, survived))
+    return unfold_queries(part.normalized().astype(q.dtype), q.shape[1]), arena, heads
 
 
 def _apply_pending(arena, heads, expiries, seen, count) -> tuple[Arena, HeadPages]:
@@ -154,20 +167,63 @@ def _slots(arena: Arena, heads: HeadPages, seen: Int[Array, "B"]) -> PageSlots:
     )
 
 
-def attend_newest(
-    arena: Arena, heads: HeadPages, q: Float[Array, "B 1 N H"], seen: Int[Array, "B"]
-) -> Float[Array, "B 1 N H"]:
-    """Attend from the newest pair of each row to all pairs of its heads.
+@typed
+def attend_pages(
+    rows: Float[Array, "B K R H"],
+    k_pages: Float[Array, "N S H"],
+    v_pages: Float[Array, "N S H"],
+    table: Int[Array, "B K P"],
+    in_ring: Int[Array, "B K"],
+    survivors: Int[Array, "B K"],
+    *,
+    ring_slots: int,
+) -> SoftmaxPart:
+    """Return the softmax of each row over all pairs of its head; see `holds_pair` for where they are.
+
+    The rows are folded queries, and `ring_slots` is a multiple of the page size. What a place without a pair holds has
+    no effect, even if it is NaN.
+    """
+    is_few, holds = rows.shape[2] <= FEW_ROWS, (in_ring, ring_slots, survivors)
+    if is_few and not platform_defaults().loop_free_decode:
+        return _attend_groups(rows, k_pages, v_pages, table, *holds)
+    page_size, columns = k_pages.shape[1], table.shape[2]
+    pages = columns if is_few else min(columns, max(1, platform_defaults().slot_block // page_size))
+    slot = jnp.arange(columns * page_size, dtype=jnp.int32)[None, None]
+    filled = holds_pair(slot, in_ring[..., None], ring_slots, survivors[..., None])
+    position = jnp.where(filled, 0, EMPTY)
+
+    def load(start):
+        own = lax.dynamic_slice_in_dim(table, start // page_size, pages, 2)
+        part = lax.dynamic_slice_in_dim(position, start, pages * page_size, 2)
+        return _pages(k_pages, own), _pages(v_pages, own), part, jnp.full_like(part, NEVER), None
+
+    used = jnp.max(jnp.where(filled, slot + 1, 0))
+    blocks = KeyBlocks(columns * page_size, pages * page_size, used, load)
+    return attend_rows(rows, jnp.zeros((len(rows), 1), jnp.int32), [blocks])
+
+
+def attend_pairs(
+    rows: Float[Array, "B K R H"], position: Int[Array, "B T"], pairs: Sequence[tuple[Array, Array, Array, Array]]
+) -> SoftmaxPart:
+    """Return the softmax of folded queries over pairs that they see under the rule.
+
+    `pairs` are keys, values [B K S H], positions and expiries [B K S] of several arrays of pairs.
+    """
+    block = platform_defaults().slot_block
+    return attend_rows(rows, position, [blocks_of(*some, some[0].shape[2], block) for some in pairs])
+
+
+def _attend_groups(rows, k_pages, v_pages, table, in_ring, ring_slots, survivors) -> SoftmaxPart:
+    """Do the work of `attend_pages` for few rows.
 
     The pages of all heads are read in groups of `GROUP_PAIRS` pairs, some groups at a time, so the cost follows the sum
     of live pairs and not the longest head.
     """
-    rows, size, h = fold_queries(q, heads.table.shape[1]), arena.page_size, q.shape[3]
-    queries, pages = rows.reshape(-1, *rows.shape[2:]), max(1, GROUP_PAIRS // size)
-    table = jnp.pad(heads.table, ((0, 0), (0, 0), (0, -heads.table.shape[2] % pages)))
-    groups, pairs, ring_slots = table.shape[2] // pages, pages * size, heads.ring_pages(size) * size
-    table, survivors = table.reshape(-1, pages), heads.survivors.reshape(-1, 1)
-    in_ring = jnp.repeat(jnp.minimum(seen, heads.ring), rows.shape[1])[:, None]
+    (_, size, h), queries = k_pages.shape, rows.reshape(-1, *rows.shape[2:])
+    pages = max(1, GROUP_PAIRS // size)
+    table = jnp.pad(table, ((0, 0), (0, 0), (0, -table.shape[2] % pages)))
+    groups, pairs = table.shape[2] // pages, pages * size
+    table, in_ring, survivors = table.reshape(-1, pages), in_ring.reshape(-1, 1), survivors.reshape(-1, 1)
     # 1. The groups that hold a pair come first in `order`.
     start = pairs * jnp.arange(groups, dtype=jnp.int32)[None]
     is_used = (start < in_ring) | ((start + pairs > ring_slots) & (start < ring_slots + survivors))
@@ -180,7 +236,7 @@ def attend_newest(
         head, slot = group // groups, pairs * (group % groups)[:, None] + jnp.arange(pairs)[None]
         visible = holds_pair(slot, in_ring[head], ring_slots, survivors[head])
         visible = visible & (index * GROUPS + jnp.arange(GROUPS) < used)[:, None]
-        keys, values = (x[table[group]].reshape(GROUPS, pairs, h).astype(q.dtype) for x in (arena.k, arena.v))
+        keys, values = (x[table[group]].reshape(GROUPS, pairs, h).astype(rows.dtype) for x in (k_pages, v_pages))
         s = jnp.einsum("wrh,wsh->wrs", queries[head], keys, preferred_element_type=jnp.float32) * h**-0.5
         s = jnp.where(visible[:, None], s, MASKED)
         row_max = jnp.asarray(part.row_max).at[head].max(s.max(-1))
@@ -195,45 +251,16 @@ def attend_newest(
         )
 
     part = lax.fori_loop(0, (used + GROUPS - 1) // GROUPS, attend, empty_part(queries.shape[:2], h))
-    return unfold_queries(part.normalized().reshape(rows.shape).astype(q.dtype), 1)
-
-
-def _all_visible(arena: Arena, heads: HeadPages, seen: Int[Array, "B"]) -> tuple[Array, Array]:
-    """Return positions and expiries for the query of the newest pair, which sees every ring pair and every survivor."""
-    slot = jnp.arange(heads.table.shape[2] * arena.page_size, dtype=jnp.int32)[None, None]
-    ring_slots = heads.ring_pages(arena.page_size) * arena.page_size
-    filled = holds_pair(slot, jnp.minimum(seen, heads.ring)[:, None, None], ring_slots, heads.survivors[..., None])
-    return jnp.where(filled, 0, EMPTY), jnp.full(filled.shape, NEVER, jnp.int32)
+    return jax.tree.map(lambda x: x.reshape(*rows.shape[:2], *x.shape[1:]), part)
 
 
 def _gathered(arena: Arena, table: Int[Array, "B K P"]) -> dict[str, Array]:
     """Return copies of the pages in `table`, one after the other."""
-    flat = lambda x: x[table].reshape(*table.shape[:2], -1, *x.shape[2:])
-    return {name: flat(x) for name, x in page_arena.contents(arena).items()}
+    return {name: _pages(x, table) for name, x in page_arena.contents(arena).items()}
 
 
-def _page_blocks(
-    arena: Arena,
-    table: Int[Array, "B K P"],
-    slot_position: Int[Array, "B K C"],
-    slot_expiry: Int[Array, "B K C"],
-    position: Int[Array, "B T"],
-) -> KeyBlocks:
-    """Divide the pages of a table into blocks of whole pages."""
-    page_size, columns, defaults = arena.page_size, table.shape[2], platform_defaults()
-    one_block = position.shape[1] == 1 and defaults.loop_free_decode
-    pages = columns if one_block else min(columns, max(1, defaults.slot_block // page_size))
-
-    def load(start):
-        pairs = _gathered(
-            replace(arena, score=None, position=None), lax.dynamic_slice_in_dim(table, start // page_size, pages, 2)
-        )
-        part = lambda x: lax.dynamic_slice_in_dim(x, start, pages * page_size, 2)
-        return pairs["k"], pairs["v"], part(slot_position), part(slot_expiry), None
-
-    slot = jnp.arange(columns * page_size, dtype=jnp.int32)[None, None]
-    used = jnp.max(jnp.where((slot_position != EMPTY) & (slot_expiry >= position[:, :1, None]), slot + 1, 0))
-    return KeyBlocks(columns * page_size, pages * page_size, used, load)
+def _pages(stored: Array, table: Int[Array, "B K P"]) -> Array:
+    return stored[table].reshape(*table.shape[:2], -1, *stored.shape[2:])
 
 
 def append(
@@ -290,6 +317,8 @@ def append(
     own = {"k": k, "v": v, "score": expiries.score, "position": own_position}
     both = lambda stored, new: jnp.concatenate([stored, new.astype(stored.dtype)], axis=2)
     pairs = {name: both(stored, own[name]) for name, stored in from_ring.items()}
+    if platform_defaults().reads_in_writes:
+        arena, pairs = lax.optimization_barrier((arena, pairs))
     arena = page_arena.write(arena, page, offset, pairs)
     marked = _marks(heads, expiries, seen, after)
     return arena, replace(heads, table=table, survivors=survivors, marked=marked, starved=heads.starved | starved)
@@ -301,7 +330,7 @@ def _from_ring(
     """Return the pairs of ring slots, from the copies `old` of their pages if there are some."""
     if old is None:
         page, offset = _place(table, slot, arena)
-        return {name: stored[page, offset] for name, stored in page_arena.contents(arena).items()}
+        return page_arena.pairs_at(arena, page, offset)
     at = lambda x: slot.reshape(*slot.shape, *(1,) * (x.ndim - 3))
     return {name: jnp.take_along_axis(x, at(x), axis=2) for name, x in old.items()}
 

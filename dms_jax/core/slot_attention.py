@@ -82,10 +82,10 @@ def unfold_queries(rows: Float[Array, "B K R H"], length: int) -> Float[Array, "
     return rows.reshape(b, heads, -1, length, h).transpose(0, 3, 1, 2, 4).reshape(b, length, -1, h)
 
 
-def slots_in_use(slots: LayerCache, position: Int[Array, "B T"]) -> Int[Array, "B K"]:
+def slots_in_use(expiry: Int[Array, "B K C"], position: Int[Array, "B T"]) -> Int[Array, "B K"]:
     """Return 1 + the highest slot that a query at or after the first `position` may see; 0 if no slot is visible."""
     return jnp.max(
-        jnp.where(slots.expiry >= position[:, :1, None], jnp.arange(slots.capacity, dtype=jnp.int32) + 1, 0), axis=-1
+        jnp.where(expiry >= position[:, :1, None], jnp.arange(expiry.shape[-1], dtype=jnp.int32) + 1, 0), axis=-1
     )
 
 
@@ -160,7 +160,7 @@ def slot_attention(
         k, v, expiry = chunk
         k_pos = jnp.broadcast_to(position[:, None], expiry.shape)
         parts.append(blocks_of(k, v, k_pos, expiry, t, block))
-    used = jnp.max(slots_in_use(slots, position))
+    used = jnp.max(slots_in_use(slots.expiry, position))
     parts.append(blocks_of(slots.k, slots.v, slots.position, slots.expiry, used, block, read))
     return attend_blocks(q, position, slots.k.shape[1], parts)
 
@@ -191,13 +191,18 @@ def attend_blocks(
     q: Float[Array, "B T N H"], position: Int[Array, "B T"], kv_heads: int, parts: Sequence[KeyBlocks]
 ) -> Float[Array, "B T N H"]:
     """Do the work of `slot_attention` over the pairs of all `parts`."""
-    t, h = q.shape[1], q.shape[3]
-    rows = fold_queries(q, kv_heads)
+    part = attend_rows(fold_queries(q, kv_heads), position, parts)
+    return unfold_queries(part.normalized().astype(q.dtype), q.shape[1])
+
+
+def attend_rows(rows: Float[Array, "B K R H"], position: Int[Array, "B T"], parts: Sequence[KeyBlocks]) -> SoftmaxPart:
+    """Return the softmax of folded queries over the pairs of all `parts`."""
+    t, h = position.shape[1], rows.shape[3]
     group = rows.shape[2] // t
 
     def attend(carry: SoftmaxPart, keys, values, visible) -> SoftmaxPart:
         row_max, row_sum, acc = carry
-        keys, values = keys.astype(q.dtype), values.astype(q.dtype)  # a cache may hold fewer bits
+        keys, values = keys.astype(rows.dtype), values.astype(rows.dtype)  # a cache may hold fewer bits
         s = jnp.einsum("bkrh,bksh->bkrs", rows, keys, preferred_element_type=jnp.float32) * h**-0.5
         visible_rows = jnp.repeat(visible[:, :, None], group, axis=2).reshape(s.shape)
         s = jnp.where(visible_rows, s, MASKED)
@@ -223,7 +228,7 @@ def attend_blocks(
     carry = empty_part(rows.shape[:3], h)
     for part in parts:
         carry = over_blocks(carry, part)
-    return unfold_queries(carry.normalized().astype(q.dtype), t)
+    return carry
 
 
 @typed

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dms_jax.config import ModelConfig, Overflow
@@ -19,6 +20,8 @@ from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.generation_config import GenerationConfig
 from dms_jax.engine.page_memory import check_starved, read_bounds, room_for
 from dms_jax.errors import ConfigError
+from dms_jax.kernels.dispatch import KernelQuery, is_available, select_implementation
+from dms_jax.kernels.kernel_table import AUTO, XLA
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import CachePolicy, policy_name
 from dms_jax.policies.cache_policy import UNBOUNDED
@@ -49,24 +52,27 @@ def default_overflow(policy: CachePolicy) -> Overflow:
     return "evict" if slots.max is None and slots.min < UNBOUNDED else "raise"
 
 
-def uses_pages(model: ModelConfig, config: GenerationConfig, policy: CachePolicy) -> bool:
-    """Return whether `generate` makes a cache in pages.
+def uses_pages(model: ModelConfig, dtype: jnp.dtype, config: GenerationConfig, policy: CachePolicy) -> bool:
+    """Return whether `generate` makes a cache in pages for keys and values of `dtype`.
 
-    It does so by default on a CPU if the policy is one that pages can hold, unless something is asked for that only
-    slots have: a capacity, forced eviction, or the kernels of an implementation other than XLA's.
+    It does so by default if the policy is one that pages can hold, and either this is a CPU or the implementation that
+    runs here, or that the model names, has a kernel that reads pages; unless something is asked for that only slots
+    have: a capacity or forced eviction.
     """
-    has_kernels = model.implementation not in ("auto", "xla")
+    defaults, implementation = platform_defaults(), model.implementation
+    query = KernelQuery(model.head_dim, dtype, page_size=defaults.page_size)
     if config.cache is None:
-        has_slots = config.capacity is not None or config.overflow == "evict" or has_kernels
-        return platform_defaults().pages and policy.in_pages and not has_slots
+        if config.capacity is not None or config.overflow == "evict" or not policy.in_pages:
+            return False
+        reads_well = defaults.pages and implementation in (AUTO, XLA)
+        return reads_well or is_available("page_attention", query, implementation)
     if config.cache == "slots":
         return False
     if not policy.in_pages:
         raise ConfigError(f"policy {policy_name(policy)} chooses among the pairs of a cache; use slots, not pages")
     if config.capacity is not None or config.overflow == "evict":
         raise ConfigError("capacity and overflow 'evict' need slots, not pages; leave them out, or use cache 'slots'")
-    if has_kernels:
-        raise ConfigError(f"implementation {model.implementation} needs slots, not pages; use auto, or cache 'slots'")
+    select_implementation("page_attention", query, implementation)
     return True
 
 

@@ -141,7 +141,7 @@ def generate(
 def _new_cache(model: Decoder, config: GenerationConfig, lengths: np.ndarray, chunk: int) -> Cache:
     """Make a cache for prompts of these lengths and their answers."""
     policy = policy_for_rows(model, config.policy, config.dense, int(lengths.max()) + config.max_new_tokens)
-    if uses_pages(model.config, config, policy):
+    if uses_pages(model.config, model.embed.get_value().dtype, config, policy):
         sizes = lengths, config.max_new_tokens, config.max_length or 0, chunk
         return pages_for(model, *sizes, policy, config.overflow)
     capacity, overflow = plan_capacity(config.capacity, lengths, config.max_new_tokens, policy, config.overflow)

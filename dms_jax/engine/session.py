@@ -132,7 +132,7 @@ class Session:
         # Later turns have unknown lengths, so budgets of heads are those for a full context.
         length = self.model.config.context_limit()[0] if more_to_come else max(prompt_lengths) + new_tokens
         policy = policy_for_rows(self.model, config.policy, config.dense, length)
-        if uses_pages(self.model.config, config, policy):
+        if uses_pages(self.model.config, self.model.embed.get_value().dtype, config, policy):
             return replace(config, max_length=max(prompt_lengths) + new_tokens, policy=policy, dense=False)
         capacity, overflow = plan_capacity(
             config.capacity, prompt_lengths, new_tokens, policy, config.overflow, more_to_come

@@ -7,6 +7,7 @@ implementation runs. Under a mesh each device runs the kernel on its own rows an
 import functools
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 from dms_jax.axes import Array, typed
 from dms_jax.core import chunked_attention, compact_cache, paged_attention, slot_attention
 from dms_jax.core.compact_cache import Expiries, LayerCache
+from dms_jax.core.paged_attention import PageOps
 from dms_jax.core.paged_cache import PagedLayer, axes_of, with_own_arena
 from dms_jax.core.slot_attention import (
     CacheOps,
@@ -123,6 +125,7 @@ def extend_pages(
     v: Float[Array, "B K T H"],
     expiries: Expiries,
     chunk: Chunk,
+    ops: PageOps,
 ) -> tuple[Float[Array, "B T N H"], PagedLayer]:
     """Run `core.paged_attention.extend_pages`, under a mesh on each device's own rows, heads and pages."""
     mesh, arenas = jax.sharding.get_abstract_mesh(), layer.arena.free_count.shape[0]
@@ -134,7 +137,7 @@ def extend_pages(
 
     def own(arena, heads, q, k, v, expiries, position, count):
         part = chunk._replace(position=position, count=count)
-        out, arena, heads = paged_attention.extend_pages(arena, heads, q, k, v, expiries, part)
+        out, arena, heads = paged_attention.extend_pages(arena, heads, q, k, v, expiries, part, ops)
         return arena, heads, out
 
     heads = layer.own()
@@ -172,7 +175,7 @@ def attend_to_slots(
     A decode step is a chunk of one token, whose pair is already in its slot, so `chunk` is None.
     """
     xla_only_because = None if read is None else "cannot skip the slots that a policy does not read"
-    query = KernelQuery(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, xla_only_because)
+    query = KernelQuery(q.shape[-1], q.dtype, slots.k.dtype, slots.capacity, xla_only_because=xla_only_because)
     kernel = "decode_attention" if q.shape[1] == 1 else "chunk_attention"
     name, blocks = select_implementation(kernel, query, implementation, interpret, blocks)
     if name == XLA:
@@ -186,7 +189,9 @@ def attend_to_slots(
         [VECTORS, "batch .", VECTORS, VECTORS, SLOTS, SLOTS, HEADS],
         cast(Any, SoftmaxPart)(f". {SLOTS}", f". {SLOTS}", f". {VECTORS}"),
     )
-    parts = [run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots, position))]
+    parts = [
+        run(rows, row_position, slots.k, slots.v, slots.position, slots.expiry, slots_in_use(slots.expiry, position))
+    ]
     if chunk is not None:
         k, v, expiry = chunk
         k_position = jnp.broadcast_to(position[:, None], expiry.shape)
@@ -195,6 +200,60 @@ def attend_to_slots(
         )
     merged = merge_parts(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
     return unfold_queries(merged.normalized().astype(q.dtype), q.shape[1])
+
+
+@typed
+def attend_to_pages(
+    rows: Float[Array, "B K R H"],
+    k_pages: Float[Array, "N S H"],
+    v_pages: Float[Array, "N S H"],
+    table: Int[Array, "B K P"],
+    in_ring: Int[Array, "B K"],
+    survivors: Int[Array, "B K"],
+    *,
+    ring_slots: int,
+    implementation: str = AUTO,
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> SoftmaxPart:
+    """Attend from folded queries to the pairs in the pages of their heads: `core.paged_attention.attend_pages`.
+
+    The arena is that of one device, so under a mesh the caller runs on each device's own rows and heads.
+    """
+    query = KernelQuery(rows.shape[-1], rows.dtype, k_pages.dtype, page_size=k_pages.shape[1])
+    name, sizes = select_implementation("page_attention", query, implementation, interpret, blocks)
+    args = rows, k_pages, v_pages, table, in_ring, survivors
+    if name == XLA:
+        return paged_attention.attend_pages(*args, ring_slots=ring_slots)
+    if rows.shape[2] > paged_attention.FEW_ROWS:  # a chunk, whose blocks have as many rows as those of its other part
+        sizes = select_implementation("chunk_attention", query, name, interpret, blocks).blocks
+    kernel = _kernel("page_attention", name)
+    return merge_parts(kernel(*args, ring_slots=ring_slots, blocks=sizes, interpret=interpret))
+
+
+def attend_to_pairs(
+    rows: Float[Array, "B K R H"],
+    position: Int[Array, "B T"],
+    pairs: Sequence[tuple[Array, Array, Array, Array]],
+    implementation: str = AUTO,
+    interpret: bool = False,
+    blocks: Blocks | None = None,
+) -> SoftmaxPart:
+    """Attend from the folded queries of a chunk to pairs in no page: `core.paged_attention.attend_pairs`.
+
+    The caller runs on each device's own rows and heads, as in `attend_to_pages`.
+    """
+    query = KernelQuery(rows.shape[-1], rows.dtype)
+    name, blocks = select_implementation("chunk_attention", query, implementation, interpret, blocks)
+    if name == XLA:
+        return paged_attention.attend_pairs(rows, position, pairs)
+    # One array for all; it holds each pair of a cache of fewer bits exactly.
+    keys, values, k_position, expiry = (
+        jnp.concatenate([x.astype(some[0].dtype) for x in some], axis=2) for some in zip(*pairs, strict=True)
+    )
+    kernel = partial(_kernel("chunk_attention", name), blocks=blocks, interpret=interpret)
+    row_position = jnp.tile(position, (1, rows.shape[2] // position.shape[1]))
+    return merge_parts(kernel(rows, row_position, keys, values, k_position, expiry, slots_in_use(expiry, position)))
 
 
 @typed

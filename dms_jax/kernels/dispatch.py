@@ -28,6 +28,7 @@ class KernelQuery(NamedTuple):
     dtype: Any  # of queries
     cache_dtype: Any = None  # of cached keys and values; None means the dtype of the queries
     capacity: int = 128  # slots per head
+    page_size: int | None = None  # pairs of a page; None for slots
     xla_only_because: str | None = None  # why only XLA can do what the caller asks for; None if kernels can, too
 
     @property
@@ -86,6 +87,8 @@ def _refuses(query: KernelQuery, dtypes: set[str], multiple: int) -> str | None:
         return f"reads caches of {', '.join(sorted(dtypes))} or fp8, got {query.kv_dtype}"
     if query.capacity % multiple:
         return f"needs a cache capacity that is a multiple of {multiple}, got {query.capacity}"
+    if query.page_size is not None and query.page_size % multiple:
+        return f"needs a page size that is a multiple of {multiple}, got {query.page_size}"
     return None
 
 

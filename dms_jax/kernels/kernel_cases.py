@@ -19,38 +19,16 @@ from dms_jax.core.reference_attention import reference_attention
 from dms_jax.core.rotary import rope_cos_sin
 from dms_jax.core.visibility import expiry_of
 from dms_jax.kernels import attention_api, decode_update_xla
-from dms_jax.kernels.block_sizes import Blocks
 from dms_jax.kernels.filled_layer import HeadCounts, filled_layer, held_pairs
+from dms_jax.kernels.kernel_case import Case, with_implementation
 from dms_jax.kernels.operands import Token
+from dms_jax.kernels.page_case import page_case
 
 # Implementations of `jax.nn.dot_product_attention`, which has no gate and no lengths per head: the cost of a dense
 # model.
 DENSE = {"dense_xla": "xla", "dense_cudnn": "cudnn"}
 TOLERANCE = 2e-2  # of `error` for bf16
 BF16, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float8_e4m3fn)
-
-
-class Case(NamedTuple):
-    """One kernel at one shape."""
-
-    kernel: str
-    shape: dict[str, int]
-    dtype: jnp.dtype  # of the computation
-    cache_dtype: jnp.dtype  # of keys and values
-    inputs: tuple
-    run: Callable[..., Callable[..., tuple]]  # (implementation, interpret, blocks) -> a function of the inputs
-    reference: Callable[..., tuple]  # a function of the inputs in fp32
-    # (inputs, outputs) -> index -> new input of the next call; calls in a chain must depend on each other to be timed
-    feed: Callable[[tuple, tuple], dict[int, Any]]
-    min_bytes: float  # if each live byte is moved once
-    flops: float
-    # name of `DENSE` -> dense attention of the same shapes, or None if there is none
-    dense: Callable[[str], Callable[..., tuple] | None] = lambda how: None
-
-    @property
-    def min_seconds(self) -> float:
-        """A lower bound of the time on any device."""
-        return max(self.min_bytes / 1e13, self.flops / 2e15)
 
 
 def train_case(
@@ -103,7 +81,7 @@ def train_case(
         dtype,
         dtype,
         (q, k, v, log_keep, d_out),
-        lambda *how: with_gradients(_with(attention_api.gated_attention, *how)),
+        lambda *how: with_gradients(with_implementation(attention_api.gated_attention, *how)),
         with_gradients(oracle),
         feed,
         # The forward pass reads q, k, v and writes out; the backward pass reads these and d_out, and writes dq, dk, dv.
@@ -151,7 +129,7 @@ def slot_case(
     chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)
     counts = int(jnp.sum(layer.expiry >= seen[:, None, None]))
 
-    def attend_with(attention):
+    def attendwith_implementation(attention):
         return lambda q, layer, position, k, v, expiry: (attention(q, layer, position, chunk(k, v, expiry)),)
 
     size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
@@ -170,8 +148,8 @@ def slot_case(
         dtype,
         cache_dtype,
         (q, layer, position, k, v, expiry),
-        lambda *how: attend_with(_with(attention_api.attend_to_slots, *how)),
-        attend_with(slot_attention.slot_attention),
+        lambda *how: attendwith_implementation(with_implementation(attention_api.attend_to_slots, *how)),
+        attendwith_implementation(slot_attention.slot_attention),
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype)},
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
         flops=4 * head_dim * pairs,
@@ -205,7 +183,7 @@ def compaction_case(
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
     fields = (position, position + 100, score, jnp.asarray(stays), jnp.asarray(comes))
 
-    def write_with(write_pairs):
+    def writewith_implementation(write_pairs):
         return lambda layer, *new: (write_pairs(layer, *new),)
 
     return Case(
@@ -214,8 +192,8 @@ def compaction_case(
         dtype,
         cache_dtype,
         (layer, new_k, new_v, *fields),
-        lambda *how: write_with(_with(attention_api.write_pairs, *how)),
-        write_with(compact_cache.write_pairs),
+        lambda *how: writewith_implementation(with_implementation(attention_api.write_pairs, *how)),
+        writewith_implementation(compact_cache.write_pairs),
         lambda inputs, out: {0: out[0]},
         min_bytes=int(comes.sum())
         * (2 * head_dim * (jnp.dtype(dtype).itemsize + jnp.dtype(cache_dtype).itemsize) + 2 * 12),
@@ -266,7 +244,7 @@ def update_case(
         dtype,
         cache_dtype,
         inputs,
-        lambda *how: _with(partial(attention_api.decode_update, **fixed), *how),
+        lambda *how: with_implementation(partial(attention_api.decode_update, **fixed), *how),
         reference,
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype), 6: out[1]},
         # Position and expiry of all slots are read; one row of keys and one of values is written.
@@ -305,10 +283,6 @@ def in_fp32(inputs: Any) -> Any:
     return jax.tree.map(wider, inputs, is_leaf=lambda x: isinstance(x, LayerCache))
 
 
-def _with(function: Callable, implementation: str, interpret: bool = False, blocks: Blocks | None = None) -> Callable:
-    return partial(function, implementation=implementation, interpret=interpret, blocks=blocks)
-
-
 CaseMaker = Callable[..., Case]  # called with dtype=; cases are made late, so that one at a time is in memory
 
 
@@ -323,11 +297,11 @@ class Suite(NamedTuple):
     takes_counts: bool = False  # the cases take `head_counts`
 
 
-def full_decode_cases() -> Iterator[CaseMaker]:
+def full_decode_cases(case: Callable[..., Case]) -> Iterator[CaseMaker]:
     shapes = [(8, 4096, 128), (8, 32768, 128), (32, 4096, 128), (32, 4096, 64), (32, 4096, 128, FP8), (1, 32768, 128)]
     for batch, live, head_dim, *cached in shapes:
         capacity = live * 5 // 4 // 64 * 64
-        yield partial(slot_case, batch, 1, capacity, live, 32, 8, head_dim, cache_dtype=cached[0] if cached else None)
+        yield partial(case, batch, 1, capacity, live, 32, 8, head_dim, cache_dtype=cached[0] if cached else None)
 
 
 SUITES = {
@@ -348,7 +322,7 @@ SUITES = {
             partial(slot_case, 2, 1, 512, 300, 8, 2, 128, cache_dtype=FP8),
         ],
         quick=[partial(slot_case, 8, 1, 8192, 4096, 32, 8, 128)],
-        full=[*full_decode_cases()],
+        full=[*full_decode_cases(slot_case)],
         tuned=lambda head_dim, cached: partial(slot_case, 16, 1, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
         takes_counts=True,
     ),
@@ -357,6 +331,16 @@ SUITES = {
         quick=[partial(slot_case, 1, 1024, 4096, 3000, 32, 8, 128)],
         full=[partial(slot_case, 4, 1024, 8192, 6000, 32, 8, 128)],
         tuned=lambda head_dim, cached: partial(slot_case, 2, 1024, 8192, 6000, 32, 8, head_dim, cache_dtype=cached),
+        takes_counts=True,
+    ),
+    "page_attention": Suite(
+        cpu=[
+            partial(page_case, 1, 1, 512, 200, 4, 2, 64),
+            partial(page_case, 2, 16, 512, 200, 8, 2, 128, cache_dtype=FP8),
+        ],
+        quick=[partial(page_case, 8, 1, 16384, 4096, 32, 8, 128)],
+        full=[*full_decode_cases(page_case), partial(page_case, 4, 1024, 24576, 6000, 32, 8, 128)],
+        tuned=lambda head_dim, cached: partial(page_case, 16, 1, 24576, 6000, 32, 8, head_dim, cache_dtype=cached),
         takes_counts=True,
     ),
     "compaction": Suite(

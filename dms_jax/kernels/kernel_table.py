@@ -81,14 +81,20 @@ def load(function: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+# GPU: four blocks of 16 KiB of bf16 keys, and as many of values, are in flight. TPU: blocks fill about 10 MiB of VMEM.
+# `parts` is not tuned, because the best number depends on how many rows and heads there are.
 ATTEND_SLOTS_TPU = PallasKernel(
     "dms_jax.kernels.slot_attention_tpu:attend_slots",
     SlotBlocks(512, 1024),
     halved_in_fp32=("rows", "keys"),
     alternatives=({"keys": (0.5, 1.0, 2.0, 4.0)},),
 )
-# GPU: four blocks of 16 KiB of bf16 keys, and as many of values, are in flight. TPU: blocks fill about 10 MiB of VMEM.
-# `parts` is not tuned, because the best number depends on how many rows and heads there are.
+ATTEND_SLOTS_GPU = PallasKernel(
+    "dms_jax.kernels.slot_attention_gpu:attend_slots",
+    SlotBlocks(64, 64, 0, 4),
+    per_head_dim=("keys",),
+    alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 4, 6)},),
+)
 KERNELS = {
     "train_attention": Kernel(
         "attention with the eviction gate, value and gradient",
@@ -109,12 +115,7 @@ KERNELS = {
     "decode_attention": Kernel(
         "one query per row over the slots of a compact cache",
         xla="dms_jax.core.slot_attention:slot_attention",
-        gpu=PallasKernel(
-            "dms_jax.kernels.slot_attention_gpu:attend_slots",
-            SlotBlocks(64, 64, 0, 4),
-            per_head_dim=("keys",),
-            alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 4, 6)},),
-        ),
+        gpu=ATTEND_SLOTS_GPU,
         tpu=ATTEND_SLOTS_TPU,
         blocks=SlotBlocks,
     ),
@@ -128,6 +129,13 @@ KERNELS = {
             alternatives=({"keys": (0.5, 1.0, 2.0), "steps": (2, 3)},),
         ),
         tpu=ATTEND_SLOTS_TPU,
+        blocks=SlotBlocks,
+    ),
+    "page_attention": Kernel(
+        "query rows over all pairs in the pages of their KV head",
+        xla="dms_jax.core.paged_attention:attend_pages",
+        gpu=ATTEND_SLOTS_GPU._replace(function="dms_jax.kernels.page_attention_gpu:attend_pages"),
+        tpu=ATTEND_SLOTS_TPU._replace(function="dms_jax.kernels.page_attention_tpu:attend_pages"),
         blocks=SlotBlocks,
     ),
     "compaction": Kernel(

@@ -17,13 +17,11 @@ from jaxtyping import Float, Int
 
 from dms_jax.axes import Array
 from dms_jax.core.slot_attention import SoftmaxPart
-from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import SlotBlocks
-from dms_jax.kernels.mosaic_tpu import LANES, VMEM_LIMIT, column, in_hbm, slots_in_lanes
+from dms_jax.kernels.mosaic_tpu import CORES, LANES, VMEM_LIMIT, OnlineSoftmax, in_hbm, slots_in_lanes
 from dms_jax.kernels.operands import fold_heads
 
 FIRST, LAST = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-CORES = 2  # cores of a v5p chip, which share a grid; other chips run both halves one after the other
 
 
 def attend_slots(
@@ -162,8 +160,7 @@ def _kernel(plan: Plan, *arrays) -> None:
     heads_per_core, row_blocks, steps = (pl.num_programs(axis) for axis in (1, 2, 3))
     head = core * heads_per_core + local
     block_s = refs.keys.shape[1 if plan.lanes else 0]
-    dtype, scale = refs.rows.dtype, refs.rows.shape[1] ** -0.5
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    softmax = OnlineSoftmax(refs.acc, refs.max, refs.sum)
     used, start = refs.used[head], j * block_s
 
     # Position and expiry of a block are one row each, less than a tile, so they are copied explicitly, one step ahead.
@@ -195,42 +192,9 @@ def _kernel(plan: Plan, *arrays) -> None:
     @pl.when(j == 0)
     def _():
         refs.column[...] = jnp.broadcast_to(refs.q_position[...], (LANES, refs.rows.shape[0])).T
-        refs.max[...] = jnp.full(refs.max.shape, MASKED, jnp.float32)
-        refs.sum[...] = jnp.zeros(refs.sum.shape, jnp.float32)
-        refs.acc[...] = jnp.zeros(refs.acc.shape, jnp.float32)
+        softmax.clear()
 
-    def attend(visible):
-        """Add the block to the online softmax. `visible` is [rows, keys], or None if every row sees every slot."""
-        s = (
-            lax.dot_general(
-                refs.rows[...],
-                refs.keys[...].astype(dtype),
-                (((1,), (0 if plan.lanes else 1,)), ((), ())),
-                precision=precision,
-                preferred_element_type=jnp.float32,
-            )
-            * scale
-        )
-        values = refs.values[...].astype(dtype)
-        if visible is not None:
-            s = jnp.where(visible, s, MASKED)
-            seen = jnp.max(jnp.where(visible, 1.0, 0.0), axis=0, keepdims=True)
-            values = jnp.where((seen if plan.lanes else column(seen)) > 0, values, 0)  # 0 * NaN is NaN
-        old_max = refs.max[:, :1]
-        new_max = jnp.maximum(old_max, s.max(axis=1, keepdims=True))
-        p = jnp.exp(s - new_max)
-        if visible is not None:
-            p = jnp.where(visible, p, 0.0)
-        rescale = jnp.exp(old_max - new_max)
-        refs.max[...] = jnp.broadcast_to(new_max, refs.max.shape)
-        refs.sum[...] = refs.sum[...] * rescale + p.sum(axis=1, keepdims=True)
-        refs.acc[...] = refs.acc[...] * rescale + lax.dot_general(
-            p.astype(dtype),
-            values,
-            (((1,), (1 if plan.lanes else 0,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+    attend = lambda visible: softmax.add(refs.rows[...], refs.keys[...], refs.values[...], visible, plan.lanes)
 
     @pl.when(start < used)
     def _():
@@ -254,5 +218,4 @@ def _kernel(plan: Plan, *arrays) -> None:
 
     @pl.when(j == steps - 1)
     def _():
-        refs.statistics[0:1] = refs.max[...].T[0:1]
-        refs.statistics[1:2] = refs.sum[...].T[0:1]
+        softmax.write(refs.statistics)

@@ -18,9 +18,12 @@ from dms_jax.axes import Array, typed
 from dms_jax.config import ModelConfig
 from dms_jax.core import eviction
 from dms_jax.core.compact_cache import LayerCache
+from dms_jax.core.paged_attention import PageOps
 from dms_jax.core.rotary import rope, rope_cos_sin
 from dms_jax.core.slot_attention import CacheOps, Chunk, expiring_attention
 from dms_jax.kernels.attention_api import (
+    attend_to_pages,
+    attend_to_pairs,
     attend_to_slots,
     decode_update,
     extend_layer,
@@ -66,6 +69,14 @@ def cache_ops(config: ModelConfig, policy: CachePolicy, cache: LayerCache, lengt
         partial(attend_to_slots, implementation=implementation),
         partial(write_pairs, implementation=implementation),
         fused_step,
+    )
+
+
+def page_ops(config: ModelConfig) -> PageOps:
+    """Choose the functions that attend to a cache in pages."""
+    return PageOps(
+        partial(attend_to_pages, implementation=config.implementation),
+        partial(attend_to_pairs, implementation=config.implementation),
     )
 
 
@@ -178,7 +189,7 @@ class AttentionLayer(nnx.Module):
 
         The cache of a layer is a `LayerCache` or a `PagedLayer`.
         """
-        ops = None  # pages have one implementation
+        ops = None
         if isinstance(cache, LayerCache):
             ops = cache_ops(self.config, policy, cache, normed.shape[1], normed.dtype)
         q, k, v = self.project(normed, channel)
@@ -189,7 +200,7 @@ class AttentionLayer(nnx.Module):
             k, v = (constrain(a, "batch", None, "kv_heads", "head_dim").swapaxes(1, 2) for a in (k, v))
             expiries = policy.mark(logits, chunk.position, chunk.count, chunk.threshold)
             if ops is None:
-                out, cache = extend_pages(cache, q, k, v, expiries, chunk)
+                out, cache = extend_pages(cache, q, k, v, expiries, chunk, page_ops(self.config))
             else:
                 out, cache = extend_layer(cache, q, k, v, expiries, chunk, policy, ops)
         else:  # one kernel does all stages except attention

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from dms_jax.core import page_arena
 from dms_jax.core.page_arena import NOBODY, Arena
+from dms_jax.platform_defaults import platform_defaults
 
 PAGES, SIZE, HOLDERS = 12, 2, 5
 STEPS = st.lists(st.tuples(st.sampled_from(["take", "share", "release", "resize"]), st.integers(0, 2**31)), max_size=25)
@@ -86,3 +87,23 @@ def test_content_moves_with_its_page():
     copied = copy(arena, kept.astype(np.int32), np.array([9, NOBODY], np.int32))
     np.testing.assert_array_equal(copied.k[9], content[kept[0]])
     np.testing.assert_array_equal(copied.k[:9], content[:9])
+
+
+def test_order_of_memory_changes_no_result(monkeypatch, rng):
+    """Where the numbers of a pair are not neighbors in memory, whole pages are read, and few pairs written at once."""
+    shape = 2, 3, 7
+    page, offset = 1 + rng.permutation(59)[:42].reshape(shape), rng.integers(0, 4, shape)
+    page[0, 0, :2] = NOBODY
+    pairs = {name: jnp.asarray(rng.normal(size=(*shape, 5)), jnp.float32) for name in "kv"}
+    pairs |= {"score": pairs["k"][..., 0], "position": jnp.asarray(offset, jnp.int32)}
+    page, offset = (jnp.asarray(x, jnp.int32) for x in (page, offset))
+    empty = jax.tree.map(lambda x: x[0], page_arena.empty_arena(1, 60, 4, 5, jnp.float32, with_scores=True))
+    found = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(page_arena, "platform_defaults", lambda platform=platform: platform_defaults(platform))
+        monkeypatch.setattr(page_arena, "FEW_WRITES", 8)
+        arena = page_arena.write(empty, page, offset, pairs)
+        found.append((arena, page_arena.pairs_at(arena, page, offset)))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    np.testing.assert_array_equal(found[1][1]["k"][1], pairs["k"][1])
+    np.testing.assert_array_equal(found[1][1]["k"][0, 0, :2], 0)

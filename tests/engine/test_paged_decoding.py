@@ -21,6 +21,8 @@ from dms_jax.core.paged_cache import select_rows
 from dms_jax.engine import cache_capacity, decode_loop, decoding, page_memory
 from dms_jax.engine.cache_capacity import uses_pages
 from dms_jax.engine.decode_layout import stacked
+from dms_jax.kernels import dispatch
+from dms_jax.kernels.self_check import Finding
 from dms_jax.models.parameters import ModelStructure, flatten
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import policy_of
@@ -272,18 +274,27 @@ def test_generate_refuses_what_pages_cannot_do():
             dms_jax.generate(build("w0")[0], [[1, 2]], dms_jax.GenerationConfig(**fields))
 
 
-def test_kernels_are_run_on_slots(monkeypatch):
-    plain = build("w0")[0].config
-    kernels = dataclasses.replace(plain, implementation="pallas_tpu")
-    dense = policy_of(kernels, "dense")
-    assert not uses_pages(kernels, dms_jax.GenerationConfig(), dense)
-    monkeypatch.setattr(cache_capacity, "platform_defaults", lambda: platform_defaults("gpu"))
-    assert not uses_pages(plain, dms_jax.GenerationConfig(), dense), "kernels of accelerators read slots"
-    assert uses_pages(plain, dms_jax.GenerationConfig(cache="pages"), dense)
-    monkeypatch.undo()
-    assert uses_pages(dataclasses.replace(kernels, implementation="xla"), dms_jax.GenerationConfig(), dense)
-    with pytest.raises(dms_jax.ConfigError, match="pallas_tpu needs slots"):
-        uses_pages(kernels, dms_jax.GenerationConfig(cache="pages"), dense)
+def test_generate_uses_pages_where_they_are_read_well(monkeypatch):
+    """That is on a CPU with XLA, and on an accelerator with the kernel, if it is the default there or was asked for."""
+
+    def chosen(implementation="auto", head_dim=128, dtype=jnp.bfloat16, **fields):
+        config = dataclasses.replace(build("w0")[0].config, implementation=implementation, head_dim=head_dim)
+        return uses_pages(config, dtype, dms_jax.GenerationConfig(**fields), policy_of(config, "dense"))
+
+    assert chosen() and chosen("xla") and not chosen("pallas_tpu")
+    with pytest.raises(dms_jax.ConfigError, match="pallas_tpu of page_attention"):
+        chosen("pallas_tpu", cache="pages")
+    finding = Finding("slower", 0.5)
+    monkeypatch.setattr(cache_capacity, "platform_defaults", lambda: platform_defaults("tpu"))
+    monkeypatch.setattr(dispatch, "target_device", lambda: ("tpu", "TPU v5 lite"))
+    monkeypatch.setattr(dispatch, "checked", lambda *_: finding)
+    assert chosen("pallas_tpu") and not chosen("pallas_tpu", head_dim=80)
+    assert not chosen() and not chosen("xla") and chosen("auto", cache="pages")
+    finding = Finding(None, 2.0)
+    assert chosen() and not chosen("xla") and not chosen("auto", dtype=jnp.float16)
+    assert not chosen(capacity=64) and not chosen(overflow="evict") and not chosen(cache="slots")
+    with pytest.raises(dms_jax.ConfigError, match="supports head sizes 64 and 128, got 80"):
+        chosen("pallas_tpu", head_dim=80, cache="pages")
 
 
 def test_memory_in_bytes_bounds_keys_and_values():

@@ -4,6 +4,7 @@ Tests are skipped without the compiler plugins: pip install "dms-jax[tpu]" for T
 GPUs (about 5 GB).
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -11,13 +12,14 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from lowering import abstract_cache, lower_extend
+from lowering import abstract_cache, abstract_pages, lower_extend
 
 from dms_jax.config import DMSConfig, ModelConfig
 from dms_jax.core.compact_cache import empty_layer
 from dms_jax.kernels import attention_api
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.dispatch import GPU, TPU
+from dms_jax.kernels.kernel_table import KERNELS
 from dms_jax.kernels.page_attention_gpu import attend_pages
 from dms_jax.models.parameters import abstract_model
 from dms_jax.planning.hardware import missing_compiler, parse_hardware, target_mesh
@@ -239,6 +241,24 @@ def test_prefill_chunk_compiles_and_reuses_the_cache(target, kernels):
     assert program.memory_analysis().alias_size_in_bytes >= 0.99 * cache.bytes / 8
 
 
+@pytest.mark.parametrize(
+    ("target", "head_dim", "length"),
+    [(target, head_dim, length) for target in TARGETS for head_dim in (64, 128) for length in (1, 512)]
+    + [(target, 128, 1) for target in SLICES],
+)
+def test_pages_are_updated_in_place_and_read_by_the_kernel(target, head_dim, length):
+    if kernel_of(target) not in KERNELS["page_attention"].implementations:
+        pytest.skip(f"page_attention has no {kernel_of(target)} version")
+    mesh = mesh_of(target, 1, parse_hardware(target)[1])
+    config = dataclasses.replace(with_kernels(SMALL, target, True), head_dim=head_dim)
+    cache = abstract_pages(config, 4, 8192, 65536, mesh)
+    arena = bytes_of((cache.arena.k, cache.arena.v)) // mesh.size
+    program = lower_extend(config, cache, mesh, length).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= arena and memory.temp_size_in_bytes < arena // 10, memory
+    assert "attend_pages" in program.as_text() and collectives(program)["all-gather"] == 0
+
+
 @pytest.mark.parametrize("target", SLICES)
 @pytest.mark.parametrize("kernels", [False, True], ids=["xla", "kernels"])
 def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
@@ -258,6 +278,4 @@ def test_retrofit_step_compiles_and_its_memory_is_linear(target, kernels):
 
 
 def with_kernels(config, target, kernels):
-    import dataclasses
-
     return dataclasses.replace(config, implementation=kernel_of(target) if kernels else "xla")

@@ -88,6 +88,7 @@ def test_named_implementation_runs_with_its_block_sizes(on):
         (("gpu", H100), "mosaic_gpu", {"dtype": jnp.float32}, ["bfloat16", "float32"]),
         (("gpu", H100), "mosaic_gpu", {"cache_dtype": jnp.float16}, ["fp8", "float16"]),
         (("gpu", H100), "mosaic_gpu", {"capacity": 100}, ["64", "100"]),
+        (("gpu", H100), "mosaic_gpu", {"page_size": 32}, ["page size", "64", "32"]),
         (("gpu", H100), "mosaic_gpu", {"xla_only_because": "reads a part"}, ["reads a part"]),
         (("gpu", H100), "palas_tpu", {}, ["palas_tpu", "pallas_tpu"]),
         (("gpu", "NVIDIA A100"), "mosaic_gpu", {}, ["Hopper", "A100"]),

@@ -20,6 +20,7 @@ BLOCKS = {
         "train_attention": TrainBlocks(16, 8),
         "decode_attention": SlotBlocks(8, 8),
         "chunk_attention": SlotBlocks(8, 8),
+        "page_attention": SlotBlocks(8, 8),
         "compaction": PlaceBlocks(4, 8),
     },
     GPU: {
@@ -51,6 +52,8 @@ def interpreted(monkeypatch):
 
         interpret("gated_attention", lambda *_: "train_attention")
         interpret("attend_to_slots", lambda q, *_: "decode_attention" if q.shape[1] == 1 else "chunk_attention")
+        interpret("attend_to_pages", lambda *_: "page_attention")
+        interpret("attend_to_pairs", lambda *_: "chunk_attention")
         interpret("write_pairs", lambda *_: "compaction")
         interpret("decode_update", lambda *_: "decode_update")
         monkeypatch.setattr(attention_layer, "is_available", functools.partial(is_available, interpret=True))
@@ -90,6 +93,43 @@ def test_prefill_and_decode_equal_the_xla_path(rng, interpreted, implementation,
     np.testing.assert_array_equal(other.live_counts, cache.live_counts)
     if dms:
         assert dms_jax.compression_ratio(cache) > 1.2
+
+
+def in_pages(model, ids, policy=None):
+    """Return logits and cache after a prompt in two chunks and three more tokens, in pages of four pairs."""
+    cache = dms_jax.init_pages(model, len(ids), len(ids[0]), num_pages=200, page_size=4, policy=policy)
+    first, cache = dms_jax.prefill(model, cache, ids[:, :-3], chunk_size=16)
+    outputs = [first]
+    for step in range(3):
+        logits, cache = dms_jax.decode_step(model, cache, ids[:, len(ids[0]) - 3 + step])
+        outputs.append(logits[:, None])
+    return jnp.concatenate(outputs, 1), cache
+
+
+# The ring of five pairs takes a page and a part of another one.
+PAGED = {"num_layers": 2, "num_kv_heads": 2, "num_q_heads": 4}
+PAGED_DMS = DMSConfig(window_size=4, evict_logit_bias=0.0)
+
+
+def test_pages_equal_the_mask_path(rng, interpreted):
+    ids = tokens(rng, 2, 26)
+    wanted, _ = tiny_model(PAGED_DMS, 3, **PAGED).hard(ids)
+    ran = interpreted(TPU)
+    actual, cache = in_pages(tiny_model(PAGED_DMS, 3, implementation=TPU, **PAGED), ids)
+    assert ran == {"chunk_attention", "page_attention"}
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+    survivors = np.asarray(cache.heads.survivors)
+    assert dms_jax.compression_ratio(cache) > 1.2 and survivors.max() > survivors.min() + 4
+
+
+def test_pages_under_budgets_equal_the_xla_path(rng, interpreted):
+    ids = tokens(rng, 2, 26)
+    wanted, other = in_pages(tiny_model(PAGED_DMS, 3, **PAGED), ids, "dms_budget:9")
+    ran = interpreted(TPU)
+    actual, cache = in_pages(tiny_model(PAGED_DMS, 3, implementation=TPU, **PAGED), ids, "dms_budget:9")
+    assert ran == {"chunk_attention", "page_attention"}
+    np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(cache.live_counts, other.live_counts)
 
 
 def test_training_equals_the_xla_path(rng, interpreted):

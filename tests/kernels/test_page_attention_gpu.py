@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dms_jax.core.page_arena import NOBODY, empty_arena
-from dms_jax.core.paged_attention import attend_newest
-from dms_jax.core.paged_cache import HeadPages
-from dms_jax.core.slot_attention import fold_queries, merge_parts, unfold_queries
+from dms_jax.core import paged_attention
+from dms_jax.core.page_arena import NOBODY
+from dms_jax.core.slot_attention import merge_parts
 from dms_jax.core.visibility import MASKED
 from dms_jax.kernels.block_sizes import SlotBlocks
 from dms_jax.kernels.page_attention_gpu import attend_pages
@@ -111,17 +110,11 @@ def test_eight_bit_pages(rows, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_bfloat16_pages_of_64_equal_core(head_dim):
     """The sizes of a model: a ring of 129 pairs in three pages, and a table with room for more survivors."""
-    seen, ring, group, page_size = jnp.array([300, 40], jnp.int32), 129, 2, 64
+    group, page_size = 2, 64
     pages = random_pages(
         [[129, 129], [40, 40]], [[100, 171], [0, 0]], 192, page_size, head_dim, jnp.bfloat16, columns=7
     )
-    k, v, table, in_ring, survivors = pages
-    marked = jnp.zeros((*in_ring.shape, ring), bool)
-    arena = jax.tree.map(lambda x: x[0], empty_arena(1, 1, page_size, head_dim, jnp.bfloat16))
-    arena = type(arena)(k, v, arena.references, arena.free, arena.free_count)
-    heads = HeadPages(table, survivors, marked, jnp.zeros(in_ring.shape, bool))
-    q = jnp.asarray(np.random.default_rng(2).normal(size=(2, 1, 2 * group, head_dim)), jnp.bfloat16)
-    parts = RUN(fold_queries(q, 2), *pages, ring_slots=192, blocks=SlotBlocks(64, 8192 // head_dim, 0, 4))
-    actual = unfold_queries(merge_parts(parts).normalized(), 1)
-    expected = attend_newest(arena, heads, q, seen).astype(jnp.float32)
-    np.testing.assert_allclose(actual, expected, rtol=2e-2, atol=2e-2)
+    rows = jnp.asarray(np.random.default_rng(2).normal(size=(2, 2, group, head_dim)), jnp.bfloat16)
+    parts = RUN(rows, *pages, ring_slots=192, blocks=SlotBlocks(64, 8192 // head_dim, 0, 4))
+    expected = merge_parts(paged_attention.attend_pages(rows, *pages, ring_slots=192)).normalized()
+    np.testing.assert_allclose(merge_parts(parts).normalized(), expected, rtol=2e-2, atol=2e-2)

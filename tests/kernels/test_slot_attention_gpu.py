@@ -57,7 +57,7 @@ def check(layer, group, seen, length, blocks, tolerance=1e-5, dtype=jnp.float32)
     heads, head_dim = layer.k.shape[1], layer.k.shape[3]
     rows = jnp.asarray(np.random.default_rng(1).normal(size=(1, heads, group * length, head_dim)), dtype)
     position = jnp.arange(seen, seen + length, dtype=jnp.int32)[None]
-    used = slots_in_use(layer, position)
+    used = slots_in_use(layer.expiry, position)
     parts = RUN(
         rows, jnp.tile(position, (1, group)), layer.k, layer.v, layer.position, layer.expiry, used, blocks=blocks
     )

@@ -54,7 +54,7 @@ def by_kernel(q, position, keys, values, layer, heads, blocks):
         values,
         layer.position,
         layer.expiry,
-        slots_in_use(layer, position),
+        slots_in_use(layer.expiry, position),
         blocks=blocks,
         interpret=True,
     )
