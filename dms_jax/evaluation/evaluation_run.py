@@ -138,7 +138,7 @@ def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
             "give a retrofitted folder, --adapter FILE, or --policies with --budgets"
         )
     methods = parse_methods(options.policies or DEFAULT_POLICIES, options.budgets)
-    check_learned(model, (method.policy for method in methods), options.model)
+    check_learned(model, methods, options.model)
     learned = [str(method) for method in methods if method.kind.is_learned]
     if options.live_counts and len(learned) != 1:
         raise ConfigError(
