@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that defines it
     "ConfigError": "errors",
+    "full_tracebacks": "errors",
     "DMSConfig": "config",
     "ModelConfig": "config",
     "compression_ratio": "core.cache_base",
