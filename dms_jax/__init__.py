@@ -17,6 +17,7 @@ _HOME = {  # public name -> the module that defines it
     "fork": "core.cache_base",
     "GenerationConfig": "engine.generation_config",
     "generate": "engine.generation",
+    "environment": "engine.machine",
     "calibrate": "engine.calibration",
     "head_budgets": "engine.head_budgets",
     "load_cache": "hf.cache_file",

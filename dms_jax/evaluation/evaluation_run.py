@@ -26,7 +26,7 @@ from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.hf.open_model import open_model
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
-from dms_jax.platform_defaults import platform_defaults
+from dms_jax.platform_defaults import default_dtype
 from dms_jax.policies import Quest
 from dms_jax.provenance import versions
 from dms_jax.tasks.problem import Problem, TaskOptions
@@ -113,7 +113,7 @@ def write_counts(evaluation: Evaluation, options: EvaluationOptions, command: st
 
 def load_model(options: CommonOptions) -> tuple[Decoder, Tokenizer]:
     """Load the tokenizer, and the model with its adapter in the platform's default dtype."""
-    dtype = jnp.dtype(platform_defaults().dtype)
+    dtype = jnp.dtype(default_dtype())
     return open_model(options.model, options.adapter, dtype, allow_non_finite=options.allow_non_finite)
 
 
