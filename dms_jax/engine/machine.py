@@ -46,7 +46,7 @@ def environment() -> Environment:
     dtype = default_dtype(devices[0])
     query = KernelQuery(128, dtype)
     packages = {name: importlib.metadata.version(name) for name in PACKAGES} | installed
-    compiled = jax.config.jax_compilation_cache_dir
+    compiled = jax.config.values["jax_compilation_cache_dir"]
     return Environment(
         versions={name: value for name, value in versions().items() if name not in ("device", "devices")} | packages,
         devices=tuple(f"{d.platform}:{d.id} {d.device_kind}" for d in devices[:8]) + ("...",) * (len(devices) > 8),

@@ -107,7 +107,7 @@ def _step(
     fill: Float[Array, ""],
     policy: CachePolicy,
     size: int,
-) -> tuple[LayerCache, dict[str, Bool[Array, ""]]]:
+) -> tuple[LayerCache, dict[str, Array]]:
     """Do what an attention layer does with the next `count` of `size` tokens; return the layer, and what is wrong."""
     real, finite = jnp.arange(size)[None] < count[:, None], jnp.nan_to_num(fill, nan=PADDING)
 
@@ -118,13 +118,19 @@ def _step(
 
     q, k, v, logits = (chunk_of(x, axis) for x, axis in zip(rows, (1, 2, 2, 2), strict=True))
     dead = layer.expiry < seen[:, None, None] - 1
-    bury = lambda x: None if x is None else jnp.where(dead if x.ndim == 3 else dead[..., None], fill, x)
-    layer = replace(layer, k=bury(layer.k), v=bury(layer.v), score=bury(layer.score), statistic=bury(layer.statistic))
+    bury = lambda x: jnp.where(dead if x.ndim == 3 else dead[..., None], fill, x)
+    layer = replace(
+        layer,
+        k=bury(layer.k),
+        v=bury(layer.v),
+        score=bury(layer.score),
+        statistic=None if layer.statistic is None else bury(layer.statistic),
+    )
     position = seen[:, None] + jnp.arange(size)[None]
     expiries = policy.mark(logits, position, count, 0.0)
     now = seen + count - 1
     alive = alive_pairs(apply_pending(layer, expiries, seen, count), expiries.expiry, now, count)
-    faults = {}
+    faults: dict[str, Array] = {}
     if policy.ranks_pairs:
         asked = q, k, v, expiries, layer, position, count
         if isinstance(policy, BudgetPolicy):
