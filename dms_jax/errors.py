@@ -6,17 +6,32 @@ This module imports nothing from the project.
 import contextlib
 import difflib
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
+_full_tracebacks = False
 
 
 class ConfigError(ValueError):
     """A mistake that a user can fix: in an option, a configuration or a file.
 
-    The message is one line that says what is wrong, where, and what to do instead.
+    The message is one line that says what is wrong, where, and what to do instead. IPython shows this line alone, also
+    if another error caused it, until `full_tracebacks(True)`.
     """
+
+    @property
+    def _render_traceback_(self) -> Callable[..., list[str]]:
+        """IPython calls this in place of its own traceback; without the attribute, it shows all frames."""
+        if _full_tracebacks:
+            raise AttributeError("_render_traceback_")
+        return lambda *_: [f"{type(self).__name__}: {self}"]
+
+
+def full_tracebacks(shown: bool) -> None:
+    """Let IPython show all frames of a ConfigError (True), or its one line (False, as at the start)."""
+    global _full_tracebacks
+    _full_tracebacks = shown
 
 
 def shown(value: object) -> str:

@@ -328,13 +328,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def user_cache(name: str) -> Path:
-    """Make the folder `name` for dms_jax in the user's cache folder, and return it.
-
-    Raises OSError, or RuntimeError if the user has no home folder.
-    """
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax" / name
+    """Make `user_cache_path(name)`, and return it. Raises OSError, or RuntimeError if the user has no home folder."""
+    folder = user_cache_path(name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def user_cache_path(name: str) -> Path:
+    """Return the folder `name` for dms_jax in the user's cache folder; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dms_jax" / name
 
 
 def check_target(path: str | os.PathLike[str]) -> None:

@@ -1,7 +1,10 @@
 """One table of the defaults that differ between CPUs, GPUs and TPUs."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import jax
 
 from dms_jax.sharding import target_device
 
@@ -58,3 +61,14 @@ def platform_defaults(platform: str | None = None) -> PlatformDefaults:
     """Return the defaults of "cpu", "gpu" or "tpu"; if None, of the platform for which the current program is
     traced."""
     return DEFAULTS[platform or target_device()[0]]
+
+
+def default_dtype(device: Any = None) -> Literal["float32", "bfloat16"]:
+    """Return the precision of weights and activations on a `jax.Device`; None is the first one of this process.
+
+    A GPU of compute capability below 8.0, such as a T4, has no bf16: XLA emulates it, more slowly than it computes in
+    fp32 (openxla/xla, issue 12429).
+    """
+    device = jax.devices()[0] if device is None else device
+    version = re.fullmatch(r"(\d+)\.\d+", str(getattr(device, "compute_capability", "")))
+    return "float32" if version and int(version[1]) < 8 else DEFAULTS[device.platform].dtype

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dms_jax.axes import Array
+from dms_jax.device_guard import warn_once
 from dms_jax.errors import ConfigError
 
 # "data" splits the rows of a batch. "model" is tensor parallelism over heads, MLP channels and the vocabulary.
@@ -52,6 +53,7 @@ def target_device() -> tuple[str, str]:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         device = jax.devices()[0]
+        warn_once(device.platform)
     return device.platform, device.device_kind
 
 

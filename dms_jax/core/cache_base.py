@@ -122,6 +122,29 @@ class Cache(ABC):
         size.cache = self
         return size
 
+    def __repr__(self) -> str:
+        """Say in one line what the cache holds, also where its arrays are traced, abstract or given away."""
+        name = type(self).__name__
+        if not hasattr(self.seen, "shape"):  # a tree of something other than arrays
+            return f"{name}(...)"
+        heads, room = self.described_room()
+        budget = getattr(self.policy, "budget", None)
+        policy = type(self.policy).__name__ + ("" if budget is None else f"({budget})")
+        live, leaves = "not known here", jax.tree.leaves(self)
+        if all(isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            if any(leaf.is_deleted() for leaf in leaves):
+                live = "given to a newer cache"
+            elif all(leaf.is_fully_addressable for leaf in leaves):
+                live = f"{np.mean(np.asarray(self.live_counts)):.4g} of {np.mean(np.asarray(self.seen)):.4g} tokens"
+        return (
+            f"{name}({self.batch_size} rows, {self.num_layers} layers x {heads} KV heads, {room}, live {live}, "
+            f"{policy}, {int(self.bytes):,} bytes)"
+        )
+
+    @abstractmethod
+    def described_room(self) -> tuple[int, str]:
+        """Return the number of KV heads, and what each has room for, in words."""
+
     @property
     @abstractmethod
     def num_layers(self) -> int: ...

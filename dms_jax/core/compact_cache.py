@@ -74,7 +74,7 @@ class Selection(NamedTuple):
     head_state: Float[Array, "B K state"] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompactCache(Cache):
     """The caches of all layers, and the tokens that each row has seen. It is an immutable pytree."""
 
@@ -84,6 +84,10 @@ class CompactCache(Cache):
     overflow: Overflow = "evict"
     bounds: HostBounds | None = field(default=None, init=False, compare=False)
     history: TokenHistory | None = field(default=None, init=False, compare=False)
+
+    def described_room(self) -> tuple[int, str]:
+        least, most = min(self.capacities), max(self.capacities)
+        return self.layers[0].k.shape[1], f"{least} slots" if least == most else f"{least} to {most} slots"
 
     @property
     def num_layers(self) -> int:

@@ -76,7 +76,7 @@ class PagedLayer:
         return replace(self, arena=arena, heads=jax.tree.map(put, self.heads, heads))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PagedCache(Cache):
     """The pages of all layers, and the tokens that each row has seen. It is an immutable pytree."""
 
@@ -87,6 +87,9 @@ class PagedCache(Cache):
     overflow: Overflow = "grow"
     bounds: HostBounds | None = field(default=None, init=False, compare=False)
     history: TokenHistory | None = field(default=None, init=False, compare=False)
+
+    def described_room(self) -> tuple[int, str]:
+        return self.heads.table.shape[2], f"{self.arena.num_pages} pages of {self.page_size} pairs for all heads"
 
     @property
     def num_layers(self) -> int:

@@ -1,9 +1,10 @@
 """`generate`: from prompts to tokens, by a prefill and the decode loop. Errors are `ConfigError`."""
 
+import html
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import jax
@@ -58,8 +59,18 @@ class Generation:
     realised_cr: np.ndarray  # [B] tokens seen / live pairs
     forced_evictions: np.ndarray  # [B] over all layers and heads
     pairs_read: np.ndarray  # [B] pairs that attention read, summed over generated tokens, mean over layers and heads
-    cache: Cache
-    logits: Float[Array, "B V"]  # after the last token
+    cache: Cache = field(repr=False)
+    logits: Float[Array, "B V"] = field(repr=False)  # after the last token
+
+    def _repr_html_(self) -> str:
+        """Show the texts, or the ids where there are none, and a line of counts in a notebook."""
+        texts = [" ".join(map(str, row)) for row in self.tokens] if self.texts is None else self.texts
+        items = "".join(f'<li style="white-space: pre-wrap">{html.escape(text)}</li>' for text in texts)
+        return (
+            f"<ol>{items}</ol><p><small>{sum(map(len, self.tokens))} new tokens; live pairs per head "
+            f"{np.mean(self.live_pairs):.4g}, CR {np.mean(self.realised_cr):.3g}; "
+            f"ended by {html.escape(', '.join(self.finish_reasons))}</small></p>"
+        )
 
     @property
     def allocated_bytes(self) -> int:

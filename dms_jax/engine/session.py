@@ -32,7 +32,7 @@ from dms_jax.hf.hf_tokenizer import Tokenizer
 from dms_jax.hf.open_model import open_model
 from dms_jax.hf.safetensors_files import shorten
 from dms_jax.models.decoder import Decoder
-from dms_jax.platform_defaults import platform_defaults
+from dms_jax.platform_defaults import default_dtype
 from dms_jax.policies import policy_name
 
 
@@ -208,7 +208,7 @@ def open_session(options: argparse.Namespace) -> Session:
     settings(options, {})  # refuses wrong numbers before anything is read
     defaults = {} if options.greedy else _defaults(options)
     config = settings(options, defaults)
-    dtype = jnp.dtype(options.dtype or platform_defaults().dtype)
+    dtype = jnp.dtype(options.dtype or default_dtype())
     model, tokenizer = open_model(
         options.model,
         options.adapter,

@@ -34,7 +34,7 @@ from dms_jax.hf.hf_tokenizer import Tokenizer, prompt_ids
 from dms_jax.hf.open_model import open_model
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.token_ids import check_ids
-from dms_jax.platform_defaults import platform_defaults
+from dms_jax.platform_defaults import default_dtype
 from dms_jax.policies import Quest
 from dms_jax.provenance import versions
 from dms_jax.tasks.problem import Problem, TaskOptions
@@ -121,7 +121,7 @@ def write_counts(evaluation: Evaluation, options: EvaluationOptions, command: st
 
 def load_model(options: CommonOptions) -> tuple[Decoder, Tokenizer]:
     """Load the tokenizer, and the model with its adapter in the platform's default dtype."""
-    dtype = jnp.dtype(platform_defaults().dtype)
+    dtype = jnp.dtype(default_dtype())
     return open_model(options.model, options.adapter, dtype, allow_non_finite=options.allow_non_finite)
 
 
@@ -146,7 +146,7 @@ def _methods(options: EvaluationOptions, model: Decoder) -> list[Method]:
             "give a retrofitted folder, --adapter FILE, or --policies with --budgets"
         )
     methods = parse_methods(options.policies or DEFAULT_POLICIES, options.budgets)
-    check_learned(model, (method.policy for method in methods), options.model)
+    check_learned(model, methods, options.model)
     learned = [str(method) for method in methods if method.kind.is_learned]
     if options.live_counts and len(learned) != 1:
         raise ConfigError(

@@ -2,19 +2,21 @@
 rows of a given length."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from dms_jax.config import ModelConfig
 from dms_jax.core.cr_schedule import realised_cr
 from dms_jax.engine.calibration import calibrate
 from dms_jax.engine.head_budgets import head_budgets
 from dms_jax.errors import ConfigError, naming, suggestion
 from dms_jax.evaluation.result_records import method_name
 from dms_jax.models.decoder import Decoder, with_window
-from dms_jax.policies import POLICIES, BudgetedEviction, CachePolicy, policy_of
+from dms_jax.policies import POLICIES, BudgetedEviction, CachePolicy, policy_name, policy_of
 from dms_jax.policies.budgeted_eviction import HeadBudgets
+from dms_jax.policies.own_policy import made
 
 DENSE = "dense"  # the reference: no budget
 DMS = "dms"  # at the budget TRAINED, the other policies match the live tokens of this one
@@ -25,17 +27,19 @@ ADAKV = "adakv:"  # after it, if both: begins the name of a policy under which t
 
 @dataclass(frozen=True)
 class Method:
-    """A policy at a budget: pairs per KV head ("256"), a realised CR ("cr4"), TRAINED, or "" for the dense model."""
+    """A policy at a budget: pairs per KV head ("256"), a realised CR ("cr4"), TRAINED, or "" for the dense model and
+    for a class that has no budget."""
 
     policy: str
     budget: str
+    own: type[CachePolicy] | None = None  # the class, if it was given in place of a name; then `policy` is its name
 
     def __str__(self) -> str:
         return method_name(self.policy, self.budget)
 
     @property
     def kind(self) -> type[CachePolicy]:
-        return POLICIES[self.policy.removeprefix(PROMPT).removeprefix(ADAKV)]
+        return self.own or POLICIES[self.policy.removeprefix(PROMPT).removeprefix(ADAKV)]
 
     @property
     def needs_calibration(self) -> bool:
@@ -46,28 +50,32 @@ class Method:
     def compresses_prompt(self) -> bool:
         return self.policy.startswith(PROMPT)
 
+    def policy_with(self, config: ModelConfig, pairs: int | None = None) -> CachePolicy:
+        """Make the policy for a model of `config`, with a budget of `pairs` per KV head if the method has one."""
+        if self.own is not None:
+            return made(self.own, config, pairs)
+        return policy_of(config, self.policy if pairs is None else f"{self.policy}:{pairs}")
+
     def pairs(self, length: int) -> int:
         """Return the number of live pairs with which a row of `length` tokens may end."""
         return round(length / float(self.budget[2:])) if self.budget.startswith("cr") else int(self.budget)
 
 
-def parse_methods(policies: str, budgets: str) -> list[Method]:
-    """Combine every policy with every budget, both comma-separated. Within a budget dms comes first, since the others
-    may have to match its live tokens."""
-    names = [name.strip() for name in policies.split(",") if name.strip()]
+def parse_methods(policies: str | Sequence[str | type[CachePolicy]], budgets: str) -> list[Method]:
+    """Combine every policy with every budget.
+
+    `policies` are comma-separated names, or a list of names and classes; `budgets` are comma-separated. Within a budget
+    dms comes first, since the others may have to match its live tokens.
+    """
+    given = policies.split(",") if isinstance(policies, str) else policies
+    own = {policy_name(policy): policy for policy in given if isinstance(policy, type)}
+    names = [name.strip() if isinstance(name, str) else policy_name(name) for name in given]
+    names = [name for name in names if name]
     if not names:
         raise ConfigError(f"--policies is empty; give some of {', '.join(POLICIES)}")
     for name in names:
-        within = name.removeprefix(PROMPT)
-        if (plain := within.removeprefix(ADAKV)) not in POLICIES:
-            raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
-        kind = POLICIES[plain]
-        if plain != within:
-            with naming(f"--policies {name}"):
-                kind.check_compares_heads()
-        if within != name and (kind.keeps_prompt or not kind.ranks_pairs):
-            why = "it keeps the prompt" if kind.keeps_prompt else "it does not rank pairs"
-            raise ConfigError(f"--policies: {plain} cannot compress a prompt, because {why}; write {plain}")
+        if name not in own:
+            _check_name(name)
     labels = [label.strip() for label in budgets.split(",") if label.strip()] or [TRAINED]
     for label in labels:
         if not _is_budget(label):
@@ -75,13 +83,33 @@ def parse_methods(policies: str, budgets: str) -> list[Method]:
                 f"--budgets: invalid budget {label!r}; use a number of pairs (256), a ratio (cr4) or {TRAINED!r}"
             )
     ordered = sorted(dict.fromkeys(names), key=lambda name: name != DMS)
-    if TRAINED in labels and DMS not in ordered and any(name != DENSE for name in ordered):
+    rigid = [name for name in ordered if name == DENSE or (name in own and not _has_budgets(own[name]))]
+    if TRAINED in labels and DMS not in ordered and len(rigid) < len(ordered):
         raise ConfigError(
             f"--budgets {TRAINED} means as many live tokens as dms keeps; add dms to --policies, "
             "or give other --budgets, e.g. 256 or cr4"
         )
-    methods = [Method(DENSE, "")] if DENSE in ordered else []
-    return methods + [Method(name, label) for label in labels for name in ordered if name != DENSE]
+    methods = [Method(name, "", own.get(name)) for name in rigid]
+    return methods + [Method(name, label, own.get(name)) for label in labels for name in ordered if name not in rigid]
+
+
+def _has_budgets(kind: type[CachePolicy]) -> bool:
+    """Return whether a budget changes a policy: by its field, or by the threshold of an evict head."""
+    return getattr(kind, "has_budget", False) or getattr(kind, "is_learned", False)
+
+
+def _check_name(name: str) -> None:
+    """Refuse the name of a policy that does not exist, or that the prefix does not fit."""
+    within = name.removeprefix(PROMPT)
+    if (plain := within.removeprefix(ADAKV)) not in POLICIES:
+        raise ConfigError(f"--policies: unknown policy {plain!r}; {suggestion(plain, POLICIES)}")
+    kind = POLICIES[plain]
+    if plain != within:
+        with naming(f"--policies {name}"):
+            kind.check_compares_heads()
+    if within != name and (kind.keeps_prompt or not kind.ranks_pairs):
+        why = "it keeps the prompt" if kind.keeps_prompt else "it does not rank pairs"
+        raise ConfigError(f"--policies: {plain} cannot compress a prompt, because {why}; write {plain}")
 
 
 def _is_budget(label: str) -> bool:
@@ -93,9 +121,9 @@ def _is_budget(label: str) -> bool:
         return False
 
 
-def check_learned(model: Decoder, policies: Iterable[str], where: str) -> None:
+def check_learned(model: Decoder, methods: Iterable[Method], where: str) -> None:
     """Refuse learned policies for the model at `where`, if it has none."""
-    learned = [policy for policy in policies if Method(policy, "").kind.is_learned]
+    learned = [method.policy for method in methods if method.kind.is_learned]
     if model.config.dms is None and learned:
         raise ConfigError(
             f"--policies {learned[0]}: {where} has no eviction policy; give a retrofitted folder or --adapter FILE"
@@ -104,7 +132,7 @@ def check_learned(model: Decoder, policies: Iterable[str], where: str) -> None:
 
 def check_budget(model: Decoder, method: Method, length: int) -> None:
     """Refuse, before anything is measured, a budget that rows of `length` tokens cannot meet."""
-    if method.policy == DENSE or method.budget == TRAINED:
+    if method.budget in ("", TRAINED):
         return
     pairs = method.pairs(length)
     if not 1 <= pairs <= length:
@@ -113,9 +141,9 @@ def check_budget(model: Decoder, method: Method, length: int) -> None:
             f"give 1 to {length}, or cr1 to cr{length}"
         )
     if method.kind.has_budget:
-        policy_of(model.config, f"{method.policy}:{pairs}")
+        method.policy_with(model.config, pairs)
         return
-    window = policy_of(model.config, method.policy).window_size
+    window = method.policy_with(model.config).window_size
     highest = realised_cr(math.inf, length, window)
     if length / pairs > highest:
         raise ConfigError(
@@ -167,15 +195,15 @@ class Calibrator:
         `dms_live_tokens` returns how many live tokens dms kept on that kind of rows if the other methods must keep as
         many, else None. Raises ConfigError.
         """
-        if method.policy == DENSE:
-            return self.dense()
+        if not method.budget:
+            return Setup(method.policy_with(self.model.config))
         if method.kind.has_budget:
             pairs = round(self._pairs(method, length, dms_live_tokens))
             if method.kind.is_learned:
                 return self._budgeted(pairs, length, rows_name, rows)
-            policy = policy_of(self.model.config, f"{method.policy}:{max(1, pairs)}")
+            policy = method.policy_with(self.model.config, max(1, pairs))
             return Setup(policy, compresses_prompt=method.compresses_prompt)
-        policy = policy_of(self.model.config, method.policy)
+        policy = method.policy_with(self.model.config)
         if method.budget == TRAINED and method.policy == DMS:
             return Setup(policy)
         pairs = self._pairs(method, length, dms_live_tokens) if method.budget == TRAINED else method.pairs(length)

@@ -45,8 +45,9 @@ def measure(options: HyperscaleOptions) -> None:
     task = TASKS[options.task]
     count_tokens = lambda text: len(tokenizer.encode(text))
     problems = task.problems(task_options, count_tokens)
-    policies = list(dict.fromkeys(method.policy for method in parse_methods(options.policies, "cr2")))
-    check_learned(model, policies, options.model)
+    methods = parse_methods(options.policies, "cr2")
+    policies = list(dict.fromkeys(method.policy for method in methods))
+    check_learned(model, methods, options.model)
     fixed = {key: getattr(options, key) for key in FIXED} | {"dtype": dtype_name(model)}
     shared = AnswerMeasure(model, tokenizer, Calibrator(model), Sampling(), options.batch, options.chunk)
     pairs = [

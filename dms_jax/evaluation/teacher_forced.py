@@ -6,7 +6,7 @@ more than the budget.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from dms_jax.evaluation.held_out import next_tokens
 from dms_jax.evaluation.methods import ranked_pairs
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import jitted
-from dms_jax.policies import CachePolicy
+from dms_jax.policies import policy_of
 
 CHUNK = 16  # tokens between two rankings; small, to stay close to decoding, which ranks after each token
 
@@ -40,15 +40,15 @@ def online_rows(
     model: Decoder,
     dense_hidden: Float[Array, "B T D"],
     tokens: Int[Array, "B T"],
-    policy: CachePolicy,
+    policy: Any,
     threshold: float = 0.0,
     chunk: int = CHUNK,
 ) -> OnlineRows:
     """Run rows under `policy` and compare its predictions with those of `dense_hidden`, which `model.dense_hidden`
     returned for the same rows.
 
-    The metrics of the last token of a row are meaningless, because it has no next token. Raises ConfigError unless T is
-    a multiple of `chunk`.
+    `policy` is anything that `policy_of` takes. The metrics of the last token of a row are meaningless, because it has
+    no next token. Raises ConfigError unless T is a multiple of `chunk`.
     """
     rows, length = np.shape(tokens)
     if length % chunk:
@@ -56,6 +56,7 @@ def online_rows(
             f"the length of rows must be a multiple of the chunk of {chunk}, got {length}; "
             f"use length {length // chunk * chunk}"
         )
+    policy = policy_of(model.config, policy)
     cache = init_cache(model, rows, min(ranked_pairs(policy) or length, length), policy=policy)
     metrics, live, cache = _online(
         unrolled(model), cache, jnp.asarray(tokens), dense_hidden, jnp.float32(threshold), chunk

@@ -127,7 +127,9 @@ def resolve(path: str | os.PathLike[str], files: Sequence[str] = HUB_FILES) -> s
         return snapshot_download(path, allow_patterns=list(files), ignore_patterns=HUB_IGNORED)
     except Exception as why:  # offline, unknown, gated, disk full: the library raises dozens of types
         reason = str(why).strip().splitlines() or [type(why).__name__]
-        raise ConfigError(f"{path} is not a local folder, and downloading it from the hub failed: {reason[0]}") from why
+        raise ConfigError(
+            f"{path} is not a local folder, and downloading it from the hub failed: {reason[0]}"
+        ) from None
 
 
 def read_config(path: str | os.PathLike[str]) -> ModelConfig:

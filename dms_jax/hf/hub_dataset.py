@@ -26,11 +26,11 @@ def open_dataset(name: str) -> Any:
         raise ConfigError(f"a dataset name must be hf:NAME[:CONFIG][:SPLIT], got {name!r}")
     try:
         import datasets  # pyrefly: ignore[missing-import]  # optional, and slow to import
-    except ImportError as why:
-        raise ConfigError(f'{name} needs the datasets package: pip install "dms-jax[data]", or give files') from why
+    except ImportError:
+        raise ConfigError(f'{name} needs the datasets package: pip install "dms-jax[data]", or give files') from None
     try:
         return datasets.load_dataset(dataset, *rest, split=split)
     except Exception as why:  # errors of the hub, the network and the files have no common base class
         raise ConfigError(
             f"cannot load {name}: {type(why).__name__}: {' '.join(str(why).split())}; offline, give files instead"
-        ) from why
+        ) from None

@@ -25,9 +25,12 @@ from dms_jax.core.budget_eviction import budgeted_row_expiry
 from dms_jax.core.rotary import rope_frequencies
 from dms_jax.core.slot_attention import Chunk
 from dms_jax.core.visibility import MASKED, NEVER, segment_bounds
+from dms_jax.errors import ConfigError
 from dms_jax.models.attention_layer import AttentionLayer, ChannelScale, Gate, channel_scale, keep_all
+from dms_jax.models.compiled_method import compiled
 from dms_jax.models.layers import MLP, ParamFactory, positions, rms_norm
 from dms_jax.models.token_ids import checked_on_host
+from dms_jax.policies import policy_name, policy_of
 from dms_jax.policies.cache_policy import CachePolicy
 from dms_jax.sharding import constrain, reshard
 
@@ -83,8 +86,9 @@ class Decoder(nnx.Module):
     """A causal language model that evicts pairs if `config.dms` is set.
 
     Every method takes `tokens` int32 [B T] and optionally `segment_ids` int32 [B T]: tokens in different segments of a
-    row neither see nor evict each other. The `*_hidden` methods return the final-normed hidden states [B T D] instead
-    of logits; training multiplies them by `output_embedding` in chunks.
+    row neither see nor evict each other. A method is compiled at its first call for a shape, unless it is a part of a
+    larger program. The `*_hidden` methods return the final-normed hidden states [B T D] instead of logits; training
+    multiplies them by `output_embedding` in chunks. Raises ConfigError for what are no rows of token ids.
     """
 
     source: Hashable  # the `dms_jax.hf.folder.Source` of a loaded model; a model made in memory lacks the attribute
@@ -98,10 +102,23 @@ class Decoder(nnx.Module):
         if not config.tie_word_embeddings:
             self.head = param("vocab", "embed")
 
+    def __repr__(self) -> str:
+        """Say in one line what the model is; `flax.nnx.display` shows its arrays."""
+        config, weights = self.config, jax.tree.leaves(nnx.state(self))
+        source = getattr(self, "source", None)
+        where = "" if source is None else f", from {getattr(source, 'path', source)}"
+        return (
+            f"Decoder({config.model_type}, {config.num_layers} layers x {config.num_kv_heads} KV heads, "
+            f"{sum(weight.size for weight in weights):,} parameters, {self.embed.get_value().dtype}, "
+            f"policy {policy_name(policy_of(config))}{where})"
+        )
+
+    @compiled
     def dense(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """Return the logits of the model that never evicts, which is the teacher of an adapter."""
         return self.logits(self.dense_hidden(tokens, segment_ids))
 
+    @compiled
     def relaxed(
         self, tokens: Int[Array, "B T"], noise: Float[Array, "L B K T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T V"], Float[Array, "L B K T"]]:
@@ -112,6 +129,7 @@ class Decoder(nnx.Module):
         hidden, evict = self.relaxed_hidden(tokens, noise, segment_ids)
         return self.logits(hidden), evict
 
+    @compiled
     def hard(
         self,
         tokens: Int[Array, "B T"],
@@ -125,12 +143,14 @@ class Decoder(nnx.Module):
         hidden, evict = self.hard_hidden(tokens, segment_ids, threshold)
         return self.logits(hidden), evict
 
+    @compiled
     def dense_hidden(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """Return the hidden states of `dense`."""
         return self._run(tokens, segment_ids, lambda _: keep_all, 0, self._channel())[0]
 
+    @compiled
     def relaxed_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -142,6 +162,7 @@ class Decoder(nnx.Module):
         hidden, (evict, _) = self._relaxed(tokens, noise, segment_ids, remat)
         return hidden, evict
 
+    @compiled
     def relaxed_scores(
         self,
         tokens: Int[Array, "B T"],
@@ -167,6 +188,7 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, segment_ids, gate_of, dms.window_size, self._channel(), noise, remat)
 
+    @compiled
     def hard_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -177,6 +199,7 @@ class Decoder(nnx.Module):
         hidden, (evict, _) = self._hard(tokens, segment_ids, threshold)
         return hidden, evict
 
+    @compiled
     def hard_scores(
         self,
         tokens: Int[Array, "B T"],
@@ -200,6 +223,7 @@ class Decoder(nnx.Module):
 
         return self._run(tokens, segment_ids, lambda _: gate, dms.window_size, self._channel())
 
+    @compiled
     def budgeted_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -229,6 +253,7 @@ class Decoder(nnx.Module):
         hidden, (expiry, score) = self._run(tokens, segment_ids, gate_of, None, self._channel(), budgets)
         return hidden, expiry, score
 
+    @compiled
     def marked_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -244,6 +269,7 @@ class Decoder(nnx.Module):
         gate = lambda logits: (jnp.broadcast_to(_hard_log_keep(marked), logits.shape), jnp.zeros(logits.shape, bool))
         return self._run(tokens, segment_ids, lambda _: gate, window_size, self._channel())[0]
 
+    @compiled
     def gated_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -263,6 +289,7 @@ class Decoder(nnx.Module):
         )
         return hidden, stream
 
+    @compiled
     def ramped_hidden(
         self,
         tokens: Int[Array, "B T"],
@@ -301,7 +328,7 @@ class Decoder(nnx.Module):
         segment_ids = None if segment_ids is None else jnp.asarray(segment_ids)
         limit = self.config.sliding_window
         if limit is not None and tokens.shape[1] > limit:
-            raise ValueError(
+            raise ConfigError(
                 f"rows must have at most {limit} tokens, this model's sliding_window, got {tokens.shape[1]}; "
                 f"use length <= {limit}"
             )

@@ -21,7 +21,21 @@ def check_ids(tokens: np.ndarray, vocab_size: int, where: str = "tokens") -> np.
 
 
 def checked_on_host(tokens: np.ndarray | Array, vocab_size: int) -> np.ndarray | Array:
-    """Check ids that the host can read; the tokens of a traced program and of other hosts are returned unchanged."""
+    """Check the shape of rows [B T], and their ids if the host can read them: not those of a traced program or of other
+    hosts."""
+    if not isinstance(tokens, jax.Array):
+        try:
+            tokens = np.asarray(tokens)
+        except ValueError as why:  # rows of different lengths
+            raise ConfigError(f"tokens must be an array of token ids [rows, tokens]: {why}") from None
+    if tokens.dtype.kind in "USO":  # a string, or something else that is not a number
+        raise ConfigError(
+            "tokens must be an array of token ids [rows, tokens], got text or objects; encode text with "
+            "dms_jax.load_tokenizer(FOLDER).encode(TEXT)[None]"
+        )
+    if tokens.ndim != 2:
+        way_out = "write tokens[None] for one row" if tokens.ndim == 1 else "give one row for each text"
+        raise ConfigError(f"tokens must have the shape [rows, tokens], got {list(tokens.shape)}; {way_out}")
     if isinstance(tokens, jax.core.Tracer) or (isinstance(tokens, jax.Array) and not tokens.is_fully_addressable):
         return tokens
     check_ids(np.asarray(tokens), vocab_size)

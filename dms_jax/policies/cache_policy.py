@@ -51,7 +51,11 @@ def parsed_budget(text: str) -> int:
 
 
 class CachePolicy(ABC):
-    """Base of all policies. A policy is a frozen, hashable dataclass, and static under jit."""
+    """Base of all policies. A policy is a frozen, hashable dataclass, and static under jit.
+
+    It is a part of each compiled program. A method that reads a variable of a notebook does not see it change, so
+    whatever may change must be a field.
+    """
 
     is_learned: ClassVar[bool] = False  # follows the evict head of a retrofitted model, at a threshold
     has_budget: ClassVar[bool] = False  # has a field `budget`, in pairs per KV head, as in "tova:256"

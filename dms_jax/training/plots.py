@@ -5,6 +5,7 @@ of an inspection, which has the costs of ratios in place of losses.
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
 from dms_jax.files import replacing
 from dms_jax.training.inspection_report import TOLERATED_KL, Inspection
@@ -12,8 +13,8 @@ from dms_jax.training.inspection_report import TOLERATED_KL, Inspection
 
 def plot_training(steps: list[dict], path: Path) -> None:
     """Plot losses (left) and target, nominal and realised compression ratio (right) over optimizer steps."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     x = [line["step"] for line in steps]
     for key, label in (
         ("loss/distill", "distillation, KL in nats per token"),
@@ -40,7 +41,8 @@ def plot_kept_fraction(live_per_head: np.ndarray, length: int, path: Path) -> No
 
     `live_per_head` [L K]: mean live pairs.
     """
-    figure, axes = _pyplot().subplots(figsize=_heads_size(live_per_head), layout="constrained")
+    figure = Figure(figsize=_heads_size(live_per_head), layout="constrained")
+    axes = figure.subplots()
     title = f"Kept fraction of {length} tokens\nrealised CR {length / live_per_head.mean():.2f}"
     _draw_heads(axes, live_per_head / length, title)
     _write(figure, path)
@@ -50,9 +52,8 @@ def plot_inspection(inspection: Inspection, path: Path) -> None:
     """Plot proxies and KL over the compression ratio (left), and the fraction that each head keeps (right)."""
     curve, index = inspection.curve, inspection.shown_ratio()
     width, height = _heads_size(curve.kept[index])
-    figure, (left, right) = _pyplot().subplots(
-        1, 2, figsize=(6.5 + width, max(4.0, height)), width_ratios=(6.5, width), layout="constrained"
-    )
+    figure = Figure(figsize=(6.5 + width, max(4.0, height)), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(6.5, width))
     for values, label in (
         (curve.common, "one threshold"),
         (curve.equal, "equal budgets"),
@@ -82,16 +83,6 @@ def _draw_heads(axes, kept: np.ndarray, title: str) -> None:
     axes.figure.colorbar(image)
 
 
-def _write(figure, path: Path) -> None:
+def _write(figure: Figure, path: Path) -> None:
     with replacing(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    _pyplot().close(figure)
-
-
-def _pyplot():
-    import matplotlib
-
-    matplotlib.use("Agg")  # works without a screen
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -18,7 +18,7 @@ from dms_jax.hf.hf_tokenizer import load_tokenizer
 from dms_jax.kernels.head_split import uneven_heads
 from dms_jax.models.decoder import Decoder
 from dms_jax.models.parameters import Params
-from dms_jax.platform_defaults import platform_defaults
+from dms_jax.platform_defaults import default_dtype
 from dms_jax.sharding import make_mesh, parse_mesh, replicated_axes
 from dms_jax.training.data.default_assets import default_model, default_text
 from dms_jax.training.data.documents import expand_paths
@@ -94,7 +94,7 @@ def prepare(config: RetrofitConfig) -> PreparedRun:
         raise ConfigError(f"length must be at most the model's {name} of {limit}, got {config.length}")
     config = config.resolved(has_policy=base.dms is not None)
     dms = trained_policy(config, base, path)
-    dtype = jnp.dtype(platform_defaults(jax.default_backend()).dtype if config.dtype == "auto" else config.dtype)
+    dtype = jnp.dtype(default_dtype() if config.dtype == "auto" else config.dtype)
     model, teacher = load_models(config, path, dms, mesh, dtype)
     train_rows, held_out, data = read_rows(config, path, base.vocab_size)
     math, trainable, frozen = take_apart(model, teacher, config, mesh, dtype)
