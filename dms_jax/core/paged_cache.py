@@ -240,14 +240,14 @@ def select_rows(cache: PagedCache, rows: Int[Array, "n"]) -> PagedCache:
     run = per_device(
         with_own_arena(_share_rows),
         (batch, kv_heads),
-        [arena, before, f"batch={len(rows)}"],
-        (arena, after),
+        [arena, before, "batch", f"batch={len(rows)}"],
+        (arena, after, f"batch={len(rows)}"),
     )
-    new_arena, heads = run(cache.arena, cache.heads, rows)
-    return replace(cache, arena=new_arena, heads=heads, seen=cache.seen[rows])
+    new_arena, heads, seen = run(cache.arena, cache.heads, cache.seen, rows)
+    return replace(cache, arena=new_arena, heads=heads, seen=seen)
 
 
-def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, HeadPages]:
+def _share_rows(arena: Arena, heads: HeadPages, seen: Array, rows: Array) -> tuple[Arena, HeadPages, Array]:
     """Give up the pages of rows that are left out, and share or copy those of all but the first of repeated rows.
 
     Under exact budgets, nothing is shared: a full head writes over a pair at almost every step, at any place, so each
@@ -258,7 +258,7 @@ def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, Hea
     is_left_out = ~jnp.any(rows[:, None] == jnp.arange(own)[None], axis=0)
     arena = page_arena.release(arena, jnp.where(is_left_out[None, :, None, None], heads.table, NOBODY))
     is_repeated = jnp.argmax(rows[:, None] == rows[None], axis=1) < jnp.arange(len(rows))
-    heads = jax.tree.map(lambda x: x[:, rows], heads)
+    heads, seen = jax.tree.map(lambda x: x[:, rows], heads), seen[rows]
     table, page_size, ring_pages = heads.table, arena.page_size, heads.ring_pages(arena.page_size)
     column = jnp.arange(table.shape[-1])[None, None, None]
     full = ring_pages + heads.survivors[..., None] // page_size
@@ -277,7 +277,7 @@ def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, Hea
         source, target = table, page
     arena = page_arena.copy_pages(arena, source, target)
     starved = heads.starved | jnp.any(copied & (page == NOBODY), axis=-1)
-    return arena, replace(heads, table=jnp.where(copied, page, table), starved=starved)
+    return arena, replace(heads, table=jnp.where(copied, page, table), starved=starved), seen
 
 
 def resized(cache: PagedCache, num_pages: int, width: int, donate: bool = False) -> PagedCache:
