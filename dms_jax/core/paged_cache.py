@@ -136,6 +136,14 @@ class PagedCache(Cache):
         arenas, pages = self.arena.references.shape
         return sum(x.nbytes for x in page_arena.contents(self.arena).values()) // (arenas * pages)
 
+    def read_bounds(self) -> HostBounds:
+        seen, free = np.asarray(self.seen, np.int64), np.asarray(self.arena.free_count)
+        low, high = 0, max(0, self.max_length - int(seen.max()))
+        while low < high:  # the largest number that fits
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if (pages_needed(self, middle) <= free).all() else (low, middle - 1)
+        return HostBounds(int(seen.max()), tokens=low)
+
     def layer(self, index: Any) -> PagedLayer:
         return PagedLayer(self.arena, self.heads, index)
 
@@ -183,6 +191,25 @@ def _pages_to_copy(cache: PagedCache) -> Int[Array, "L B K"]:
     if cache.heads.budget is not None:  # any page of survivors may change
         return ring + survivors
     return ring + jnp.minimum(cache.heads.survivors % cache.page_size, 1)
+
+
+def pages_needed(
+    cache: PagedCache, count: int, fraction: float | np.ndarray = 1.0, slack: int = 0
+) -> Int[np.ndarray, "M"]:
+    """Return how many more pages each device needs if each row appends `count` tokens.
+
+    Each head keeps `fraction` of the pairs that leave its ring, and `slack` pairs more.
+    """
+    heads, size = cache.heads, cache.page_size
+    seen, survivors = np.asarray(cache.seen, np.int64), np.asarray(heads.survivors, np.int64)
+    leaving = np.maximum(seen + count - heads.ring, 0) - np.maximum(seen - heads.ring, 0)
+    leaving = leaving[None, :, None]
+    more = survivors + np.minimum(leaving, np.ceil(leaving * fraction).astype(np.int64) + slack)
+    if heads.budget is not None:
+        more = np.maximum(survivors, np.minimum(more, np.asarray(heads.budget) - heads.ring))
+    in_ring = pages_of(np.minimum(seen + count, heads.ring), size) - pages_of(np.minimum(seen, heads.ring), size)
+    needed = pages_of(more, size) - pages_of(survivors, size) + in_ring[None, :, None]
+    return pages_on_devices(needed, cache.mesh)
 
 
 def pages_on_devices(pages: Int[np.ndarray, "L B K"], mesh: Mesh | None) -> Int[np.ndarray, "M"]:
