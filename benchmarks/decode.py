@@ -136,13 +136,8 @@ def arms_of(options, config, ratios: list[float], measured: LiveCounts | None) -
     context, shape = options.context, (config.num_layers, 1, config.num_kv_heads)
     arms = {"dense": Arm(True, np.full(shape, context), options.batch)}
     if measured is not None:
-        layers, _, kv_heads = measured.counts.shape
-        if (layers, kv_heads) != (config.num_layers, config.num_kv_heads):
-            raise ConfigError(
-                f"--live {options.live} has {layers} layers of {kv_heads} KV heads, but --model {options.model} has "
-                f"{config.num_layers} of {config.num_kv_heads}; use --ragged {spread(measured.counts):.2f}, their "
-                "coefficient of variation"
-            )
+        spread_of = f"use --ragged {spread(measured.counts):.2f}, their coefficient of variation"
+        measured.check_heads(options.live, config, spread_of)
         return arms | {"live": Arm(False, measured.counts, options.batch)}
     for ratio in ratios:
         live = max(1, round(context / ratio))

@@ -21,7 +21,6 @@ from dms_jax.core.page_counts import PageShape, cache_bytes, pages_of, table_col
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.core.visibility import NEVER
 from dms_jax.engine.cache_capacity import layer_capacities
-from dms_jax.engine.page_memory import read_bounds
 from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
 from dms_jax.planning.serving_plan import largest_that_fits
@@ -115,7 +114,7 @@ def filled_pages(model: Decoder, counts: Int[np.ndarray, "L B K"], context: int,
     )
     seen = jnp.full(counts.shape[1], context, jnp.int32)
     filled = dataclasses.replace(cache, arena=arena, heads=heads, seen=seen)
-    return filled.with_history(TokenHistory.empty(len(seen))).with_bounds(read_bounds(filled))
+    return filled.with_history(TokenHistory.empty(len(seen))).with_bounds(filled.read_bounds())
 
 
 def max_rows(size: Callable[[int], int], budget: int) -> int:

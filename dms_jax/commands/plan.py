@@ -4,6 +4,7 @@ fast it decodes. Neither the weights nor the hardware are needed.
     python -m train.plan --model configs/models/qwen3-8b.json --hardware h100x8 --mesh 8x1 --length 32768 --batch 8
     python -m train.plan --model FOLDER --hardware v5e-8 --mesh 4x2 --length 4096 --batch 8 --mode full --json
     python -m train.plan --model FOLDER --hardware h200x1 --inference --users 8 --context 32768
+    python -m train.plan --model FOLDER --hardware h200x1 --inference --users 8 --live counts.json
 
 If the compiler for the hardware is installed (pip install "dms-jax[cuda]" or "dms-jax[tpu]"), the real step is
 compiled, and memory and communication are those of the compiled program. Otherwise, and with --analytic, they are
@@ -28,6 +29,8 @@ from dms_jax.errors import ConfigError, naming
 from dms_jax.training.retrofit_config import Mode, RetrofitConfig
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dms_jax.planning.hardware import Hardware
     from dms_jax.planning.serving_plan import ServingPlan
     from dms_jax.training.planning.plan_text import RetrofitPlan
@@ -100,6 +103,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         1.1,
         "pages allocated / pages that the pairs behind the window need; above 1, because texts differ",
     )
+    live = "plan with the pairs that each KV head really keeps, instead of target ratios: a file written by "
+    live += "`infer.evaluate --tasks kept --live-counts FILE`"
+    server.add_argument("--live", default="", metavar="FILE", help=live)
     exact = "also plan the policy dms_budget:N, whose caches hold exactly N pairs per KV head"
     number(server, "pairs", 0, exact, "0, which plans no such arm")
     return parser.parse_args(argv)
@@ -216,7 +222,17 @@ def server_plan(options: argparse.Namespace) -> "ServingPlan":
     config = read_config(options.model, options.window, options.mode, options.head_units)
     context = min(DEFAULT_CONTEXT, config.context_limit()[0]) if options.context is None else options.context
     budgets = exact_budgets(options.model, config, options.pairs, context) if options.pairs else None
-    return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS, budgets)
+    kept = measured_fraction(options.live, config) if options.live else None
+    return serving_plan(config, hardware, mesh, budget, options.users, context, options.headroom, RATIOS, budgets, kept)
+
+
+def measured_fraction(path: str, config: ModelConfig) -> "np.ndarray":
+    """Return the fraction [L K] of pairs behind the window that the heads of this model keep, from a file of counts."""
+    from dms_jax.evaluation.live_counts import read_live_counts
+
+    counts = read_live_counts(path)
+    counts.check_heads(path, config, "measure this model with `infer.evaluate --tasks kept --live-counts FILE`")
+    return counts.kept_fraction(path, config.require_dms().window_size)
 
 
 def exact_budgets(path: str, config: ModelConfig, pairs: int, context: int) -> tuple[tuple[int, ...], ...]:

@@ -170,6 +170,10 @@ class Cache(ABC):
         """Bytes of one key and its value."""
 
     @abstractmethod
+    def read_bounds(self) -> HostBounds:
+        """Read from the device how many tokens the rows have seen, and what `HostBounds` says of this kind of cache."""
+
+    @abstractmethod
     def layer(self, index: Any) -> Any:
         """Return what `models.attention_layer` reads and writes of one layer."""
 

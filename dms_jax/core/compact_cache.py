@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int
 
@@ -115,6 +116,11 @@ class CompactCache(Cache):
     @property
     def pair_bytes(self) -> int:
         return 2 * self.layers[0].k.shape[3] * self.layers[0].k.dtype.itemsize
+
+    def read_bounds(self) -> HostBounds:
+        live = tuple(np.asarray(self.live_counts).max(axis=(1, 2)).tolist())
+        budgets = [layer.budget for layer in self.layers if layer.budget is not None]
+        return HostBounds(int(np.max(self.seen)), live, tuple(int(np.max(b)) for b in budgets) if budgets else None)
 
     def layer(self, index: int) -> LayerCache:
         return self.layers[index]

@@ -6,7 +6,7 @@ The engine makes caches of these sizes, and `planning` predicts them; both call 
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 MARGIN = 1.1  # more survivors than expected, because texts and heads differ
 SMALL_ARENA = 32 * 2**20  # bytes; below it, few programs matter more than memory
@@ -62,7 +62,7 @@ def expected_pages(
     lengths: Int[np.ndarray, "B"],
     ring: int,
     page_size: int,
-    fraction: float,
+    fraction: float | Float[np.ndarray, "L K"],
     layers: int,
     kv_heads: int,
     budgets: Int[np.ndarray, "L K"] | None = None,
@@ -70,14 +70,15 @@ def expected_pages(
 ) -> Int[np.ndarray, "L B K"]:
     """Return how many pages each head needs for rows of `lengths` tokens.
 
-    Of the pairs behind the ring, a head keeps `fraction` and `slack` pairs more, or what its budget leaves beside the
-    ring.
+    Of the pairs behind the ring, a head keeps `fraction`, one for all heads or each its own, and `slack` pairs more; or
+    what its budget leaves beside the ring.
     """
     behind = np.maximum(0, lengths - ring)[None, :, None]
     if budgets is not None:
         survivors = np.minimum(budgets[:, None] - ring, behind)
     else:
-        survivors = np.minimum(behind, np.ceil(behind * fraction).astype(int) + np.reshape(slack, (1, -1, 1)))
+        of_head = np.broadcast_to(fraction, (layers, kv_heads))[:, None]
+        survivors = np.minimum(behind, np.ceil(behind * of_head).astype(int) + np.reshape(slack, (1, -1, 1)))
         survivors = np.broadcast_to(survivors, (layers, len(lengths), kv_heads))
     return pages_of(np.minimum(ring, lengths), page_size)[None, :, None] + pages_of(survivors, page_size)
 

@@ -139,6 +139,14 @@ class PagedCache(Cache):
         arenas, pages = self.arena.references.shape
         return sum(x.nbytes for x in page_arena.contents(self.arena).values()) // (arenas * pages)
 
+    def read_bounds(self) -> HostBounds:
+        seen, free = np.asarray(self.seen, np.int64), np.asarray(self.arena.free_count)
+        low, high = 0, max(0, self.max_length - int(seen.max()))
+        while low < high:  # the largest number that fits
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if (pages_needed(self, middle) <= free).all() else (low, middle - 1)
+        return HostBounds(int(seen.max()), tokens=low)
+
     def layer(self, index: Any) -> PagedLayer:
         return PagedLayer(self.arena, self.heads, index)
 
@@ -186,6 +194,25 @@ def _pages_to_copy(cache: PagedCache) -> Int[Array, "L B K"]:
     if cache.heads.budget is not None:  # any page of survivors may change
         return ring + survivors
     return ring + jnp.minimum(cache.heads.survivors % cache.page_size, 1)
+
+
+def pages_needed(
+    cache: PagedCache, count: int, fraction: float | np.ndarray = 1.0, slack: int = 0
+) -> Int[np.ndarray, "M"]:
+    """Return how many more pages each device needs if each row appends `count` tokens.
+
+    Each head keeps `fraction` of the pairs that leave its ring, and `slack` pairs more.
+    """
+    heads, size = cache.heads, cache.page_size
+    seen, survivors = np.asarray(cache.seen, np.int64), np.asarray(heads.survivors, np.int64)
+    leaving = np.maximum(seen + count - heads.ring, 0) - np.maximum(seen - heads.ring, 0)
+    leaving = leaving[None, :, None]
+    more = survivors + np.minimum(leaving, np.ceil(leaving * fraction).astype(np.int64) + slack)
+    if heads.budget is not None:
+        more = np.maximum(survivors, np.minimum(more, np.asarray(heads.budget) - heads.ring))
+    in_ring = pages_of(np.minimum(seen + count, heads.ring), size) - pages_of(np.minimum(seen, heads.ring), size)
+    needed = pages_of(more, size) - pages_of(survivors, size) + in_ring[None, :, None]
+    return pages_on_devices(needed, cache.mesh)
 
 
 def pages_on_devices(pages: Int[np.ndarray, "L B K"], mesh: Mesh | None) -> Int[np.ndarray, "M"]:
@@ -243,14 +270,14 @@ def select_rows(cache: PagedCache, rows: Int[Array, "n"]) -> PagedCache:
     run = per_device(
         with_own_arena(_share_rows),
         (batch, kv_heads),
-        [arena, before, f"batch={len(rows)}"],
-        (arena, after),
+        [arena, before, "batch", f"batch={len(rows)}"],
+        (arena, after, f"batch={len(rows)}"),
     )
-    new_arena, heads = run(cache.arena, cache.heads, rows)
-    return replace(cache, arena=new_arena, heads=heads, seen=cache.seen[rows])
+    new_arena, heads, seen = run(cache.arena, cache.heads, cache.seen, rows)
+    return replace(cache, arena=new_arena, heads=heads, seen=seen)
 
 
-def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, HeadPages]:
+def _share_rows(arena: Arena, heads: HeadPages, seen: Array, rows: Array) -> tuple[Arena, HeadPages, Array]:
     """Give up the pages of rows that are left out, and share or copy those of all but the first of repeated rows.
 
     Under exact budgets, nothing is shared: a full head writes over a pair at almost every step, at any place, so each
@@ -261,7 +288,7 @@ def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, Hea
     is_left_out = ~jnp.any(rows[:, None] == jnp.arange(own)[None], axis=0)
     arena = page_arena.release(arena, jnp.where(is_left_out[None, :, None, None], heads.table, NOBODY))
     is_repeated = jnp.argmax(rows[:, None] == rows[None], axis=1) < jnp.arange(len(rows))
-    heads = jax.tree.map(lambda x: x[:, rows], heads)
+    heads, seen = jax.tree.map(lambda x: x[:, rows], heads), seen[rows]
     table, page_size, ring_pages = heads.table, arena.page_size, heads.ring_pages(arena.page_size)
     column = jnp.arange(table.shape[-1])[None, None, None]
     full = ring_pages + heads.survivors[..., None] // page_size
@@ -280,7 +307,7 @@ def _share_rows(arena: Arena, heads: HeadPages, rows: Array) -> tuple[Arena, Hea
         source, target = table, page
     arena = page_arena.copy_pages(arena, source, target)
     starved = heads.starved | jnp.any(copied & (page == NOBODY), axis=-1)
-    return arena, replace(heads, table=jnp.where(copied, page, table), starved=starved)
+    return arena, replace(heads, table=jnp.where(copied, page, table), starved=starved), seen
 
 
 def resized(cache: PagedCache, num_pages: int, width: int, donate: bool = False) -> PagedCache:

@@ -18,7 +18,7 @@ from dms_jax.core.compact_cache import CompactCache, grown
 from dms_jax.core.page_counts import round_to_few
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.generation_config import GenerationConfig
-from dms_jax.engine.page_memory import check_starved, read_bounds, room_for
+from dms_jax.engine.page_memory import check_starved, room_for
 from dms_jax.errors import ConfigError
 from dms_jax.kernels.dispatch import KernelQuery, is_available, select_implementation
 from dms_jax.kernels.kernel_table import AUTO, XLA
@@ -104,16 +104,9 @@ def plan_capacity(
     return slots, overflow
 
 
-def host_bounds(cache: Cache, exact: bool = False) -> HostBounds:
-    """Return upper bounds of the tokens seen and of the live pairs per layer; `exact` reads them from the device."""
-    if cache.bounds is not None and not exact:
-        return cache.bounds
-    if isinstance(cache, PagedCache):
-        return read_bounds(cache)
-    assert isinstance(cache, CompactCache)
-    live = tuple(np.asarray(cache.live_counts).max(axis=(1, 2)).tolist())
-    budgets = [layer.budget for layer in cache.layers if layer.budget is not None]
-    return HostBounds(int(np.max(cache.seen)), live, tuple(int(np.max(b)) for b in budgets) if budgets else None)
+def host_bounds(cache: Cache) -> HostBounds:
+    """Return upper bounds of the tokens seen and of the live pairs per layer, from the device if they are unknown."""
+    return cache.read_bounds() if cache.bounds is None else cache.bounds
 
 
 def _max_slots(cache: CompactCache, known: HostBounds) -> tuple[int | None, ...]:
@@ -134,18 +127,20 @@ def check_context(config: ModelConfig, cache: Cache, count: np.ndarray) -> None:
         )
 
 
-def check_min_slots(cache: Cache, count: int) -> None:
-    """Refuse a capacity that cannot hold the newest pairs, which no policy evicts."""
+def check_slots(cache: Cache, count: np.ndarray, prompts: np.ndarray, chunk_size: int | None) -> None:
+    """Refuse slots that cannot hold the newest pairs of `count` [B] more tokens, which no policy evicts, and `prompts`
+    [B], the first of these tokens, that the policy cannot read. Pages hold any number."""
     if not isinstance(cache, CompactCache):
         return
     slots = cache.policy.slot_bounds()
-    needed = min(count, slots.min)
+    needed = min(int(count.max()), slots.min)
     for layer, capacity in enumerate(cache.capacities):
         if capacity < needed and cache.overflow != "grow":
             raise ConfigError(
                 f"capacity {capacity} of layer {layer} cannot hold {needed} tokens of {slots.reason}; "
                 f"use capacity >= {round_up(needed)}"
             )
+    cache.policy.check_prompt(cache.layers[0], cache.seen, prompts, chunk_size)
 
 
 def grow_for(config: ModelConfig, cache: Cache, count: int, ahead: int | None = None, donate: bool = False) -> Any:
@@ -158,7 +153,7 @@ def grow_for(config: ModelConfig, cache: Cache, count: int, ahead: int | None = 
     assert isinstance(cache, CompactCache)
     if cache.overflow != "grow" or not _may_overflow(cache, host_bounds(cache), count):
         return cache
-    exact, layers = host_bounds(cache, exact=True), []
+    exact, layers = cache.read_bounds(), []
     for layer, live, max_slots in zip(cache.layers, exact.live, _max_slots(cache, exact), strict=True):
         needed = min(live + count, max_slots or live + count)
         layers.append(layer if needed <= layer.capacity else grown(layer, _next_capacity(layer.capacity, needed)))
@@ -182,7 +177,7 @@ def check_overflow(cache: Cache, before: HostBounds, count: int) -> Any:
         return _advance(cache, before, count)
     forced = np.asarray(cache.forced_evictions)
     if not forced.any():
-        return cache.with_bounds(host_bounds(cache, exact=True))
+        return cache.with_bounds(cache.read_bounds())
     layer, row, head = (int(i) for i in np.unravel_index(forced.argmax(), forced.shape))
     capacity, more = cache.capacities[layer], int(forced.max())
     raise ConfigError(

@@ -23,8 +23,8 @@ from dms_jax.core.compact_cache import CompactCache, empty_layer
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.engine.cache_capacity import (
     check_context,
-    check_min_slots,
     check_overflow,
+    check_slots,
     default_overflow,
     grow_for,
     host_bounds,
@@ -149,9 +149,7 @@ def prefill(
     real = np.arange(tokens.shape[1]) < count[:, None]
     tokens = np.where(real, tokens, 0).astype(np.int32)
     check_context(model.config, cache, count)
-    check_min_slots(cache, int(count.max()))
-    if isinstance(cache, CompactCache):
-        cache.policy.check_prompt(cache.layers[0], cache.seen, count, chunk_size)
+    check_slots(cache, count, count, chunk_size)
     history = cache.history
     logits, cache = prefill_rows(
         model, cache, tokens, count, chunk_size, threshold, last_only=last_only, donate=donate, watch=watch

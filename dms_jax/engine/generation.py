@@ -17,7 +17,7 @@ from dms_jax.core.cache_base import Cache, TokenHistory, row_compression_ratios
 from dms_jax.core.compact_cache import CompactCache
 from dms_jax.engine.cache_capacity import (
     check_context,
-    check_min_slots,
+    check_slots,
     host_bounds,
     plan_capacity,
     round_up,
@@ -229,9 +229,7 @@ def _check_sizes(model, cache, lengths, config) -> None:
         )
     count = lengths + config.max_new_tokens
     check_context(model.config, cache, count)
-    check_min_slots(cache, int(count.max()))
-    if isinstance(cache, CompactCache):
-        cache.policy.check_prompt(cache.layers[0], cache.seen, lengths, config.chunk_size)
+    check_slots(cache, count, lengths, config.chunk_size)
     if isinstance(config.seed, tuple | list) and len(config.seed) != len(lengths):
         raise ConfigError(
             f"seed must be one number or one for each prompt, got {len(config.seed)} for {len(lengths)} prompts"

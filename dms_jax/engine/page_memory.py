@@ -27,7 +27,7 @@ from dms_jax.core.page_counts import (
     size_class,
     table_columns,
 )
-from dms_jax.core.paged_cache import HeadPages, PagedCache, pages_on_devices, resized
+from dms_jax.core.paged_cache import HeadPages, PagedCache, pages_needed, pages_on_devices, resized
 from dms_jax.errors import ConfigError, shown
 from dms_jax.models.decoder import Decoder
 from dms_jax.platform_defaults import platform_defaults
@@ -153,41 +153,12 @@ def new_pages(
         place = lambda x: named_sharding(("arenas", *(None,) * (x.ndim - 1)), x.shape, mesh)
         arena = jax.jit(make, out_shardings=jax.tree.map(place, jax.eval_shape(make)))()
     cache = PagedCache(arena, state, jnp.zeros(rows, jnp.int32), policy.in_cache(), overflow)
-    return cache.with_bounds(read_bounds(cache)).with_history(TokenHistory.empty(rows))
+    return cache.with_bounds(cache.read_bounds()).with_history(TokenHistory.empty(rows))
 
 
 def _prior(config: ModelConfig, policy: CachePolicy) -> float:
     """Return the fraction of pairs behind the ring that heads probably keep, before any was seen, with the margin."""
     return expected_fraction(config.require_dms().target_cr) if policy.is_learned else 1.0
-
-
-def read_bounds(cache: PagedCache) -> HostBounds:
-    """Read from the device how many tokens each row has seen, and how many more surely fit."""
-    seen, free = np.asarray(cache.seen, np.int64), np.asarray(cache.arena.free_count)
-    low, high = 0, max(0, cache.max_length - int(seen.max()))
-    while low < high:  # the largest number that fits
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if (pages_needed(cache, middle) <= free).all() else (low, middle - 1)
-    return HostBounds(int(seen.max()), tokens=low)
-
-
-def pages_needed(
-    cache: PagedCache, count: int, fraction: float | np.ndarray = 1.0, slack: int = 0
-) -> Int[np.ndarray, "M"]:
-    """Return how many more pages each device needs if each row appends `count` tokens.
-
-    Each head keeps `fraction` of the pairs that leave its ring, and `slack` pairs more.
-    """
-    heads, size = cache.heads, cache.page_size
-    seen, survivors = np.asarray(cache.seen, np.int64), np.asarray(heads.survivors, np.int64)
-    leaving = np.maximum(seen + count - heads.ring, 0) - np.maximum(seen - heads.ring, 0)
-    leaving = leaving[None, :, None]
-    more = survivors + np.minimum(leaving, np.ceil(leaving * fraction).astype(np.int64) + slack)
-    if heads.budget is not None:
-        more = np.maximum(survivors, np.minimum(more, np.asarray(heads.budget) - heads.ring))
-    in_ring = pages_of(np.minimum(seen + count, heads.ring), size) - pages_of(np.minimum(seen, heads.ring), size)
-    needed = pages_of(more, size) - pages_of(survivors, size) + in_ring[None, :, None]
-    return pages_on_devices(needed, cache.mesh)
 
 
 def _probable_pages(config: ModelConfig, cache: PagedCache, count: int, ahead: int) -> int:
@@ -218,7 +189,7 @@ def room_for(
     """
     if cache.bounds is not None and cache.bounds.tokens >= count:
         return cache
-    known, history = read_bounds(cache), cache.history
+    known, history = cache.read_bounds(), cache.history
     if known.tokens < count and cache.overflow == "grow":
         surely = max(count, LOOK_AHEAD)
         ahead = min(known.seen // 8, cache.max_length - known.seen) if ahead is None else ahead
@@ -229,7 +200,7 @@ def room_for(
         pages = max(cache.arena.num_pages, _probable_pages(config, cache, surely, ahead))
         with mesh_of(cache.arena.k):
             cache = resized(cache, pages, columns, donate)
-        known = read_bounds(cache)
+        known = cache.read_bounds()
     return cache.with_history(history).with_bounds(known)
 
 
@@ -248,7 +219,7 @@ def fitted(config: ModelConfig, cache: PagedCache, ahead: int, donate: bool = Fa
         return cache
     with mesh_of(cache.arena.k):
         cache = resized(cache, pages, cache.heads.table.shape[-1], donate)
-    return cache.with_history(history).with_bounds(read_bounds(cache))
+    return cache.with_history(history).with_bounds(cache.read_bounds())
 
 
 def check_starved(cache: PagedCache, before: HostBounds, count: int) -> PagedCache:
@@ -260,7 +231,7 @@ def check_starved(cache: PagedCache, before: HostBounds, count: int) -> PagedCac
         return cache.with_bounds(before._replace(seen=before.seen + count, tokens=before.tokens - count))
     starved = np.asarray(cache.heads.starved)
     if not starved.any():
-        return cache.with_bounds(read_bounds(cache))
+        return cache.with_bounds(cache.read_bounds())
     layer, row, head = (int(i) for i in np.argwhere(starved)[0])
     if (seen := int(np.asarray(cache.seen)[row])) > cache.max_length:
         raise ConfigError(

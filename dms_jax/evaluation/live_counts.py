@@ -1,7 +1,8 @@
 """Files of live counts: how many pairs each KV head of a real model holds after rows of real text.
 
-`python -m infer.evaluate --tasks kept --live-counts FILE` writes one, and benchmarks fill caches with it. It is a JSON
-object with the fields of `LiveCounts`; docs/evaluate.md describes it. Errors are `ConfigError`. Imports no JAX.
+`python -m infer.evaluate --tasks kept --live-counts FILE` writes one, benchmarks fill caches with it, and `train.plan`
+plans servers with it. It is a JSON object with the fields of `LiveCounts`; docs/evaluate.md describes it. Errors are
+`ConfigError`. Imports no JAX.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
+from dms_jax.config import ModelConfig
 from dms_jax.config_reader import AtLeast, build, check_ranges
 from dms_jax.errors import ConfigError, naming, shown
 from dms_jax.evaluation.result_records import KeptRecord
@@ -44,6 +46,34 @@ class LiveCounts:
     def counts(self) -> np.ndarray:
         """Live pairs [L R K] of each layer, row and KV head."""
         return np.stack([np.asarray(counts, np.int64) for counts in self.live.values()], axis=1)
+
+    def check_heads(self, path: str, config: ModelConfig, way_out: str) -> None:
+        """Refuse a model with other numbers of layers or KV heads; `path` is the file of these counts."""
+        layers, _, kv_heads = self.counts.shape
+        if (layers, kv_heads) != (config.num_layers, config.num_kv_heads):
+            raise ConfigError(
+                f"--live {path} has {layers} layers of {kv_heads} KV heads, but --model has {config.num_layers} of "
+                f"{config.num_kv_heads}; {way_out}"
+            )
+
+    def kept_fraction(self, path: str, window_size: int) -> np.ndarray:
+        """Return the fraction [L K] of the pairs behind the window that each head keeps, mean over the rows.
+
+        Refuse counts of another window, and rows that end within it.
+        """
+        ring = self.window_size + 1
+        if self.window_size != window_size:
+            raise ConfigError(
+                f"--live {path} was measured with a window of {self.window_size}, but the model has {window_size}; "
+                f"measure this model, or use --window {self.window_size} if it has no policy"
+            )
+        if self.length <= ring or self.counts.min() < ring:
+            raise ConfigError(
+                f"--live {path} must have rows of more than {ring} tokens whose heads hold at least the {ring} pairs "
+                f"of the window and its query, got {self.length} tokens and {self.counts.min()} pairs; measure longer "
+                "rows"
+            )
+        return ((self.counts - ring) / (self.length - ring)).mean(axis=1)
 
 
 def _table(counts: Any, row: str, length: int) -> np.ndarray:

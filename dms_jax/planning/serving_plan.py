@@ -59,7 +59,7 @@ class Load(NamedTuple):
 
     nominal_cr: float
     live: float  # mean number of live pairs per KV head
-    fraction: float = 1.0  # of the pairs behind the ring, for which there are pages
+    fraction: float | np.ndarray = 1.0  # of the pairs behind the ring, for which there are pages; or of each head [L K]
     ring: int | None = None  # newest pairs of a head that are kept apart; None for a page of them
     budgets: np.ndarray | None = None  # exact budgets [L K]
 
@@ -86,13 +86,15 @@ def serving_plan(
     headroom: float,
     ratios: tuple[float, ...],
     budgets: tuple[tuple[int, ...], ...] | None = None,
+    kept: np.ndarray | None = None,
 ) -> ServingPlan:
     """Plan the arm `dense`, one arm for each nominal compression ratio in `ratios`, and one for exact `budgets`.
 
     `budgets` are pairs per layer and KV head, as under the policy `dms_budget`, whose memory is known beforehand.
-    `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the memory in bytes; None stands
-    for the memory of the hardware. `headroom` is pages / pages that the pairs behind the window need. Raises
-    ConfigError if the context exceeds the model's limit or the weights do not fit into the memory.
+    `kept` [L K] is the measured fraction of the pairs behind the window that each head keeps; the arm `live` then
+    replaces those of `ratios`. `mesh` is data x model; each of the `data` groups holds all weights. `budget` is the
+    memory in bytes; None stands for that of the hardware. `headroom` is pages / pages that the pairs behind the window
+    need. Raises ConfigError if the context exceeds the model's limit or the weights do not fit into the memory.
     """
     limit, name = config.context_limit()
     if context > limit:
@@ -107,16 +109,17 @@ def serving_plan(
         )
     window = config.require_dms().window_size
     page_size, rates = platform_defaults(hardware.platform).page_size, decode_rates(hardware)
+    others = "1 / CR of the others" if kept is None else "of the others the measured fraction of each head"
     formulas = {
         "cache_bytes_per_user": f"what init_pages allocates for all users, in pages of {page_size} pairs: the newest "
-        f"{window + 1} pairs of each head, and 1 / CR of the others x {headroom:g}, because texts differ; it grows "
-        "when more stay; for exact budgets, the budgets, and nothing grows",
+        f"{window + 1} pairs of each head, and {others} x {headroom:g}, because texts differ; it grows when more "
+        "stay; for exact budgets, the budgets, and nothing grows",
         "most_users": "those whose caches fit into memory - weights; memory: "
         f"{'given' if budget is not None else hardware.source}",
         "tokens_per_second": "users / max(bytes of weights and live pairs / bandwidth, FLOPs / rate of products); "
         + rates.source,
     }
-    by_ratio = loads(config, context, headroom, ratios)
+    by_ratio = loads(config, context, headroom, ratios, kept)
     exact = {} if budgets is None else exact_load(context, budgets, window)
     arms = {
         name: arm_figures(config, load, sizes, rates, memory, users, context, page_size, formulas)
@@ -154,10 +157,17 @@ def model_bytes(config: ModelConfig, hardware: Hardware, mesh: tuple[int, ...]) 
     )
 
 
-def loads(config: ModelConfig, context: int, headroom: float, ratios: tuple[float, ...]) -> dict[str, Load]:
-    """Return the load of each arm after `context` tokens."""
+def loads(
+    config: ModelConfig, context: int, headroom: float, ratios: tuple[float, ...], kept: np.ndarray | None = None
+) -> dict[str, Load]:
+    """Return the load of each arm after `context` tokens; arguments as in `serving_plan`."""
     window = config.require_dms().window_size
     found = {"dense": Load(1.0, float(context))}
+    if kept is not None:
+        mean = float(kept.mean())
+        live = min(context, window + 1) + max(0, context - window - 1) * mean
+        nominal = 1 / max(mean, 1 / context)  # finite if nothing stays
+        return found | {"live": Load(nominal, live, np.minimum(1.0, headroom * kept), window + 1)}
     for ratio in ratios:
         live = context / realised_cr(ratio, context, window)
         found[f"cr {ratio:g}"] = Load(ratio, live, expected_fraction(ratio, headroom), window + 1)
@@ -281,7 +291,7 @@ def advice(arms: list[dict[str, Any]], users: int, context: int, window: int) ->
             f"DMS will not help: a context of {context} tokens lies within the window of {window}, where nothing is "
             "evicted."
         ]
-    sentences, ratio = [], f"CR {best['nominal_cr']:g}"
+    sentences, ratio = [], f"CR {best['nominal_cr']:.3g}"
     if not dense["fits"] and best["fits"]:
         sentences.append(
             f"Only DMS fits: dense serves {dense['most_users']} of {users} users, {ratio} serves all of them."

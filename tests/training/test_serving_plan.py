@@ -1,12 +1,16 @@
 """Tests of train.plan --inference: closed forms, budgets and advice."""
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 from cases import tiny_model
 
+import dms_jax
 from dms_jax import init_pages
+from dms_jax.commands import plan
 from dms_jax.config import DMSConfig
 from dms_jax.core.page_counts import MARGIN
 from dms_jax.errors import ConfigError
@@ -73,6 +77,82 @@ def test_plan_has_the_bytes_that_init_pages_allocates(monkeypatch, users, contex
         cache = init_pages(model, users, context, policy=policies[arm["arm"]])
         assert round(arm["cache_bytes_per_user"] * users) == int(cache.bytes), arm["arm"]
         assert arm["pages_per_device"] == cache.arena.num_pages
+
+
+KEPT = np.array([[0, 250, 1000, 7], [33, 500, 125, 990]])  # of the 1000 pairs behind a ring of 101
+
+
+def counts_file(path, window=100, length=1101, less=0):
+    """Write live counts of two rows, whose mean is the ring and KEPT."""
+    more = np.minimum(KEPT, 1000 - KEPT) // 2
+    live = {"a/0": (101 + KEPT - more - less).tolist(), "b/0": (101 + KEPT + more - less).tolist()}
+    fields = {"model": "m", "policy": "dms@trained", "window_size": window, "length": length, "provenance": {}}
+    path.write_text(json.dumps(fields | {"live": live, "realised_cr": length / np.mean([*live.values()])}))
+    return str(path)
+
+
+@pytest.mark.parametrize(("users", "context"), [(1, 1000), (3, 130), (5, 3000)])
+def test_plan_with_measured_counts_has_the_bytes_that_init_pages_allocates(
+    monkeypatch, tmp_path, capsys, users, context
+):
+    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
+    model = tiny_model(DMSConfig(window_size=100, target_cr=4.0), 0, num_layers=2, max_position_embeddings=4000)
+    dms_jax.save(model, tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--hardware", "cpu", "--inference", "--json", "--memory", "30MB"]
+    argv += ["--context", str(context), "--live", counts_file(tmp_path / "live.json"), "--headroom", "1.25"]
+
+    def planned(users):
+        assert plan.main([*argv, "--users", str(users)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    def cache_of(users):
+        arm = planned(users)["arms"][1]
+        cache = init_pages(model, users, context, num_pages=arm["pages_per_device"])
+        assert round(arm["cache_bytes_per_user"] * users) == int(cache.bytes)
+        return int(cache.bytes)
+
+    found = planned(users)
+    assert [arm["arm"] for arm in found["arms"]] == ["dense", "live"] and "CR 2.75" in " ".join(found["advice"])
+    arm = found["arms"][1]
+    assert arm["realised_cr"] == pytest.approx(context / (101 + (context - 101) * KEPT.mean() / 1000))
+    # A head has 4 pages of 32 for its ring, and its own part of the other pairs with the headroom.
+    behind = np.array([[math.ceil(min(1000, 1.25 * n) * (context - 101) / 1000 - 1e-9) for n in row] for row in KEPT])
+    pages = 1 + users * int(np.sum(4 + np.ceil(behind / 32)))
+    assert pages <= arm["pages_per_device"] <= math.ceil(pages * 9 / 8)
+    cache_of(users)
+    free = found["memory_bytes"] - found["weight_bytes"]
+    assert cache_of(arm["most_users"]) <= free < cache_of(arm["most_users"] + 1)
+
+
+def test_counts_that_every_head_keeps_alike_plan_like_a_ratio(monkeypatch):
+    monkeypatch.setattr(serving_plan_module, "copy_bandwidth", lambda: 1e10)
+    config = read_config(f"{MODELS}/smollm2-135m.json").with_dms(DMSConfig(window_size=128))
+    arms = [
+        serving_json(serving_plan(config, hardware_of("cpu"), (1, 1), 8e9, 3, 4096, 1.5, (4,), None, kept))["arms"][1]
+        for kept in (None, np.full((30, 3), 1 / 4))
+    ]
+    assert arms[0] | {"arm": "live"} == arms[1] | {"realised_cr": pytest.approx(arms[0]["realised_cr"])}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "named"),
+    [
+        ("smollm2-135m.json", {}, r"live.json has 2 layers of 4 KV heads, but --model has 30 of 3; measure"),
+        ("tiny", {"window": 99}, r"live.json was measured with a window of 99, but the model has 100; .*--window 99"),
+        ("tiny", {"less": 5}, r"live.json must have rows of more than 101 tokens .* 1101 tokens and 96 pairs"),
+        ("tiny", {"length": 10}, r"live.json: .*from 1 to 10"),
+    ],
+)
+def test_counts_that_do_not_fit_the_model_are_refused_in_one_line(tmp_path, model, fields, named):
+    if model == "tiny":
+        dms_jax.save(tiny_model(DMSConfig(window_size=100), 0, num_layers=2), tmp_path / "tiny")
+    path = tmp_path / "tiny" if model == "tiny" else f"{MODELS}/{model}"
+    argv = ["--model", str(path), "--hardware", "cpu", "--inference", "--context", "200", "--live"]
+    with pytest.raises(ConfigError, match=named) as refusal:
+        plan.main([*argv, counts_file(tmp_path / "live.json", **fields)])
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(ConfigError, match="qwen3-8b.json: not a file of live counts"):
+        plan.main([*argv, QWEN])
 
 
 def test_serving_advice_says_where_compression_does_not_help():
