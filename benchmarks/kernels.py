@@ -266,10 +266,14 @@ def memory_of(case) -> dict[str, float]:
     from dms_jax.core.compact_cache import LayerCache
     from dms_jax.core.visibility import NEVER
 
-    layer = next(x for x in case.inputs if isinstance(x, LayerCache))
-    counts = np.asarray((layer.expiry == NEVER).sum(-1))
-    allocated = sum(x.nbytes for x in jax.tree.leaves(layer))
-    pair_bytes = 2 * layer.k.shape[-1] * layer.k.dtype.itemsize
+    if case.kernel == "page_attention":
+        _, keys, *_, in_ring, survivors = case.inputs
+        cache, counts = case.inputs[1:], np.asarray(in_ring + survivors)
+    else:
+        cache = next(x for x in case.inputs if isinstance(x, LayerCache))
+        keys, counts = cache.k, np.asarray((cache.expiry == NEVER).sum(-1))
+    allocated = sum(x.nbytes for x in jax.tree.leaves(cache))
+    pair_bytes = 2 * keys.shape[-1] * keys.dtype.itemsize
     return spread_record(counts) | memory_record(counts, allocated, pair_bytes)
 
 

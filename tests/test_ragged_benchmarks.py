@@ -21,7 +21,7 @@ from dms_jax.config import DMSConfig
 from dms_jax.core.eviction import live_counts
 from dms_jax.errors import ConfigError
 from dms_jax.evaluation.live_counts import LiveCounts, read_live_counts, write_live_counts
-from dms_jax.kernels.kernel_cases import slot_case, update_case
+from dms_jax.kernels.kernel_cases import page_case, slot_case, update_case
 from dms_jax.models.decoder import Decoder
 
 FP32 = jnp.dtype(jnp.float32)
@@ -263,7 +263,16 @@ def test_kernel_cases_take_the_counts_of_heads():
             assert memory["allocated_bytes"] == 2 * 4 * (slots * (2 * 8 * 4 + 12) + 4)
             assert memory["live_cv"] == pytest.approx(cv, abs=0.03)
     read = {kernel for kernel, _ in kernels.cases(True, kernels.KERNELS, FP32, head_counts)}
-    assert read == {"decode_attention", "chunk_attention", "decode_update"}
+    assert read == {"decode_attention", "chunk_attention", "page_attention", "decode_update"}
+
+
+def test_pages_of_a_kernel_case_hold_the_counts_of_heads():
+    case = page_case(2, 1, 256, 100, 8, 4, 8, FP32, FP32, kernels.kernel_counts(0.2, None))
+    memory, (_, k_pages, _, table, in_ring, survivors) = kernels.memory_of(case), case.inputs
+    assert memory["live_bytes"] == 2 * 4 * 100 * 2 * 8 * 4 and memory["live_cv"] == pytest.approx(0.2, abs=0.03)
+    size, used = k_pages.shape[1], int((table > 0).sum())
+    assert used == (-(-in_ring // size)).sum() + (-(-survivors // size)).sum()
+    assert memory["allocated_bytes"] == (used + 1) * size * 2 * 8 * 4 + table.nbytes + in_ring.nbytes + survivors.nbytes
 
 
 def test_kernel_case_with_too_few_heads_is_left_out_with_a_reason(monkeypatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from typing import Any
@@ -143,6 +144,13 @@ def _load_pages(
     # With "raise", the size of the arena is what its owner chose, and a fork may need more pages than the table has.
     room = int(pages) if overflow == "raise" else min(int(pages), content["table"].size + 2)
     mesh = devices_of(model.embed.get_value())
+    page_bytes = 2 * math.prod(content["pages.k"].shape[1:]) * content["pages.k"].dtype.itemsize
+    needed = room * page_bytes * (1 if mesh is None else mesh.size)
+    if needed > (has := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise ConfigError(
+            f"{path} has room for {room} pages, which take {needed / 2**30:.0f} GiB, but this machine has "
+            f"{has / 2**30:.0f} GiB; load it on a larger machine"
+        )
     return cache_of(content, state["seen"], policy, overflow, room, mesh).with_history(history)
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import TINY
+from flax import nnx
 from tiny_tokenizers import CHATML, byte_level, sentence_piece, spelled
 
 from dms_jax.config import ModelConfig
@@ -44,6 +45,7 @@ TOKENIZERS = {
 
 class Model:
     config: ModelConfig = replace(TINY, vocab_size=1000)
+    embed = nnx.Param(np.zeros((1, 1), np.float32))  # whose dtype is that of its cache
 
 
 class Report:

@@ -93,6 +93,9 @@ def test_edited_header_is_refused(header, folder, tmp_path):
 
 def test_large_number_of_pages_in_the_header_takes_no_memory(folder, tmp_path):
     tensors, metadata = saved(None, folder)
-    write_whole(str(tmp_path / "edited"), tensors, metadata | {"num_pages": "999999999"})
-    cache = dms_jax.load_cache(model(), tmp_path / "edited")
-    assert cache.arena.num_pages == tensors["table"].size + 2
+    many = metadata | {"num_pages": "999999999"}
+    write_whole(str(tmp_path / "grows"), tensors, many | {"overflow": "grow"})
+    assert dms_jax.load_cache(model(), tmp_path / "grows").arena.num_pages == tensors["table"].size + 2
+    write_whole(str(tmp_path / "raises"), tensors, many | {"overflow": "raise"})
+    with pytest.raises(ConfigError, match=r"raises .*999999999 pages, which take \d+ GiB.*this machine has"):
+        dms_jax.load_cache(model(), tmp_path / "raises")
