@@ -18,7 +18,7 @@ def test_model_is_one_line():
     assert all(part in text for part in ("llama", "3 layers x 4 KV heads", "float32", "policy dms"))
     model = tiny_model(None)
     count = sum(leaf.size for leaf in jax.tree.leaves(model))
-    assert f"{count:,} parameters" in repr(model) and "policy dense" in repr(model)
+    assert f"{count:,} parameters" in repr(model) and "policy dense" in repr(model) == str(model)
 
 
 @pytest.mark.parametrize("pages", [True, False])

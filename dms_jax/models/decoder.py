@@ -105,13 +105,14 @@ class Decoder(nnx.Module):
     def __repr__(self) -> str:
         """Say in one line what the model is; `flax.nnx.display` shows its arrays."""
         config, weights = self.config, jax.tree.leaves(nnx.state(self))
-        source = getattr(self, "source", None)
-        where = "" if source is None else f", from {getattr(source, 'path', source)}"
+        path = getattr(getattr(self, "source", None), "path", "")
         return (
             f"Decoder({config.model_type}, {config.num_layers} layers x {config.num_kv_heads} KV heads, "
             f"{sum(weight.size for weight in weights):,} parameters, {self.embed.get_value().dtype}, "
-            f"policy {policy_name(policy_of(config))}{where})"
+            f"policy {policy_name(policy_of(config))}{path and f', from {path}'})"
         )
+
+    __str__ = __repr__
 
     @compiled
     def dense(self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
