@@ -17,13 +17,12 @@ import dms_jax
 from dms_jax.axes import Array
 from dms_jax.core.cache_base import TokenHistory
 from dms_jax.core.compact_cache import CompactCache, LayerCache
-from dms_jax.core.page_counts import PageShape, cache_bytes, pages_of, table_columns
+from dms_jax.core.page_counts import PageShape, cache_bytes, largest_that_fits, pages_of, table_columns
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.core.visibility import NEVER
 from dms_jax.engine.cache_capacity import layer_capacities
 from dms_jax.errors import ConfigError
 from dms_jax.models.decoder import Decoder
-from dms_jax.planning.serving_plan import largest_that_fits
 from dms_jax.platform_defaults import platform_defaults
 from dms_jax.policies import policy_of
 

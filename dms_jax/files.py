@@ -327,6 +327,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def user_cache(name: str) -> Path:
     """Make `user_cache_path(name)`, and return it. Raises OSError, or RuntimeError if the user has no home folder."""
     folder = user_cache_path(name)

@@ -3,6 +3,7 @@
 The engine makes caches of these sizes, and `planning` predicts them; both call `expected_pages` and `cache_bytes`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,17 @@ class PageShape(NamedTuple):
     def page_bytes(self) -> int:
         """Keys, values and, under exact budgets, scores and positions of one page."""
         return self.page_size * (2 * self.head_dim * self.number_bytes + 8 * self.with_scores)
+
+
+def largest_that_fits(fits: Callable[[int], bool]) -> int:
+    """Return the largest number that `fits`, which is true up to that number; 0 if 1 does not fit."""
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while low + 1 < high:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def pages_of(pairs: Any, page_size: int) -> Any:

@@ -32,7 +32,7 @@ from dms_jax.config_reader import MAX_INT
 from dms_jax.core import page_arena
 from dms_jax.core.cache_base import Cache, HostBounds, TokenHistory
 from dms_jax.core.page_arena import NOBODY, Arena
-from dms_jax.core.page_counts import pages_of, size_class
+from dms_jax.core.page_counts import largest_that_fits, pages_of, size_class
 from dms_jax.errors import ConfigError
 from dms_jax.sharding import devices_of, mesh_of, named_sharding, per_device
 
@@ -141,11 +141,9 @@ class PagedCache(Cache):
 
     def read_bounds(self) -> HostBounds:
         seen, free = np.asarray(self.seen, np.int64), np.asarray(self.arena.free_count)
-        low, high = 0, max(0, self.max_length - int(seen.max()))
-        while low < high:  # the largest number that fits
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if (pages_needed(self, middle) <= free).all() else (low, middle - 1)
-        return HostBounds(int(seen.max()), tokens=low)
+        most = self.max_length - int(seen.max())
+        tokens = largest_that_fits(lambda count: count <= most and bool((pages_needed(self, count) <= free).all()))
+        return HostBounds(int(seen.max()), tokens=tokens)
 
     def layer(self, index: Any) -> PagedLayer:
         return PagedLayer(self.arena, self.heads, index)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import re
 from typing import Any
@@ -13,9 +12,10 @@ import numpy as np
 from dms_jax.config import OVERFLOWS, ModelConfig
 from dms_jax.core.cache_base import NO_TOKEN, Cache, TokenHistory
 from dms_jax.core.compact_cache import CompactCache, LayerCache
+from dms_jax.core.page_counts import PageShape
 from dms_jax.core.paged_cache import PagedCache
 from dms_jax.errors import ConfigError, naming
-from dms_jax.files import parse_json
+from dms_jax.files import machine_memory, parse_json
 from dms_jax.hf.cache_state import check_layer, check_policy, check_seen
 from dms_jax.hf.dms_keys import dms_keys
 from dms_jax.hf.folder import base_hash
@@ -144,9 +144,10 @@ def _load_pages(
     # With "raise", the size of the arena is what its owner chose, and a fork may need more pages than the table has.
     room = int(pages) if overflow == "raise" else min(int(pages), content["table"].size + 2)
     mesh = devices_of(model.embed.get_value())
-    page_bytes = 2 * math.prod(content["pages.k"].shape[1:]) * content["pages.k"].dtype.itemsize
-    needed = room * page_bytes * (1 if mesh is None else mesh.size)
-    if needed > (has := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+    _, page_size, head_dim = content["pages.k"].shape
+    shape = PageShape(page_size, head_dim, content["pages.k"].dtype.itemsize, "pages.score" in content)
+    needed = room * shape.page_bytes * (1 if mesh is None else mesh.size)
+    if needed > (has := machine_memory()):
         raise ConfigError(
             f"{path} has room for {room} pages, which take {needed / 2**30:.0f} GiB, but this machine has "
             f"{has / 2**30:.0f} GiB; load it on a larger machine"

@@ -129,7 +129,7 @@ def slot_case(
     chunk = lambda k, v, expiry: None if queries == 1 else (k, v, expiry)
     counts = int(jnp.sum(layer.expiry >= seen[:, None, None]))
 
-    def attendwith_implementation(attention):
+    def attend_with(attention):
         return lambda q, layer, position, k, v, expiry: (attention(q, layer, position, chunk(k, v, expiry)),)
 
     size, cached = jnp.dtype(dtype).itemsize, jnp.dtype(cache_dtype).itemsize
@@ -148,8 +148,8 @@ def slot_case(
         dtype,
         cache_dtype,
         (q, layer, position, k, v, expiry),
-        lambda *how: attendwith_implementation(with_implementation(attention_api.attend_to_slots, *how)),
-        attendwith_implementation(slot_attention.slot_attention),
+        lambda *how: attend_with(with_implementation(attention_api.attend_to_slots, *how)),
+        attend_with(slot_attention.slot_attention),
         lambda inputs, out: {0: inputs[0] + (1e-6 * out[0]).astype(dtype)},
         min_bytes=counts * (2 * head_dim * cached + 8) + 2 * size * q.size + (k.size + v.size) * cached * (queries > 1),
         flops=4 * head_dim * pairs,
@@ -183,7 +183,7 @@ def compaction_case(
     comes &= np.cumsum(comes, -1) <= (~stays).sum(-1, keepdims=True)
     fields = (position, position + 100, score, jnp.asarray(stays), jnp.asarray(comes))
 
-    def writewith_implementation(write_pairs):
+    def write_with(write_pairs):
         return lambda layer, *new: (write_pairs(layer, *new),)
 
     return Case(
@@ -192,8 +192,8 @@ def compaction_case(
         dtype,
         cache_dtype,
         (layer, new_k, new_v, *fields),
-        lambda *how: writewith_implementation(with_implementation(attention_api.write_pairs, *how)),
-        writewith_implementation(compact_cache.write_pairs),
+        lambda *how: write_with(with_implementation(attention_api.write_pairs, *how)),
+        write_with(compact_cache.write_pairs),
         lambda inputs, out: {0: out[0]},
         min_bytes=int(comes.sum())
         * (2 * head_dim * (jnp.dtype(dtype).itemsize + jnp.dtype(cache_dtype).itemsize) + 2 * 12),

@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from dms_jax.errors import ConfigError, shown, suggestion
+from dms_jax.files import machine_memory
 from dms_jax.platform_defaults import platform_defaults
 
 
@@ -94,7 +95,7 @@ class Hardware(NamedTuple):
     @property
     def usable_bytes(self) -> float:
         """Usable memory of each device; for a CPU, that of the whole machine."""
-        return USABLE * (self.chip.hbm_bytes if self.chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return USABLE * (self.chip.hbm_bytes if self.chip else machine_memory())
 
     @property
     def source(self) -> str:

@@ -8,7 +8,6 @@ measured. Communication between devices is not counted. Begin with `serving_plan
 import math
 import re
 import time
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from dms_jax.core.page_counts import (
     cache_bytes,
     expected_fraction,
     expected_pages,
+    largest_that_fits,
     size_class,
     table_columns,
 )
@@ -197,17 +197,6 @@ def users_bytes(
     heads = config.num_layers * rows * sizes.kv_heads
     columns = table_columns(context, ring, page_size, load.budgets)
     return num_pages, sizes.devices * cache_bytes(shape, num_pages, columns, ring, heads, rows)
-
-
-def largest_that_fits(fits: Callable[[int], bool]) -> int:
-    """Return the largest number that `fits`, which is true up to that number; 0 if 1 does not fit."""
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def arm_figures(
